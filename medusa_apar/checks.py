@@ -1,0 +1,106 @@
+"""What is refused before any work is done, each with one sentence that says why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
+
+from .draft_tree import DEFAULT_ACCEPTANCE
+from .heads import MedusaHeads
+
+if TYPE_CHECKING:
+    from .generate import MedusaApar
+
+# Layers whose state is not a list of keys and values: a rejected draft node could not be taken back from them.
+_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "rwkv", "short_conv", "hybrid")
+# Arguments transformers prepares for the model and we prepare anew.
+_PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+
+
+def check_model(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ValueError(f"{name} is not a causal language model of transformers.")
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model; only decoder-only models can be attached.")
+    recurrent = [kind for kind in getattr(config, "layer_types", None) or () if any(r in kind for r in _RECURRENT)]
+    if recurrent or getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"{name} has recurrent layers, whose state cannot take back a rejected draft token; it cannot be attached."
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface.")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(f"{name} shares keys and values between layers, which the KV pool does not support.")
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Most tokens on a path. Rotary scalings that look at the whole batch's length are kept below their switch."""
+    config = model.config.get_text_config(decoder=True)
+    length = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        length = rope.get("original_max_position_embeddings") or length
+    return length
+
+
+def expected_acceptance(heads: MedusaHeads | None) -> list[tuple[float, ...]]:
+    """Chance per head and rank that a guess is right; heads beyond our table are taken as the table's last."""
+    if heads is None:
+        return []
+    return [DEFAULT_ACCEPTANCE[min(head, len(DEFAULT_ACCEPTANCE) - 1)] for head in range(heads.num_heads)]
+
+
+def check_call(
+    apar: MedusaApar, model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict
+) -> None:
+    if model is not apar.model:
+        raise ValueError("custom_generate was attached to another model than the one that generates.")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise NotImplementedError(f"{mode.value.replace('_', ' ')} is not supported; use greedy decoding or sampling.")
+    if config.guidance_scale not in (None, 1, 1.0):
+        raise NotImplementedError(f"guidance_scale={config.guidance_scale} is not supported.")
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        raise NotImplementedError("output_attentions and output_hidden_states are not supported.")
+    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
+        raise NotImplementedError("A past_key_values of your own is not supported: the KV pool is the cache.")
+    for name, value in model_kwargs.items():
+        if name not in _PREPARED and isinstance(value, torch.Tensor):
+            raise NotImplementedError(f"{name} is not supported; give the prompt as input_ids and attention_mask.")
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+        raise ValueError(f"input_ids hold {int(input_ids.max())}, but the model's vocabulary has {vocab_size} ids.")
+
+
+def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    """Each row's tokens without masked ones. transformers leaves the mask out when it is all ones."""
+    if attention_mask is None:
+        prompts = input_ids.tolist()
+    else:
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+    if not prompts or not all(prompts):
+        raise ValueError("The prompt is empty: every row needs at least one token.")
+    return prompts
+
+
+def check_lengths(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork: bool) -> None:
+    longest, limit = max(map(len, prompts)), context_length(apar.model)
+    if limit is not None and longest >= limit:
+        raise ValueError(f"The prompt has {longest} tokens, but the model's context ends at {limit}.")
+    if apar.pool_slots is None:
+        return
+    # A path may alternate text and [Fork], with a [Child] per level: the longest one must fit alone.
+    forks = max_new_tokens + 2 * apar.max_depth if fork and apar.control_token_ids is not None else 0
+    needed = longest + max_new_tokens + forks
+    if limit is not None:
+        needed = min(needed, limit)
+    if apar.pool_slots < needed:
+        raise ValueError(
+            f"pool_slots={apar.pool_slots} is too small: a prompt of {longest} tokens and max_new_tokens="
+            f"{max_new_tokens} may need {needed} slots."
+        )

@@ -1,0 +1,69 @@
+"""The two ids through which an APAR model speaks to the fork manager (arXiv 2401.06761, section 3)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LogitsProcessor
+
+CONFIG_NAME = "apar_config.json"
+DEFAULT_MAX_DEPTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ControlTokens:
+    """`fork_id` marks where an answer splits, `child_id` is the forced first token of every child thread."""
+
+    fork_id: int
+    child_id: int
+
+    def __post_init__(self):
+        if self.fork_id == self.child_id or min(self.fork_id, self.child_id) < 0:
+            raise ValueError(
+                f"[Fork] and [Child] need two different non-negative ids, got {self.fork_id} and {self.child_id}."
+            )
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> ControlTokens:
+        """Reads `apar_config.json` in `directory`; FileNotFoundError or ValueError where it is not there or lacks an id."""
+        path = Path(directory) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist, so the control tokens of this APAR model are unknown.")
+        config = json.loads(path.read_text())
+        missing = [key for key in ("fork_token_id", "child_token_id") if not isinstance(config.get(key), int)]
+        if missing:
+            raise ValueError(f"{path} does not give {' and '.join(missing)} as a number.")
+        return cls(config["fork_token_id"], config["child_token_id"])
+
+    def check_matches(self, vocab_size: int) -> None:
+        if max(self.fork_id, self.child_id) >= vocab_size:
+            raise ValueError(
+                f"Control tokens {self.fork_id} and {self.child_id} are missing from the model, "
+                f"whose vocabulary has {vocab_size} ids."
+            )
+
+
+class ControlTokensLogitsProcessor(LogitsProcessor):
+    """The fork rule as a pure function of a path, so that plain `generate` can be run under the very same rule.
+
+    `[Child]` is never chosen. `[Fork]` is not chosen right after `[Fork]` or `[Child]`, nor at the depth limit; a
+    path's depth is the number of `[Child]` behind the prompt. With `fork=False` neither is ever chosen.
+    """
+
+    def __init__(
+        self, control: ControlTokens, prompt_length: int, fork: bool = True, max_depth: int = DEFAULT_MAX_DEPTH
+    ):
+        self.control, self.prompt_length, self.fork, self.max_depth = control, prompt_length, fork, max_depth
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        fork_id, child_id = self.control.fork_id, self.control.child_id
+        depth = (input_ids[:, self.prompt_length :] == child_id).sum(dim=1)
+        last = input_ids[:, -1]
+        banned = (last == fork_id) | (last == child_id) | (depth >= self.max_depth)
+        scores = scores.clone()
+        scores[:, child_id] = -torch.inf
+        scores[:, fork_id] = torch.where(banned | (not self.fork), -torch.inf, scores[:, fork_id])
+        return scores

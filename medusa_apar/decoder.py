@@ -1,0 +1,133 @@
+"""The decoder loop: draft -> forest -> forward -> verify -> fork manager -> paragraph tree."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from .attention import current_forest, forest_attention
+from .forest import Forest
+from .fork_manager import ForkManager
+from .heads import MedusaHeads
+from .output import Stats
+from .paragraph_tree import Thread
+from .request import Request
+from .scheduler import Scheduler
+from .verify import Verdict, Verifier
+
+
+@dataclass(slots=True)
+class Decoder:
+    """Everything one generate call needs; `run` generates for all requests at once."""
+
+    model: PreTrainedModel
+    heads: MedusaHeads | None
+    backend: str
+    scheduler: Scheduler
+    verifier: Verifier
+    fork_manager: ForkManager
+    requests: list[Request]
+    stats: Stats = field(default_factory=Stats)
+    # Token that (head, rank) guessed behind the thread's last token; written by `_draft`, read by the scheduler.
+    guesses: dict[Thread, list[list[int]]] = field(default_factory=dict)
+    # Per thread and own token, float32 [vocab], where the caller asked for them.
+    scores: dict[Thread, list[torch.Tensor]] = field(default_factory=dict)
+    logits: dict[Thread, list[torch.Tensor]] = field(default_factory=dict)
+
+    def run(self) -> Iterator[None]:
+        """Steps until every request is done; yields after each step, with `requests` and `stats` up to date."""
+        with forest_attention(self.model, self.backend):
+            while any(not request.done for request in self.requests):
+                self.step()
+                yield
+        self.stats.final_slots = self.scheduler.ledger.pool.in_use
+
+    def step(self) -> None:
+        started = time.perf_counter()
+        running = [request for request in self.requests if not request.done]
+        plan = self.scheduler.plan(running, self.guesses.get)
+        forest = Forest([stems for _, stems in plan], self.scheduler.ledger, self.model.device)
+        owner = {stem: request for request, stems in plan for stem in stems}
+        logits, hidden = self._forward(forest)
+        verdicts = self.verifier(forest, logits, owner)
+        for stem, verdict in zip(forest.verified, verdicts, strict=True):
+            gained = self.fork_manager.commit(owner[stem].tree, stem, verdict)
+            self.stats.accepted_lengths[gained] += 1
+            self._keep_scores(stem.thread, verdict, gained)
+        for request in running:
+            request.publish()
+            self.fork_manager.trim(request)
+        self._draft([stem.thread for stem in forest.verified], verdicts, hidden)
+        self._count(forest, time.perf_counter() - started)
+
+    def _forward(self, forest: Forest) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [M, vocab] and the hidden states before the unembedding [M, hidden] of the verified rows."""
+        pool = self.scheduler.ledger.pool
+        pool.slots = forest.slots
+        keep = {"logits_to_keep": forest.verified_rows} if _keeps_logits(self.model) else {}
+        with current_forest(forest), _captured_input(self.model.get_output_embeddings()) as captured:
+            logits = self.model(
+                input_ids=forest.input_ids,
+                position_ids=forest.position_ids,
+                past_key_values=pool,
+                use_cache=True,
+                return_dict=True,
+                **keep,
+            ).logits[0]
+        hidden = captured[0][0]
+        if not keep:
+            logits, hidden = logits[forest.verified_rows], hidden[forest.verified_rows]
+        return logits, hidden
+
+    def _draft(self, threads: list[Thread], verdicts: list[Verdict], hidden: torch.Tensor) -> None:
+        """The heads look on from where each thread's last token was chosen."""
+        for thread in threads:
+            self.guesses.pop(thread, None)
+        tree = self.scheduler.draft_tree
+        drafting = [(thread, verdict.row) for thread, verdict in zip(threads, verdicts, strict=True) if thread.live]
+        if self.heads is None or not len(tree) or not drafting:
+            return
+        rows = torch.tensor([row for _, row in drafting], device=hidden.device)
+        token_ids, _ = self.heads.draft(hidden[rows], tree.top_k)
+        for (thread, _), guessed in zip(drafting, token_ids.tolist(), strict=True):
+            self.guesses[thread] = guessed
+
+    def _keep_scores(self, thread: Thread, verdict: Verdict, gained: int) -> None:
+        if verdict.scores:
+            self.scores.setdefault(thread, []).extend(verdict.scores[:gained])
+        if verdict.logits:
+            self.logits.setdefault(thread, []).extend(verdict.logits[:gained])
+
+    def _count(self, forest: Forest, seconds: float) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.forward_tokens += len(forest)
+        stats.generated_tokens = sum(len(request.text) for request in self.requests)
+        stats.forks = sum(len(request.tree.threads) - 1 for request in self.requests)
+        stats.peak_threads = max(stats.peak_threads, len(forest.verified))
+        stats.peak_slots = self.scheduler.ledger.pool.peak
+        if any(stem.thread.parent is None and len(stem.pending) >= stem.thread.num_forced for stem in forest.stems):
+            stats.prefill_seconds += seconds
+        else:
+            stats.decode_seconds += seconds
+
+
+def _keeps_logits(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def _captured_input(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects what `module` is given while the block runs: the unembedding sees exactly the hidden state we need."""
+    captured: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    try:
+        yield captured
+    finally:
+        handle.remove()

@@ -1,0 +1,72 @@
+"""Static sparse draft trees: which (head, rank) guesses are worth a node (Medusa, arXiv 2401.10774, section 2.1.2)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+# Chance that the true token is a head's guess of this rank, for heads as we ship them; only the order matters here.
+# Calibrated heads carry their own table.
+DEFAULT_ACCEPTANCE = ((0.55, 0.13, 0.06, 0.04, 0.03), (0.36, 0.11, 0.06, 0.04), (0.27, 0.09, 0.05), (0.21, 0.07))
+
+
+class DraftTree:
+    """Nodes below a root, parents before children, so that the first n nodes are a tree for every n.
+
+    Attributes (numpy, n nodes):
+        parents: int [n], index of the parent node, -1 for a child of the root.
+        depths: int [n], 0 for a child of the root: the head that guesses the node's token.
+        ranks: int [n], which of that head's guesses, 0 the likeliest.
+        ancestors: bool [n, n], row i true at node i and the nodes above it.
+    """
+
+    def __init__(self, choices: Sequence[Sequence[int]]):
+        """`choices`: one tuple of ranks per node, root to node, as Medusa writes its trees: `[(0,), (1,), (0, 0)]`."""
+        index = {(): -1}
+        for number, choice in enumerate(map(tuple, choices)):
+            if not choice or min(choice) < 0:
+                raise ValueError(f"A draft tree's node is a non-empty tuple of ranks from 0, got {choice}.")
+            if choice in index or choice[:-1] not in index:
+                raise ValueError(f"Draft tree node {choice} is given twice or before its parent {choice[:-1]}.")
+            index[choice] = number
+        self.choices = [tuple(choice) for choice in choices]
+        self.parents = np.array([index[choice[:-1]] for choice in self.choices], dtype=np.int64)
+        self.depths = np.array([len(choice) - 1 for choice in self.choices], dtype=np.int64)
+        self.ranks = np.array([choice[-1] for choice in self.choices], dtype=np.int64)
+        self.ancestors = np.eye(len(self.choices), dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                self.ancestors[node] |= self.ancestors[parent]
+
+    @classmethod
+    def likeliest(cls, size: int, acceptance: Sequence[Sequence[float]] = DEFAULT_ACCEPTANCE) -> DraftTree:
+        """The `size` nodes with the greatest chance of being accepted, likeliest first.
+
+        `acceptance[head][rank]` is the chance that head's guess of that rank is right, taken as independent of the
+        rest, as Medusa's offline search does. Choosing greedily is optimal: a node is never likelier than its parent.
+        """
+        frontier = [(-acceptance[0][0], (0,))] if acceptance else []
+        choices: list[tuple[int, ...]] = []
+        while frontier and len(choices) < size:
+            chance, choice = heapq.heappop(frontier)
+            choices.append(choice)
+            head, rank = len(choice) - 1, choice[-1]
+            if rank + 1 < len(acceptance[head]):
+                sibling = chance / acceptance[head][rank] * acceptance[head][rank + 1]
+                heapq.heappush(frontier, (sibling, (*choice[:-1], rank + 1)))
+            if head + 1 < len(acceptance):
+                heapq.heappush(frontier, (chance * acceptance[head + 1][0], (*choice, 0)))
+        return cls(choices)
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.depths.max()) + 1 if len(self) else 0
+
+    @property
+    def top_k(self) -> int:
+        return int(self.ranks.max()) + 1 if len(self) else 0

@@ -1,0 +1,138 @@
+"""All draft trees of one step, packed into one row of N tokens: the only place that knows threads and slots both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .draft_tree import DraftTree
+from .paragraph_tree import Thread
+from .slot_ledger import SlotLedger
+
+_NO_TREE = DraftTree([])
+
+
+@dataclass(slots=True, eq=False)
+class Stem:
+    """One thread's rows in a forest: its tokens that have no slot yet, the last of them the root, then draft nodes.
+
+    A prompt, an ordinary step and a resumed thread differ only in how many tokens are pending. An ancestor fed again
+    for a descendant's sake (`verified=False`) has neither root nor drafts.
+    """
+
+    thread: Thread
+    stop: int  # feed the thread's tokens up to here
+    verified: bool = True
+    draft_tree: DraftTree = _NO_TREE
+    draft_tokens: list[int] = field(default_factory=list)  # of the tree's first nodes
+    # Written by Forest:
+    row: int = 0  # first row in the forest
+    pending: list[int] = field(default_factory=list)
+    path_slots: np.ndarray | None = None  # int64, of the path cached before this step
+    slots: np.ndarray | None = None  # int64 [size]
+    positions: np.ndarray | None = None  # int64 [size], path positions
+
+    @property
+    def size(self) -> int:
+        return len(self.pending) + len(self.draft_tokens)
+
+    def place(self, row: int, ledger: SlotLedger) -> None:
+        """Gives every row a slot. Ancestors in the same forest go first, so that this path includes their new slots."""
+        self.row = row
+        self.pending = self.thread.tokens[ledger.cached(self.thread) : self.stop]
+        assert self.pending, f"{self.thread} was planned with nothing to feed"
+        self.path_slots = ledger.path_slots(self.thread)
+        first = len(self.path_slots)
+        root = first + len(self.pending) - 1
+        drafted = root + 1 + self.draft_tree.depths[: len(self.draft_tokens)]
+        self.positions = np.concatenate([np.arange(first, root + 1), drafted])
+        self.slots = ledger.pool.allocate(self.positions)
+        ledger.book(self.thread, self.slots[: len(self.pending)])
+
+    def fill_visible(self, visible: np.ndarray) -> None:
+        """Sets bool [size, capacity]: the path, pending tokens in their order, each draft node's ancestors."""
+        assert self.slots is not None
+        pending, drafted = len(self.pending), len(self.draft_tokens)
+        visible[:, self.path_slots] = True
+        visible[:pending, self.slots[:pending]] = np.tri(pending, dtype=bool)
+        visible[pending:, self.slots[:pending]] = True
+        visible[pending:, self.slots[pending:]] = self.draft_tree.ancestors[:drafted, :drafted]
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """One request's share of the forest. No request pays for another's slots."""
+
+    rows: slice
+    columns: slice | torch.Tensor  # into the pool's slots
+    visible: torch.Tensor  # bool [rows, columns]
+    row_positions: torch.Tensor  # int64 [rows, 1]
+    column_positions: torch.Tensor  # int64 [1, columns]
+
+
+@dataclass(slots=True, eq=False)
+class ForestMask:
+    """What our attention functions receive as `attention_mask`."""
+
+    groups: list[Group]
+    masks: list[torch.Tensor]  # bool [rows, columns], one per group
+
+
+class Forest:
+    """N rows ready for one forward pass.
+
+    Attributes: `input_ids` and `position_ids` int64 [1, N]; `slots` int64 [N]; `verified` stems in row order and
+    `verified_rows` int64 [M], the rows whose logits they need (root first, then draft nodes); `groups`, one a request.
+    """
+
+    def __init__(self, requests: list[list[Stem]], ledger: SlotLedger, device: torch.device):
+        row = 0
+        for stem in (stem for stems in requests for stem in stems):
+            stem.place(row, ledger)
+            row += stem.size
+        self.stems = [stem for stems in requests for stem in stems]
+        self.verified = [stem for stem in self.stems if stem.verified]
+        rows = [np.arange(stem.row + len(stem.pending) - 1, stem.row + stem.size) for stem in self.verified]
+        tokens = [token for stem in self.stems for token in (*stem.pending, *stem.draft_tokens)]
+
+        def tensor(parts: list) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate(parts)).to(device)
+
+        self.verified_rows = tensor(rows)
+        self.input_ids = torch.tensor([tokens], device=device)
+        self.position_ids = tensor([stem.positions for stem in self.stems])[None]
+        self.slots = tensor([stem.slots for stem in self.stems])
+        self.groups = [_group(stems, ledger, device) for stems in requests]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def mask(self, mask_function: Callable) -> ForestMask:
+        """The path mask, narrowed by a layer's own pattern (a sliding window, say) taken at path positions."""
+        return ForestMask(
+            self.groups,
+            [g.visible & mask_function(0, 0, g.row_positions, g.column_positions) for g in self.groups],
+        )
+
+
+def _group(stems: list[Stem], ledger: SlotLedger, device: torch.device) -> Group:
+    first, size = stems[0].row, sum(stem.size for stem in stems)
+    visible = np.zeros((size, ledger.pool.capacity), dtype=bool)
+    for stem in stems:
+        stem.fill_visible(visible[stem.row - first : stem.row - first + stem.size])
+    used = np.flatnonzero(visible.any(axis=0))
+    span = np.arange(used[0], used[-1] + 1)
+    # A strided view beats a gathered copy until most of what it spans belongs to others.
+    contiguous = 2 * len(used) >= len(span)
+    columns = span if contiguous else used
+    positions = np.concatenate([stem.positions for stem in stems])
+    return Group(
+        rows=slice(first, first + size),
+        columns=slice(int(span[0]), int(span[-1]) + 1) if contiguous else torch.from_numpy(used).to(device),
+        visible=torch.from_numpy(visible[:, columns]).to(device),
+        row_positions=torch.from_numpy(positions[:, None]).to(device),
+        column_positions=torch.from_numpy(ledger.pool.positions[columns][None]).to(device),
+    )

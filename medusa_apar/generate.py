@@ -1,0 +1,241 @@
+"""The drop-in: `model.generate(**inputs, custom_generate=medusa_apar.attach(model, heads=...))`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+
+from . import checks
+from .attention import pick_backend
+from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
+from .decoder import Decoder
+from .draft_tree import DraftTree
+from .fork_manager import ForkManager
+from .heads import MedusaHeads
+from .kv_pool import KVPool
+from .output import MedusaAparOutput, Stats
+from .paragraph_tree import ParagraphTree
+from .request import Request, thread_key
+from .scheduler import Scheduler
+from .slot_ledger import SlotLedger
+from .streaming import TextColumns
+from .verify import Verifier
+
+Observer = Callable[[list[ParagraphTree], Stats], None]
+
+# Rows of a forest: past these a step's cost grows with every row (DESIGN.md, facts).
+_BUDGET = {"cpu": 16, "cuda": 64}
+
+
+class MedusaApar:
+    """A model with its heads and control tokens; what `attach` and `load` return.
+
+    Attributes: `model`, `tokenizer` (or None), `heads` (or None), `control_token_ids` (`ControlTokens` or None).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        heads: MedusaHeads | None,
+        control: ControlTokens | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        draft_tree: DraftTree,
+        budget: int,
+        max_threads: int | None,
+        max_depth: int,
+        backend: str,
+        pool_slots: int | None,
+    ):
+        self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
+        self.draft_tree, self.budget = draft_tree, budget
+        self.max_threads, self.max_depth = max_threads, max_depth
+        self.backend, self.pool_slots = backend, pool_slots
+        self._streamer: Any = None
+
+    def generate(self, inputs: torch.Tensor | None = None, *, streamer=None, tokenizer=None, **kwargs):
+        """`model.generate` with our decoder: transformers' signature, and `fork`, `seed`, `observer` of `__call__`.
+
+        Unlike the bare `custom_generate` hook, which transformers gives neither, this also serves `streamer` and
+        `stop_strings`.
+        """
+        if kwargs.get("assistant_model") is not None:
+            raise NotImplementedError("assistant_model is not supported: the Medusa heads are the drafter.")
+        bound = copy.copy(self)
+        bound._streamer = streamer
+        stop_strings = kwargs.pop("stop_strings", None)
+        config = kwargs.get("generation_config")
+        if stop_strings is None:
+            stop_strings = (config or self.model.generation_config).stop_strings
+        if stop_strings:
+            tokenizer = tokenizer or self.tokenizer
+            if tokenizer is None:
+                raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")
+            criteria = kwargs.get("stopping_criteria") or StoppingCriteriaList()
+            kwargs["stopping_criteria"] = StoppingCriteriaList(
+                [*criteria, StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)]
+            )
+            kwargs["generation_config"] = config = copy.deepcopy(config or self.model.generation_config)
+            config.stop_strings = None
+        return self.model.generate(inputs, custom_generate=bound, **kwargs)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        fork: bool = True,
+        seed: int | None = None,
+        observer: Observer | None = None,
+        synced_gpus: bool = False,
+        **model_kwargs,
+    ) -> MedusaAparOutput | torch.Tensor:
+        """The hook transformers calls after preparing its inputs; further arguments of `model.generate`:
+
+        fork: False writes every answer in one thread.
+        seed: of the sampling noise; by default drawn from torch's global generator, so `torch.manual_seed` rules.
+        observer: called after every step with the rows' live paragraph trees and the stats so far.
+        """
+        checks.check_call(self, model, input_ids, generation_config, model_kwargs)
+        prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
+        max_new_tokens = generation_config.max_length - input_ids.shape[1]
+        checks.check_lengths(self, prompts, max_new_tokens, fork)
+        if generation_config.do_sample and seed is None:
+            seed = int(torch.randint(2**62, ()))
+        returns_dict = bool(generation_config.return_dict_in_generate)
+        requests = self._requests(input_ids, prompts, max_new_tokens, stopping_criteria, generation_config)
+        decoder = self._decoder(
+            requests,
+            Verifier(
+                control=self.control_token_ids,
+                fork=fork,
+                max_depth=self.max_depth,
+                processors=logits_processor,
+                seed=seed if generation_config.do_sample else None,
+                keep_scores=returns_dict and bool(generation_config.output_scores),
+                keep_logits=returns_dict and bool(generation_config.output_logits),
+            ),
+        )
+        columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
+        if self._streamer is not None:
+            self._streamer.put(input_ids.cpu())
+        for _ in decoder.run():
+            if self._streamer is not None:
+                for column in columns.new():
+                    self._streamer.put(column)
+            if observer is not None:
+                observer([request.tree for request in requests], decoder.stats)
+        if self._streamer is not None:
+            self._streamer.end()
+        sequences = torch.cat([input_ids, columns.text().to(input_ids.device)], dim=1)
+        if not returns_dict:
+            return sequences
+        return MedusaAparOutput(
+            sequences=sequences,
+            scores=columns.gather(decoder.scores) if decoder.verifier.keep_scores else None,
+            logits=columns.gather(decoder.logits) if decoder.verifier.keep_logits else None,
+            stats=decoder.stats,
+            paragraph_tree=[request.tree for request in requests],
+        )
+
+    def _requests(self, input_ids, prompts, max_new_tokens, stopping_criteria, generation_config) -> list[Request]:
+        eos = generation_config._eos_token_tensor
+        eos_ids = set() if eos is None else set(eos.flatten().tolist())
+        # The limit and the end tokens are ours to apply: criteria see a row, and a row has several ends here.
+        criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+        control = self.control_token_ids
+        seen: Counter = Counter()
+        requests = []
+        for row, prompt in zip(input_ids.tolist(), prompts, strict=True):
+            # Equal prompts (num_return_sequences) get noise of their own, whatever else is in the batch.
+            key = thread_key(prompt, seen[tuple(prompt)])
+            seen[tuple(prompt)] += 1
+            tree = ParagraphTree(prompt, key, eos_ids, control and control.fork_id, control and control.child_id)
+            requests.append(Request(row, prompt, tree, max_new_tokens, criteria))
+        return requests
+
+    def _decoder(self, requests: list[Request], verifier: Verifier) -> Decoder:
+        ledger = SlotLedger(KVPool(self.pool_slots))
+        context = checks.context_length(self.model)
+        return Decoder(
+            model=self.model,
+            heads=self.heads,
+            backend=self.backend,
+            scheduler=Scheduler(ledger, self.draft_tree, self.budget, self.max_threads, context),
+            verifier=verifier,
+            fork_manager=ForkManager(ledger, context),
+            requests=requests,
+        )
+
+
+def attach(
+    model: PreTrainedModel,
+    heads: MedusaHeads | str | PathLike | None = None,
+    apar: ControlTokens | str | PathLike | tuple[int, int] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    draft_tree: DraftTree | None = None,
+    budget: int | None = None,
+    max_threads: int | None = None,
+    max_depth: int = DEFAULT_MAX_DEPTH,
+    attention: str = "auto",
+    pool_slots: int | None = None,
+) -> MedusaApar:
+    """Readies a causal language model of transformers for `custom_generate=`; the model itself is not changed.
+
+    Args:
+        heads: Medusa heads trained for this model, or where they lie; None decodes without drafting.
+        apar: control tokens of an APAR-tuned model, as `ControlTokens`, a directory with `apar_config.json`, or
+            (fork id, child id); None never forks.
+        tokenizer: only needed for `stop_strings`.
+        draft_tree: which guesses become nodes; by default the likeliest for the heads at hand.
+        budget: rows of a step's forest, threads' roots included (default 16 on a CPU, 64 on a GPU).
+        max_threads: most threads of a request that run in one step; the others wait (None: no limit).
+        max_depth: threads at this depth (the trunk has 0) do not fork.
+        attention: "auto" or "sdpa".
+        pool_slots: most KV slots ever in use (None: grows on demand). Under pressure threads wait or are evicted and
+            fed again later, which never changes a token.
+
+    Raises ValueError or NotImplementedError, in one sentence, for a model this cannot work with, heads of another
+    model, or control tokens the model lacks.
+    """
+    checks.check_model(model)
+    backend = pick_backend(attention)
+    if isinstance(heads, (str, PathLike)):
+        heads = MedusaHeads.from_pretrained(heads, model)
+    if isinstance(apar, tuple):
+        apar = ControlTokens(*apar)
+    elif isinstance(apar, (str, PathLike)):
+        apar = ControlTokens.from_pretrained(apar)
+    if heads is not None:
+        heads.check_matches(model)
+    if apar is not None:
+        apar.check_matches(model.get_output_embeddings().weight.shape[0])
+    if budget is None:
+        budget = _BUDGET.get(model.device.type, _BUDGET["cpu"])
+    limits = {"budget": budget, "max_depth": max_depth, "max_threads": max_threads, "pool_slots": pool_slots}
+    for name, value in limits.items():
+        if value is not None and value < (0 if name == "max_depth" else 1):
+            raise ValueError(f"{name} must be positive, got {value}.")
+    if draft_tree is None:
+        draft_tree = DraftTree.likeliest(budget, checks.expected_acceptance(heads))
+    elif heads is not None and draft_tree.num_heads > heads.num_heads:
+        raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
+    return MedusaApar(
+        model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, backend, pool_slots
+    )

@@ -1,0 +1,104 @@
+"""Slots for keys and values: one per cached token, handed out and taken back one by one, never copied or moved.
+
+K is stored after RoPE, so a slot's number says nothing of its token's place on the path; `positions` remembers that.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from transformers import Cache
+
+_FIRST_CAPACITY = 256
+
+
+class KVPool(Cache):
+    """The cache object transformers' layers write to, `slots` of the current forest telling where.
+
+    `update` takes [1, kv_heads, N, head_dim], scatters it to the forest's N slots and returns the whole pool,
+    [capacity, kv_heads, head_dim]: our attention functions pick the slots a request may see.
+
+    Args:
+        max_slots: most slots ever in use, or None to grow on demand.
+    """
+
+    def __init__(self, max_slots: int | None = None):
+        super().__init__(layers=[])
+        self.max_slots = max_slots
+        self.keys: dict[int, torch.Tensor] = {}  # layer -> [capacity, kv_heads, head_dim], its own tensor
+        self.values: dict[int, torch.Tensor] = {}
+        self.positions = np.zeros(0, dtype=np.int64)  # [capacity] path position of the token in each slot
+        self.slots: torch.Tensor | None = None  # int64 [N], set by the decoder before each forward
+        self._free: list[int] = []  # heap: the lowest slot first keeps a request's slots close together
+        self._used: set[int] = set()
+        self.peak = 0
+        self._grow(_FIRST_CAPACITY if max_slots is None else max_slots)
+
+    @property
+    def capacity(self) -> int:
+        return len(self.positions)
+
+    @property
+    def in_use(self) -> int:
+        return len(self._used)
+
+    @property
+    def available(self) -> int | None:
+        """Slots that can still be allocated; None means any number."""
+        return None if self.max_slots is None else self.max_slots - self.in_use
+
+    def allocate(self, positions: np.ndarray) -> np.ndarray:
+        """Slots for tokens at these path positions; int64, same length. MemoryError beyond `max_slots`."""
+        count = len(positions)
+        if self.max_slots is not None and self.in_use + count > self.max_slots:
+            raise MemoryError(f"{count} slots were asked of a KV pool with {self.max_slots - self.in_use} left.")
+        if count > len(self._free):
+            self._grow(max(2 * self.capacity, self.in_use + count))
+        slots = np.array([heapq.heappop(self._free) for _ in range(count)], dtype=np.int64)
+        self._used.update(slots.tolist())
+        self.positions[slots] = positions
+        self.peak = max(self.peak, self.in_use)
+        return slots
+
+    def release(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._used.remove(slot)  # KeyError: a slot given back twice
+            heapq.heappush(self._free, slot)
+
+    def _grow(self, capacity: int) -> None:
+        for slot in range(self.capacity, capacity):
+            heapq.heappush(self._free, slot)
+        self.positions = np.concatenate([self.positions, np.zeros(capacity - self.capacity, dtype=np.int64)])
+        for store in (self.keys, self.values):
+            for layer, old in store.items():
+                store[layer] = torch.cat([old, old.new_zeros(capacity - len(old), *old.shape[1:])])
+
+    # What transformers calls during a forward pass.
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        assert self.slots is not None, "the decoder sets `slots` before every forward pass"
+        for store, states in ((self.keys, key_states), (self.values, value_states)):
+            if layer_idx not in store:
+                # Zeros, not empty: masked slots still meet a softmax weight of zero, and 0 * NaN is NaN.
+                store[layer_idx] = states.new_zeros(self.capacity, states.shape[1], states.shape[3])
+            store[layer_idx][self.slots] = states[0].transpose(0, 1)
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        return self.capacity, 0
+
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False

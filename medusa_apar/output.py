@@ -1,0 +1,41 @@
+"""What `generate` returns beside the tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .paragraph_tree import ParagraphTree
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts of one generate call, over all its rows."""
+
+    steps: int = 0  # forward passes, prefill included
+    generated_tokens: int = 0  # visible tokens in the answers
+    forward_tokens: int = 0  # rows of all forests, prompts included
+    accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens gained by a thread in a step -> how often
+    forks: int = 0
+    peak_threads: int = 0  # most threads in one forest
+    peak_slots: int = 0  # most KV slots in use at once, draft nodes included
+    final_slots: int = 0  # slots in use after the call: 0, or something leaked
+    prefill_seconds: float = 0.0  # steps that fed a prompt
+    decode_seconds: float = 0.0  # all other steps
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.generated_tokens / max(self.steps, 1)
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "accepted_lengths": dict(self.accepted_lengths)}
+
+
+@dataclass
+class MedusaAparOutput(GenerateDecoderOnlyOutput):
+    """transformers' own output with `stats` and one `paragraph_tree` per row."""
+
+    stats: Stats | None = None
+    paragraph_tree: list[ParagraphTree] | None = None

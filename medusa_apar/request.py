@@ -1,0 +1,66 @@
+"""One prompt row and everything generated for it: its paragraph tree, and the finished part of its reading order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+
+from .paragraph_tree import ParagraphTree, ReadingCursor, Thread
+
+
+def thread_key(*parts: object) -> int:
+    """64 bits that name a thread by its content, never by when or beside what it runs."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+class Request:
+    """Args:
+    row_ids: the row as the user passed it, padding included: what logits processors and criteria see.
+    prompt_ids: the row without padding: what the model sees.
+    max_new_tokens: limit on the visible text.
+    criteria: (row so far, int64 [1, length]) -> whether to stop, asked after every token of the reading order.
+    """
+
+    def __init__(
+        self,
+        row_ids: list[int],
+        prompt_ids: list[int],
+        tree: ParagraphTree,
+        max_new_tokens: int,
+        criteria: list[Callable] | None = None,
+    ):
+        self.row_ids, self.prompt_ids = row_ids, prompt_ids
+        self.tree = tree
+        self.max_new_tokens = max_new_tokens
+        self.text: list[tuple[Thread, int]] = []  # finished reading order: (thread, index into its tokens)
+        self.text_ids: list[int] = []
+        self.done = False
+        self._criteria = criteria or []
+        self._cursor = ReadingCursor(tree)
+
+    def path(self, thread: Thread) -> list[int]:
+        """The row a logits processor sees at the thread's root: padding, prompt, path, the thread's tokens."""
+        ancestors = thread.ancestor_ids() + thread.tokens
+        return self.row_ids + ancestors[len(self.prompt_ids) :]
+
+    def publish(self) -> None:
+        """Moves the finished part of the reading order on; sets `done` at the limit, a criterion, or the end."""
+        for thread, index in self._cursor.advance():
+            self.text.append((thread, index))
+            self.text_ids.append(thread.tokens[index])
+            if len(self.text) >= self.max_new_tokens or self._criterion_met():
+                self.done = True
+                return
+        self.done = self._cursor.done
+
+    def beyond_limit(self) -> list[Thread]:
+        """Live threads whose next token could no longer be part of the limited text."""
+        return [thread for thread, before in self.tree.live_in_reading_order() if before >= self.max_new_tokens]
+
+    def _criterion_met(self) -> bool:
+        if not self._criteria:
+            return False
+        row = torch.tensor([self.row_ids + self.text_ids])
+        return any(bool(torch.as_tensor(criterion(row, None)).any()) for criterion in self._criteria)

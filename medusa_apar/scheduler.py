@@ -1,0 +1,122 @@
+"""Which threads run in a step and with how many draft nodes. It decides when a token is made, never which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .draft_tree import DraftTree
+from .forest import Stem
+from .paragraph_tree import Thread
+from .request import Request
+from .slot_ledger import SlotLedger
+
+Guess = Callable[[Thread], list[list[int]] | None]
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """Args:
+    budget: rows of the forest to fill with draft nodes after every thread has its root.
+    max_threads: most threads of one request in a step; the others wait.
+    context_length: no draft node may stand at or beyond this path position.
+    """
+
+    ledger: SlotLedger
+    draft_tree: DraftTree
+    budget: int
+    max_threads: int | None = None
+    context_length: int | None = None
+
+    def plan(self, requests: Sequence[Request], guess: Guess) -> list[tuple[Request, list[Stem]]]:
+        """Stems for the next forest, for each request that runs, ancestors first.
+
+        `guess(thread)` gives the drafted token of every (head, rank), or None where nothing was drafted.
+        """
+        chosen: dict[Thread, Request] = {}
+        for request in requests:
+            self._choose(request, requests, chosen)
+        if not chosen:
+            raise MemoryError(
+                f"The KV pool's {self.ledger.pool.max_slots} slots are too few to go on with any thread; "
+                "give `pool_slots` more room or lower `max_new_tokens`."
+            )
+        nodes = self._nodes_each(chosen, guess)
+        return [(request, stems) for request in requests if (stems := self._stems(request, chosen, nodes, guess))]
+
+    def _choose(self, request: Request, requests: Sequence[Request], chosen: dict[Thread, Request]) -> None:
+        """Adds the request's threads that run, earliest in reading order first."""
+        live = [thread for thread, _ in request.tree.live_in_reading_order()]
+        waiting = [thread for thread in live if self._fork_pending(thread)]
+        ready = [thread for thread in live if thread not in waiting]
+        limit = math.inf if self.max_threads is None else self.max_threads
+        taken = 0
+        for thread in ready + waiting:
+            if taken >= limit or (thread in waiting and thread.parent not in chosen):
+                continue
+            if self._make_room(thread, chosen, requests):
+                self.ledger.resume(thread)
+                chosen[thread] = request
+                taken += 1
+
+    def _fork_pending(self, thread: Thread) -> bool:
+        """Its `[Fork]` is the parent's root, so the child can only run in a forest the parent runs in too."""
+        parent = thread.parent
+        return parent is not None and parent.live and thread.fork_index == len(parent.tokens) - 1
+
+    def _make_room(self, thread: Thread, chosen: dict[Thread, Request], requests: Sequence[Request]) -> bool:
+        """Whether the pool has slots for the thread beside those chosen; the first choice may evict the last in line."""
+        if self.ledger.pool.available is None:
+            return True
+        if self._fits([*chosen, thread]):
+            return True
+        if chosen:
+            return False
+        self.ledger.resume(thread)  # claim the path first, or evicting its relatives would take it
+        for request in reversed(requests):
+            for victim, _ in reversed(request.tree.live_in_reading_order()):
+                if victim is not thread and self.ledger.evict(victim) and self._fits([thread]):
+                    return True
+        return False
+
+    def _fits(self, threads: Sequence[Thread]) -> bool:
+        return sum(self._to_feed(threads).values()) <= (self.ledger.pool.available or 0)
+
+    def _to_feed(self, threads: Sequence[Thread]) -> dict[Thread, int]:
+        """Every thread that must be fed so that these can run, with how many of its tokens lack a slot."""
+        count: dict[Thread, int] = {}
+        for thread in threads:
+            for member, stop in self.ledger.missing(thread):
+                count[member] = max(count.get(member, 0), stop - self.ledger.cached(member))
+        return count
+
+    def _nodes_each(self, chosen: dict[Thread, Request], guess: Guess) -> int:
+        """Draft nodes per thread that has guesses, from what the budget and the pool leave."""
+        drafting = sum(guess(thread) is not None for thread in chosen)
+        if not drafting:
+            return 0
+        room = self.budget - len(chosen)
+        if self.ledger.pool.available is not None:
+            room = min(room, self.ledger.pool.available - sum(self._to_feed(list(chosen)).values()))
+        return min(max(room, 0) // drafting, len(self.draft_tree))
+
+    def _stems(self, request: Request, chosen: dict[Thread, Request], nodes: int, guess: Guess) -> list[Stem]:
+        mine = [thread for thread in chosen if chosen[thread] is request]
+        fed = self._to_feed(mine)
+        return [
+            self._verified(thread, nodes, guess)
+            if thread in chosen
+            else Stem(thread, self.ledger.cached(thread) + fed[thread], verified=False)
+            for thread in request.tree.depth_first()
+            if thread in fed
+        ]
+
+    def _verified(self, thread: Thread, nodes: int, guess: Guess) -> Stem:
+        table = guess(thread)
+        tree = self.draft_tree
+        beyond = self.context_length is not None and thread.end + tree.num_heads > self.context_length
+        if table is None or not nodes or beyond:
+            return Stem(thread, len(thread.tokens))
+        places = zip(tree.depths[:nodes].tolist(), tree.ranks[:nodes].tolist(), strict=True)
+        return Stem(thread, len(thread.tokens), draft_tree=tree, draft_tokens=[table[d][r] for d, r in places])

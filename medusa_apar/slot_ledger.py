@@ -1,0 +1,87 @@
+"""Which slot holds which token of which thread, and for how long: slots return when no live thread's path needs them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .kv_pool import KVPool
+from .paragraph_tree import Thread
+
+
+class SlotLedger:
+    """Books the pool's slots to threads.
+
+    A thread owns slots for a prefix of its tokens. A live thread needs its own slots and, of every ancestor, those up
+    to its fork; nobody else needs anything. A fork therefore books nothing and an accept only moves entries here.
+
+    An evicted thread has lent its claim back under memory pressure: it is live but needs nothing until it resumes,
+    when whatever is gone is fed again.
+    """
+
+    def __init__(self, pool: KVPool):
+        self.pool = pool
+        self._slots: dict[Thread, list[int]] = {}
+        self._evicted: set[Thread] = set()
+
+    def cached(self, thread: Thread) -> int:
+        """How many of the thread's own tokens have a slot."""
+        return len(self._slots.get(thread, ()))
+
+    def path_slots(self, thread: Thread) -> np.ndarray:
+        """Slots of everything cached on the path, int64; its length is the path position of the next uncached token."""
+        parts = [self._slots.get(ancestor, [])[:stop] for ancestor, stop in thread.ancestors()]
+        parts.append(self._slots.get(thread, []))
+        assert all(len(part) == stop for part, (_, stop) in zip(parts, thread.ancestors(), strict=False))
+        return np.array([slot for part in parts for slot in part], dtype=np.int64)
+
+    def missing(self, thread: Thread, stop: int | None = None) -> list[tuple[Thread, int]]:
+        """(thread, how far to feed it) down the lineage wherever tokens on the path have no slot."""
+        stop = len(thread.tokens) if stop is None else stop
+        lineage = [*thread.ancestors(), (thread, stop)]
+        return [(member, until) for member, until in lineage if self.cached(member) < until]
+
+    def book(self, thread: Thread, slots: np.ndarray | list[int]) -> None:
+        """The thread's next tokens lie in these slots."""
+        self._slots.setdefault(thread, []).extend(int(slot) for slot in slots)
+
+    def settle(self, thread: Thread) -> int:
+        """Returns what nobody needs any more of the thread and its ancestors; call when it ended. Counts the slots."""
+        released = 0
+        member: Thread | None = thread
+        while member is not None:
+            released += self._shrink(member, self._needed(member))
+            member = member.parent
+        return released
+
+    def evict(self, thread: Thread) -> int:
+        """Takes back all slots that only this live thread needs and counts them."""
+        self._evicted.add(thread)
+        return self.settle(thread)
+
+    def resume(self, thread: Thread) -> None:
+        self._evicted.discard(thread)
+
+    def claims(self, thread: Thread) -> bool:
+        return thread.live and thread not in self._evicted
+
+    def _needed(self, thread: Thread) -> int:
+        if self.claims(thread):
+            return self.cached(thread)
+        return max((child.fork_index + 1 for child in thread.children if self._claimed_below(child)), default=0)
+
+    def _claimed_below(self, thread: Thread) -> bool:
+        return self.claims(thread) or any(self._claimed_below(child) for child in thread.children)
+
+    def _shrink(self, thread: Thread, length: int) -> int:
+        slots = self._slots.get(thread, [])
+        gone = slots[length:]
+        del slots[length:]
+        self.pool.release(gone)
+        return len(gone)
+
+    def check(self) -> None:
+        """Asserts that every used slot is booked exactly once, to a thread some claiming thread needs it of."""
+        booked = [slot for slots in self._slots.values() for slot in slots]
+        assert len(booked) == len(set(booked)) == self.pool.in_use, "a slot is leaked or booked twice"
+        for thread, slots in self._slots.items():
+            assert len(slots) <= self._needed(thread), f"{thread} holds slots that no live path needs"

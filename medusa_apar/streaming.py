@@ -1,0 +1,49 @@
+"""The batch's reading order as columns: one token per row, as transformers streams and returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .paragraph_tree import Thread
+from .request import Request
+
+
+class TextColumns:
+    def __init__(self, requests: list[Request], pad_id: int):
+        self._requests, self._pad_id = requests, pad_id
+        self._sent = 0
+
+    def new(self) -> Iterator[torch.Tensor]:
+        """int64 [rows] for each column that has become final in every row; rows already done are padded."""
+        ready = min((len(request.text) for request in self._requests if not request.done), default=self._width)
+        for column in range(self._sent, ready):
+            yield torch.tensor([self._token(request, column) for request in self._requests])
+        self._sent = max(self._sent, ready)
+
+    def text(self) -> torch.Tensor:
+        """All columns, int64 [rows, longest]."""
+        rows = [[self._token(request, column) for column in range(self._width)] for request in self._requests]
+        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self._width)
+
+    def gather(self, kept: dict[Thread, list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        """Per column [rows, vocab] of what was kept for each token; zeros where a row had ended."""
+        blank = torch.zeros_like(next(iter(kept.values()))[0])
+        return tuple(
+            torch.stack([self._kept(kept, request, column, blank) for request in self._requests])
+            for column in range(self._width)
+        )
+
+    @property
+    def _width(self) -> int:
+        return max(len(request.text) for request in self._requests)
+
+    def _token(self, request: Request, column: int) -> int:
+        return request.text_ids[column] if column < len(request.text) else self._pad_id
+
+    def _kept(self, kept, request: Request, column: int, blank: torch.Tensor) -> torch.Tensor:
+        if column >= len(request.text):
+            return blank
+        thread, index = request.text[column]
+        return kept[thread][index - thread.num_forced]

@@ -1,0 +1,114 @@
+"""From logits to accepted tokens: walk each draft tree for as long as it guessed what the model would have chosen.
+
+One rule serves greedy and sampling (DESIGN promise 2): the model's choice at a node is argmax(processed log-probs +
+noise), where the noise is zero or a function of (seed, thread, position). A draft is accepted iff it is that choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import LogitsProcessorList
+
+from .control_tokens import ControlTokens
+from .forest import Forest, Stem
+from .request import Request
+from .triton_kernels.reference import sample
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What one stem's verification brought: `tokens` chosen in order, the last of them not yet run.
+
+    `nodes[i]` is the draft node that guessed `tokens[i]`; `row` the verified row whose logits chose the last token.
+    """
+
+    tokens: list[int]
+    nodes: list[int]
+    row: int
+    scores: list[torch.Tensor] = field(default_factory=list)  # processed, float32 [vocab], if kept
+    logits: list[torch.Tensor] = field(default_factory=list)  # raw, float32 [vocab], if kept
+
+
+@dataclass(slots=True)
+class Verifier:
+    """How tokens are chosen in one generate call.
+
+    `control` bans what the fork rule bans (see ControlTokensLogitsProcessor, the same rule on a plain path).
+    """
+
+    control: ControlTokens | None
+    fork: bool
+    max_depth: int
+    processors: LogitsProcessorList
+    seed: int | None  # None: greedy
+    keep_scores: bool = False
+    keep_logits: bool = False
+
+    def __call__(self, forest: Forest, logits: torch.Tensor, requests: dict[Stem, Request]) -> list[Verdict]:
+        """`logits` [M, vocab] of the forest's verified rows; a verdict per verified stem, in order."""
+        raw = logits.float() if self.keep_logits else None
+        logits = self._ban(forest, logits.clone() if self.keep_logits else logits)
+        per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores
+        targets = None if per_path else logits.argmax(dim=-1).tolist()
+        verdicts, first = [], 0
+        for stem in forest.verified:
+            verdict = Verdict([], [], first)
+            path = requests[stem].path(stem.thread) if per_path else []
+            guesses = _guesses(stem)
+            node = -1
+            while True:
+                verdict.row = first + 1 + node
+                if targets is not None:
+                    token = targets[verdict.row]
+                else:
+                    scores = self._process(path + verdict.tokens, logits[verdict.row])
+                    if self.keep_scores:
+                        verdict.scores.append(scores)
+                    token = self._choose(scores, stem, len(verdict.tokens))
+                if raw is not None:
+                    verdict.logits.append(raw[verdict.row].clone())
+                verdict.tokens.append(token)
+                guess = guesses.get((node, token))
+                if guess is None:
+                    break
+                verdict.nodes.append(guess)
+                node = guess
+            verdicts.append(verdict)
+            first += 1 + len(stem.draft_tokens)
+        return verdicts
+
+    def _ban(self, forest: Forest, logits: torch.Tensor) -> torch.Tensor:
+        if self.control is None:
+            return logits
+        logits[:, self.control.child_id] = -torch.inf
+        if not self.fork:
+            logits[:, self.control.fork_id] = -torch.inf
+            return logits
+        control = (self.control.fork_id, self.control.child_id)
+        banned = [
+            stem.thread.depth >= self.max_depth or token in control
+            for stem in forest.verified
+            for token in (stem.pending[-1], *stem.draft_tokens)
+        ]
+        if any(banned):
+            logits[torch.tensor(banned, device=logits.device), self.control.fork_id] = -torch.inf
+        return logits
+
+    def _process(self, path: list[int], row: torch.Tensor) -> torch.Tensor:
+        scores = row.float()[None]
+        if self.processors:
+            scores = self.processors(torch.tensor([path], device=row.device), scores.clone())
+        return scores[0]
+
+    def _choose(self, scores: torch.Tensor, stem: Stem, ahead: int) -> int:
+        if self.seed is None:
+            return int(scores.argmax())
+        return sample(scores, self.seed, stem.thread.key, stem.thread.end + ahead)
+
+
+def _guesses(stem: Stem) -> dict[tuple[int, int], int]:
+    """(parent node, token) -> node; -1 is the root."""
+    parents = stem.draft_tree.parents[: len(stem.draft_tokens)].tolist()
+    return {(parent, token): node for node, (parent, token) in enumerate(zip(parents, stem.draft_tokens, strict=True))}

@@ -1,0 +1,61 @@
+"""Packaging: `heads/`, `triton_kernels/` and `eval/` install as sub-packages of `medusa_apar`.
+
+A top-level `triton_kernels` would shadow a package that other projects import, hence the mapping.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+MAPPED = {"medusa_apar.heads": "heads", "medusa_apar.triton_kernels": "triton_kernels", "medusa_apar.eval": "eval"}
+
+packages = find_packages(include=["medusa_apar", "medusa_apar.*"])
+for folder in MAPPED.values():
+    packages += [f"medusa_apar.{name}" for name in find_packages(include=[folder, f"{folder}.*"])]
+
+setup(
+    name="medusa-apar",
+    version="0.1.0",
+    description="Parallel threads (APAR) times speculative heads (Medusa): a drop-in generate() for transformers",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=packages,
+    package_dir=MAPPED,
+    package_data={
+        "medusa_apar": ["py.typed", "custom_generate/*"],
+        "medusa_apar.heads": ["weights/*/*"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.17,<6",
+        "numpy",
+        "safetensors",
+        # Read the GGUF of the embedded default model through transformers.
+        "gguf>=0.10",
+        "accelerate>=1.0",
+        "filelock",
+        # Tuned weights are peft adapters; merging them is peft's business, not ours.
+        "peft>=0.17",
+        "rich",
+        "triton>=3.6; platform_system == 'Linux'",
+    ],
+    extras_require={
+        "train": ["accelerate>=1.0"],
+        "eval": ["matplotlib"],
+        "serve": ["fastapi", "uvicorn"],
+        "notebooks": ["jupyterlab", "nbclient", "matplotlib"],
+        # fschat's conversation templates (which medusa-llm brings) render prompts of Vicuna-based APAR checkpoints.
+        "vicuna": ["medusa-llm==0.1", "fschat"],
+        # The tests also compare with medusa-llm's tree buffers and posterior: `make install` adds it without its
+        # dependencies.
+        "dev": ["pytest", "hypothesis", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["medusa-apar = medusa_apar.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,83 @@
+"""Plain-torch twins of the kernels: their specification, the CPU path, and the oracle of their tests."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_PHILOX_KEY = (0x9E3779B9, 0xBB67AE85)
+_PHILOX_ROUND = (0xD2511F53, 0xCD9E8D57)
+_LOW = 0xFFFFFFFF
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one request's forest rows over the slots they may see.
+
+    Args:
+        query: [heads, rows, head_dim].
+        key, value: [slots, kv_heads, head_dim]; any strides with the last dimension dense.
+        mask: bool [rows, slots], at least one true per row.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2).
+        sinks: [heads], a learned score per head that takes part in the softmax and carries no value.
+
+    Returns: [rows, heads, value_head_dim].
+    """
+    heads, rows, dim = query.shape
+    kv_heads = key.shape[1]
+    # The query heads that share a KV head become rows, so that K and V are read once for all of them.
+    packed = query.reshape(1, kv_heads, -1, dim)
+    key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+    packed_mask = mask.repeat(heads // kv_heads, 1)
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=packed_mask, scale=scale)
+    else:
+        scores = packed @ key.transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~packed_mask, -torch.inf).float()
+        if sinks is not None:
+            column = sinks.float().reshape(1, kv_heads, -1, 1).repeat_interleave(rows, dim=2)
+            scores = torch.cat([scores, column], dim=-1)
+        weights = scores.softmax(dim=-1)[..., : key.shape[-2]]
+        out = weights.to(value.dtype) @ value
+    return out.reshape(heads, rows, -1).transpose(0, 1)
+
+
+def philox(seed: int, thread: int, position: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """`count` random 32-bit words, int64 [count], a pure function of the first three arguments.
+
+    Philox4x32-10 (Salmon et al., SC 2011) keyed with the 64-bit `seed`; the counter is (word // 4, position, thread),
+    so every (seed, thread, position) has a stream of its own and any word can be computed alone, as a kernel would.
+    """
+    block = torch.arange((count + 3) // 4, device=device, dtype=torch.int64)
+    c0, c1 = block, torch.full_like(block, position & _LOW)
+    c2, c3 = torch.full_like(block, thread & _LOW), torch.full_like(block, (thread >> 32) & _LOW)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(10):
+        # int64 products wrap, but their bits are those of the unsigned product.
+        p0, p1 = c0 * _PHILOX_ROUND[0], c2 * _PHILOX_ROUND[1]
+        c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _PHILOX_KEY[0]) & _LOW, (k1 + _PHILOX_KEY[1]) & _LOW
+    return torch.stack([c0, c1, c2, c3], dim=1).reshape(-1)[:count]
+
+
+def gumbel_noise(
+    seed: int, thread: int, position: int, vocab_size: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Standard Gumbel noise for one token, float64 [vocab_size]: argmax(log-probs + noise) is an exact sample."""
+    uniform = (philox(seed, thread, position, vocab_size, device).double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log(uniform))
+
+
+def sample(scores: torch.Tensor, seed: int, thread: int, position: int) -> int:
+    """The token that this (seed, thread, position) draws from softmax(scores), `scores` float [vocab_size]."""
+    noise = gumbel_noise(seed, thread, position, len(scores), scores.device)
+    return int(torch.argmax(scores.double() + noise))
