@@ -161,12 +161,12 @@ class MedusaApar:
         control = self.control_token_ids
         seen: Counter = Counter()
         requests = []
-        for row, prompt in zip(input_ids.tolist(), prompts, strict=True):
+        for row, (row_ids, prompt) in enumerate(zip(input_ids.tolist(), prompts, strict=True)):
             # Equal prompts (num_return_sequences) get noise of their own, whatever else is in the batch.
             key = thread_key(prompt, seen[tuple(prompt)])
             seen[tuple(prompt)] += 1
             tree = ParagraphTree(prompt, key, eos_ids, control and control.fork_id, control and control.child_id)
-            requests.append(Request(row, prompt, tree, max_new_tokens, criteria))
+            requests.append(Request(row, len(prompts), row_ids, prompt, tree, max_new_tokens, criteria))
         return requests
 
     def _decoder(self, requests: list[Request], verifier: Verifier) -> Decoder:
@@ -236,6 +236,4 @@ def attach(
         draft_tree = DraftTree.likeliest(budget, checks.expected_acceptance(heads))
     elif heads is not None and draft_tree.num_heads > heads.num_heads:
         raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
-    return MedusaApar(
-        model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, backend, pool_slots
-    )
+    return MedusaApar(model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, backend, pool_slots)

@@ -17,20 +17,24 @@ def thread_key(*parts: object) -> int:
 
 class Request:
     """Args:
+    row, batch_size: its place in the caller's batch.
     row_ids: the row as the user passed it, padding included: what logits processors and criteria see.
     prompt_ids: the row without padding: what the model sees.
     max_new_tokens: limit on the visible text.
-    criteria: (row so far, int64 [1, length]) -> whether to stop, asked after every token of the reading order.
+    criteria: transformers' stopping criteria, asked after every token of the reading order.
     """
 
     def __init__(
         self,
+        row: int,
+        batch_size: int,
         row_ids: list[int],
         prompt_ids: list[int],
         tree: ParagraphTree,
         max_new_tokens: int,
         criteria: list[Callable] | None = None,
     ):
+        self.row, self.batch_size = row, batch_size
         self.row_ids, self.prompt_ids = row_ids, prompt_ids
         self.tree = tree
         self.max_new_tokens = max_new_tokens
@@ -62,5 +66,7 @@ class Request:
     def _criterion_met(self) -> bool:
         if not self._criteria:
             return False
-        row = torch.tensor([self.row_ids + self.text_ids])
-        return any(bool(torch.as_tensor(criterion(row, None)).any()) for criterion in self._criteria)
+        # Criteria may hold something per row of the batch, so they are shown the whole batch and asked for one row.
+        ids = torch.tensor([self.row_ids + self.text_ids]).expand(self.batch_size, -1)
+        verdicts = [torch.as_tensor(criterion(ids, None)).expand(self.batch_size) for criterion in self._criteria]
+        return any(bool(verdict[self.row]) for verdict in verdicts)

@@ -63,7 +63,7 @@ class Verifier:
                 if targets is not None:
                     token = targets[verdict.row]
                 else:
-                    scores = self._process(path + verdict.tokens, logits[verdict.row])
+                    scores = self._process(path + verdict.tokens, logits[verdict.row], requests[stem])
                     if self.keep_scores:
                         verdict.scores.append(scores)
                     token = self._choose(scores, stem, len(verdict.tokens))
@@ -96,11 +96,14 @@ class Verifier:
             logits[torch.tensor(banned, device=logits.device), self.control.fork_id] = -torch.inf
         return logits
 
-    def _process(self, path: list[int], row: torch.Tensor) -> torch.Tensor:
-        scores = row.float()[None]
-        if self.processors:
-            scores = self.processors(torch.tensor([path], device=row.device), scores.clone())
-        return scores[0]
+    def _process(self, path: list[int], logits: torch.Tensor, request: Request) -> torch.Tensor:
+        scores = logits.float()
+        if not self.processors:
+            return scores
+        # Processors may hold something per row of the batch, so they are shown the whole batch and asked for one row.
+        rows = request.batch_size
+        ids = torch.tensor([path], device=logits.device).expand(rows, -1)
+        return self.processors(ids, scores.repeat(rows, 1))[request.row]
 
     def _choose(self, scores: torch.Tensor, stem: Stem, ahead: int) -> int:
         if self.seed is None:

@@ -1,0 +1,171 @@
+"""Bad input: one clear sentence, the right exception, nothing half done."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BloomConfig,
+    DynamicCache,
+    LlamaConfig,
+    MambaConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
+
+import medusa_apar
+from medusa_apar import ControlTokens, DraftTree
+from medusa_apar.heads import MedusaHeads
+from tests.tiny import CONTROL, VOCAB, prompts, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def untouched(model):
+    """Generation as such must not have begun: no forward pass of the model may run."""
+
+    def explode(*args):
+        raise AssertionError("work was done before the input was refused")
+
+    return model.register_forward_pre_hook(explode)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"num_beams": 3}, NotImplementedError, "beam"),
+        ({"num_beams": 2, "do_sample": True}, NotImplementedError, "beam"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, NotImplementedError, "contrastive"),
+        ({"guidance_scale": 1.5}, NotImplementedError, "guidance_scale"),
+        ({"prompt_lookup_num_tokens": 3}, NotImplementedError, "assisted"),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, NotImplementedError, "output_hidden_states"),
+        ({"past_key_values": DynamicCache()}, NotImplementedError, "past_key_values"),
+        ({"stop_strings": ["x"]}, ValueError, "tokenizer"),
+    ],
+    ids=str,
+)
+def test_unsupported_generation_is_refused_before_any_work(model, options, error, sentence):
+    handle = untouched(model)
+    try:
+        with pytest.raises(error, match=sentence) as raised:
+            medusa_apar.attach(model).generate(**prompts(1, 5), max_new_tokens=4, **options)
+        assert "\n" not in str(raised.value)
+    finally:
+        handle.remove()
+
+
+def test_assistant_model_and_embeddings_are_refused(model):
+    apar = medusa_apar.attach(model)
+    with pytest.raises(NotImplementedError, match="assistant_model"):
+        apar.generate(**prompts(1, 5), assistant_model=model)
+    with pytest.raises(NotImplementedError, match="inputs_embeds"):
+        apar.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "empty"),
+        ({"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.tensor([[1] * 4, [0] * 4])}, "empty"),
+        ({"input_ids": torch.full((1, 256), 7)}, "context"),
+        ({"input_ids": torch.full((1, 5), VOCAB)}, "vocabulary"),
+        ({"input_ids": torch.full((1, 5), -1)}, "vocabulary"),
+    ],
+    ids=["no tokens", "all masked", "too long", "id too high", "id negative"],
+)
+def test_bad_prompts(model, inputs, sentence):
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    handle = untouched(model)
+    try:
+        with pytest.raises(ValueError, match=sentence):
+            medusa_apar.attach(model).generate(**inputs, max_new_tokens=4)
+    finally:
+        handle.remove()
+
+
+def test_a_pool_too_small(model):
+    with pytest.raises(ValueError, match="pool_slots=12 is too small"):
+        medusa_apar.attach(model, pool_slots=12).generate(**prompts(1, 5), max_new_tokens=10)
+    enough = medusa_apar.attach(model, MedusaHeads.random(model), pool_slots=15)
+    assert enough.generate(**prompts(1, 5), max_new_tokens=10, do_sample=False).shape[1] <= 15
+
+
+def test_heads_of_another_model(model):
+    torch.manual_seed(0)
+    other = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=VOCAB, hidden_size=48, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4)
+    )
+    with pytest.raises(ValueError, match="48.*32"):
+        medusa_apar.attach(model, MedusaHeads.random(other))
+
+
+def test_another_model_than_the_attached_one(model):
+    with pytest.raises(ValueError, match="another model"):
+        tiny_model().generate(**prompts(1, 5), custom_generate=medusa_apar.attach(model), max_new_tokens=3)
+
+
+def test_control_tokens_missing(model, tmp_path):
+    with pytest.raises(ValueError, match="missing from the model"):
+        medusa_apar.attach(model, apar=(5, VOCAB))
+    with pytest.raises(FileNotFoundError, match="apar_config.json"):
+        medusa_apar.attach(model, apar=tmp_path)
+    (tmp_path / "apar_config.json").write_text('{"fork_token_id": 3}')
+    with pytest.raises(ValueError, match="child_token_id"):
+        medusa_apar.attach(model, apar=tmp_path)
+    with pytest.raises(ValueError, match="different"):
+        ControlTokens(3, 3)
+
+
+@pytest.mark.parametrize("options", [{"budget": 0}, {"max_threads": 0}, {"pool_slots": -1}, {"max_depth": -1}], ids=str)
+def test_limits_must_be_positive(model, options):
+    with pytest.raises(ValueError, match="positive"):
+        medusa_apar.attach(model, None, CONTROL, **options)
+
+
+def test_unknown_backend_and_too_deep_a_tree(model):
+    with pytest.raises(ValueError, match="flash"):
+        medusa_apar.attach(model, attention="flash")
+    with pytest.raises(ValueError, match="2 deep but there are 1"):
+        medusa_apar.attach(model, MedusaHeads.random(model, num_heads=1), draft_tree=DraftTree([(0,), (0, 0)]))
+
+
+def test_models_that_cannot_work():
+    small = {"vocab_size": 20, "num_hidden_layers": 1}
+    encoder_decoder = AutoModelForSeq2SeqLM.from_config(
+        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    recurrent = AutoModelForCausalLM.from_config(MambaConfig(**small, hidden_size=8, state_size=4))
+    hybrid = AutoModelForCausalLM.from_config(
+        Qwen3NextConfig(
+            vocab_size=20,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            linear_num_key_heads=1,
+            linear_num_value_heads=1,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            num_experts=0,
+            layer_types=["linear_attention", "full_attention"],
+        )
+    )
+    alibi = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2))
+    headless = AutoModel.from_config(
+        LlamaConfig(**small, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
+    )
+    for model, sentence in (
+        (encoder_decoder, "encoder-decoder"),
+        (recurrent, "recurrent"),
+        (hybrid, "recurrent"),
+        (alibi, "AttentionInterface"),
+        (headless, "not a causal language model"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            medusa_apar.attach(model)

@@ -1,0 +1,192 @@
+"""The command line: what it prints where, on a tiny forking model and, marked real, on the default one."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from medusa_apar import cli, demo
+from medusa_apar.generate import attach
+from medusa_apar.heads import MedusaHeads
+from medusa_apar.lanes import Lanes
+from tests.test_load import save_tokenizer
+from tests.tiny import CONTROL, VOCAB, forking_model
+
+QUESTION = "w1 w2 w9 w3"
+KEYS = ["text", "tokens", "steps", "threads", "forks", "tokens_per_second", "baseline_tokens_per_second", "speedup"]
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def apar(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder, ["<unk>", "<s>", "</s>", "<fork>", "<child>", *(f"w{i}" for i in range(VOCAB - 5))])
+    model = forking_model(2)
+    return attach(model, heads=MedusaHeads.random(model), apar=CONTROL, tokenizer=AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture
+def run(apar, monkeypatch, capsys):
+    """Runs the command on the tiny model: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(cli, "_load", lambda args: apar)
+
+    def run(*args):
+        code = cli.main([*args])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_generate_prints_just_the_answer(run, apar):
+    code, out, err = run("generate", QUESTION, "--max-new-tokens", "30")
+    assert (code, err) == (0, "")
+    inputs = apar.tokenizer(QUESTION, return_tensors="pt")
+    sequence = apar.generate(**inputs, max_new_tokens=30, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert out.strip() == apar.tokenizer.decode(sequence, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("command", [("demo", "--prompt"), ("generate", "--baseline")])
+def test_json_is_the_last_line(run, command):
+    code, out, err = run(*command, QUESTION, "--max-new-tokens", "40", "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert list(found) == KEYS
+    assert found["tokens"] == 40 and found["threads"] == found["forks"] + 1 >= 3
+    assert found["speedup"] == pytest.approx(found["tokens_per_second"] / found["baseline_tokens_per_second"])
+    assert code == 0 and "\x1b" not in err
+
+
+def test_without_a_baseline_its_numbers_are_null(run):
+    _, out, _ = run("generate", QUESTION, "--max-new-tokens", "5", "--json")
+    assert json.loads(out)["baseline_tokens_per_second"] is json.loads(out)["speedup"] is None
+    _, out, _ = run("demo", "--prompt", QUESTION, "--max-new-tokens", "5", "--json", "--no-baseline")
+    assert json.loads(out)["speedup"] is None
+
+
+def test_no_fork_is_one_thread(run, apar):
+    found = json.loads(run("generate", QUESTION, "--max-new-tokens", "20", "--no-fork", "--json")[1])
+    assert found["threads"] == 1 and found["forks"] == 0
+    inputs = apar.tokenizer(QUESTION, return_tensors="pt")
+    plain = demo.run_baseline(apar, inputs, {"max_new_tokens": 20, "do_sample": False, "fork": False})
+    assert found["text"] == plain.text
+
+
+def test_a_seed_names_a_sample(run):
+    def sample(seed):
+        args = ("--max-new-tokens", "20", "--temperature", "1.5", "--seed", seed, "--json")
+        return json.loads(run("generate", QUESTION, *args)[1])["text"]
+
+    assert sample("1") == sample("1") != sample("2")
+
+
+def test_demo_in_a_pipe_prints_milestones_answer_and_table(run):
+    code, out, err = run("demo", "--prompt", QUESTION, "--max-new-tokens", "60")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out and "\r" not in out
+    lines = out.splitlines()
+    forked = [index for index, line in enumerate(lines) if "thread 1 leaves trunk after" in line]
+    ended = [index for index, line in enumerate(lines) if "thread 1 ends with" in line]
+    table = [index for index, line in enumerate(lines) if "tokens per second" in line]
+    assert forked and ended and table and forked < ended < table
+    assert "transformers" in out
+    assert re.search(r"tokens per step +│ +\d", out)
+
+
+@pytest.mark.parametrize(("width", "height"), [(110, 30), (40, 12), (20, 5), (300, 60)])
+def test_lanes_fit_the_terminal(apar, width, height):
+    frames = []
+    console = Console(force_terminal=True, width=width, height=height, file=open("/dev/null", "w"))  # noqa: SIM115
+    inputs = demo.prompt(apar, QUESTION)
+    lanes = Lanes(console, apar.tokenizer)
+
+    def observer(trees, stats):
+        frame = lanes._frame(trees[0], stats)
+        frames.append(["".join(part.text for part in line) for line in console.render_lines(frame)])
+
+    run = demo.run_apar(apar, inputs, {"max_new_tokens": 60, "do_sample": False, "fork": True}, observer)
+    assert run.threads >= 3
+    assert all(len(frame) < max(height, 7) for frame in frames)
+    assert "thread 1" in "\n".join(frames[-1]) or width * height < 500
+    if width > 100:
+        assert len({line.count("╭") for frame in frames for line in frame} - {0}) > 1  # side by side
+
+
+def test_lanes_restore_the_terminal(run, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "Console", lambda stderr=False: Console(force_terminal=True, width=100, height=30))
+    _, out, _ = run("demo", "--prompt", QUESTION, "--max-new-tokens", "40", "--no-baseline")
+    assert out.count("\x1b[?25l") == out.count("\x1b[?25h") == 1  # cursor hidden and shown again
+    assert "thread 1" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ([], "arguments are required"),
+        (["sing"], "invalid choice: 'sing'"),
+        (["generate"], "required: PROMPT"),
+        (["generate", "x", "--max-new-tokens", "0"], "'0' must be a whole number at least 1"),
+        (["generate", "x", "--top-p", "1.5"], "'1.5' must be a number above 0 and at most 1"),
+        (["demo", "--temperature", "0"], "'0' must be a number above 0"),
+        (["demo", "--dtype", "int4"], "invalid choice: 'int4'"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(args, sentence, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(args)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert sentence in err and err.startswith("medusa-apar: ") and err.count("\n") == 1 and not out
+
+
+def test_what_load_and_generate_refuse_is_one_sentence(run, monkeypatch, capsys):
+    for args, sentence in [
+        (("generate", " "), "the prompt is empty"),
+        (("generate", QUESTION, "--max-new-tokens", "100000"), "256"),
+        (("generate", QUESTION, "--baseline"), "--baseline needs --json"),
+    ]:
+        code, out, err = run(*args)
+        assert (code, out) == (2, "")
+        assert sentence in err and err.startswith("medusa-apar: ") and err.count("\n") == 1
+    monkeypatch.undo()
+    assert cli.main(["generate", "x", "--model", "./nothing"]) == 2
+    assert capsys.readouterr().err == "medusa-apar: ./nothing does not exist\n"
+
+
+def test_the_prompt_comes_from_standard_input(run, monkeypatch):
+    import io
+
+    expected = run("generate", QUESTION, "--max-new-tokens", "5")
+    monkeypatch.setattr("sys.stdin", io.StringIO(QUESTION))
+    assert run("generate", "-", "--max-new-tokens", "5") == expected
+
+
+def test_doctor_names_what_it_found(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for name in ("python", "torch", "transformers", "cpu", "gpu", "kernels", "cache", "smollm2-135m"):
+        assert re.search(rf"^{name} +\S", out, re.M), name
+
+
+def test_readme_commands_parse():
+    commands = re.findall(r"^medusa-apar .*$", README.read_text(), re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        cli.parser().parse_args(shlex.split(command)[1:])
+
+
+@pytest.mark.real
+def test_the_default_model_answers_in_threads(capsys):
+    assert cli.main(["demo", "--json", "--no-baseline"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["threads"] >= 3 and found["steps"] < found["tokens"]
+
+
+@pytest.mark.real
+def test_the_readme_example_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert example
+    exec(example[1], {})
+    assert "stress" in capsys.readouterr().out.lower()

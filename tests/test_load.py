@@ -1,0 +1,270 @@
+"""`load`: what a name stands for, and that every part of it arrives in the model."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from medusa_apar import hub
+from medusa_apar.control_tokens import ControlTokens
+from medusa_apar.heads import MedusaHeads
+from medusa_apar.load import load, locate
+from tests.tiny_gguf import write_tiny_gguf
+
+FORK, CHILD = 3, 4
+WORDS = ["<unk>", "<s>", "</s>", "<fork>", "<child>", *(f"w{i}" for i in range(27))]
+
+
+def save_tokenizer(folder, words=WORDS):
+    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    tiny_model().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A LoRA with both control rows over `base`, which it names relative to itself, and its logits before merging."""
+    folder = tmp_path / "adapter"
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        trainable_token_indices=[FORK, CHILD],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.normal_()
+    tuned.save_pretrained(folder)
+    ids = {"fork_token_id": FORK, "child_token_id": CHILD, "base": "../base"}
+    (folder / "apar_config.json").write_text(json.dumps(ids))
+    with torch.no_grad():
+        return folder, tuned(PROMPT).logits
+
+
+PROMPT = torch.tensor([[1, FORK, CHILD, 9, 17]])
+
+
+def logits(apar):
+    with torch.no_grad():
+        return apar.model(PROMPT).logits
+
+
+# ---- what is loaded
+
+
+def test_a_folder_is_a_plain_model(base):
+    apar = load(base)
+    assert apar.heads is None and apar.control_token_ids is None
+    assert apar.model.dtype == torch.float32
+    assert not apar.model.training
+    assert apar.tokenizer.convert_ids_to_tokens(9) == "w4"
+    assert torch.equal(logits(apar), tiny_model()(PROMPT).logits)
+    expected = apar.model.generate(PROMPT, max_new_tokens=8, do_sample=False)
+    assert torch.equal(apar.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_dtype_and_attach_options_arrive(base):
+    apar = load(str(base), dtype="bfloat16", max_threads=2, budget=5)
+    assert apar.model.dtype == torch.bfloat16
+    assert apar.max_threads == 2 and apar.budget == 5
+
+
+def test_an_adapter_is_merged_into_the_base_it_names(adapter):
+    folder, expected = adapter
+    apar = load(folder)
+    assert apar.control_token_ids == ControlTokens(FORK, CHILD)
+    assert apar.tokenizer is not None
+    torch.testing.assert_close(logits(apar), expected)
+    # One matrix still serves both ends, control rows included.
+    assert apar.model.get_output_embeddings().weight.data_ptr() == apar.model.get_input_embeddings().weight.data_ptr()
+
+
+def test_an_adapter_passed_as_apar(base, adapter):
+    folder, expected = adapter
+    apar = load(base, apar=folder)
+    torch.testing.assert_close(logits(apar), expected)
+    assert apar.control_token_ids == ControlTokens(FORK, CHILD)
+
+
+def test_apar_none_leaves_the_base_as_it_was_released(adapter):
+    apar = load(adapter[0], apar=None)
+    assert apar.control_token_ids is None
+    assert torch.equal(logits(apar), tiny_model()(PROMPT).logits)
+
+
+def test_control_tokens_given_by_hand(base):
+    assert load(base, apar=ControlTokens(5, 6)).control_token_ids == ControlTokens(5, 6)
+
+
+@pytest.mark.parametrize("place", [".", "medusa"])
+def test_heads_beside_a_model(base, place):
+    heads = MedusaHeads.random(tiny_model(), num_heads=2, seed=3)
+    if place == ".":  # whose config.json is the model's own
+        heads.save_pretrained(base / "elsewhere", dtype=torch.float32)
+        (base / "elsewhere" / "medusa_lm_head.safetensors").rename(base / "medusa_lm_head.safetensors")
+    else:
+        heads.save_pretrained(base / "medusa", dtype=torch.float32)
+    apar = load(base)
+    assert apar.heads.num_heads == 2
+    assert torch.equal(apar.heads.tensors().weight, heads.tensors().weight)
+    assert load(base, heads=None).heads is None
+
+
+def test_heads_alone_name_their_base(base, tmp_path):
+    heads = MedusaHeads.random(AutoModelForCausalLM.from_pretrained(base), num_heads=2)
+    heads.save_pretrained(tmp_path / "heads")
+    apar = load(tmp_path / "heads")
+    assert apar.heads.num_heads == 2
+    assert torch.equal(logits(apar), tiny_model()(PROMPT).logits)
+    assert load(base, heads=tmp_path / "heads").heads.num_heads == 2
+
+
+def test_tokens_of_released_apar_models_are_found(base):
+    save_tokenizer(base, [*WORDS[:-2], "[SplitMask]", "[SplitSop]"])
+    assert load(base).control_token_ids == ControlTokens(len(WORDS) - 2, len(WORDS) - 1)
+    assert load(base, apar=True).control_token_ids is not None
+    assert load(base, apar=None).control_token_ids is None
+
+
+def test_a_gguf_file(tmp_path):
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    apar = load(tmp_path / "tiny.gguf")
+    ids = apar.tokenizer('!"#', return_tensors="pt")
+    expected = apar.model.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(apar.generate(**ids, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_the_embedded_name_takes_weights_from_the_package(base, adapter, monkeypatch):
+    folder, expected = adapter
+    monkeypatch.setattr(hub, "embedded_model_dir", lambda name: base)
+    monkeypatch.setattr("medusa_apar.load.files", lambda package: folder.parent / "package")
+    (folder.parent / "package" / "weights").mkdir(parents=True)
+    folder.rename(folder.parent / "package" / "weights" / "smollm2-135m")
+    apar = load()
+    torch.testing.assert_close(logits(apar), expected)
+    assert apar.control_token_ids == ControlTokens(FORK, CHILD)
+
+
+def test_a_hub_repository_is_read_like_a_folder(base, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(base))
+    assert locate("someone/tiny").base == "someone/tiny"
+
+
+# ---- what is refused, before any weight is read
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def fail(*args):
+        raise AssertionError("weights were read before the arguments were checked")
+
+    monkeypatch.setitem(load.__globals__, "_model", fail)
+
+
+@pytest.mark.usefixtures("no_weights")
+class TestRefusals:
+    def test_missing_paths(self):
+        for name in ("./nothing", "/no/such/folder", "~/nothing", "model.gguf"):
+            with pytest.raises(FileNotFoundError, match="does not exist"):
+                load(name)
+
+    def test_unknown_name(self, monkeypatch):
+        def offline(name, allow_patterns):
+            raise LocalEntryNotFoundError("cannot reach the Hub\nand more")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+        with pytest.raises(
+            ConnectionError, match=r"unknown model 'smollm3'.*cannot be reached \(cannot reach the Hub\)"
+        ):
+            load("smollm3")
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="unknown model 'not a name!': not smollm2-135m"):
+            load("not a name!")
+
+    def test_files_and_folders_that_are_no_model(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("")
+        with pytest.raises(ValueError, match="no GGUF file"):
+            load(tmp_path / "notes.txt")
+        with pytest.raises(ValueError, match="holds no model"):
+            load(tmp_path)
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(ValueError, match="config.json is not valid JSON"):
+            load(tmp_path)
+
+    def test_an_adapter_whose_base_is_gone(self, tmp_path):
+        (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone"}')
+        with pytest.raises(FileNotFoundError, match="names /gone as its base model, but /gone does not exist"):
+            load(tmp_path)
+
+    def test_control_tokens_insisted_on_but_missing(self, base):
+        with pytest.raises(ValueError, match="has no control tokens"):
+            load(base, apar=True)
+        with pytest.raises(FileNotFoundError, match="holds neither apar_config.json nor adapter_config.json"):
+            load(base, apar=base)
+        (base / "apar_config.json").write_text('{"fork_token_id": 3}')
+        with pytest.raises(ValueError, match="child_token_id"):
+            load(base)
+
+    def test_missing_heads(self, base):
+        with pytest.raises(FileNotFoundError, match="heads='./nothing' is no file, folder or Hub id"):
+            load(base, heads="./nothing")
+
+    @pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64])
+    def test_dtype(self, base, dtype):
+        with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
+            load(base, dtype=dtype)
+
+
+def test_code_of_a_repository_does_not_run_by_itself(base, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(base)
+    assert not Path(tmp_path / "ran").exists()
+
+
+@pytest.mark.real
+def test_the_default_forks_and_drafts():
+    apar = load()
+    assert apar.control_token_ids == ControlTokens(15, 16)
+    assert apar.heads is not None
+    assert apar.model.get_input_embeddings().weight is apar.model.get_output_embeddings().weight

@@ -1,0 +1,148 @@
+"""Tiny random models of many families, and drafters and references the exactness tests share."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LogitsProcessorList,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from medusa_apar import ControlTokens
+from medusa_apar.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
+
+VOCAB, EOS, FORK, CHILD = 61, 2, 3, 4
+CONTROL = ControlTokens(FORK, CHILD)
+
+_LLAMA_LIKE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+_IDS = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
+
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_LLAMA_LIKE, **_IDS),
+    # Windows shorter than the text: masked by path position, or the test fails.
+    "mistral": lambda: MistralConfig(**_LLAMA_LIKE, **_IDS, sliding_window=7),
+    "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE, **_IDS),
+    "qwen3": lambda: Qwen3Config(**_LLAMA_LIKE, **_IDS, head_dim=8),
+    "gemma2": lambda: Gemma2Config(**_LLAMA_LIKE, **_IDS, head_dim=8, sliding_window=6),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_LLAMA_LIKE, **_IDS, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi3": lambda: Phi3Config(**_LLAMA_LIKE, **_IDS),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        **{key: value for key, value in _LLAMA_LIKE.items() if key != "num_key_value_heads"}, **_IDS
+    ),
+    "olmo2": lambda: Olmo2Config(**_LLAMA_LIKE, **_IDS),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, **_IDS),
+}
+
+
+def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **bias: float) -> PreTrainedModel:
+    """Random weights, scaled up so that the text varies and ties do not occur. `bias` nudges "fork" and "eos"."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    if bias:
+        head = torch.nn.Linear(model.config.hidden_size, VOCAB, bias=True)
+        head.weight.data = model.get_output_embeddings().weight.data.clone()
+        head.bias.data.zero_()
+        head.bias.data[FORK], head.bias.data[EOS] = bias.get("fork", 0.0), bias.get("eos", 0.0)
+        model.set_output_embeddings(head)
+    return model
+
+
+def forking_model(seed: int) -> PreTrainedModel:
+    """Forks often, deep, and ends some of its threads."""
+    return tiny_model("llama", seed, scale=6.0, fork=0.9, eos=0.4)
+
+
+def prompts(rows: int, length: int, seed: int = 0, ragged: bool = False) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, left-padded by 0, 2, 4, ... tokens if ragged."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(5, VOCAB, (rows, length), generator=generator)
+    mask = torch.ones_like(input_ids)
+    if ragged:
+        for row in range(rows):
+            mask[row, : 2 * row] = 0
+            input_ids[row, : 2 * row] = 0
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def plain_continuation(model, path_ids: list[int], length: int, prompt_length: int, **kwargs) -> list[int]:
+    """What transformers' own greedy decoding writes behind a path under the fork rule."""
+    rule = ControlTokensLogitsProcessor(CONTROL, prompt_length, kwargs.pop("fork", True), DEFAULT_MAX_DEPTH)
+    path = torch.tensor([path_ids])
+    out = model.generate(
+        input_ids=path,
+        attention_mask=torch.ones_like(path),
+        max_new_tokens=length,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([rule]),
+        **kwargs,
+    )
+    return out[0, len(path_ids) :].tolist()
+
+
+def assert_threads_are_plain(model, paragraph_trees) -> int:
+    """Promise 1, thread by thread; returns how many threads were compared."""
+    compared = 0
+    for tree in paragraph_trees:
+        for thread in tree.threads:
+            if thread.token_ids:
+                expected = plain_continuation(model, thread.path_ids, len(thread.token_ids), tree.trunk.num_forced)
+                assert thread.token_ids == expected, thread
+                compared += 1
+    return compared
+
+
+class RecallHeads:
+    """A drafter that remembers a finished run: nearest hidden state -> the tokens that followed it there.
+
+    Guesses so well that runs of several tokens, `[Fork]` among them, are accepted at once; every `wrong_every`-th
+    guess is spoilt.
+    """
+
+    def __init__(self, model: PreTrainedModel, paragraph_trees, num_heads: int = 3, wrong_every: int = 5):
+        self.num_heads, self.wrong_every, self._calls = num_heads, wrong_every, 0
+        keys, futures = [], []
+        for thread in (thread for tree in paragraph_trees for thread in tree.threads):
+            ids = thread.path_ids + thread.token_ids
+            with torch.no_grad():
+                hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+            for position in range(len(thread.path_ids) - 1, len(ids) - 1):
+                future = ids[position + 2 : position + 2 + num_heads]
+                keys.append(hidden[position])
+                futures.append(future + [0] * (num_heads - len(future)))
+        self._keys, self._futures = torch.stack(keys), torch.tensor(futures)
+
+    def check_matches(self, model) -> None: ...
+
+    def draft(self, hidden: torch.Tensor, top_k: int) -> tuple[torch.Tensor, None]:
+        nearest = torch.cdist(hidden, self._keys).argmin(dim=1)
+        first = self._futures[nearest][..., None]
+        self._calls += 1
+        if self._calls % self.wrong_every == 0:
+            first = (first + 1) % VOCAB
+        others = (first + torch.arange(1, top_k)) % VOCAB
+        return torch.cat([first, others], dim=-1), None
