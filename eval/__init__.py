@@ -1,0 +1,1 @@
+"""Measuring: latency, throughput, quality and kernels. Benchmarks live here, never in tests."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -66,8 +67,9 @@ def pick_backend(attention: str) -> str:
 @contextmanager
 def forest_attention(model: PreTrainedModel, backend: str) -> Iterator[None]:
     """Within the block `model` attends over forests; afterwards it has the implementation it had before."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if config is not None}.values()
+    before = [(config, config._attn_implementation) for config in configs]
     try:
         for config, _ in before:
             config._attn_implementation = f"medusa_apar_{backend}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -72,7 +72,7 @@ def check_call(
     for name, value in model_kwargs.items():
         if name not in _PREPARED and isinstance(value, torch.Tensor):
             raise NotImplementedError(f"{name} is not supported; give the prompt as input_ids and attention_mask.")
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
         raise ValueError(f"input_ids hold {int(input_ids.max())}, but the model's vocabulary has {vocab_size} ids.")
 

@@ -15,10 +15,15 @@ DEFAULT_MAX_DEPTH = 3
 
 @dataclass(frozen=True, slots=True)
 class ControlTokens:
-    """`fork_id` marks where an answer splits, `child_id` is the forced first token of every child thread."""
+    """`fork_id` marks where an answer splits, `child_id` is the forced first token of every child thread.
+
+    `max_depth` is how deep the threads were that the model was tuned on: one that has only seen children of the trunk
+    does not know what a child's `[Fork]` means.
+    """
 
     fork_id: int
     child_id: int
+    max_depth: int = DEFAULT_MAX_DEPTH
 
     def __post_init__(self):
         if self.fork_id == self.child_id or min(self.fork_id, self.child_id) < 0:
@@ -28,7 +33,7 @@ class ControlTokens:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ControlTokens:
-        """Reads `apar_config.json` in `directory`; FileNotFoundError or ValueError where it is not there or lacks an id."""
+        """Reads `apar_config.json`; FileNotFoundError where there is none, ValueError where it lacks an id."""
         path = Path(directory) / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist, so the control tokens of this APAR model are unknown.")
@@ -36,7 +41,7 @@ class ControlTokens:
         missing = [key for key in ("fork_token_id", "child_token_id") if not isinstance(config.get(key), int)]
         if missing:
             raise ValueError(f"{path} does not give {' and '.join(missing)} as a number.")
-        return cls(config["fork_token_id"], config["child_token_id"])
+        return cls(config["fork_token_id"], config["child_token_id"], config.get("max_depth", DEFAULT_MAX_DEPTH))
 
     def check_matches(self, vocab_size: int) -> None:
         if max(self.fork_id, self.child_id) >= vocab_size:
@@ -53,12 +58,11 @@ class ControlTokensLogitsProcessor(LogitsProcessor):
     path's depth is the number of `[Child]` behind the prompt. With `fork=False` neither is ever chosen.
     """
 
-    def __init__(
-        self, control: ControlTokens, prompt_length: int, fork: bool = True, max_depth: int = DEFAULT_MAX_DEPTH
-    ):
-        self.control, self.prompt_length, self.fork, self.max_depth = control, prompt_length, fork, max_depth
+    def __init__(self, control: ControlTokens, prompt_length: int, fork: bool = True, max_depth: int | None = None):
+        self.control, self.prompt_length, self.fork = control, prompt_length, fork
+        self.max_depth = control.max_depth if max_depth is None else max_depth
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         fork_id, child_id = self.control.fork_id, self.control.child_id
         depth = (input_ids[:, self.prompt_length :] == child_id).sum(dim=1)
         last = input_ids[:, -1]

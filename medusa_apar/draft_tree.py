@@ -24,7 +24,7 @@ class DraftTree:
 
     def __init__(self, choices: Sequence[Sequence[int]]):
         """`choices`: one tuple of ranks per node, root to node, as Medusa writes its trees: `[(0,), (1,), (0, 0)]`."""
-        index = {(): -1}
+        index: dict[tuple[int, ...], int] = {(): -1}
         for number, choice in enumerate(map(tuple, choices)):
             if not choice or min(choice) < 0:
                 raise ValueError(f"A draft tree's node is a non-empty tuple of ranks from 0, got {choice}.")
@@ -47,7 +47,7 @@ class DraftTree:
         `acceptance[head][rank]` is the chance that head's guess of that rank is right, taken as independent of the
         rest, as Medusa's offline search does. Choosing greedily is optimal: a node is never likelier than its parent.
         """
-        frontier = [(-acceptance[0][0], (0,))] if acceptance else []
+        frontier: list[tuple[float, tuple[int, ...]]] = [(-acceptance[0][0], (0,))] if acceptance else []
         choices: list[tuple[int, ...]] = []
         while frontier and len(choices) < size:
             chance, choice = heapq.heappop(frontier)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
-from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -89,7 +89,7 @@ class MedusaApar:
             )
             kwargs["generation_config"] = config = copy.deepcopy(config or self.model.generation_config)
             config.stop_strings = None
-        return self.model.generate(inputs, custom_generate=bound, **kwargs)
+        return cast(Any, self.model).generate(inputs, custom_generate=bound, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -165,7 +165,9 @@ class MedusaApar:
             # Equal prompts (num_return_sequences) get noise of their own, whatever else is in the batch.
             key = thread_key(prompt, seen[tuple(prompt)])
             seen[tuple(prompt)] += 1
-            tree = ParagraphTree(prompt, key, eos_ids, control and control.fork_id, control and control.child_id)
+            tree = ParagraphTree(prompt, key, eos_ids)
+            if control is not None:
+                tree.fork_id, tree.child_id = control.fork_id, control.child_id
             requests.append(Request(row, len(prompts), row_ids, prompt, tree, max_new_tokens, criteria))
         return requests
 
@@ -185,14 +187,14 @@ class MedusaApar:
 
 def attach(
     model: PreTrainedModel,
-    heads: MedusaHeads | str | PathLike | None = None,
-    apar: ControlTokens | str | PathLike | tuple[int, int] | None = None,
+    heads: MedusaHeads | str | Path | None = None,
+    apar: ControlTokens | str | Path | tuple[int, int] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     draft_tree: DraftTree | None = None,
     budget: int | None = None,
     max_threads: int | None = None,
-    max_depth: int = DEFAULT_MAX_DEPTH,
+    max_depth: int | None = None,
     attention: str = "auto",
     pool_slots: int | None = None,
 ) -> MedusaApar:
@@ -206,7 +208,7 @@ def attach(
         draft_tree: which guesses become nodes; by default the likeliest for the heads at hand.
         budget: rows of a step's forest, threads' roots included (default 16 on a CPU, 64 on a GPU).
         max_threads: most threads of a request that run in one step; the others wait (None: no limit).
-        max_depth: threads at this depth (the trunk has 0) do not fork.
+        max_depth: threads at this depth (the trunk has 0) do not fork (default: as deep as the model was tuned).
         attention: "auto" or "sdpa".
         pool_slots: most KV slots ever in use (None: grows on demand). Under pressure threads wait or are evicted and
             fed again later, which never changes a token.
@@ -216,16 +218,18 @@ def attach(
     """
     checks.check_model(model)
     backend = pick_backend(attention)
-    if isinstance(heads, (str, PathLike)):
+    if isinstance(heads, (str, Path)):
         heads = MedusaHeads.from_pretrained(heads, model)
     if isinstance(apar, tuple):
         apar = ControlTokens(*apar)
-    elif isinstance(apar, (str, PathLike)):
+    elif isinstance(apar, (str, Path)):
         apar = ControlTokens.from_pretrained(apar)
     if heads is not None:
         heads.check_matches(model)
     if apar is not None:
         apar.check_matches(model.get_output_embeddings().weight.shape[0])
+    if max_depth is None:
+        max_depth = DEFAULT_MAX_DEPTH if apar is None else apar.max_depth
     if budget is None:
         budget = _BUDGET.get(model.device.type, _BUDGET["cpu"])
     limits = {"budget": budget, "max_depth": max_depth, "max_threads": max_threads, "pool_slots": pool_slots}

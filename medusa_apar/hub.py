@@ -126,7 +126,7 @@ def read_gguf(path: Path, dtype: Any) -> Any:
     kwargs: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
     if config := getattr(transformers, "GgufConfig", None):  # newer releases keep blocks packed where kernels allow
         kwargs["quantization_config"] = config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **kwargs)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **kwargs)
     if getattr(model, "hf_quantizer", None) is not None:  # else save_pretrained refuses and peft sees a quantised model
         model.hf_quantizer.remove_quantization_config(model)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -242,4 +243,6 @@ def _merged(model: Any, adapter: Path, tokenizer: Any) -> Any:
 
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # an adapter that brings its own control tokens
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing a user can act on
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()

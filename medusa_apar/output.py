@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
+import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .paragraph_tree import ParagraphTree
@@ -37,5 +38,8 @@ class Stats:
 class MedusaAparOutput(GenerateDecoderOnlyOutput):
     """transformers' own output with `stats` and one `paragraph_tree` per row."""
 
+    sequences: torch.Tensor  # type: ignore[assignment]
+    scores: tuple[torch.Tensor, ...] | None = None  # type: ignore[assignment]
+    logits: tuple[torch.Tensor, ...] | None = None  # type: ignore[assignment]
     stats: Stats | None = None
     paragraph_tree: list[ParagraphTree] | None = None

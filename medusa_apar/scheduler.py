@@ -66,7 +66,7 @@ class Scheduler:
         return parent is not None and parent.live and thread.fork_index == len(parent.tokens) - 1
 
     def _make_room(self, thread: Thread, chosen: dict[Thread, Request], requests: Sequence[Request]) -> bool:
-        """Whether the pool has slots for the thread beside those chosen; the first choice may evict the last in line."""
+        """Whether the pool has slots for it beside those chosen; the first choice may evict the last in line."""
         if self.ledger.pool.available is None:
             return True
         if self._fits([*chosen, thread]):

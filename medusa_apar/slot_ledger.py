@@ -1,4 +1,4 @@
-"""Which slot holds which token of which thread, and for how long: slots return when no live thread's path needs them."""
+"""Which slot holds which token, and for how long: a slot returns as soon as no live thread's path needs it."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Verifier:
         # Processors may hold something per row of the batch, so they are shown the whole batch and asked for one row.
         rows = request.batch_size
         ids = torch.tensor([path], device=logits.device).expand(rows, -1)
-        return self.processors(ids, scores.repeat(rows, 1))[request.row]
+        return self.processors(ids, scores.repeat(rows, 1))[request.row]  # type: ignore[arg-type]
 
     def _choose(self, scores: torch.Tensor, stem: Stem, ahead: int) -> int:
         if self.seed is None:

@@ -104,7 +104,7 @@ def test_reading_order_positions_and_ends(data):
             # What was shown never has to be taken back.
             assert slow_reading_order(tree)[: len(shown[tree])] == shown[tree]
             for thread, before in tree.live_in_reading_order():
-                written = [pair for pair in tree.reading_order()]
+                written = list(tree.reading_order())
                 own = [number for number, (owner, _) in enumerate(written) if owner is thread]
                 if own:
                     # Its end stands right behind its last visible token and everything spliced in before that.

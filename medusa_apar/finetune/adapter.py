@@ -94,6 +94,7 @@ def save_adapter(tuned: PeftModel, folder: Path, tokenizer, tokens: Tokens, base
     save_file(weights, file, metadata={"format": "pt"})
     fork, child = tokenizer.convert_ids_to_tokens([tokens.fork, tokens.child])
     config = {
+        "max_depth": 1,  # corpus.py's trees: children of the trunk, none of their own
         "fork_token_id": tokens.fork,
         "child_token_id": tokens.child,
         "fork_token": fork,

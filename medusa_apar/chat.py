@@ -1,0 +1,46 @@
+"""From a conversation to the prompt a model was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .load import RELEASED_TOKENS
+
+Message = dict[str, str]  # "role": "system" | "user" | "assistant", "content"
+
+
+def encode(tokenizer: Any, question: str) -> dict[str, Any]:
+    """`encode_messages` of one question; ValueError where there is none."""
+    if not question.strip():
+        raise ValueError("the prompt is empty")
+    return encode_messages(tokenizer, [{"role": "user", "content": question}])
+
+
+def encode_messages(tokenizer: Any, messages: list[Message]) -> dict[str, Any]:
+    """`input_ids` and `attention_mask` [1, length], ready for an answer: the tokenizer's chat template, else Vicuna's
+    for released APAR models, whose tokenizers carry none, else the last message as bare text."""
+    if tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    elif set(RELEASED_TOKENS) <= set(tokenizer.get_vocab()):
+        encoded = tokenizer(_vicuna(messages), return_tensors="pt")
+    else:
+        encoded = tokenizer(messages[-1]["content"], return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def _vicuna(messages: list[Message]) -> str:
+    try:
+        from fastchat.conversation import get_conv_template
+    except ImportError as error:
+        raise ValueError("this model needs Vicuna's prompt template: pip install 'medusa-apar[vicuna]'") from error
+    conversation = get_conv_template("vicuna_v1.1")
+    roles = dict(zip(("user", "assistant"), conversation.roles, strict=True))
+    for message in messages:
+        if message["role"] == "system":
+            conversation.set_system_message(message["content"])
+        else:
+            conversation.append_message(roles[message["role"]], message["content"])
+    conversation.append_message(roles["assistant"], None)
+    return conversation.get_prompt()

@@ -1,0 +1,65 @@
+"""The main job on the real model: SmolLM2 with the shipped weights, exact thread by thread."""
+
+import pytest
+import torch
+
+import medusa_apar
+from medusa_apar.chat import encode
+from medusa_apar.control_tokens import ControlTokensLogitsProcessor
+from medusa_apar.demo import QUESTION
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def apar():
+    torch.set_num_threads(2)
+    yield medusa_apar.load("smollm2-135m")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def answer(apar):
+    inputs = encode(apar.tokenizer, QUESTION)
+    return apar.generate(**inputs, max_new_tokens=128, do_sample=False, return_dict_in_generate=True)
+
+
+def test_answers_with_threads_and_accepted_drafts(answer):
+    (tree,) = answer.paragraph_tree
+    assert len(tree.threads) >= 3
+    assert answer.stats.tokens_per_step > 2
+    assert max(answer.stats.accepted_lengths) >= 2
+    assert answer.stats.final_slots == 0
+
+
+def test_every_thread_is_plain_greedy_decoding(apar, answer):
+    (tree,) = answer.paragraph_tree
+    rule = ControlTokensLogitsProcessor(apar.control_token_ids, tree.trunk.num_forced)
+    for thread in tree.threads:
+        if thread.token_ids:
+            path = torch.tensor([thread.path_ids])
+            plain = apar.model.generate(
+                input_ids=path,
+                attention_mask=torch.ones_like(path),
+                max_new_tokens=len(thread.token_ids),
+                do_sample=False,
+                logits_processor=[rule],
+            )
+            assert thread.token_ids == plain[0, path.shape[1] :].tolist(), thread
+
+
+def test_without_forks_it_is_transformers_generate(apar):
+    inputs = encode(apar.tokenizer, "Write one sentence about the sea.")
+    control = apar.control_token_ids
+    plain = apar.model.generate(
+        **inputs, max_new_tokens=48, do_sample=False, suppress_tokens=[control.fork_id, control.child_id]
+    )
+    ours = apar.model.generate(**inputs, max_new_tokens=48, do_sample=False, custom_generate=apar, fork=False)
+    assert torch.equal(ours, plain)
+
+
+def test_sampling_is_the_same_with_heads_and_without(apar):
+    inputs = encode(apar.tokenizer, QUESTION)
+    bare = medusa_apar.attach(apar.model, None, apar.control_token_ids)
+    options = {"max_new_tokens": 48, "do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": 7}
+    assert torch.equal(apar.generate(**inputs, **options), bare.generate(**inputs, **options))
