@@ -2,22 +2,21 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.installed
-TORCH_CPU := https://download.pytorch.org/whl/cpu
+# Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
+TORCH_INDEX ?=
 
 .PHONY: install demo test lint clean
 
 install: $(READY)
 
-# Without an NVIDIA GPU torch's CPU build saves gigabytes of CUDA libraries; where its index is out of reach, what pip
-# is configured with serves. medusa-llm and fschat are oracles and prompt templates for the tests: the modules we import
-# need nothing but torch, while their declared dependencies (web servers, tokenizers, a package without a wheel) are two
-# dozen more downloads.
+# medusa-llm and fschat are oracles and prompt templates for the tests: the modules we import need nothing but torch,
+# while their declared dependencies (web servers, tokenizers, a package without a wheel) are two dozen more downloads.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 $(READY): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --disable-pip-version-check --quiet \
-		--retries 0 --no-deps --constraint constraints.txt --index-url $(TORCH_CPU) torch 2>/dev/null || true
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train]'
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps medusa-llm fschat
+	test -z "$(TORCH_INDEX)" || $(PIP) --index-url "$(TORCH_INDEX)" --no-deps torch
+	$(PIP) --editable '.[dev,train]'
+	$(PIP) --no-deps medusa-llm fschat
 	touch $(READY)
 
 demo: install

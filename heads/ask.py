@@ -18,7 +18,7 @@ import torch
 from medusa_apar.chat import encode_messages
 from medusa_apar.finetune.corpus import read_examples
 from medusa_apar.generate import MedusaApar
-from medusa_apar.load import load
+from medusa_apar.loading import load
 from medusa_apar.paragraph_tree import ParagraphTree
 
 MAX_PROMPT = 200  # tokens: longer ones mostly bring text to work on

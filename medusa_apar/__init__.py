@@ -7,7 +7,9 @@
 or, for a model you already have: `model.generate(**inputs, custom_generate=medusa_apar.attach(model, heads=...))`.
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # In a bare checkout the mapped packages (heads/, triton_kernels/, eval/) lie beside this folder; see setup.py.
 if (Path(__file__).parent.parent / "setup.py").exists():
@@ -15,8 +17,25 @@ if (Path(__file__).parent.parent / "setup.py").exists():
 
 __version__ = "0.1.0"
 
-from .control_tokens import ControlTokens  # noqa: E402
-from .draft_tree import DraftTree  # noqa: E402
-from .generate import MedusaApar, attach  # noqa: E402
+if TYPE_CHECKING:
+    from .control_tokens import ControlTokens as ControlTokens
+    from .draft_tree import DraftTree as DraftTree
+    from .generate import MedusaApar as MedusaApar
+    from .generate import attach as attach
+    from .loading import load as load
 
-__all__ = ["ControlTokens", "DraftTree", "MedusaApar", "attach", "__version__"]
+# Imported on first use: torch and transformers take seconds, `medusa-apar --help` should not.
+_EXPORTS = {
+    "ControlTokens": "control_tokens",
+    "DraftTree": "draft_tree",
+    "MedusaApar": "generate",
+    "attach": "generate",
+    "load": "loading",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

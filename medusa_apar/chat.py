@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .load import RELEASED_TOKENS
+from .loading import RELEASED_TOKENS
 
 Message = dict[str, str]  # "role": "system" | "user" | "assistant", "content"
 

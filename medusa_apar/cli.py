@@ -126,7 +126,7 @@ def _load(args: argparse.Namespace) -> Any:
     import torch
     from transformers.utils import logging
 
-    from .load import load
+    from .loading import load
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from medusa_apar.chat import encode
-from medusa_apar.load import RELEASED_TOKENS
-from tests.test_load import WORDS, save_tokenizer
+from medusa_apar.loading import RELEASED_TOKENS
+from tests.test_loading import WORDS, save_tokenizer
 
 
 @pytest.fixture

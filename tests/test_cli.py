@@ -13,7 +13,7 @@ from medusa_apar import cli, demo
 from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.lanes import Lanes
-from tests.test_load import save_tokenizer
+from tests.test_loading import save_tokenizer
 from tests.tiny import CONTROL, VOCAB, forking_model
 
 QUESTION = "w1 w2 w9 w3"

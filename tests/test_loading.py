@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from medusa_apar import hub
 from medusa_apar.control_tokens import ControlTokens
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.load import load, locate
+from medusa_apar.loading import load, locate
 from tests.tiny_gguf import write_tiny_gguf
 
 FORK, CHILD = 3, 4
@@ -171,7 +171,7 @@ def test_a_gguf_file(tmp_path):
 def test_the_embedded_name_takes_weights_from_the_package(base, adapter, monkeypatch):
     folder, expected = adapter
     monkeypatch.setattr(hub, "embedded_model_dir", lambda name: base)
-    monkeypatch.setattr("medusa_apar.load.files", lambda package: folder.parent / "package")
+    monkeypatch.setattr("medusa_apar.loading.files", lambda package: folder.parent / "package")
     (folder.parent / "package" / "weights").mkdir(parents=True)
     folder.rename(folder.parent / "package" / "weights" / "smollm2-135m")
     apar = load()
