@@ -46,6 +46,8 @@ class MedusaHeads(nn.Module):
     """
 
     token_map: Tensor | None
+    # Share of positions where a head's guess of each rank is the base's choice, [heads][ranks]; None: not measured.
+    acceptance: list[list[float]] | None = None
 
     def __init__(
         self,
@@ -111,6 +113,7 @@ class MedusaHeads(nn.Module):
         for layer in range(tensors.num_layers):
             state[f"blocks.{layer}.weight"], state[f"blocks.{layer}.bias"] = tensors.weight[layer], tensors.bias[layer]
         heads.load_state_dict(state)
+        heads.acceptance = config.get("acceptance")
         return heads.to(model.device, model.dtype).attach(model)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
@@ -121,6 +124,7 @@ class MedusaHeads(nn.Module):
             "medusa_num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
+            "acceptance": self.acceptance and [[round(share, 4) for share in ranks] for ranks in self.acceptance],
             "base_model_name_or_path": self._base[0].name_or_path if self._base else "",
         }
         checkpoints.write(Path(folder), checkpoints.state_dict(self.tensors()), config, dtype)

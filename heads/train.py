@@ -28,6 +28,7 @@ HEAD_DECAY = 0.8  # head h counts 0.8^h (Medusa, section 3.2)
 WINDOW = 256  # positions whose logits exist at once: 8 MB per head at 8192 ids
 WARMUP = 0.03  # of the run
 HELD_OUT = 0.05  # of the records
+RANKS = 5  # guesses per head that are counted
 TOPS = (1, 3, 5)
 
 
@@ -70,8 +71,11 @@ def _one_hot(heads: MedusaHeads, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(heads: MedusaHeads, answers: Answers, greedy: Tensor) -> dict[str, list[float]]:
-    """Loss per head, and how often `greedy`, the base's own choice [T], is among a head's first 1, 3 and 5."""
-    total = torch.zeros(2 + len(TOPS), heads.num_heads, dtype=torch.double)
+    """Loss per head; how often `greedy`, the base's own choice [T], is among a head's first 1, 3 and 5.
+
+    `heads.acceptance` becomes the share of every rank: what draft trees are made from.
+    """
+    total = torch.zeros(2 + RANKS, heads.num_heads, dtype=torch.double)
     for start in range(0, len(answers), WINDOW):
         end = start + WINDOW + heads.num_heads
         part, chosen = answers[start:end], greedy[start:end]
@@ -79,15 +83,15 @@ def evaluate(heads: MedusaHeads, answers: Answers, greedy: Tensor) -> dict[str, 
             break
         losses, counts = window_losses(heads, part)
         total[:2] += torch.stack([losses.cpu(), counts.cpu()]).double()
-        token_ids, _ = heads.draft(part.hidden, max(TOPS))
+        token_ids, _ = heads.draft(part.hidden, RANKS)
         for head in range(heads.num_heads):
             ahead = 1 + head
             same_thread = part.threads[:-ahead] == part.threads[ahead:]
             hits = (token_ids[:-ahead, head] == chosen[ahead:, None])[same_thread]
-            for row, top in enumerate(TOPS):
-                total[2 + row, head] += hits[:, :top].sum().cpu()
+            total[2:, head] += hits.sum(0).cpu()
     means = total / total[1].clamp(min=1)
-    return {"loss": means[0].tolist()} | {f"top{top}": means[2 + row].tolist() for row, top in enumerate(TOPS)}
+    heads.acceptance = means[2:].T.tolist()
+    return {"loss": means[0].tolist()} | {f"top{top}": means[2 : 2 + top].sum(0).tolist() for top in TOPS}
 
 
 class Trainer:
