@@ -100,7 +100,7 @@ def test_forking_off_never_shows_a_control_token():
 
 
 def test_scores_and_logits_are_transformers_own():
-    model = tiny_model("llama", seed=5)
+    model = tiny_model("llama", seed=5, eos=-50.0)
     inputs = prompts(2, 9, ragged=True)
     options = {
         "max_new_tokens": 12,
