@@ -41,12 +41,12 @@ def sdpa_forest_attention(
             query[0, :, group.rows],
             key[group.columns],
             value[group.columns],
-            mask,
+            attention_mask.bias(index, query.shape[1] // key.shape[1], query.dtype),
             scale=scaling,
             softcap=softcap,
             sinks=s_aux,
         )
-        for group, mask in zip(attention_mask.groups, attention_mask.masks, strict=True)
+        for index, group in enumerate(attention_mask.groups)
     ]
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 

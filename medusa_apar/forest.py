@@ -79,6 +79,16 @@ class ForestMask:
 
     groups: list[Group]
     masks: list[torch.Tensor]  # bool [rows, columns], one per group
+    _biases: dict[tuple[int, int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def bias(self, group: int, copies: int, dtype: torch.dtype) -> torch.Tensor:
+        """A group's mask as scores to add, [copies * rows, columns]; the same for every layer, so made once."""
+        key = (group, copies, dtype)
+        if key not in self._biases:
+            mask = self.masks[group]
+            bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            self._biases[key] = bias.repeat(copies, 1)
+        return self._biases[key]
 
 
 class Forest:

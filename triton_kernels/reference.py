@@ -14,7 +14,7 @@ def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    bias: torch.Tensor,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -24,7 +24,8 @@ def tree_attention(
     Args:
         query: [heads, rows, head_dim].
         key, value: [slots, kv_heads, head_dim]; any strides with the last dimension dense.
-        mask: bool [rows, slots], at least one true per row.
+        bias: [heads // kv_heads * rows, slots] in the query's dtype, 0 for what a row sees and -inf for the rest, the
+            same rows once for each query head of a KV head: built once a step, not once a layer.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2).
         sinks: [heads], a learned score per head that takes part in the softmax and carries no value.
 
@@ -35,14 +36,13 @@ def tree_attention(
     # The query heads that share a KV head become rows, so that K and V are read once for all of them.
     packed = query.reshape(1, kv_heads, -1, dim)
     key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
-    packed_mask = mask.repeat(heads // kv_heads, 1)
     if softcap is None and sinks is None:
-        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=packed_mask, scale=scale)
+        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=bias, scale=scale)
     else:
         scores = packed @ key.transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~packed_mask, -torch.inf).float()
+        scores = (scores + bias).float()
         if sinks is not None:
             column = sinks.float().reshape(1, kv_heads, -1, 1).repeat_interleave(rows, dim=2)
             scores = torch.cat([scores, column], dim=-1)
