@@ -7,6 +7,7 @@ What `train.py` learns from: one JSON line per prompt, {"id", "prompt_ids", "thr
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -16,22 +17,44 @@ from pathlib import Path
 import torch
 
 from medusa_apar.chat import encode_messages
-from medusa_apar.finetune.corpus import read_examples
+from medusa_apar.finetune.corpus import Example, read_examples
+from medusa_apar.finetune.packing import Tokens, tokenize_example
 from medusa_apar.generate import MedusaApar
 from medusa_apar.loading import load
 from medusa_apar.paragraph_tree import ParagraphTree
 
+Prompt = tuple[str, dict[str, torch.Tensor]]  # id, encoded
+
 MAX_PROMPT = 200  # tokens: longer ones mostly bring text to work on
+MAX_COPIED = 600  # tokens of a prompt and its copied answer
 
 
-def read_prompts(apar: MedusaApar, paths: list[Path], seed: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """(id, encoded prompt) of the corpora's questions, shuffled."""
+def shuffled_examples(paths: list[Path], seed: int) -> list[Example]:
     examples = list(read_examples(paths))
     random.Random(seed).shuffle(examples)
+    return examples
+
+
+def read_prompts(apar: MedusaApar, examples: list[Example]) -> Iterator[Prompt]:
     for example in examples:
         inputs = encode_messages(apar.tokenizer, example.messages)
         if inputs["input_ids"].shape[1] <= MAX_PROMPT:
             yield example.id, inputs
+
+
+def copied_records(apar: MedusaApar, examples: list[Example]) -> Iterator[dict]:
+    """Records of the corpora's own answers, cut into threads by rule: no generation, but not the model's words."""
+    control, eos = apar.control_token_ids, apar.model.generation_config.eos_token_id
+    assert control is not None
+    for example in examples:
+        threads, prompt = tokenize_example(example, apar.tokenizer, Tokens(control.fork_id, control.child_id, eos))
+        if sum(len(ids) for ids, _, _ in threads) > MAX_COPIED:
+            continue
+        trunk = threads[0][0]
+        records = [{"parent": -1, "fork_index": -1, "token_ids": trunk[prompt:]}]
+        for ids, parent, at in threads[1:]:
+            records.append({"parent": parent, "fork_index": at - (prompt if parent == 0 else 0), "token_ids": ids})
+        yield {"id": example.id, "prompt_ids": trunk[:prompt], "threads": records}
 
 
 def as_record(name: str, tree: ParagraphTree) -> dict:
@@ -74,6 +97,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="name or directory, as medusa_apar.load takes it")
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="chat JSONL files, .gz or not")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file, appended to")
+    parser.add_argument(
+        "--copy", action="store_true", help="take the corpora's own answers: quicker, less like the model's"
+    )
     parser.add_argument("--count", type=int, default=500, help="prompts to answer")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=320)
@@ -83,12 +109,22 @@ def main() -> None:
         "--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th prompt from I"
     )
     args = parser.parse_args()
-    started = time.monotonic()
     apar = load(args.model, heads=None)
+    examples = shuffled_examples(args.prompts, args.seed)
+    if args.copy:
+        with args.out.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(r) + "\n" for r in itertools.islice(copied_records(apar, examples), args.count))
+        return
+    ask(apar, examples, args)
+
+
+def ask(apar: MedusaApar, examples: list[Example], args: argparse.Namespace) -> None:
+    """Answers batch by batch until the count or the time is reached."""
+    started = time.monotonic()
     done = set()
     if args.out.exists():
         done = {json.loads(line)["id"] for line in args.out.read_text().splitlines()}
-    prompts = list(read_prompts(apar, args.prompts, args.seed))[args.shard[0] :: args.shard[1]][: args.count]
+    prompts = list(read_prompts(apar, examples))[args.shard[0] :: args.shard[1]][: args.count]
     todo = [(name, prompt) for name, prompt in prompts if name not in done]
     tokens = 0
     with args.out.open("a", encoding="utf-8") as out:

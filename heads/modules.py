@@ -85,7 +85,7 @@ class MedusaHeads(nn.Module):
         """Untrained heads in the model's dtype and device; the global random state is left alone."""
         if layout not in ("v1", "v2"):
             raise ValueError(f"layout is {layout!r}, must be 'v1' or 'v2'.")
-        vocab_size, hidden_size = _unembedding_size(model)
+        vocab_size, hidden_size = unembedding_size(model)
         heads = cls(num_heads, num_layers, hidden_size, vocab_size, own_unembedding=layout == "v1")
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -101,7 +101,7 @@ class MedusaHeads(nn.Module):
         state, config = checkpoints.read(path)
         tensors = checkpoints.normalise(state)
         checkpoints.warn_if_config_lies(config, tensors)
-        vocab_size = config.get("vocab_size") or _unembedding_size(model)[0]
+        vocab_size = config.get("vocab_size") or unembedding_size(model)[0]
         if tensors.unembedding is not None and tensors.token_map is None:
             vocab_size = tensors.unembedding.shape[1]
         own = tensors.unembedding is not None
@@ -162,7 +162,7 @@ class MedusaHeads(nn.Module):
 
     def check_matches(self, model: PreTrainedModel) -> None:
         """ValueError if these heads cannot sit on `model`."""
-        vocab_size, hidden_size = _unembedding_size(model)
+        vocab_size, hidden_size = unembedding_size(model)
         if self.hidden_size != hidden_size:
             raise ValueError(
                 f"these are heads of another model: their hidden size is {self.hidden_size}, the model's {hidden_size}."
@@ -254,7 +254,7 @@ def _checked_token_map(token_map: Tensor, vocab_size: int) -> Tensor:
     return token_map
 
 
-def _unembedding_size(model: PreTrainedModel) -> tuple[int, int]:
+def unembedding_size(model: PreTrainedModel) -> tuple[int, int]:
     """(vocabulary, hidden size) of the model's unembedding."""
     lm_head = model.get_output_embeddings()
     if lm_head is None:

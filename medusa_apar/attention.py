@@ -6,22 +6,33 @@ layer. We answer with a ForestMask; `KVPool.update` gives each layer the pool, a
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .forest import Forest, ForestMask
 from .triton_kernels.reference import tree_attention
 
-_current_forest: ContextVar[Forest] = ContextVar("medusa_apar_forest")
+_current_forest: ContextVar[Forest | None] = ContextVar("medusa_apar_forest", default=None)
+# What an attention function may be given that changes its result: sparse or biased attention that we do not do.
+_NEVER_IGNORED = ("position_bias", "indices", "block_indices", "sinks")
 
 
-def _forest_mask(*args, mask_function: Callable, **kwargs) -> ForestMask:
-    return _current_forest.get().mask(mask_function)
+def _forest_mask(*args, mask_function: Callable, config: Any, **kwargs) -> Any:
+    forest = _current_forest.get()
+    if forest is None:  # somebody else's forward pass, while one of our calls is under way
+        theirs = ALL_MASK_ATTENTION_FUNCTIONS[_swaps[id(config)].before]
+        return theirs(*args, mask_function=mask_function, config=config, **kwargs)
+    return forest.mask(mask_function)
 
 
 def sdpa_forest_attention(
@@ -35,12 +46,15 @@ def sdpa_forest_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Dense-mask attention, request by request: query [1, heads, N, head_dim], key and value the pool's tensors."""
+    """Dense-mask attention, request by request: query [1, heads, N, head_dim], key and value what KVPool returns."""
+    unknown = [name for name in _NEVER_IGNORED if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"{type(module).__name__} attends with {', '.join(unknown)}, which is not supported.")
     out = [
         tree_attention(
             query[0, :, group.rows],
-            key[group.columns],
-            value[group.columns],
+            key[0, :, group.columns],
+            value[0, :, group.columns],
             attention_mask.bias(index, query.shape[1] // key.shape[1], query.dtype),
             scale=scaling,
             softcap=softcap,
@@ -48,13 +62,27 @@ def sdpa_forest_attention(
         )
         for index, group in enumerate(attention_mask.groups)
     ]
-    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+    return torch.cat(out)[None], None
 
 
 BACKENDS: dict[str, Callable] = {"sdpa": sdpa_forest_attention}
 
+
+def _or_theirs(backend: Callable) -> Callable:
+    """The backend under a forest; what the model had before for a forward pass that is not ours."""
+
+    def attend(module: torch.nn.Module, *args, **kwargs):
+        if _current_forest.get() is not None:
+            return backend(module, *args, **kwargs)
+        eager: Any = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
+        theirs = ALL_ATTENTION_FUNCTIONS.get_interface(_swaps[id(module.config)].before, eager)
+        return theirs(module, *args, **kwargs)
+
+    return attend
+
+
 for _name, _function in BACKENDS.items():
-    AttentionInterface.register(f"medusa_apar_{_name}", _function)
+    AttentionInterface.register(f"medusa_apar_{_name}", _or_theirs(_function))
     AttentionMaskInterface.register(f"medusa_apar_{_name}", _forest_mask)
 
 
@@ -64,19 +92,40 @@ def pick_backend(attention: str) -> str:
     return "sdpa" if attention == "auto" else attention
 
 
+@dataclass(slots=True)
+class _Swap:
+    config: PreTrainedConfig
+    before: str  # the implementation the model came with
+    users: int = 0  # calls under way
+
+
+_swaps: dict[int, _Swap] = {}  # by id of the config
+_swaps_lock = threading.Lock()
+
+
 @contextmanager
 def forest_attention(model: PreTrainedModel, backend: str) -> Iterator[None]:
-    """Within the block `model` attends over forests; afterwards it has the implementation it had before."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if config is not None}.values()
-    before = [(config, config._attn_implementation) for config in configs]
-    try:
-        for config, _ in before:
+    """Within the block `model` attends over forests; when the last such block ends it is as it was.
+
+    Calls may overlap, in threads or by turns, and the model's own forward passes go on beside them.
+    """
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
+    with _swaps_lock:
+        for key, config in configs.items():
+            swap = _swaps.setdefault(key, _Swap(config, config._attn_implementation))
+            swap.users += 1
+        for config in configs.values():
             config._attn_implementation = f"medusa_apar_{backend}"
+    try:
         yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+        with _swaps_lock:
+            for key in configs:
+                _swaps[key].users -= 1
+            for key in [key for key in configs if not _swaps[key].users]:
+                swap = _swaps.pop(key)
+                swap.config._attn_implementation = swap.before
 
 
 @contextmanager

@@ -39,13 +39,21 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Most tokens on a path. Rotary scalings that look at the whole batch's length are kept below their switch."""
+    """Most tokens a path can have, None where there is no such limit (rotary positions go on, as in transformers).
+
+    Rotary scalings that switch for the whole batch once its longest row is long enough would let one thread change
+    another's tokens; they are kept below the switch.
+    """
     config = model.config.get_text_config(decoder=True)
     length = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        length = rope.get("original_max_position_embeddings") or length
-    return length
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return length  # learned positions: there is no embedding beyond
+    kinds = rope.values() if all(isinstance(kind, dict) for kind in rope.values()) else [rope]
+    if any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds):
+        originals = [kind.get("original_max_position_embeddings") for kind in kinds]
+        return next((original for original in originals if original), length)
+    return None
 
 
 def expected_acceptance(heads: MedusaHeads | None) -> list[tuple[float, ...]]:
@@ -67,6 +75,8 @@ def check_call(
         raise NotImplementedError(f"{mode.value.replace('_', ' ')} is not supported; use greedy decoding or sampling.")
     if config.guidance_scale not in (None, 1, 1.0):
         raise NotImplementedError(f"guidance_scale={config.guidance_scale} is not supported.")
+    if config.watermarking_config is not None:
+        raise NotImplementedError("watermarking is not supported: it counts calls, and drafting changes their number.")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise NotImplementedError("output_attentions and output_hidden_states are not supported.")
     if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
@@ -92,8 +102,14 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
 
 def check_lengths(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork: bool) -> None:
     longest, limit = max(map(len, prompts)), context_length(apar.model)
+    context = getattr(apar.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest + 1
+    if longest >= context:
+        raise ValueError(f"The prompt has {longest} tokens, but the model's context ends at {context}.")
     if limit is not None and longest >= limit:
-        raise ValueError(f"The prompt has {longest} tokens, but the model's context ends at {limit}.")
+        raise ValueError(
+            f"The prompt has {longest} tokens, but from {limit} on this model's rotary scaling depends on the whole "
+            "batch, which parallel threads cannot have."
+        )
     if apar.pool_slots is None:
         return
     # A path may alternate text and [Fork], with a [Child] per level: the longest one must fit alone.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria, StopStringCriteria
 
 from . import checks
 from .attention import pick_backend
@@ -25,6 +27,7 @@ from .decoder import Decoder
 from .draft_tree import DraftTree
 from .fork_manager import ForkManager
 from .heads import MedusaHeads
+from .heads.modules import unembedding_size
 from .kv_pool import KVPool
 from .output import MedusaAparOutput, Stats
 from .paragraph_tree import ParagraphTree
@@ -78,7 +81,7 @@ class MedusaApar:
         stop_strings = kwargs.pop("stop_strings", None)
         config = kwargs.get("generation_config")
         if stop_strings is None:
-            stop_strings = (config or self.model.generation_config).stop_strings
+            stop_strings = (config and config.stop_strings) or self.model.generation_config.stop_strings
         if stop_strings:
             tokenizer = tokenizer or self.tokenizer
             if tokenizer is None:
@@ -87,9 +90,15 @@ class MedusaApar:
             kwargs["stopping_criteria"] = StoppingCriteriaList(
                 [*criteria, StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)]
             )
-            kwargs["generation_config"] = config = copy.deepcopy(config or self.model.generation_config)
-            config.stop_strings = None
-        return cast(Any, self.model).generate(inputs, custom_generate=bound, **kwargs)
+            if config is not None:
+                kwargs["generation_config"] = config = copy.deepcopy(config)
+                config.stop_strings = None
+            if self.model.generation_config.stop_strings:
+                # transformers fills a None from the model's defaults: give it the same model with other defaults.
+                bound.model = copy.copy(self.model)
+                bound.model.generation_config = copy.deepcopy(self.model.generation_config)
+                bound.model.generation_config.stop_strings = None
+        return cast(Any, bound.model).generate(inputs, custom_generate=bound, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -132,16 +141,17 @@ class MedusaApar:
             ),
         )
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
+        streamer = self._streamer or _callers_streamer()
         if self._streamer is not None:
-            self._streamer.put(input_ids.cpu())
+            streamer.put(input_ids.cpu())
         for _ in decoder.run():
-            if self._streamer is not None:
+            if streamer is not None:
                 for column in columns.new():
-                    self._streamer.put(column)
+                    streamer.put(column)
             if observer is not None:
                 observer([request.tree for request in requests], decoder.stats)
-        if self._streamer is not None:
-            self._streamer.end()
+        if streamer is not None:
+            streamer.end()
         sequences = torch.cat([input_ids, columns.text().to(input_ids.device)], dim=1)
         if not returns_dict:
             return sequences
@@ -168,7 +178,9 @@ class MedusaApar:
             tree = ParagraphTree(prompt, key, eos_ids)
             if control is not None:
                 tree.fork_id, tree.child_id = control.fork_id, control.child_id
-            requests.append(Request(row, len(prompts), row_ids, prompt, tree, max_new_tokens, criteria))
+            requests.append(
+                Request(row, len(prompts), row_ids, prompt, tree, max_new_tokens, criteria, input_ids.device)
+            )
         return requests
 
     def _decoder(self, requests: list[Request], verifier: Verifier) -> Decoder:
@@ -183,6 +195,18 @@ class MedusaApar:
             fork_manager=ForkManager(ledger, context),
             requests=requests,
         )
+
+
+def _callers_streamer() -> Any:
+    """The streamer given to `model.generate(streamer=...)` itself, which has shown it the prompt.
+
+    transformers 5.23 hands a callable `custom_generate` everything but that, and whoever reads a TextIteratorStreamer
+    would wait for ever: it is fetched from the frame that calls us.
+    """
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+        frame = cast(Any, frame.f_back)
+    return frame and frame.f_locals.get("streamer")
 
 
 def attach(
@@ -227,7 +251,7 @@ def attach(
     if heads is not None:
         heads.check_matches(model)
     if apar is not None:
-        apar.check_matches(model.get_output_embeddings().weight.shape[0])
+        apar.check_matches(unembedding_size(model)[0])
     if max_depth is None:
         max_depth = DEFAULT_MAX_DEPTH if apar is None else apar.max_depth
     if budget is None:

@@ -18,8 +18,8 @@ _FIRST_CAPACITY = 256
 class KVPool(Cache):
     """The cache object transformers' layers write to, `slots` of the current forest telling where.
 
-    `update` takes [1, kv_heads, N, head_dim], scatters it to the forest's N slots and returns the whole pool,
-    [capacity, kv_heads, head_dim]: our attention functions pick the slots a request may see.
+    `update` takes [1, kv_heads, N, head_dim], scatters it to the forest's N slots and returns a view of the whole pool,
+    [1, kv_heads, capacity, head_dim]: our attention functions pick the slots a request may see.
 
     Args:
         max_slots: most slots ever in use, or None to grow on demand.
@@ -85,7 +85,7 @@ class KVPool(Cache):
                 # Zeros, not empty: masked slots still meet a softmax weight of zero, and 0 * NaN is NaN.
                 store[layer_idx] = states.new_zeros(self.capacity, states.shape[1], states.shape[3])
             store[layer_idx][self.slots] = states[0].transpose(0, 1)
-        return self.keys[layer_idx], self.values[layer_idx]
+        return self.keys[layer_idx].transpose(0, 1)[None], self.values[layer_idx].transpose(0, 1)[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

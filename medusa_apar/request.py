@@ -33,6 +33,7 @@ class Request:
         tree: ParagraphTree,
         max_new_tokens: int,
         criteria: list[Callable] | None = None,
+        device: torch.device | str = "cpu",
     ):
         self.row, self.batch_size = row, batch_size
         self.row_ids, self.prompt_ids = row_ids, prompt_ids
@@ -41,7 +42,7 @@ class Request:
         self.text: list[tuple[Thread, int]] = []  # finished reading order: (thread, index into its tokens)
         self.text_ids: list[int] = []
         self.done = False
-        self._criteria = criteria or []
+        self._criteria, self._device = criteria or [], device
         self._cursor = ReadingCursor(tree)
 
     def path(self, thread: Thread) -> list[int]:
@@ -67,6 +68,6 @@ class Request:
         if not self._criteria:
             return False
         # Criteria may hold something per row of the batch, so they are shown the whole batch and asked for one row.
-        ids = torch.tensor([self.row_ids + self.text_ids]).expand(self.batch_size, -1)
+        ids = torch.tensor([self.row_ids + self.text_ids], device=self._device).expand(self.batch_size, -1)
         verdicts = [torch.as_tensor(criterion(ids, None)).expand(self.batch_size) for criterion in self._criteria]
         return any(bool(verdict[self.row]) for verdict in verdicts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from .control_tokens import ControlTokens
 from .forest import Forest, Stem
@@ -65,7 +65,7 @@ class Verifier:
                 else:
                     scores = self._process(path + verdict.tokens, logits[verdict.row], requests[stem])
                     if self.keep_scores:
-                        verdict.scores.append(scores)
+                        verdict.scores.append(scores.clone())  # not a view that keeps the whole forest's logits
                     token = self._choose(scores, stem, len(verdict.tokens))
                 if raw is not None:
                     verdict.logits.append(raw[verdict.row].clone())
@@ -103,12 +103,21 @@ class Verifier:
         # Processors may hold something per row of the batch, so they are shown the whole batch and asked for one row.
         rows = request.batch_size
         ids = torch.tensor([path], device=logits.device).expand(rows, -1)
-        return self.processors(ids, scores.repeat(rows, 1))[request.row]  # type: ignore[arg-type]
+        processors = LogitsProcessorList([_of_row(processor, request.row) for processor in self.processors])
+        return processors(ids, scores.repeat(rows, 1))[request.row]  # type: ignore[arg-type]
 
     def _choose(self, scores: torch.Tensor, stem: Stem, ahead: int) -> int:
         if self.seed is None:
             return int(scores.argmax())
         return sample(scores, self.seed, stem.thread.key, stem.thread.end + ahead)
+
+
+def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """A `prefix_allowed_tokens_fn` is asked by row number, and other rows' numbers do not go with this row's path."""
+    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
+        return processor
+    allowed = processor._prefix_allowed_tokens_fn
+    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
 
 
 def _guesses(stem: Stem) -> dict[tuple[int, int], int]:

@@ -128,7 +128,6 @@ def test_every_limit_is_the_unlimited_run_cut_short(seed):
         out = run(model, heads, rows=1, limit=limit)
         assert torch.equal(out.sequences, whole.sequences[:, : 6 + limit])
         assert out.stats.final_slots == 0
-        assert out.stats.forward_tokens <= whole.stats.forward_tokens * 20
 
 
 def test_threads_beyond_the_limit_are_cancelled_early():
@@ -152,8 +151,10 @@ def test_streaming_is_the_reading_order():
 
     model = forking_model(24)
     for rows in (1, 3):
-        collector = Collector()
-        out = run(model, rows=rows, generate={"streamer": collector})
+        collector, arrived = Collector(), []
+        observer = lambda trees, stats: arrived.append(len(collector.columns))  # noqa: E731
+        out = run(model, rows=rows, generate={"streamer": collector, "observer": observer})
+        assert len(set(arrived)) > 5  # as they become final, not all at the end
         prompt, *columns = collector.columns
         assert collector.ended and prompt.shape == (rows, 6)
         assert torch.equal(torch.stack(columns, dim=1), out.sequences[:, 6:])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import string
+
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -15,6 +18,7 @@ from transformers import (
     Olmo2Config,
     Phi3Config,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -75,6 +79,18 @@ def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **bias:
 def forking_model(seed: int) -> PreTrainedModel:
     """Forks often, deep, and ends some of its threads."""
     return tiny_model("llama", seed, scale=6.0, fork=0.9, eos=0.4)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, one character per id: what the tiny models write is text."""
+    characters = [*string.ascii_letters, "Ġ", ".", ",", "0"]
+    vocabulary = {
+        token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<fork>", "<child>", *characters])
+    }
+    inner = Tokenizer(models.BPE(vocabulary, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    assert len(vocabulary) == VOCAB
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
 
 
 def prompts(rows: int, length: int, seed: int = 0, ragged: bool = False) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ def tree_attention(
 
     Args:
         query: [heads, rows, head_dim].
-        key, value: [slots, kv_heads, head_dim]; any strides with the last dimension dense.
+        key, value: [kv_heads, slots, head_dim]; any strides with the last dimension dense.
         bias: [heads // kv_heads * rows, slots] in the query's dtype, 0 for what a row sees and -inf for the rest, the
             same rows once for each query head of a KV head: built once a step, not once a layer.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2).
@@ -32,10 +32,10 @@ def tree_attention(
     Returns: [rows, heads, value_head_dim].
     """
     heads, rows, dim = query.shape
-    kv_heads = key.shape[1]
+    kv_heads = key.shape[0]
     # The query heads that share a KV head become rows, so that K and V are read once for all of them.
     packed = query.reshape(1, kv_heads, -1, dim)
-    key, value = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+    key, value = key[None], value[None]
     if softcap is None and sinks is None:
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=bias, scale=scale)
     else:

@@ -1,0 +1,165 @@
+"""Everything else a user of `model.generate` sets: streamers, stop strings, criteria, constraints, batches."""
+
+import threading
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer
+
+import medusa_apar
+from medusa_apar.heads import MedusaHeads
+from tests.tiny import CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model, tiny_tokenizer
+
+GREEDY = {"do_sample": False, "max_new_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(seed=5, eos=-50.0)
+
+
+@pytest.mark.parametrize("bare_hook", [True, False])
+def test_transformers_own_streamer(model, tokenizer, bare_hook):
+    apar = medusa_apar.attach(model, MedusaHeads.random(model))
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    inputs = prompts(1, 6)
+    if bare_hook:
+        work = threading.Thread(
+            target=model.generate, kwargs={**inputs, **GREEDY, "custom_generate": apar, "streamer": streamer}
+        )
+    else:
+        work = threading.Thread(target=apar.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
+    work.start()
+    pieces = list(streamer)
+    work.join()
+    plain = model.generate(**inputs, **GREEDY)[0, 6:]
+    assert "".join(pieces) == tokenizer.decode(plain)
+
+
+@pytest.mark.parametrize("where", ["argument", "config", "model"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_stop_strings(tokenizer, where, rows):
+    model = tiny_model(seed=5)
+    inputs = prompts(rows, 6, ragged=True)
+    text = model.generate(**inputs, **GREEDY)[0, 6:]
+    options = {"stop_strings": [tokenizer.decode(text[4:6])], "tokenizer": tokenizer}
+    expected = model.generate(**inputs, **GREEDY, **options)
+    assert expected.shape[1] < 6 + 16 or rows > 1
+    apar = medusa_apar.attach(model, MedusaHeads.random(model), tokenizer=tokenizer)
+    if where == "argument":
+        actual = apar.generate(**inputs, **GREEDY, **options)
+    elif where == "config":
+        config = model.generation_config.__class__.from_dict(model.generation_config.to_dict())
+        config.update(**GREEDY, stop_strings=options["stop_strings"])
+        actual = apar.generate(**inputs, generation_config=config)
+    else:
+        model.generation_config.stop_strings = options["stop_strings"]
+        actual = apar.generate(**inputs, **GREEDY)
+        assert model.generation_config.stop_strings == options["stop_strings"]
+    assert torch.equal(actual, expected)
+
+
+def test_criteria_see_each_row_and_pads_are_the_pad_token():
+    model = tiny_model(seed=5, eos=-50.0)
+    model.generation_config.pad_token_id = 60
+    inputs = prompts(3, 6)
+    stops = torch.tensor([3, 12, 7])
+
+    def stop(input_ids, scores, **kwargs):
+        return input_ids.shape[1] - 6 >= stops
+
+    config = model.generation_config
+    out = medusa_apar.attach(model).generate(**inputs, **GREEDY, stopping_criteria=[stop], generation_config=config)
+    plain = model.generate(**inputs, **GREEDY)
+    assert out.shape == (3, 6 + 12)
+    for row, length in enumerate(stops.tolist()):
+        assert torch.equal(out[row, : 6 + length], plain[row, : 6 + length])
+        assert (out[row, 6 + length :] == 60).all()
+
+
+def test_max_time_ends_a_run(model):
+    out = medusa_apar.attach(model).generate(**prompts(1, 6), do_sample=False, max_new_tokens=200, max_time=1e-4)
+    assert 6 < out.shape[1] < 20
+
+
+def test_prefix_allowed_tokens_fn_is_asked_for_its_own_row(model):
+    inputs = prompts(3, 6)
+    allowed = [[7, 8, 9], [20, 21], [30, 31, 32, 33]]
+
+    def choose(row, ids):
+        assert ids[:6].tolist() == inputs["input_ids"][row].tolist()
+        return allowed[row]
+
+    expected = model.generate(**inputs, **GREEDY, prefix_allowed_tokens_fn=choose)
+    heads = MedusaHeads.random(model)
+    actual = medusa_apar.attach(model, heads).generate(**inputs, **GREEDY, prefix_allowed_tokens_fn=choose)
+    assert torch.equal(actual, expected)
+
+
+def test_num_return_sequences_of_a_batch(model):
+    inputs = prompts(2, 6)
+    options = {"do_sample": True, "max_new_tokens": 8, "num_return_sequences": 3, "seed": 4}
+    out = medusa_apar.attach(model).generate(**inputs, **options)
+    with_heads = medusa_apar.attach(model, MedusaHeads.random(model)).generate(**inputs, **options)
+    assert out.shape == (6, 14) and torch.equal(out, with_heads)
+    assert torch.equal(out[:, :6], inputs["input_ids"].repeat_interleave(3, dim=0))
+    assert len({tuple(row) for row in out.tolist()}) == 6
+
+
+def test_overlapping_calls_and_plain_calls_beside_them(model):
+    """An observer runs other generate calls in the middle of a step loop: none disturbs another."""
+    inputs, others = prompts(1, 6), prompts(2, 5, seed=9)
+    expected, expected_others = model.generate(**inputs, **GREEDY), model.generate(**others, **GREEDY)
+    apar, before = medusa_apar.attach(model), model.config._attn_implementation
+
+    def interrupt(trees, stats):
+        if stats.steps == 3:
+            assert torch.equal(model.generate(**others, **GREEDY), expected_others)
+            assert torch.equal(apar.generate(**others, **GREEDY), expected_others)
+
+    assert torch.equal(apar.generate(**inputs, **GREEDY, observer=interrupt), expected)
+    assert model.config._attn_implementation == before
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_calls_from_several_threads(model):
+    inputs = [prompts(1, 6, seed=seed) for seed in range(3)]
+    expected = [model.generate(**one, **GREEDY) for one in inputs]
+    found: dict[int, torch.Tensor] = {}
+
+    def work(index):
+        apar = medusa_apar.attach(model)
+        found[index] = (apar if index else model).generate(**inputs[index], **GREEDY)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(3):
+        assert torch.equal(found[index], expected[index])
+
+
+def test_guesses_belong_to_their_thread():
+    """Drafting every thread from another's hidden state would only cost speed: it must show in the accepted lengths."""
+    model = forking_model(24)
+    plain = medusa_apar.attach(model, None, CONTROL).generate(
+        **prompts(2, 6, seed=2, ragged=True), **GREEDY, return_dict_in_generate=True
+    )
+    heads = RecallHeads(model, plain.paragraph_tree, wrong_every=1000)
+    out = medusa_apar.attach(model, heads, CONTROL, budget=300).generate(
+        **prompts(2, 6, seed=2, ragged=True), **GREEDY, return_dict_in_generate=True
+    )
+    gained = out.stats.accepted_lengths
+    assert sum(length * count for length, count in gained.items()) / sum(gained.values()) > 2
+
+
+def test_bfloat16_runs(model):
+    half = tiny_model(seed=5, eos=-50.0).bfloat16()
+    out = medusa_apar.attach(half, MedusaHeads.random(half)).generate(**prompts(2, 6, ragged=True), **GREEDY)
+    assert out.shape == (2, 22) and int(out.max()) < VOCAB
