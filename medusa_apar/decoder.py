@@ -12,13 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from .attention import current_forest, forest_attention
-from .forest import Forest
+from .forest import Forest, Stem
 from .fork_manager import ForkManager
 from .heads import MedusaHeads
+from .kv_pool import KVPool
 from .output import Stats
-from .paragraph_tree import Thread
+from .paragraph_tree import ParagraphTree, Thread
 from .request import Request
 from .scheduler import Scheduler
+from .slot_ledger import SlotLedger
 from .verify import Verdict, Verifier
 
 
@@ -54,7 +56,7 @@ class Decoder:
         plan = self.scheduler.plan(running, self.guesses.get)
         forest = Forest([stems for _, stems in plan], self.scheduler.ledger, self.model.device)
         owner = {stem: request for request, stems in plan for stem in stems}
-        logits, hidden = self._forward(forest)
+        logits, hidden = forward(self.model, forest, self.scheduler.ledger.pool)
         verdicts = self.verifier(forest, logits, owner)
         for stem, verdict in zip(forest.verified, verdicts, strict=True):
             gained = self.fork_manager.commit(owner[stem].tree, stem, verdict)
@@ -65,25 +67,6 @@ class Decoder:
             self.fork_manager.trim(request)
         self._draft([stem.thread for stem in forest.verified], verdicts, hidden)
         self._count(forest, time.perf_counter() - started)
-
-    def _forward(self, forest: Forest) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [M, vocab] and the hidden states before the unembedding [M, hidden] of the verified rows."""
-        pool = self.scheduler.ledger.pool
-        pool.slots = forest.slots
-        keep = {"logits_to_keep": forest.verified_rows} if _keeps_logits(self.model) else {}
-        with current_forest(forest), _captured_input(self.model.get_output_embeddings()) as captured:
-            logits = self.model(
-                input_ids=forest.input_ids,
-                position_ids=forest.position_ids,
-                past_key_values=pool,
-                use_cache=True,
-                return_dict=True,
-                **keep,
-            ).logits[0]
-        hidden = captured[0][0]
-        if not keep:
-            logits, hidden = logits[forest.verified_rows], hidden[forest.verified_rows]
-        return logits, hidden
 
     def _draft(self, threads: list[Thread], verdicts: list[Verdict], hidden: torch.Tensor) -> None:
         """The heads look on from where each thread's last token was chosen."""
@@ -116,6 +99,52 @@ class Decoder:
             stats.prefill_seconds += seconds
         else:
             stats.decode_seconds += seconds
+
+
+def forward(model: PreTrainedModel, forest: Forest, pool: KVPool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [M, vocab] and the hidden states before the unembedding [M, hidden] of a forest's verified rows."""
+    pool.slots = forest.slots
+    keep = {"logits_to_keep": forest.verified_rows} if _keeps_logits(model) else {}
+    with current_forest(forest), _captured_input(model.get_output_embeddings()) as captured:
+        logits = model(
+            input_ids=forest.input_ids,
+            position_ids=forest.position_ids,
+            past_key_values=pool,
+            use_cache=True,
+            return_dict=True,
+            **keep,
+        ).logits[0]
+    hidden = captured[0][0]
+    if not keep:
+        logits, hidden = logits[forest.verified_rows], hidden[forest.verified_rows]
+    return logits, hidden
+
+
+@torch.no_grad()
+def check_agrees(model: PreTrainedModel, backend: str) -> None:
+    """ValueError unless a few tokens over a forest, in two steps, give the logits of the model's own forward pass.
+
+    Families differ in more ways than a config tells (what they do to keys behind the cache, other kinds of attention);
+    two tiny forward passes tell at once what would otherwise fail, or silently differ, in mid-run.
+    """
+    ids = [index % model.get_input_embeddings().num_embeddings for index in (1, 3, 5, 7)]
+    ledger = SlotLedger(KVPool())
+    trunk = ParagraphTree(ids).trunk
+    try:
+        with forest_attention(model, backend):
+            for stop in (2, 4):
+                stem = Stem(trunk, stop)
+                ours, _ = forward(model, Forest([[stem]], ledger, model.device), ledger.pool)
+        plain = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
+        difference = float((ours[-1].float() - plain.float()).abs().max() / plain.float().abs().max().clamp(min=1e-6))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{type(model).__name__} cannot decode over a KV pool: {reason}") from error
+    # Low precision may route a token to another expert, and dropout differs by itself.
+    if model.dtype == torch.float32 and not model.training and not difference < 1e-2:
+        raise ValueError(
+            f"{type(model).__name__} cannot be attached: over a KV pool its logits are {difference:.0%} off its own."
+        )
 
 
 def _keeps_logits(model: PreTrainedModel) -> bool:

@@ -23,7 +23,7 @@ from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLength
 from . import checks
 from .attention import pick_backend
 from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
-from .decoder import Decoder
+from .decoder import Decoder, check_agrees
 from .draft_tree import DraftTree
 from .fork_manager import ForkManager
 from .heads import MedusaHeads
@@ -242,6 +242,7 @@ def attach(
     """
     checks.check_model(model)
     backend = pick_backend(attention)
+    check_agrees(model, backend)
     if isinstance(heads, (str, Path)):
         heads = MedusaHeads.from_pretrained(heads, model)
     if isinstance(apar, tuple):

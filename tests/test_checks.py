@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BloomConfig,
+    DogeConfig,
     DynamicCache,
     LlamaConfig,
     MambaConfig,
@@ -49,10 +50,11 @@ def untouched(model):
     ids=str,
 )
 def test_unsupported_generation_is_refused_before_any_work(model, options, error, sentence):
+    apar = medusa_apar.attach(model)
     handle = untouched(model)
     try:
         with pytest.raises(error, match=sentence) as raised:
-            medusa_apar.attach(model).generate(**prompts(1, 5), max_new_tokens=4, **options)
+            apar.generate(**prompts(1, 5), max_new_tokens=4, **options)
         assert "\n" not in str(raised.value)
     finally:
         handle.remove()
@@ -79,10 +81,11 @@ def test_assistant_model_and_embeddings_are_refused(model):
 )
 def test_bad_prompts(model, inputs, sentence):
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    apar = medusa_apar.attach(model)
     handle = untouched(model)
     try:
         with pytest.raises(ValueError, match=sentence):
-            medusa_apar.attach(model).generate(**inputs, max_new_tokens=4)
+            apar.generate(**inputs, max_new_tokens=4)
     finally:
         handle.remove()
 
@@ -131,6 +134,15 @@ def test_unknown_backend_and_too_deep_a_tree(model):
         medusa_apar.attach(model, attention="flash")
     with pytest.raises(ValueError, match="2 deep but there are 1"):
         medusa_apar.attach(model, MedusaHeads.random(model, num_heads=1), draft_tree=DraftTree([(0,), (0, 0)]))
+
+
+def test_attention_that_a_pool_cannot_serve_is_refused_at_attach():
+    small = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(DogeConfig(**small, num_attention_heads=4, num_key_value_heads=2))
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="DogeForCausalLM cannot"):
+        medusa_apar.attach(model.eval())
+    assert model.config._attn_implementation == before
 
 
 def test_models_that_cannot_work():

@@ -152,8 +152,11 @@ def test_streaming_is_the_reading_order():
     model = forking_model(24)
     for rows in (1, 3):
         collector, arrived = Collector(), []
-        observer = lambda trees, stats: arrived.append(len(collector.columns))  # noqa: E731
-        out = run(model, rows=rows, generate={"streamer": collector, "observer": observer})
+        out = run(
+            model,
+            rows=rows,
+            generate={"streamer": collector, "observer": lambda *_, c=collector, a=arrived: a.append(len(c.columns))},
+        )
         assert len(set(arrived)) > 5  # as they become final, not all at the end
         prompt, *columns = collector.columns
         assert collector.ended and prompt.shape == (rows, 6)

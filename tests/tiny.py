@@ -12,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     LogitsProcessorList,
     MistralConfig,
@@ -55,6 +56,10 @@ CONFIGS = {
         **{key: value for key, value in _LLAMA_LIKE.items() if key != "num_key_value_heads"}, **_IDS
     ),
     "olmo2": lambda: Olmo2Config(**_LLAMA_LIKE, **_IDS),
+    # Attention sinks, mixture of experts.
+    "gpt_oss": lambda: GptOssConfig(
+        **_LLAMA_LIKE, **_IDS, head_dim=8, sliding_window=6, num_local_experts=4, num_experts_per_tok=2
+    ),
     "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, **_IDS),
 }
 
