@@ -36,6 +36,8 @@ setup(
         "gguf>=0.10",
         "accelerate>=1.0",
         "filelock",
+        # How much memory is free, before a CPU model's weights are laid out a second time.
+        "psutil",
         # Tuned weights are peft adapters; merging them is peft's business, not ours.
         "peft>=0.17",
         "rich",

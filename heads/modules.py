@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from medusa_apar.packed_linear import can_pack, pack, packed_linear
+
 from . import checkpoints
 from .checkpoints import HeadTensors
 
@@ -75,6 +77,7 @@ class MedusaHeads(nn.Module):
         # The base is referenced in a tuple, which torch does not search for submodules: not saved, moved or counted.
         self._base: tuple[PreTrainedModel, ...] = ()
         self._draft_rows: tuple[tuple, Tensor, Tensor | None] | None = None  # key, weight, bias
+        self._packed: tuple[Tensor, Tensor] | None = None  # those rows, and oneDNN's layout of them
 
     # ---- making, loading, saving
 
@@ -202,7 +205,10 @@ class MedusaHeads(nn.Module):
             logits = lm_head(x.to(weight.dtype) if isinstance(weight, Tensor) else x)
         else:
             weight, bias = self.draft_rows()
-            logits = F.linear(x.to(weight.dtype), weight, bias)
+            if torch.is_grad_enabled() or not can_pack(weight):
+                logits = F.linear(x.to(weight.dtype), weight, bias)
+            else:
+                logits = packed_linear(x.to(weight.dtype), self._packed_rows(weight), weight, bias)
         return _base_logit_scale(logits, model)
 
     def draft_rows(self) -> tuple[Tensor, Tensor | None]:
@@ -222,6 +228,11 @@ class MedusaHeads(nn.Module):
                 rows = self.token_map.to(weight.device)
                 self._draft_rows = key, weight[rows], None if not isinstance(bias, Tensor) else bias[rows]
         return self._draft_rows[1:]
+
+    def _packed_rows(self, weight: Tensor) -> Tensor:
+        if self._packed is None or self._packed[0] is not weight:
+            self._packed = weight, pack(weight)
+        return self._packed[1]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[T, H] -> [heads, T, draft vocabulary]."""

@@ -17,6 +17,7 @@ from .fork_manager import ForkManager
 from .heads import MedusaHeads
 from .kv_pool import KVPool
 from .output import Stats
+from .packed_linear import PackedLinears
 from .paragraph_tree import ParagraphTree, Thread
 from .request import Request
 from .scheduler import Scheduler
@@ -31,6 +32,7 @@ class Decoder:
     model: PreTrainedModel
     heads: MedusaHeads | None
     backend: str
+    packed: PackedLinears
     scheduler: Scheduler
     verifier: Verifier
     fork_manager: ForkManager
@@ -44,7 +46,7 @@ class Decoder:
 
     def run(self) -> Iterator[None]:
         """Steps until every request is done; yields after each step, with `requests` and `stats` up to date."""
-        with forest_attention(self.model, self.backend):
+        with forest_attention(self.model, self.backend), self.packed.in_use():
             while any(not request.done for request in self.requests):
                 self.step()
                 yield

@@ -30,6 +30,7 @@ from .heads import MedusaHeads
 from .heads.modules import unembedding_size
 from .kv_pool import KVPool
 from .output import MedusaAparOutput, Stats
+from .packed_linear import PackedLinears
 from .paragraph_tree import ParagraphTree
 from .request import Request, thread_key
 from .scheduler import Scheduler
@@ -41,6 +42,9 @@ Observer = Callable[[list[ParagraphTree], Stats], None]
 
 # Rows of a forest: past these a step's cost grows with every row (DESIGN.md, facts).
 _BUDGET = {"cpu": 16, "cuda": 64}
+# A node pays if its chance times what a token costs exceeds what a row adds to a step: about a tenth on two Zen 3 cores
+# (3 ms of 30), next to nothing while a GPU is bound by memory.
+_LEAST_CHANCE = {"cpu": 0.1, "cuda": 0.01}
 
 
 class MedusaApar:
@@ -66,6 +70,7 @@ class MedusaApar:
         self.draft_tree, self.budget = draft_tree, budget
         self.max_threads, self.max_depth = max_threads, max_depth
         self.backend, self.pool_slots = backend, pool_slots
+        self._packed = PackedLinears(model)
         self._streamer: Any = None
 
     def generate(self, inputs: torch.Tensor | None = None, *, streamer=None, tokenizer=None, **kwargs):
@@ -190,6 +195,7 @@ class MedusaApar:
             model=self.model,
             heads=self.heads,
             backend=self.backend,
+            packed=self._packed,
             scheduler=Scheduler(ledger, self.draft_tree, self.budget, self.max_threads, context),
             verifier=verifier,
             fork_manager=ForkManager(ledger, context),
@@ -229,7 +235,7 @@ def attach(
         apar: control tokens of an APAR-tuned model, as `ControlTokens`, a directory with `apar_config.json`, or
             (fork id, child id); None never forks.
         tokenizer: only needed for `stop_strings`.
-        draft_tree: which guesses become nodes; by default the likeliest for the heads at hand.
+        draft_tree: which guesses become nodes; by default those whose measured acceptance pays on this device.
         budget: rows of a step's forest, threads' roots included (default 16 on a CPU, 64 on a GPU).
         max_threads: most threads of a request that run in one step; the others wait (None: no limit).
         max_depth: threads at this depth (the trunk has 0) do not fork (default: as deep as the model was tuned).
@@ -262,7 +268,8 @@ def attach(
         if value is not None and value < (0 if name == "max_depth" else 1):
             raise ValueError(f"{name} must be positive, got {value}.")
     if draft_tree is None:
-        draft_tree = DraftTree.likeliest(budget, checks.expected_acceptance(heads))
+        least = _LEAST_CHANCE.get(model.device.type, _LEAST_CHANCE["cpu"])
+        draft_tree = DraftTree.likeliest(budget, checks.expected_acceptance(heads), least)
     elif heads is not None and draft_tree.num_heads > heads.num_heads:
         raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
     return MedusaApar(model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, backend, pool_slots)
