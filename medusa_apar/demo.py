@@ -16,7 +16,7 @@ from .chat import encode
 from .generate import MedusaApar
 from .lanes import Lanes, Milestones, answer_text
 
-QUESTION = "What are some tips for managing stress at work?"
+QUESTION = "What are the key skills of a good leader?"
 WARM_UP_TOKENS = 8
 
 

@@ -21,7 +21,7 @@ def apar():
 @pytest.fixture(scope="module")
 def answer(apar):
     inputs = encode(apar.tokenizer, QUESTION)
-    return apar.generate(**inputs, max_new_tokens=128, do_sample=False, return_dict_in_generate=True)
+    return apar.generate(**inputs, max_new_tokens=192, do_sample=False, return_dict_in_generate=True)
 
 
 def test_answers_with_threads_and_accepted_drafts(answer):
