@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -129,7 +130,8 @@ def check_agrees(model: PreTrainedModel, backend: str) -> None:
     Families differ in more ways than a config tells (what they do to keys behind the cache, other kinds of attention);
     two tiny forward passes tell at once what would otherwise fail, or silently differ, in mid-run.
     """
-    ids = [index % model.get_input_embeddings().num_embeddings for index in (1, 3, 5, 7)]
+    vocab_size = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    ids = [index % vocab_size for index in (1, 3, 5, 7)]
     ledger = SlotLedger(KVPool())
     trunk = ParagraphTree(ids).trunk
     try:

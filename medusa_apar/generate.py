@@ -73,18 +73,25 @@ class MedusaApar:
         self._packed = PackedLinears(model)
         self._streamer: Any = None
 
-    def generate(self, inputs: torch.Tensor | None = None, *, streamer=None, tokenizer=None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        streamer=None,
+        tokenizer=None,
+        **kwargs,
+    ):
         """`model.generate` with our decoder: transformers' signature, and `fork`, `seed`, `observer` of `__call__`.
 
-        Unlike the bare `custom_generate` hook, which transformers gives neither, this also serves `streamer` and
-        `stop_strings`.
+        It also serves `stop_strings`, which the bare hook cannot: transformers drops the tokenizer they need.
         """
         if kwargs.get("assistant_model") is not None:
             raise NotImplementedError("assistant_model is not supported: the Medusa heads are the drafter.")
         bound = copy.copy(self)
         bound._streamer = streamer
         stop_strings = kwargs.pop("stop_strings", None)
-        config = kwargs.get("generation_config")
+        config = generation_config
         if stop_strings is None:
             stop_strings = (config and config.stop_strings) or self.model.generation_config.stop_strings
         if stop_strings:
@@ -96,14 +103,14 @@ class MedusaApar:
                 [*criteria, StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)]
             )
             if config is not None:
-                kwargs["generation_config"] = config = copy.deepcopy(config)
+                config = copy.deepcopy(config)
                 config.stop_strings = None
             if self.model.generation_config.stop_strings:
                 # transformers fills a None from the model's defaults: give it the same model with other defaults.
                 bound.model = copy.copy(self.model)
                 bound.model.generation_config = copy.deepcopy(self.model.generation_config)
                 bound.model.generation_config.stop_strings = None
-        return cast(Any, bound.model).generate(inputs, custom_generate=bound, **kwargs)
+        return cast(Any, bound.model).generate(inputs, config, custom_generate=bound, **kwargs)
 
     @torch.no_grad()
     def __call__(

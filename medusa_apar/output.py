@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -29,9 +29,6 @@ class Stats:
     @property
     def tokens_per_step(self) -> float:
         return self.generated_tokens / max(self.steps, 1)
-
-    def as_dict(self) -> dict:
-        return {**asdict(self), "accepted_lengths": dict(self.accepted_lengths)}
 
 
 @dataclass

@@ -26,7 +26,7 @@ class PackedLinears:
     """The packed weights of a model, made when first used and again when a weight has changed."""
 
     def __init__(self, model: nn.Module):
-        self._layers = [module for module in model.modules() if _packable(module)]
+        self._layers = [m for m in model.modules() if isinstance(m, nn.Linear) and _packable(m)]
         self._packed: dict[nn.Linear, tuple[tuple[int, int], torch.Tensor]] = {}
         self._users = 0
         self._lock = threading.Lock()
@@ -40,8 +40,8 @@ class PackedLinears:
         with self._lock:
             self._users += 1
             for layer in self._layers:
-                self._pack(layer)
-                layer.forward = partial(_linear, layer, self._packed[layer][1])  # type: ignore[method-assign]
+                if can_pack(layer.weight):  # the model may have moved since
+                    layer.forward = partial(_linear, layer, self._pack(layer))  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -51,10 +51,11 @@ class PackedLinears:
                     for layer in self._layers:
                         vars(layer).pop("forward", None)
 
-    def _pack(self, layer: nn.Linear) -> None:
+    def _pack(self, layer: nn.Linear) -> torch.Tensor:
         key = (layer.weight.data_ptr(), layer.weight._version)
         if layer not in self._packed or self._packed[layer][0] != key:
             self._packed[layer] = key, pack(layer.weight.detach())
+        return self._packed[layer][1]
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -79,7 +80,7 @@ def packed_linear(
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _packable(module: nn.Module) -> bool:
+def _packable(module: nn.Linear) -> bool:
     # An instance's own `forward` is somebody's hook (accelerate's offloading, say).
     return type(module) is nn.Linear and "forward" not in vars(module) and can_pack(module.weight)
 

@@ -146,6 +146,7 @@ class RecallHeads:
 
     def __init__(self, model: PreTrainedModel, paragraph_trees, num_heads: int = 3, wrong_every: int = 5):
         self.num_heads, self.wrong_every, self._calls = num_heads, wrong_every, 0
+        self.acceptance = [[0.8, 0.1, 0.05, 0.03]] * num_heads
         keys, futures = [], []
         for thread in (thread for tree in paragraph_trees for thread in tree.threads):
             ids = thread.path_ids + thread.token_ids
