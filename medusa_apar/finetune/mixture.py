@@ -27,7 +27,7 @@ class Limits:
 
 def is_held_out(example_id: str) -> bool:
     """Whether an example is kept from training, by a hash of its id."""
-    return int.from_bytes(hashlib.sha256(example_id.encode()).digest()[:8]) % HELD_OUT_ONE_IN == 0
+    return int.from_bytes(hashlib.sha256(example_id.encode()).digest()[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 def draw(
