@@ -30,7 +30,7 @@ _NEVER_IGNORED = ("position_bias", "indices", "block_indices", "sinks")
 def _forest_mask(*args, mask_function: Callable, config: Any, **kwargs) -> Any:
     forest = _current_forest.get()
     if forest is None:  # somebody else's forward pass, while one of our calls is under way
-        theirs = ALL_MASK_ATTENTION_FUNCTIONS[_swaps[id(config)].before]
+        theirs = ALL_MASK_ATTENTION_FUNCTIONS[_their_implementation(config)]
         return theirs(*args, mask_function=mask_function, config=config, **kwargs)
     return forest.mask(mask_function)
 
@@ -75,7 +75,7 @@ def _or_theirs(backend: Callable) -> Callable:
         if _current_forest.get() is not None:
             return backend(module, *args, **kwargs)
         eager: Any = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
-        theirs = ALL_ATTENTION_FUNCTIONS.get_interface(_swaps[id(module.config)].before, eager)
+        theirs = ALL_ATTENTION_FUNCTIONS.get_interface(_their_implementation(module.config), eager)
         return theirs(module, *args, **kwargs)
 
     return attend
@@ -103,6 +103,12 @@ _swaps: dict[int, _Swap] = {}  # by id of the config
 _swaps_lock = threading.Lock()
 
 
+def _their_implementation(config: PreTrainedConfig) -> Any:
+    # A foreign pass may have read our name just before the last of our calls gave the config back.
+    swap = _swaps.get(id(config))
+    return config._attn_implementation if swap is None else swap.before
+
+
 @contextmanager
 def forest_attention(model: PreTrainedModel, backend: str) -> Iterator[None]:
     """Within the block `model` attends over forests; when the last such block ends it is as it was.
@@ -123,9 +129,11 @@ def forest_attention(model: PreTrainedModel, backend: str) -> Iterator[None]:
         with _swaps_lock:
             for key in configs:
                 _swaps[key].users -= 1
-            for key in [key for key in configs if not _swaps[key].users]:
-                swap = _swaps.pop(key)
-                swap.config._attn_implementation = swap.before
+            unused = [key for key in configs if not _swaps[key].users]
+            for key in unused:  # all are given back before any is forgotten: see _their_implementation
+                _swaps[key].config._attn_implementation = _swaps[key].before
+            for key in unused:
+                del _swaps[key]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import torch
 
 import medusa_apar
 from medusa_apar.heads import MedusaHeads
+from medusa_apar.slot_ledger import SlotLedger
 from medusa_apar.triton_kernels.reference import gumbel_noise, philox, sample
 from tests.tiny import CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model
 
@@ -20,13 +21,31 @@ def test_same_seed_same_tokens_with_heads_and_without(warp):
     plain = medusa_apar.attach(model, None, CONTROL).generate(**inputs, seed=11, **OPTIONS, **warp)
     assert plain.stats.forks > 0
     for heads in (MedusaHeads.random(model), RecallHeads(model, plain.paragraph_tree)):
-        for options in ({}, {"budget": 60}, {"max_threads": 1}, {"pool_slots": 80}):
+        for options in ({}, {"budget": 60}, {"max_threads": 1}):
             apar = medusa_apar.attach(model, heads, CONTROL, **options)
             out = apar.generate(**inputs, seed=11, **OPTIONS, **warp)
             assert torch.equal(out.sequences, plain.sequences), (options, warp)
     assert max(out.stats.accepted_lengths) > 1
     other = medusa_apar.attach(model, None, CONTROL).generate(**inputs, seed=12, **OPTIONS, **warp)
     assert other.sequences.tolist() != plain.sequences.tolist()
+
+
+def test_memory_pressure_never_shows_in_a_sample(monkeypatch):
+    taken_back = []
+    evict = SlotLedger.evict
+    monkeypatch.setattr(
+        SlotLedger, "evict", lambda self, thread: taken_back.append(evict(self, thread)) or taken_back[-1]
+    )
+    monkeypatch.setattr("medusa_apar.checks.check_lengths", lambda *args: None)
+    model = forking_model(24)
+    inputs = prompts(3, 6, ragged=True)
+    plain = medusa_apar.attach(model, None, CONTROL).generate(**inputs, seed=11, **OPTIONS)
+    for heads in (None, RecallHeads(model, plain.paragraph_tree)):
+        tight = medusa_apar.attach(model, heads, CONTROL, pool_slots=32)
+        out = tight.generate(**inputs, seed=11, **OPTIONS)
+        assert torch.equal(out.sequences, plain.sequences)
+        assert out.stats.peak_slots <= 32 < plain.stats.peak_slots and out.stats.final_slots == 0
+    assert sum(taken_back) > 0
 
 
 def test_torch_manual_seed_rules_where_no_seed_is_given():
