@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -30,6 +31,16 @@ def milliseconds(run: Callable[[], object], repeats: int = 7) -> float:
     return statistics.median(taken)
 
 
+def run_plain(x: dict[int, torch.Tensor], weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        F.linear(x[weight.shape[1]], weight)
+
+
+def run_packed(x: dict[int, torch.Tensor], weights: list[torch.Tensor], packed: list[torch.Tensor]) -> None:
+    for weight, layout in zip(weights, packed, strict=True):
+        packed_linear(x[weight.shape[1]], layout, weight)
+
+
 @torch.inference_mode()
 def main() -> None:
     with torch.inference_mode(False):
@@ -39,10 +50,8 @@ def main() -> None:
     print("rows  F.linear  packed")
     for rows in (1, 2, 4, 8, 16, 32):
         x = {width: torch.randn(rows, width) for width in (576, 1536)}
-        plain = milliseconds(lambda x=x: [F.linear(x[w.shape[1]], w) for w in weights])
-        ours = milliseconds(
-            lambda x=x: [packed_linear(x[w.shape[1]], p, w) for w, p in zip(weights, packed, strict=True)]
-        )
+        plain = milliseconds(partial(run_plain, x, weights))
+        ours = milliseconds(partial(run_packed, x, weights, packed))
         print(f"{rows:4}  {plain:8.1f}  {ours:6.1f}", flush=True)
 
 

@@ -103,7 +103,7 @@ _swaps: dict[int, _Swap] = {}  # by id of the config
 _swaps_lock = threading.Lock()
 
 
-def _their_implementation(config: PreTrainedConfig) -> Any:
+def _their_implementation(config: Any) -> Any:
     # A foreign pass may have read our name just before the last of our calls gave the config back.
     swap = _swaps.get(id(config))
     return config._attn_implementation if swap is None else swap.before
