@@ -9,12 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from .control_tokens import ControlTokens
 from .forest import Forest, Stem
 from .request import Request
 from .triton_kernels.reference import sample
+
+# transformers' processors that treat every row of a batch by itself: one row is enough to show them. The exact types,
+# since a subclass may do anything; those that this version of transformers lacks are left out.
+_BY_ROW = frozenset(
+    found
+    for name in (
+        *("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta"),
+        *("NoRepeatNGram", "NoBadWords", "SequenceBias", "MinLength", "MinNewTokensLength"),
+        *("ForcedBOSToken", "ForcedEOSToken", "InfNanRemove", "ExponentialDecayLengthPenalty", "SuppressTokens"),
+        *("SuppressTokensAtBegin", "PrefixConstrained", "LogitNormalization"),
+    )
+    for kind in ("LogitsWarper", "LogitsProcessor", "")
+    if (found := getattr(transformers, name + kind, None)) is not None
+)
 
 
 @dataclass(slots=True)
@@ -100,11 +115,17 @@ class Verifier:
         scores = logits.float()
         if not self.processors:
             return scores
-        # Processors may hold something per row of the batch, so they are shown the whole batch and asked for one row.
-        rows = request.batch_size
-        ids = torch.tensor([path], device=logits.device).expand(rows, -1)
-        processors = LogitsProcessorList([_of_row(processor, request.row) for processor in self.processors])
-        return processors(ids, scores.repeat(rows, 1))[request.row]  # type: ignore[arg-type]
+        ids = torch.tensor([path], device=logits.device)
+        scores = scores[None]
+        for processor in self.processors:
+            processor = _of_row(processor, request.row)
+            if type(processor) in _BY_ROW:
+                scores = processor(ids, scores)  # type: ignore[arg-type]
+            else:  # it may hold something per row of the batch: it is shown the whole batch and asked for one row
+                rows = request.batch_size
+                shown = processor(ids.expand(rows, -1), scores.repeat(rows, 1))  # type: ignore[arg-type]
+                scores = shown[request.row, None]
+        return scores[0]
 
     def _choose(self, scores: torch.Tensor, stem: Stem, ahead: int) -> int:
         if self.seed is None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 import medusa_apar
 from medusa_apar.heads import HydraHeads, MedusaHeads
@@ -135,3 +136,28 @@ def test_noise_is_counter_based_and_independent():
     assert abs(float(noise.mean()) - 0.5772) < 0.06 and abs(float(noise.std()) - 1.2825) < 0.06
     correlation = torch.corrcoef(noise)
     assert float((correlation - torch.eye(len(noise))).abs().max()) < 0.6
+
+
+def test_warpers_are_shown_one_row_however_large_the_batch(monkeypatch):
+    """A batch of 32 once sorted 32 x 32 rows of logits a step: three quarters of the time went there."""
+    shown = []
+    warp = TopPLogitsWarper.__call__
+    monkeypatch.setattr(
+        TopPLogitsWarper, "__call__", lambda self, ids, scores: shown.append(scores.shape[0]) or warp(self, ids, scores)
+    )
+    apar = medusa_apar.attach(tiny_model(eos=-50.0))
+    apar.generate(**prompts(4, 6), seed=3, top_p=0.8, top_k=0, **OPTIONS)
+    assert shown == [1] * (4 * 20)
+
+
+def test_processors_of_unknown_kinds_are_shown_the_whole_batch():
+    """They may hold something per row, and are asked for the row in question only."""
+    bias = torch.eye(VOCAB)[[20, 30, 40]] * 100.0
+
+    class PerRow(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores + bias
+
+    options = {"logits_processor": LogitsProcessorList([PerRow()]), "max_new_tokens": 3, "do_sample": True, "seed": 1}
+    out = medusa_apar.attach(tiny_model(eos=-50.0)).generate(**prompts(3, 6), top_p=0.9, **options)
+    assert out[:, 6:].tolist() == [[20] * 3, [30] * 3, [40] * 3]

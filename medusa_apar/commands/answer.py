@@ -1,9 +1,10 @@
 """Have a chat model answer prompts, as a corpus in its own words for `medusa-apar data`.
 
-Tuned on its own answers a model changes least, and learns to fork in the very phrasing that it will write. Answers that
-do not end within --max-new-tokens are left out; `medusa-apar data` drops those that loop, and with --agree-with those
-that split where the corpora's do not. DIR gets chats.jsonl, asked.jsonl, log.jsonl and report.json; the
-same command started again goes on where it stopped, and one with another model or other sampling is refused.
+Tuned on its own answers a model changes least, and learns to fork in the very phrasing that it will write. It answers
+untuned, or with --tuned as it was tuned but without forking: what another round of tuning can correct. Answers that do
+not end within --max-new-tokens are left out; `medusa-apar data` drops those that loop, and with --agree-with those that
+split where the corpora's do not. DIR gets chats.jsonl, asked.jsonl, log.jsonl and report.json; the same command
+started again goes on where it stopped, and one with another model or other sampling is refused.
 
   medusa-apar answer --prompts chats.jsonl --temperature 0.7 --out own
   medusa-apar data own/chats.jsonl --agree-with chats.jsonl --out examples
@@ -21,7 +22,8 @@ HELP = "a corpus of a model's own answers"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="the untuned model: name, folder or Hub id (default: %(default)s)")
+    add("--model", default="smollm2-135m", help="name, folder or Hub id (default: %(default)s)")
+    add("--tuned", action="store_true", help="with the tuning that comes with the model, in one thread")
     add("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="chat JSONL, .gz or not")
     add("--out", type=Path, required=True, metavar="DIR", help="where answers, log and report go")
     add("--count", type=number(int, 1), metavar="N", help="prompts to answer (default: all)")
@@ -52,7 +54,13 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     prompts = read_prompts(args.prompts)
     dtype = fast_dtype() if args.dtype == "auto" else args.dtype
-    apar = load(args.model, heads=None, apar=None, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    apar = load(
+        args.model,
+        heads=None,
+        apar=True if args.tuned else None,
+        dtype=dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
     limits = Limits(args.count, args.max_prompt, args.max_new_tokens, args.batch, args.max_minutes, args.seed)
     settings = {key: value for key, value in vars(args).items() if key != "command"}
     with Job(args.out, "answer", settings) as job:

@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="corpora with the same ids: keep an answer only if it forks where theirs does (for a model's own answers)",
     )
+    add(
+        "--disagreeing",
+        choices=("drop", "whole"),
+        default="drop",
+        help="an answer that would fork where theirs does not is left out, or kept whole so that the model learns "
+        "to tell by the prompt (default: drop)",
+    )
     add("--show", type=number(int, 0), default=0, metavar="N", help="print N forking answers with their control tokens")
 
 
@@ -49,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in args.agree_with or [] if not name.is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]} does not exist")
+    if args.disagreeing == "whole" and not args.agree_with:
+        raise ValueError("--disagreeing needs --agree-with: there is nothing to disagree with")
     settings = {key: value for key, value in vars(args).items() if key != "command"}
     with Job(args.out, "data", settings) as job:
         make_examples(
@@ -58,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             all_turns=args.all_turns,
             max_depth=args.max_depth,
             agree_with=args.agree_with or [],
+            keep_whole=args.disagreeing == "whole",
             show_count=args.show,
         )
     return 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from medusa_apar.finetune.corpus import BadCorpus, Drops, Example, read_examples, write_examples
-from medusa_apar.finetune.rules import show, splice
+from medusa_apar.finetune.rules import Thread, show, splice
 from medusa_apar.job import Job
 
 EXAMPLES = "examples.jsonl"
@@ -22,10 +23,13 @@ def make_examples(
     all_turns: bool,
     max_depth: int,
     agree_with: Sequence[Path],
+    keep_whole: bool = False,
     show_count: int,
 ) -> dict[str, Any]:
     """Writes the examples of `corpora` into the job's folder and returns the report.
 
+    keep_whole: an answer that would fork where the one of `agree_with` does not becomes one thread, instead of being
+    left out.
     BadCorpus where a record cannot be read and is not to be skipped, or where no example is left.
     """
     drops = Drops()
@@ -50,6 +54,10 @@ def make_examples(
                     if forms and example.id not in forms:
                         drops.add("not in the other corpus", example.id)
                         continue
+                    if forms and keep_whole and example.tree.forks and not forms[example.id]:
+                        example = replace(
+                            example, tree=Thread([splice(example.tree)]), kind="plain", reason="other corpus whole"
+                        )
                     if forms and forms[example.id] != bool(example.tree.forks):
                         drops.add(
                             "forks, the other corpus does not" if example.tree.forks else "whole, the other forks",

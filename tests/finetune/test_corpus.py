@@ -146,6 +146,17 @@ def test_agreement_keeps_answers_that_fork_where_the_others_do(tmp_path):
     assert [example.id for example in load_examples(tmp_path / "out" / "examples.jsonl")] == ["1", "4"]
     dropped = json.loads((tmp_path / "out/report.json").read_text())["dropped"]
     assert dropped["not in the other corpus"] == {"count": 1, "first": ["5"]}
+    more = ["--agree-with", theirs, "--disagreeing", "whole", "--out", str(tmp_path / "whole")]
+    assert main(["data", own, *more]) == 0
+    found = {example.id: example for example in load_examples(tmp_path / "whole" / "examples.jsonl")}
+    assert {id: example.tree.forks > 0 for id, example in found.items()} == {"1": True, "2": False, "4": False}
+    assert (splice(found["2"].tree), found["2"].kind, found["2"].reason) == (LIST, "plain", "other corpus whole")
+
+
+def test_disagreeing_needs_a_corpus_to_agree_with(tmp_path, capsys):
+    own = write(tmp_path / "o.jsonl", {"messages": conversation("q", LIST)})
+    assert main(["data", own, "--disagreeing", "whole", "--out", str(tmp_path / "out")]) == 2
+    assert "--disagreeing needs --agree-with" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_agreement_is_by_the_same_rules_and_with_something(tmp_path, capsys):

@@ -115,3 +115,13 @@ def test_a_report_without_a_time_limit_is_json(tmp_path, base):
     assert answer(base, prompts(tmp_path / "p.jsonl", 2), tmp_path / "own") == 0
     report = json.loads((tmp_path / "own/report.json").read_text(), parse_constant=refuse)
     assert report["settings"]["max_minutes"] is None
+
+
+def test_only_a_tuned_model_answers_as_tuned(tmp_path, base, capsys):
+    """--tuned insists on the tuning, so that nobody takes the base's answers for the tuned model's."""
+    questions = prompts(tmp_path / "p.jsonl", 2)
+    assert answer(base, questions, tmp_path / "own", "--tuned") == 2
+    assert "has no control tokens" in capsys.readouterr().err
+    (base / "apar_config.json").write_text(json.dumps({"fork_token_id": 3, "child_token_id": 4}))
+    assert answer(base, questions, tmp_path / "own", "--tuned") == 0
+    assert len((tmp_path / "own/asked.jsonl").read_text().splitlines()) == 2
