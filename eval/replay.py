@@ -8,6 +8,7 @@ cost: the nodes of the draft trees never run through the base.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from medusa_apar.finetune.packing import IGNORED
 from medusa_apar.heads.answers import AnswerFile, Answers, encode
 from medusa_apar.heads.draft_heads import DraftHeads
 
+NOTHING = -1  # no token: what no guess equals
 Record = dict[str, Any]  # prompt_ids, and threads with parent, fork_index and token_ids, as `heads.ask` writes them
 
 
@@ -64,6 +66,17 @@ class Replayed:
     gained: int
 
 
+def as_answer(prompt_ids: list[int], threads: Sequence[Record], child_id: int) -> Record:
+    """`eval.answering`'s threads, which hold their own tokens only, as `heads.ask` writes them."""
+    trunk, *children = threads
+    found = [{"parent": -1, "fork_index": -1, "token_ids": trunk["token_ids"]}]
+    for child in children:
+        fork_index = child["fork_index"] + (child["parent"] > 0)  # behind the parent's own [Child]
+        token_ids = [child_id, *child["token_ids"]]
+        found.append({"parent": child["parent"], "fork_index": fork_index, "token_ids": token_ids})
+    return {"prompt_ids": prompt_ids, "threads": found}
+
+
 @torch.no_grad()
 def replay(
     heads: DraftHeads,
@@ -80,41 +93,49 @@ def replay(
     A record must hold every thread as far as the limit shows it. What an accepted guess brings beyond the end of a
     record's thread is not known and not counted.
     """
+    parts = [encode(heads.base, AnswerFile([record]), 0, eos_ids, heads.taps) for record in records]
+    counts = [len(record["threads"]) for record in records]
+    for part, before in zip(parts, itertools.accumulate(counts, initial=0), strict=False):
+        part.threads += before
+    times = iter(_thread_times(heads, Answers.join(parts), sum(counts), drafting))
     found = []
-    for record, limit in zip(records, limits, strict=True):
-        file = AnswerFile([record])
-        answers = encode(heads.base, file, 0, eos_ids, heads.taps)
-        times, gained, steps = _thread_times(heads, answers, drafting)
-        found.append(Replayed(_request_steps(record, times, limit, set(eos_ids), control), steps, gained))
+    for record, count, limit in zip(records, counts, limits, strict=True):
+        own = list(itertools.islice(times, count))
+        steps = _request_steps(record, own, limit, set(eos_ids), control)
+        found.append(Replayed(steps, sum(thread[-1] for thread in own if thread), sum(map(len, own))))
     return found
 
 
-def _thread_times(heads: DraftHeads, answers: Answers, drafting: Drafting) -> tuple[list[list[int]], int, int]:
-    """Per thread, the thread's own step (from 1) in which it got each of its tokens; tokens gained and steps in all."""
+def _thread_times(heads: DraftHeads, answers: Answers, count: int, drafting: Drafting) -> list[list[int]]:
+    """Per thread of `count`, the thread's own step (from 1) in which it got each of its tokens.
+
+    All threads go on side by side, so that the heads' weights are read once a step for all of them.
+    """
     device = heads.base.device
     starts = (answers.threads.diff(prepend=answers.threads[:1] - 1) != 0).nonzero()[:, 0]
-    stops = torch.cat([starts[1:], torch.tensor([len(answers)])])
     known = answers.next_ids != IGNORED
-    lengths = torch.stack([known[start:stop].sum() for start, stop in zip(starts, stops, strict=True)])
+    assert len(starts) == count, "a thread has no position that predicts its first token"
+    lengths = torch.stack([part.sum() for part in known.tensor_split(starts[1:])])
     depth = drafting.tree.num_heads
-    tokens = torch.cat([torch.where(known, answers.next_ids, -1), torch.full((depth + 1,), -1)])
+    tokens = torch.cat([torch.where(known, answers.next_ids, NOTHING), torch.full((depth + 1,), NOTHING)])
     times = [[1] if length else [] for length in lengths.tolist()]
     place = torch.zeros_like(starts)  # of each thread's last token
-    step, gained, steps = 1, sum(map(len, times)), sum(map(len, times))
+    step = 1
     while len(active := (place < lengths - 1).nonzero()[:, 0]):
         step += 1
         at = starts[active] + place[active]
         guessed, kept = drafting.propose(heads, answers.hidden[at].to(device, heads.dtype), tokens[at].to(device))
-        ahead = tokens[at[:, None] + torch.arange(1, depth + 2)]  # [T, depth + 1]
+        places = torch.arange(1, depth + 2)
         # Behind a thread's end lies another thread: nothing there is this one's.
-        beyond = place[active, None] + torch.arange(1, depth + 2) >= lengths[active, None]
-        right = _matched(drafting.tree, guessed.cpu(), kept.cpu(), ahead.masked_fill(beyond, -1))
+        beyond = place[active, None] + places >= lengths[active, None]
+        right = _matched(
+            drafting.tree, guessed.cpu(), kept.cpu(), tokens[at[:, None] + places].masked_fill(beyond, NOTHING)
+        )
         gain = torch.minimum(1 + right, lengths[active] - 1 - place[active])
         place[active] += gain
         for thread, count in zip(active.tolist(), gain.tolist(), strict=True):
             times[thread] += [step] * count
-        gained, steps = gained + int(gain.sum()), steps + len(active)
-    return times, gained, steps
+    return times
 
 
 def _matched(tree: DraftTree, guessed: Tensor, kept: Tensor, ahead: Tensor) -> Tensor:

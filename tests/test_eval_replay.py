@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from medusa_apar import attach
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.eval import weights
+from medusa_apar.eval.answering import answer
 from medusa_apar.eval.replay import Drafting, path_log_probs, replay
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.heads.ask import as_record
@@ -48,7 +49,7 @@ def test_replayed_steps_are_the_decoders(kind, fork, seed):
     replayed = replay(heads, answers, Drafting(TREE), [EOS], [limit] * len(answers), control)
     speculated = 0
     for prompt, found in zip(PROMPTS, replayed, strict=True):
-        [real] = weights.answer(apar, [prompt], limit, fork=fork)
+        [real] = answer(apar, [prompt], limit, fork=fork)
         assert found.steps == real["steps"]
         speculated += real["gained"] - real["thread_steps"]
         if not fork:  # with threads, what lies behind the limit depends on when the answer is done
@@ -67,7 +68,7 @@ def test_a_lower_limit_is_reached_as_early_as_the_decoder_does(limit):
     answers = records(model, PROMPTS, 40, True)
     replayed = replay(heads, answers, Drafting(TREE), [EOS], [limit] * len(answers), control)
     for prompt, found in zip(PROMPTS, replayed, strict=True):
-        assert found.steps == weights.answer(apar, [prompt], limit, fork=True)[0]["steps"]
+        assert found.steps == answer(apar, [prompt], limit, fork=True)[0]["steps"]
 
 
 def test_all_candidates_kept_is_the_static_tree_and_fewer_take_no_fewer_steps():

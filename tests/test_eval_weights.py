@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from medusa_apar import attach
 from medusa_apar.draft_tree import DraftTree
-from medusa_apar.eval import weights
+from medusa_apar.eval import answering, goals, weights
 from medusa_apar.eval.loops import looping_share
 from medusa_apar.finetune.mixture import is_held_out
-from medusa_apar.heads import MedusaHeads
+from medusa_apar.heads import HydraHeads, MedusaHeads
 from tests.tiny import CONTROL, EOS, VOCAB, forking_model, tiny_tokenizer
 
 # A busy machine is no failure.
@@ -83,9 +83,9 @@ def test_a_request_in_a_batch_counts_the_steps_it_takes_alone(seed, drafting):
     heads = MedusaHeads.random(model, num_heads=3) if drafting else None
     tree = DraftTree.likeliest(12, [[0.3, 0.2, 0.1]] * 3) if drafting else None
     apar = attach(model, heads, CONTROL, draft_tree=tree, budget=13 * 4 * weights.MOST_THREADS)
-    together = weights.answer(apar, PROMPTS, 40, fork=True)
+    together = answering.answer(apar, PROMPTS, 40, fork=True)
     for prompt, record in zip(PROMPTS, together, strict=True):
-        [alone] = weights.answer(apar, [prompt], 40, fork=True)
+        [alone] = answering.answer(apar, [prompt], 40, fork=True)
         output = apar.generate(
             torch.tensor([prompt]), max_new_tokens=40, do_sample=False, fork=True, return_dict_in_generate=True
         )
@@ -99,14 +99,14 @@ def test_a_request_in_a_batch_counts_the_steps_it_takes_alone(seed, drafting):
 
 def test_one_thread_without_heads_takes_a_step_per_token():
     apar = attach(forking_model(1), None, CONTROL)
-    for record in weights.answer(apar, PROMPTS, 24, fork=False):
+    for record in answering.answer(apar, PROMPTS, 24, fork=False):
         assert record["steps"] == record["thread_steps"] == len(record["ids"]) == record["gained"]
         assert len(record["threads"]) == 1
 
 
 def test_thread_records_name_their_fork():
     apar = attach(forking_model(3), None, CONTROL)
-    records = weights.answer(apar, PROMPTS, 60, fork=True)
+    records = answering.answer(apar, PROMPTS, 60, fork=True)
     children = [(record, thread) for record in records for thread in record["threads"][1:]]
     assert children
     for record, thread in children:
@@ -123,16 +123,16 @@ def test_thread_ends_leaves_out_what_the_limit_cut():
     trunk = thread(400, "stop")
     rows = [{"threads": [trunk, thread(10, "stop"), thread(20, "cancelled"), thread(300, "stop"), thread(256, "stop")]}]
     counts = {"stopped": 2, "too_long": 1, "cut": 1}
-    assert weights.thread_ends(rows) == {**counts, "share": 2 / 3, "at_least": 2 / 4}
+    assert goals.thread_ends(rows) == {**counts, "share": 2 / 3, "at_least": 2 / 4}
     found = {
         "speed": {},
         "forks": {},
         "loss": {},
         "repeated_4grams": {},
-        "thread_ends": {"vicuna": weights.thread_ends(rows)},
+        "thread_ends": {"vicuna": goals.thread_ends(rows)},
     }
-    assert "66.7% (at least 50.0%)" in weights.table(found, hydra=False)
-    assert weights.thread_ends([])["at_least"] is None
+    assert "66.7% (at least 50.0%)" in goals.table(found)
+    assert goals.thread_ends([])["at_least"] is None
 
 
 def test_loss_is_that_of_the_answer_tokens():
@@ -141,7 +141,7 @@ def test_loss_is_that_of_the_answer_tokens():
     logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     logits = logits.detach()
     expected = -sum(float(logits[place - 1, ids[place]]) for place in range(prompt_length, len(ids)))
-    raw, without = weights.answer_loss(model, ids, prompt_length, [CONTROL.fork_id, CONTROL.child_id])
+    raw, without = answering.answer_loss(model, ids, prompt_length, [CONTROL.fork_id, CONTROL.child_id])
     assert raw == pytest.approx(expected, rel=1e-4)
     assert without < raw  # the same tokens share what the control tokens had
 
@@ -192,7 +192,6 @@ def test_the_command_measures_all_and_resumes_to_the_same(folders, tmp_path, cap
     for measure in ("threads only", "heads only", "both", "loss on plain", "4-grams", "that fork, structured"):
         assert measure in shown
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
-    assert report["both_equal_threads"] == 1.0  # float32
     assert report["loss"]["change"] == pytest.approx(0.0)  # both are the same weights here
     assert report["speed"]["base"]["vicuna"]["all"]["tokens_per_step"] == 1.0
     assert report["forks"]["structured"]["prompts"] == report["forks"]["plain: code"]["prompts"] == 2
@@ -212,12 +211,36 @@ def test_the_command_measures_all_and_resumes_to_the_same(folders, tmp_path, cap
     )
 
 
+def test_heads_replayed_are_heads_decoded(folders, tmp_path):
+    for name, more in (("replayed", []), ("decoded", ["--decode"])):
+        assert weights.main(arguments(folders, tmp_path / name, *more)) == 0
+    replayed, decoded = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("replayed", "decoded"))
+    assert decoded["both_equal_threads"] == 1.0  # float32
+    for system in ("heads medusa", "both medusa"):
+        for key in ("answers", "mean_tokens", "tokens_per_step", "tokens_per_step_pooled", "mean_forks"):
+            assert replayed["speed"][system]["vicuna"]["all"][key] == decoded["speed"][system]["vicuna"]["all"][key]
+    assert decoded["speed"]["both medusa"] != decoded["speed"]["threads"]  # or the heads were never right
+
+
+def test_heads_of_two_kinds_are_measured_in_one_run(folders, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(folders.model)
+    HydraHeads.random(model, num_heads=2).save_pretrained(tmp_path / "hydra")
+    asked = ["--systems", "heads", "--heads", str(folders.heads)]
+    assert weights.main(arguments(folders, tmp_path / "out", *asked, str(tmp_path / "hydra"))) == 0
+    speed = json.loads((tmp_path / "out/report.json").read_text())["speed"]
+    assert set(speed) == {"single", "heads medusa", "heads hydra"}
+    assert weights.main(arguments(folders, tmp_path / "two", *asked, str(folders.heads))) == 2
+    assert "two of a kind (medusa, medusa)" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_sentence_before_any_work(folders, tmp_path, capsys):
     out = tmp_path / "out"
     assert weights.main(arguments(folders, out, "--limit", "1", "--systems", "threads")) == 0
     capsys.readouterr()
     assert weights.main(arguments(folders, out, "--nodes", "9")) == 2
     assert "another nodes" in capsys.readouterr().err
+    assert weights.main(arguments(folders, tmp_path / "few", "--candidates", "7")) == 2
+    assert "--candidates 7 must be --nodes 8 at least" in capsys.readouterr().err
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"turns": ["a"]}\n{"turn": 1}\n')
     assert weights.main([*arguments(folders, tmp_path / "new"), "--prompts", f"mt={bad}"]) == 2
