@@ -25,7 +25,7 @@ setup(
     package_dir=MAPPED,
     package_data={
         "medusa_apar": ["py.typed", "custom_generate/*"],
-        "medusa_apar.heads": ["weights/*/*"],
+        "medusa_apar.heads": ["weights/*/*", "weights/*/*/*"],
     },
     install_requires=[
         "torch>=2.6",

