@@ -12,39 +12,25 @@ with a sentence. Two things come and go on the way:
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from . import checkpoints
+from .base_model import Base, model_shards
 from .checkpoints import HeadFile
-
-if TYPE_CHECKING:
-    from medusa_apar.loading import Source
+from .model_folder import check_empty, new_model_folder
 
 LAYOUTS = ("v1", "v2", "vllm", "medusa2", "apar")
 DTYPES = ("float32", "float16", "bfloat16")
 FORMATS = ("safetensors", "pt")
 MODEL_TEXT = (".json", ".jinja", ".model", ".txt", ".py")  # what a model folder holds besides its weights
-# What --force replaces of a model, and of the heads in its medusa/; other files may be anyone's.
-WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "apar_config.json", "chat_template.jinja", "chat_template.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
-)
 
 
 @dataclass(slots=True)
@@ -379,60 +365,6 @@ def _check_free(folder: Path, to: str, force: bool, heads: Heads, given: Base | 
         raise FileExistsError(f"{folder} already holds {' and '.join(found)}: choose another --out, or --force")
 
 
-def check_empty(folder: Path, force: bool) -> None:
-    """FileExistsError if a model is to be written into a folder in use without `force`, or one that is no model's."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, not a folder to write into")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not force:
-        raise FileExistsError(f"{folder} is not empty: choose another --out, or --force to replace the model it holds")
-    if not checkpoints.holds_model(folder):
-        raise FileExistsError(
-            f"{folder} is not empty and holds no model (a config.json with model_type) that --force could replace: "
-            "choose another --out"
-        )
-    for name in ("adapter_config.json", *checkpoints.FILES):  # a loader would take it for the new model's
-        if (folder / name).exists():
-            raise FileExistsError(f"{folder / name} would be read with the new model: move it away, or another --out")
-
-
-@contextmanager
-def new_model_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place when the block ends well.
-
-    Of a model that is there already, weights, configs, tokenizer and heads are replaced and other files stay.
-    """
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built = Path(scratch) / "model"
-        built.mkdir()
-        yield built
-        if folder.is_dir():
-            _remove(folder, MODEL_FILES)
-            heads = folder / checkpoints.SUBFOLDER
-            if heads.is_dir():
-                _remove(heads, (*checkpoints.FILES, "config.json"))
-                if not any(heads.iterdir()):
-                    heads.rmdir()
-            # The config last: without it the folder is no model yet.
-            files = [new for new in built.rglob("*") if new.is_file()]
-            for new in sorted(files, key=lambda new: new == built / "config.json"):
-                place = folder / new.relative_to(built)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(new, place)
-        else:
-            os.replace(built, folder)
-
-
-def _remove(folder: Path, names: tuple[str, ...]) -> None:
-    """Weights and the named files of a folder."""
-    for old in list(folder.iterdir()):
-        if old.is_file() and (old.name in names or WEIGHTS.fullmatch(old.name)):
-            old.unlink()
-
-
 def _write_full_model(out: Path, state: dict[str, Tensor], config: dict, dtype: torch.dtype | None, base: Base) -> None:
     """The base's weights shard by shard, the heads in a shard of their own, and all that the base's folder says."""
     folder = base.whole_model()
@@ -468,64 +400,6 @@ def _without_heads(shard: Path) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if not checkpoints.PREFIX.match(key)}
 
 
-# ---- the base model
-
-
-class Base:
-    """The model the heads sit on, read only as far as it is needed."""
-
-    def __init__(self, name: str) -> None:
-        from medusa_apar import hub
-
-        self.name = name
-        path = Path(name).expanduser()
-        self.local = path.resolve() if name not in hub.EMBEDDED and path.is_dir() else None
-
-    @cached_property
-    def source(self) -> Source:
-        from medusa_apar.loading import locate
-
-        return locate(self.name)
-
-    @cached_property
-    def unembedding(self) -> Tensor:
-        """[vocabulary, H] in the dtype it is stored in, with what an adapter tuned."""
-        if self.source.adapter or self.source.base.endswith(".gguf"):
-            from medusa_apar.finetune.merge import merged_model
-
-            model, _ = merged_model(self.source)
-            weight, bias = _output(model, self.name)
-        else:
-            weight, bias = _stored_unembedding(self.folder(), self.name)
-        if bias is not None:
-            raise ValueError(f"the unembedding of {self.name} has a bias, for which head files have no place")
-        return weight.detach()
-
-    def folder(self) -> Path:
-        """Of the model's weights, downloaded where they are on the Hub."""
-        from medusa_apar import hub
-
-        if self.source.base in hub.EMBEDDED:
-            return hub.embedded_model_dir(self.source.base)
-        path = Path(self.source.base).expanduser()
-        if path.is_dir():
-            return path
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(self.source.base, ignore_patterns=["*.msgpack", "*.h5", "*.onnx", "*.gguf"]))
-
-    def whole_model(self) -> Path:
-        """The folder of a base that is a model and not an adapter on one."""
-        if self.source.adapter:
-            raise ValueError(
-                f"{self.name} is an adapter on {self.source.base}: run `medusa-apar merge` and pass the merged model "
-                "as --base"
-            )
-        if self.source.base.endswith(".gguf"):
-            raise ValueError(f"{self.name} is a GGUF file: pass a model folder as --base")
-        return self.folder()
-
-
 def _own_base(heads: Heads, why: str) -> Base:
     """The base that the heads' own folder or config names."""
     root = heads.folder.parent if heads.folder.name == checkpoints.SUBFOLDER else heads.folder
@@ -535,42 +409,3 @@ def _own_base(heads: Heads, why: str) -> Base:
     if not heads.base:
         raise ValueError(f"name the base model with --base: {why}, and the heads' config does not say which it is")
     return Base(heads.base)
-
-
-def model_shards(folder: Path) -> list[Path]:
-    """The weight files of a transformers model folder. FileNotFoundError: it has none."""
-    for name in checkpoints.FULL_MODEL_FILES:
-        file = folder / name
-        if file.is_file() and name.endswith(".index.json"):
-            return sorted({folder / shard for shard in checkpoints._json(file).get("weight_map", {}).values()})
-        if file.is_file():
-            return [file]
-    raise FileNotFoundError(f"no model weights in {folder}: none of {', '.join(checkpoints.FULL_MODEL_FILES)} is there")
-
-
-def _stored_unembedding(folder: Path, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the unembedding: the one tensor where its name is plain, else the whole model is loaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    weight, bias = _output(empty, name)
-    names = [key for key, parameter in empty.named_parameters(remove_duplicate=False) if parameter is weight]
-    if bias is None and getattr(config, "quantization_config", None) is None:
-        for shard in model_shards(folder):
-            if shard.suffix == ".safetensors":
-                with safe_open(shard, framework="pt") as file:
-                    for key in names:
-                        if key in file.keys():  # noqa: SIM118
-                            return file.get_tensor(key), None
-    return _output(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), name)
-
-
-def _output(model: Any, name: str) -> tuple[Tensor, Tensor | None]:
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise ValueError(f"{name} has no unembedding in floating point, so none can be copied")
-    bias = getattr(head, "bias", None)
-    return weight, bias if isinstance(bias, Tensor) else None

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from medusa_apar import hub
 from medusa_apar.control_tokens import CONFIG_NAME
 from medusa_apar.heads import checkpoints
-from medusa_apar.heads.convert import check_empty, new_model_folder
+from medusa_apar.heads.model_folder import check_empty, new_model_folder
 from medusa_apar.job import write_text
 
 if TYPE_CHECKING:

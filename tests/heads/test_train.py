@@ -16,7 +16,8 @@ from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
 from medusa_apar.heads import train as trainer
 from medusa_apar.heads.answers import AnswerFile, Answers, Encoder, Store, encode, encode_rows, greedy
 from medusa_apar.heads.ask import answered, read_prompts
-from medusa_apar.heads.train import WINDOW, Settings, evaluate, ridge_start, train, window_losses
+from medusa_apar.heads.losses import WINDOW, evaluate, ridge_start, window_losses
+from medusa_apar.heads.train import Settings, train
 from medusa_apar.job import Job
 from medusa_apar.loading import load
 from tests import tiny

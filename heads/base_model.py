@@ -1,0 +1,110 @@
+"""The model that heads sit on, read only as far as a conversion needs it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from . import checkpoints
+
+if TYPE_CHECKING:
+    from medusa_apar.loading import Source
+
+
+class Base:
+    """The model the heads sit on, read only as far as it is needed."""
+
+    def __init__(self, name: str) -> None:
+        from medusa_apar import hub
+
+        self.name = name
+        path = Path(name).expanduser()
+        self.local = path.resolve() if name not in hub.EMBEDDED and path.is_dir() else None
+
+    @cached_property
+    def source(self) -> Source:
+        from medusa_apar.loading import locate
+
+        return locate(self.name)
+
+    @cached_property
+    def unembedding(self) -> Tensor:
+        """[vocabulary, H] in the dtype it is stored in, with what an adapter tuned."""
+        if self.source.adapter or self.source.base.endswith(".gguf"):
+            from medusa_apar.finetune.merge import merged_model
+
+            model, _ = merged_model(self.source)
+            weight, bias = _output(model, self.name)
+        else:
+            weight, bias = _stored_unembedding(self.folder(), self.name)
+        if bias is not None:
+            raise ValueError(f"the unembedding of {self.name} has a bias, for which head files have no place")
+        return weight.detach()
+
+    def folder(self) -> Path:
+        """Of the model's weights, downloaded where they are on the Hub."""
+        from medusa_apar import hub
+
+        if self.source.base in hub.EMBEDDED:
+            return hub.embedded_model_dir(self.source.base)
+        path = Path(self.source.base).expanduser()
+        if path.is_dir():
+            return path
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(self.source.base, ignore_patterns=["*.msgpack", "*.h5", "*.onnx", "*.gguf"]))
+
+    def whole_model(self) -> Path:
+        """The folder of a base that is a model and not an adapter on one."""
+        if self.source.adapter:
+            raise ValueError(
+                f"{self.name} is an adapter on {self.source.base}: run `medusa-apar merge` and pass the merged model "
+                "as --base"
+            )
+        if self.source.base.endswith(".gguf"):
+            raise ValueError(f"{self.name} is a GGUF file: pass a model folder as --base")
+        return self.folder()
+
+
+def model_shards(folder: Path) -> list[Path]:
+    """The weight files of a transformers model folder. FileNotFoundError: it has none."""
+    for name in checkpoints.FULL_MODEL_FILES:
+        file = folder / name
+        if file.is_file() and name.endswith(".index.json"):
+            return sorted({folder / shard for shard in checkpoints._json(file).get("weight_map", {}).values()})
+        if file.is_file():
+            return [file]
+    raise FileNotFoundError(f"no model weights in {folder}: none of {', '.join(checkpoints.FULL_MODEL_FILES)} is there")
+
+
+def _stored_unembedding(folder: Path, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the unembedding: the one tensor where its name is plain, else the whole model is loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    weight, bias = _output(empty, name)
+    names = [key for key, parameter in empty.named_parameters(remove_duplicate=False) if parameter is weight]
+    if bias is None and getattr(config, "quantization_config", None) is None:
+        for shard in model_shards(folder):
+            if shard.suffix == ".safetensors":
+                with safe_open(shard, framework="pt") as file:
+                    for key in names:
+                        if key in file.keys():  # noqa: SIM118
+                            return file.get_tensor(key), None
+    return _output(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), name)
+
+
+def _output(model: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ValueError(f"{name} has no unembedding in floating point, so none can be copied")
+    bias = getattr(head, "bias", None)
+    return weight, bias if isinstance(bias, Tensor) else None
