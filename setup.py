@@ -26,6 +26,7 @@ setup(
     package_data={
         "medusa_apar": ["py.typed", "custom_generate/*"],
         "medusa_apar.heads": ["weights/*/*", "weights/*/*/*"],
+        "medusa_apar.eval": ["prompt_sets/*"],
     },
     install_requires=[
         "torch>=2.6",

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import answer, calibrate, convert, data, finetune, merge, train_heads
+from . import answer, bench, calibrate, convert, data, finetune, merge, train_heads
 
 SUBCOMMANDS: dict[str, ModuleType] = {
     "answer": answer,
+    "bench": bench,
     "data": data,
     "finetune": finetune,
     "train-heads": train_heads,

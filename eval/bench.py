@@ -1,0 +1,286 @@
+"""The latency benchmark: the same prompts through several systems, prompt by prompt and turn by turn.
+
+`results.jsonl` has a line per system, prompt and repeat, and a killed run goes on where it stopped. A summary is made
+of nothing but these lines, and only where every system has answered the same prompts under the same limit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from medusa_apar.chat import encode
+from medusa_apar.eval.loops import looping_share
+from medusa_apar.eval.prompts import Prompt, digest
+from medusa_apar.eval.statistics import median_of, ratio_of_totals, speed_ratio
+from medusa_apar.eval.systems import System
+from medusa_apar.finetune.corpus import repeated_share
+from medusa_apar.generate import MedusaApar
+from medusa_apar.job import Job, machine, write_text
+
+RESULTS, SETTINGS, SUMMARY, TABLE = "results.jsonl", "settings.json", "summary.json", "table.md"
+WARM_UP_TOKENS = 16
+LOOPS = 0.5  # share of an answer above which it loops
+BUSY = 20.0  # per cent of the processor that others may use before the report says so
+COLUMNS = (
+    *("system", "tokens/s", "times the tokens/s", "times as soon done", "s per answer", "first token, s"),
+    *("tokens per answer", "tokens per step", "threads", "slots", "repeated 4-grams", "ended"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is; a folder holds results of one plan only."""
+
+    model: str
+    dtype: str
+    quantised: str  # "" or how
+    device: str
+    threads: int
+    prompts: str  # digest of ids and texts
+    max_new_tokens: int
+
+
+class Results:
+    """results.jsonl, read back as (system, prompt, repeat) -> row."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        """ValueError where the folder holds results of another plan."""
+        self.path = folder / RESULTS
+        self.rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        settings = folder / SETTINGS
+        if settings.exists():
+            before = json.loads(settings.read_text(encoding="utf-8"))
+            for name, value in asdict(plan).items():
+                if before.get(name) != value:
+                    raise ValueError(
+                        f"{folder} holds results with another {name} ({before.get(name)}, now {value}), which must "
+                        "not be compared: give another --out"
+                    )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(settings, json.dumps(asdict(plan), indent=2) + "\n")
+        if not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # killed in mid-line
+            write_text(self.path, whole)
+        for line in whole.splitlines():
+            row = json.loads(line)
+            self.rows[row["system"], row["prompt"], row["repeat"]] = row
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.rows[row["system"], row["prompt"], row["repeat"]] = row
+
+
+def others_share() -> float:
+    """Per cent of all cores that are busy while this process only waits, over half a second."""
+    return psutil.cpu_percent(interval=0.5)
+
+
+def run(
+    job: Job, apar: MedusaApar, systems: Sequence[System], prompts: Sequence[Prompt], plan: Plan, repeats: int
+) -> Results:
+    """Answers what `job.folder` does not hold yet, the systems taking turns at every prompt."""
+    results = Results(job.folder, plan)
+    wanted = [(p, n, s) for n in range(repeats) for p in prompts for s in systems]
+    todo = [(p, n, s) for p, n, s in wanted if (s.name, p.id, n) not in results.rows]
+    if not todo:
+        return results
+    busy = others_share()
+    inputs = {p.id: encode(apar.tokenizer, p.text) for p, _, _ in todo}
+    device = apar.model.device
+    for system in {s.name: s for _, _, s in todo}.values():
+        first = {name: tensor.to(device) for name, tensor in inputs[todo[0][0].id].items()}
+        system.answer(first, min(WARM_UP_TOKENS, plan.max_new_tokens))
+    with job.bar("answering", len(wanted), len(wanted) - len(todo)) as bar:
+        for prompt, number, system in todo:
+            given = {name: tensor.to(device) for name, tensor in inputs[prompt.id].items()}
+            answer = system.answer(given, plan.max_new_tokens)
+            tokenizer: Any = apar.tokenizer
+            shown = [token for token in answer.ids if token not in tokenizer.all_special_ids]
+            results.add(
+                {
+                    "system": system.name,
+                    "prompt": prompt.id,
+                    "category": prompt.category,
+                    "repeat": number,
+                    "tokens": len(answer.ids),
+                    "looping": round(looping_share(shown), 3),
+                    "repeated_4grams": round(repeated_share(shown), 3) if len(shown) >= 4 else None,
+                    **asdict(answer),
+                    "text": tokenizer.decode(answer.ids, skip_special_tokens=True),
+                }
+            )
+            rate = len(answer.ids) / answer.seconds
+            bar.advance(shown=f"{system.name} {rate:.0f} tokens/s")
+            if not job.console.is_terminal:
+                job.say(f"{prompt.id} {system.name}: {len(answer.ids)} tokens, {rate:.1f} a second")
+    job.log("idle", before=busy, after=others_share())
+    return results
+
+
+# ---- what follows from the lines
+
+
+@dataclass(frozen=True, slots=True)
+class Median:
+    """A system's answer to a prompt: tokens, the median time of its repeats."""
+
+    prompt: str
+    category: str
+    tokens: int
+    seconds: float
+    first_token_seconds: float
+    row: dict[str, Any]  # of the first repeat
+
+
+def medians(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[Median]]:
+    """Per system its answers in one order of prompts.
+
+    ValueError where the systems have not answered the same prompts as often as each other.
+    """
+    by: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
+    for row in rows:
+        if row["system"] in by:
+            by[row["system"]].setdefault(row["prompt"], []).append(row)
+    first = names[0]
+    for name in names:
+        if (here := {prompt: len(found) for prompt, found in by[name].items()}) != {
+            prompt: len(found) for prompt, found in by[first].items()
+        }:
+            missing = set(by[first]).symmetric_difference(here) or {"some prompts, in the number of repeats"}
+            raise ValueError(f"{name} and {first} did not answer the same prompts ({sorted(missing)[0]} differs)")
+    if not by[first]:
+        raise ValueError(f"there are no results of {', '.join(names)}")
+    return {
+        name: [
+            Median(
+                prompt,
+                by[name][prompt][0]["category"],
+                by[name][prompt][0]["tokens"],
+                median_of([row["seconds"] for row in by[name][prompt]]),
+                median_of([row["first_token_seconds"] for row in by[name][prompt]]),
+                by[name][prompt][0],
+            )
+            for prompt in by[first]
+        ]
+        for name in names
+    }
+
+
+def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Per system and part of the prompts: speeds with intervals, and how each compares with the first system.
+
+    Parts are all prompts, those on which no system's answer loops, and every category.
+    """
+    found = medians(rows, names)
+    order = [median.prompt for median in found[names[0]]]
+    loops = {m.prompt for answers in found.values() for m in answers if m.row["looping"] > LOOPS}
+    categories = {m.prompt: m.category for m in found[names[0]]}
+    parts = {"all": set(order), "no loops": set(order) - loops}
+    parts |= {c: {p for p in order if categories[p] == c} for c in dict.fromkeys(categories.values()) if c}
+    summary: dict[str, Any] = {"systems": list(names), "prompts": len(order), "looping": sorted(loops), "parts": {}}
+    for part, chosen in parts.items():
+        if not chosen:
+            continue
+        base = [m for m in found[names[0]] if m.prompt in chosen]
+        summary["parts"][part] = {
+            name: _figures([m for m in found[name] if m.prompt in chosen], base) for name in names
+        } | {"prompts": len(chosen)}
+    return summary
+
+
+def _figures(answers: list[Median], base: list[Median]) -> dict[str, Any]:
+    tokens, seconds = [m.tokens for m in answers], [m.seconds for m in answers]
+    steps = [m.row["steps"] for m in answers]
+    slots = [m.row["peak_slots"] for m in answers]
+    repeated = [m.row["repeated_4grams"] for m in answers if m.row["repeated_4grams"] is not None]
+    count = len(answers)
+    return {
+        "tokens_per_second": asdict(ratio_of_totals(tokens, seconds)),
+        "times_the_speed": asdict(
+            speed_ratio([(m.tokens, m.seconds) for m in answers], [(m.tokens, m.seconds) for m in base])
+        ),
+        "times_the_answer": asdict(ratio_of_totals([m.seconds for m in base], seconds)),
+        "seconds_per_answer": sum(seconds) / count,
+        "first_token_seconds": median_of([m.first_token_seconds for m in answers]),
+        "tokens_per_answer": sum(tokens) / count,
+        "tokens_per_step": None if None in steps else sum(tokens) / sum(steps),
+        "threads": sum(m.row["threads"] for m in answers) / count,
+        "peak_slots": None if None in slots else sum(slots) / count,
+        "repeated_4grams": sum(repeated) / len(repeated) if repeated else None,
+        "stopped": sum(m.row["finish"] == "stop" for m in answers) / count,
+        "looping": sum(m.row["looping"] > LOOPS for m in answers),
+    }
+
+
+def table(summary: dict[str, Any], plan: Plan) -> str:
+    """The summary as Markdown; every number with what it was measured on."""
+    first = summary["systems"][0]
+    quantised = plan.quantised or "nothing quantised"
+    lines = [
+        f"{plan.model}, {plan.dtype}, {quantised}, {plan.device}, {plan.threads} threads; greedy, at most "
+        f"{plan.max_new_tokens} new tokens; {summary['prompts']} prompts, {len(summary['looping'])} of which loop in "
+        f"some system. Speeds are totals over prompts (95 % bootstrap interval), times are against {first}.",
+        "",
+    ]
+    for part, figures in summary["parts"].items():
+        lines += [
+            f"**{part}** ({figures['prompts']} prompts)",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            "|---" * len(COLUMNS) + "|",
+        ]
+        for name in summary["systems"]:
+            f = figures[name]
+            cells = [
+                name,
+                _interval(f["tokens_per_second"], 1),
+                _interval(f["times_the_speed"], 2),
+                _interval(f["times_the_answer"], 2),
+                f"{f['seconds_per_answer']:.2f}",
+                f"{f['first_token_seconds']:.2f}",
+                f"{f['tokens_per_answer']:.0f}",
+                _number(f["tokens_per_step"], 2),
+                f"{f['threads']:.1f}",
+                _number(f["peak_slots"], 0),
+                "-" if f["repeated_4grams"] is None else f"{f['repeated_4grams']:.0%}",
+                f"{f['stopped']:.0%}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _interval(value: dict[str, float], digits: int) -> str:
+    return f"{value['value']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def write(job: Job, results: Results, names: Sequence[str], plan: Plan) -> dict[str, Any]:
+    """summary.json and table.md of all results in the folder."""
+    summary = summarise(list(results.rows.values()), names)
+    whole = {"plan": asdict(plan), **machine(), **summary}
+    write_text(job.folder / SUMMARY, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    write_text(job.folder / TABLE, table(summary, plan))
+    return whole
+
+
+def plan_of(apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens: int) -> Plan:
+    import torch
+
+    device = apar.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
+    dtype = str(apar.model.dtype).removeprefix("torch.")
+    return Plan(model, dtype, "", name, torch.get_num_threads(), digest(prompts), max_new_tokens)

@@ -1,0 +1,147 @@
+"""What the benchmark compares: every way to have the same tuned model answer a prompt greedily, timed alike.
+
+All systems of one run share the model's weights, dtype, prompt ids and limit. Time runs from the call to its return,
+prefill included, and to the moment the first visible token could have been shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from medusa_apar.generate import MedusaApar, attach
+
+LOOKUP_TOKENS = 10  # drafted by transformers' prompt lookup, its documentation's own choice
+
+
+@dataclass(slots=True)
+class Answer:
+    """One timed answer."""
+
+    ids: list[int]  # visible tokens, a final end token included
+    seconds: float
+    first_token_seconds: float
+    finish: str  # "stop", or "length" where the limit cut it
+    steps: int | None = None  # forward passes of the model, the prompt's included; None where nobody counts them
+    threads: int = 1
+    peak_threads: int = 1
+    peak_slots: int | None = None
+    spans: list[list[int]] = field(default_factory=list)  # per thread: first and last step in which it got tokens
+
+
+class Clock:
+    """A streamer that only looks at the clock when the first token comes."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first: float | None = None
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt:  # transformers shows a streamer the prompt first
+            self._prompt = False
+        elif self.first is None:
+            self.first = time.perf_counter() - self.started
+
+    def end(self) -> None: ...
+
+
+class Spans:
+    """An observer of `generate`: between which steps each thread of the first row got tokens."""
+
+    def __init__(self) -> None:
+        self.spans: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+
+    def __call__(self, trees: Any, stats: Any) -> None:
+        for thread in trees[0].threads:
+            length = len(thread.token_ids)
+            if length > self._lengths.get(thread.index, 0):
+                self._lengths[thread.index] = length
+                self.spans.setdefault(thread.index, [stats.steps, stats.steps])[1] = stats.steps
+
+
+@dataclass(slots=True)
+class System:
+    """A name on the command line, what it stands for, and how it answers."""
+
+    name: str
+    about: str
+    answer: Callable[[dict[str, torch.Tensor], int], Answer]  # inputs of one prompt, most new tokens
+
+
+NAMES = {
+    "hf": "transformers' generate, control tokens suppressed",
+    "hf-pld": f"the same with prompt lookup of {LOOKUP_TOKENS} tokens",
+    "ours-ar": "our decoder without threads and heads",
+    "threads": "our decoder with threads",
+    "heads": "our decoder with heads",
+    "ours": "our decoder with threads and heads",
+}
+
+
+def make(name: str, apar: MedusaApar) -> System:
+    """A system on the model, heads and control tokens of `apar`; ValueError for one that these cannot be."""
+    if name not in NAMES:
+        raise ValueError(f"system {name!r} is none of {', '.join(NAMES)}")
+    threads, heads = name in ("threads", "ours"), name in ("heads", "ours")
+    if threads and apar.control_token_ids is None:
+        raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
+    if heads and apar.heads is None:
+        raise ValueError(f"{name} needs draft heads, and this model has none")
+    if name.startswith("hf"):
+        more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if name == "hf-pld" else {}
+        return System(name, NAMES[name], lambda inputs, limit: _transformers(apar, inputs, limit, more))
+    ours = apar if heads else attach(apar.model, None, apar.control_token_ids, tokenizer=apar.tokenizer)
+    return System(name, NAMES[name], lambda inputs, limit: _ours(ours, inputs, limit, threads))
+
+
+def _ours(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, fork: bool) -> Answer:
+    clock, spans = Clock(), Spans()
+    output = apar.generate(
+        **inputs,
+        max_new_tokens=limit,
+        do_sample=False,
+        fork=fork,
+        streamer=clock,
+        observer=spans,
+        return_dict_in_generate=True,
+    )
+    seconds = time.perf_counter() - clock.started
+    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    tree, stats = output.paragraph_tree[0], output.stats
+    return Answer(
+        ids=ids,
+        seconds=seconds,
+        first_token_seconds=seconds if clock.first is None else clock.first,
+        finish="stop" if ids and ids[-1] in tree.eos_ids else "length",
+        steps=stats.steps,
+        threads=len(tree.threads),
+        peak_threads=stats.peak_threads,
+        peak_slots=stats.peak_slots,
+        spans=[spans.spans.get(thread.index, []) for thread in tree.threads],
+    )
+
+
+def _transformers(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, more: dict[str, Any]) -> Answer:
+    options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, **more}
+    if control := apar.control_token_ids:
+        options["suppress_tokens"] = [control.fork_id, control.child_id]
+    model: Any = apar.model
+    clock = Clock()
+    sequences = model.generate(**inputs, **options, streamer=clock)
+    seconds = time.perf_counter() - clock.started
+    ids = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    eos = model.generation_config.eos_token_id
+    ended = bool(ids) and ids[-1] in (eos if isinstance(eos, list) else [eos])
+    return Answer(
+        ids=ids,
+        seconds=seconds,
+        first_token_seconds=seconds if clock.first is None else clock.first,
+        finish="stop" if ended else "length",
+        steps=None if more else len(ids),
+    )

@@ -1,0 +1,86 @@
+"""Times the same tuned model on the same prompts under several systems, side by side.
+
+  hf        transformers' generate, its control tokens suppressed     hf-pld   the same with prompt lookup
+  ours-ar   our decoder without threads and heads                     threads  heads  ours (both)
+
+The systems take turns at every prompt, so that the machine's drift hits all alike; each is warmed up, greedy, and has
+the same weights, dtype and limit. DIR gets results.jsonl (every answer: tokens, seconds, time to the first token,
+steps, threads, slots, text), summary.json, table.md, plots and a log; the same command started again goes on where it
+stopped. Answers that loop are counted apart, since loops flatter drafting. --check then proves on this machine, thread
+by thread, that `ours` wrote what the model itself would, and says where a tie in low precision fell the other way.
+
+  medusa-apar bench --out results                                       # our own prompts
+  medusa-apar bench --prompts vicuna --limit 10 --systems hf ours --out results --check
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .arguments import number
+
+HELP = "time systems side by side on the same prompts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompts", default="default", metavar="NAME|FILE",
+        help="default, vicuna, mt, spec, gsm8k, humaneval, or JSON lines (default: %(default)s)")  # fmt: skip
+    add("--systems", nargs="+", default=["hf", "ours-ar", "threads", "heads", "ours"], metavar="NAME",
+        help="the first one is what the others are compared with (default: all but hf-pld)")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
+    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
+    add("--repeat", type=number(int, 1), default=1, metavar="N", help="times of every answer (default: %(default)s)")
+    add("--model", default="smollm2-135m", help="name, folder, GGUF file or Hub id (default: %(default)s)")
+    add("--heads", default="auto", metavar="NAME|DIR", help="draft heads (default: those that come with the model)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
+    add("--threads", type=number(int, 1), metavar="N", help="CPU threads for torch")
+    add("--check", action="store_true", help="prove the answers of `ours` exact afterwards")
+
+
+def run(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from medusa_apar.eval import bench, check, prompts, systems
+    from medusa_apar.job import Job
+    from medusa_apar.loading import load
+
+    for name in args.systems:
+        if name not in systems.NAMES:
+            raise ValueError(f"system {name!r} is none of {', '.join(systems.NAMES)}")
+    if len(set(args.systems)) < len(args.systems):
+        raise ValueError(f"--systems names one twice: {' '.join(args.systems)}")
+    if args.check and "ours" not in args.systems and "threads" not in args.systems:
+        raise ValueError("--check proves the answers of `ours` or `threads`: name one of them in --systems")
+    asked = prompts.read(args.prompts, args.limit)
+
+    import torch
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    apar = load(args.model, heads=None if args.heads == "none" else args.heads, dtype=args.dtype)
+    made = [systems.make(name, apar) for name in args.systems]
+    plan = bench.plan_of(apar, args.model, asked, args.max_new_tokens)
+    with Job(args.out, "bench", vars(args)) as job:
+        results = bench.run(job, apar, made, asked, plan, args.repeat)
+        summary = bench.write(job, results, args.systems, plan)
+        _plot(job, results, summary)
+        print((args.out / bench.TABLE).read_text(encoding="utf-8"))
+        if args.check:
+            found = check.check(job, apar, asked, args.max_new_tokens)
+            print(check.sentence(found))
+            return 0 if not found["wrong"] else 1
+    return 0
+
+
+def _plot(job, results, summary) -> None:
+    try:
+        from medusa_apar.eval.bench_plots import plot
+    except ImportError:
+        job.say("No plots: they need matplotlib (pip install 'medusa-apar[eval]').")
+        return
+    plot(job.folder, results, summary)
