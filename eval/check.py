@@ -23,7 +23,6 @@ from medusa_apar.paragraph_tree import ParagraphTree
 TIE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-@torch.no_grad()
 def check(job: Job, apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
     """Answers the prompts once more and checks each thread; the result goes into the log and is returned."""
     found: dict[str, Any] = {"threads": 0, "tokens": 0, "ties": [], "wrong": []}
@@ -43,6 +42,7 @@ def check(job: Job, apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens:
     return found
 
 
+@torch.no_grad()
 def differences(apar: MedusaApar, tree: ParagraphTree, counts: dict[str, Any]) -> list[tuple[dict[str, int], float]]:
     """(thread and place, how much higher the model's choice scores, as a share of the largest score)."""
     control = apar.control_token_ids

@@ -48,7 +48,8 @@ from medusa_apar.eval.questions import CORPUS, Question, corpus_questions, held_
 from medusa_apar.eval.replay import Drafting, as_answer, replay
 from medusa_apar.eval.runs import Runs
 from medusa_apar.generate import MedusaApar, attach
-from medusa_apar.heads import DraftHeads, load_heads
+from medusa_apar.heads import DraftHeads, checkpoints, load_heads
+from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import Job, write_text
 from medusa_apar.loading import load, locate
 
@@ -65,6 +66,7 @@ def run_system(
     questions: list[Question],
     args: argparse.Namespace,
     fork: bool,
+    drafted_by: str | None = None,
 ) -> None:
     """Answers what is not answered yet; `make` is only called where there is something."""
     todo = [question for question in questions if (system, question.set, question.id) not in runs]
@@ -80,6 +82,7 @@ def run_system(
             runs.add(
                 [
                     {"system": system, "set": question.set, "id": question.id, "kind": question.kind}
+                    | ({} if drafted_by is None else {"drafted_by": drafted_by})
                     | {"text": tokenizer.decode(record["ids"], skip_special_tokens=True), **record}
                     for question, record in zip(batch, records, strict=True)
                 ]
@@ -99,6 +102,7 @@ def replay_system(
     questions: list[Question],
     args: argparse.Namespace,
     apar: MedusaApar,
+    drafted_by: str,
 ) -> None:
     """Steps of answers that another system has given; what that one has not answered is left out."""
     source = OF[system]
@@ -120,7 +124,7 @@ def replay_system(
             found = replay(heads, answers, drafting, eos_ids, [args.max_new_tokens] * len(batch), ids)
             runs.add(
                 [
-                    {**row, **asdict(replayed), "system": name, "replayed": source}
+                    {**row, **asdict(replayed), "system": name, "replayed": source, "drafted_by": drafted_by}
                     for row, replayed in zip(rows, found, strict=True)
                 ]
             )
@@ -197,17 +201,17 @@ def _named_file(text: str) -> tuple[str, Path]:
 
 
 def check_same_settings(args: argparse.Namespace) -> None:
-    """ValueError where the folder's answers were made with other weights or settings than these."""
-    named = ("model", "heads", "base", "dtype", "nodes", "candidates", "decode", "max_new_tokens")
-    fixed = {name: str(getattr(args, name)) for name in named}
-    parts = locate(args.model)
-    given = [parts.heads if name == "auto" else Path(name) for name in args.heads]
-    folders = [parts.adapter, *given, Path(args.model)]
-    for folder in folders:
+    """ValueError where the folder's answers were made by another model or with another limit than these.
+
+    Heads are another matter: they change no answer, and what was counted with them says which they were.
+    """
+    fixed = {name: str(getattr(args, name)) for name in ("model", "base", "dtype", "max_new_tokens")}
+    for folder in (locate(args.model).adapter, Path(args.model)):
         if folder is not None and folder.is_dir():
-            files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin", ".pt")]
-            for file in [*files, folder / "config.json"]:
-                if file.is_file():
+            configs = [folder / name for name in ("adapter_config.json", "apar_config.json")]
+            weights = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin", ".pt")]
+            for file in [*configs, *weights]:
+                if file.is_file() and file.name not in checkpoints.FILES:
                     fixed[str(file)] = f"{file.stat().st_size} bytes of {file.stat().st_mtime_ns}"
     path = args.out / "settings.json"
     if path.exists() and (args.out / "runs.jsonl").exists():
@@ -220,6 +224,15 @@ def check_same_settings(args: argparse.Namespace) -> None:
                 )
     args.out.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(fixed, indent=2) + "\n")
+
+
+def check_same_heads(runs: Runs, system: str, drafted_by: str, folder: Path) -> None:
+    """ValueError where steps of that system were counted with other heads, or other draft trees."""
+    for (name, _, _), row in runs.rows.items():
+        if name == system and row.get("drafted_by") != drafted_by:
+            raise ValueError(
+                f"{folder} holds steps of {system} with {row.get('drafted_by')}, now {drafted_by}: give another --out"
+            )
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -280,12 +293,15 @@ def run_tuned(
             asked = questions + (corpus if name == "threads" else [])
             run_system(job, runs, name, partial(attached, apar, args), asked, args, fork=name == "threads")
     for heads in every:
+        by = f"heads {fingerprint(heads)[:12]}, {args.nodes} nodes of {args.candidates or args.nodes}"
+        by += ", decoded" if args.decode else ", replayed"
         for name in speculating:
+            check_same_heads(runs, f"{name} {heads.kind}", by, args.out)
             if args.decode:
                 make = partial(attached, apar, args, heads)
-                run_system(job, runs, f"{name} {heads.kind}", make, questions, args, fork=name == "both")
+                run_system(job, runs, f"{name} {heads.kind}", make, questions, args, fork=name == "both", drafted_by=by)
             else:
-                replay_system(job, runs, name, heads, drafting(args, heads), questions, args, apar)
+                replay_system(job, runs, name, heads, drafting(args, heads), questions, args, apar, by)
     return [heads.kind for heads in every]
 
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_apar.attention import current_forest, forest_attention
@@ -380,7 +380,7 @@ def data_fingerprint(file: AnswerFile) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Of the weights, whatever folder they came from: a model tuned again in place does not find the old states."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

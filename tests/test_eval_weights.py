@@ -233,12 +233,28 @@ def test_heads_of_two_kinds_are_measured_in_one_run(folders, tmp_path, capsys):
     assert "two of a kind (medusa, medusa)" in capsys.readouterr().err
 
 
+def test_answers_serve_new_heads_but_steps_are_not_mixed(folders, tmp_path, capsys):
+    """Answers cost hours, and heads change none of them."""
+    out = tmp_path / "out"
+    assert weights.main(arguments(folders, out, "--systems", "heads")) == 0
+    answered = (out / "runs.jsonl").read_text().splitlines()
+    model = AutoModelForCausalLM.from_pretrained(folders.model)
+    MedusaHeads.random(model, num_heads=2, seed=1).save_pretrained(tmp_path / "new")
+    for more in (["--heads", str(tmp_path / "new")], ["--nodes", "9"], ["--decode"]):
+        assert weights.main(arguments(folders, out, "--systems", "heads", *more)) == 2
+        assert "holds steps of heads medusa with heads" in capsys.readouterr().err
+    HydraHeads.random(model, num_heads=2).save_pretrained(tmp_path / "hydra")
+    assert weights.main(arguments(folders, out, "--systems", "heads", "--heads", str(tmp_path / "hydra"))) == 0
+    rows = (out / "runs.jsonl").read_text().splitlines()
+    assert rows[: len(answered)] == answered and len(rows) == len(answered) + 4  # the four questions, replayed
+
+
 def test_bad_input_is_one_sentence_before_any_work(folders, tmp_path, capsys):
     out = tmp_path / "out"
     assert weights.main(arguments(folders, out, "--limit", "1", "--systems", "threads")) == 0
     capsys.readouterr()
-    assert weights.main(arguments(folders, out, "--nodes", "9")) == 2
-    assert "another nodes" in capsys.readouterr().err
+    assert weights.main(arguments(folders, out, "--max-new-tokens", "25")) == 2
+    assert "another max_new_tokens" in capsys.readouterr().err
     assert weights.main(arguments(folders, tmp_path / "few", "--candidates", "7")) == 2
     assert "--candidates 7 must be --nodes 8 at least" in capsys.readouterr().err
     bad = tmp_path / "bad.jsonl"
