@@ -101,16 +101,9 @@ def make(name: str, apar: MedusaApar) -> System:
 
 
 def _ours(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, fork: bool) -> Answer:
-    clock, spans = Clock(), Spans()
-    output = apar.generate(
-        **inputs,
-        max_new_tokens=limit,
-        do_sample=False,
-        fork=fork,
-        streamer=clock,
-        observer=spans,
-        return_dict_in_generate=True,
-    )
+    options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "fork": fork}
+    spans, clock = Spans(), Clock()
+    output = apar.generate(**{**inputs, **options}, streamer=clock, observer=spans, return_dict_in_generate=True)
     seconds = time.perf_counter() - clock.started
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     tree, stats = output.paragraph_tree[0], output.stats

@@ -120,10 +120,10 @@ class Verifier:
         for processor in self.processors:
             processor = _of_row(processor, request.row)
             if type(processor) in _BY_ROW:
-                scores = processor(ids, scores)  # type: ignore[arg-type]
+                scores = processor(ids, scores)
             else:  # it may hold something per row of the batch: it is shown the whole batch and asked for one row
                 rows = request.batch_size
-                shown = processor(ids.expand(rows, -1), scores.repeat(rows, 1))  # type: ignore[arg-type]
+                shown = processor(ids.expand(rows, -1), scores.repeat(rows, 1))
                 scores = shown[request.row, None]
         return scores[0]
 

@@ -48,6 +48,15 @@ def test_every_thread_is_plain_greedy_decoding(apar, answer):
             assert thread.token_ids == plain[0, path.shape[1] :].tolist(), thread
 
 
+def test_the_medusa_heads_beside_the_hydra_heads_draft_the_same_answer(apar, answer):
+    medusa = medusa_apar.load("smollm2-135m", heads="medusa")
+    assert (medusa.heads.kind, apar.heads.kind) == ("medusa", "hydra")
+    inputs = encode(apar.tokenizer, QUESTION)
+    out = medusa.generate(**inputs, max_new_tokens=192, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, answer.sequences)
+    assert out.stats.steps < sum(out.stats.accepted_lengths.values()) and max(out.stats.accepted_lengths) >= 2
+
+
 def test_without_forks_it_is_transformers_generate(apar):
     inputs = encode(apar.tokenizer, "Write one sentence about the sea.")
     control = apar.control_token_ids
