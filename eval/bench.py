@@ -6,6 +6,7 @@ of nothing but these lines, and only where every system has answered the same pr
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,12 +22,13 @@ from medusa_apar.eval.statistics import median_of, ratio_of_totals, speed_ratio
 from medusa_apar.eval.systems import System
 from medusa_apar.finetune.corpus import repeated_share
 from medusa_apar.generate import MedusaApar
+from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import Job, machine, write_text
 
 RESULTS, SETTINGS, SUMMARY, TABLE = "results.jsonl", "settings.json", "summary.json", "table.md"
 WARM_UP_TOKENS = 16
 LOOPS = 0.5  # share of an answer above which it loops
-BUSY = 20.0  # per cent of the processor that others may use before the report says so
+BUSY = 20.0  # per cent of the machine that others may use before it is said
 COLUMNS = (
     *("system", "tokens/s", "times the tokens/s", "times as soon done", "s per answer", "first token, s"),
     *("tokens per answer", "tokens per step", "threads", "slots", "repeated 4-grams", "ended"),
@@ -38,8 +40,9 @@ class Plan:
     """What a run is; a folder holds results of one plan only."""
 
     model: str
+    weights: str  # fingerprint
+    heads: str  # fingerprint and nodes of the draft tree; "" without heads
     dtype: str
-    quantised: str  # "" or how
     device: str
     threads: int
     prompts: str  # digest of ids and texts
@@ -70,7 +73,7 @@ class Results:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # killed in mid-line
             write_text(self.path, whole)
-        for line in whole.splitlines():
+        for line in filter(None, whole.split("\n")):  # splitlines() would also cut at U+2028, which JSON keeps
             row = json.loads(line)
             self.rows[row["system"], row["prompt"], row["repeat"]] = row
 
@@ -123,7 +126,12 @@ def run(
             bar.advance(shown=f"{system.name} {rate:.0f} tokens/s")
             if not job.console.is_terminal:
                 job.say(f"{prompt.id} {system.name}: {len(answer.ids)} tokens, {rate:.1f} a second")
-    job.log("idle", before=busy, after=others_share())
+    after = others_share()
+    job.log("idle", before=busy, after=after)
+    if max(busy, after) > BUSY:
+        job.say(
+            f"warning: other processes took {max(busy, after):.0f} % of the machine, so the times are not to be trusted"
+        )
     return results
 
 
@@ -225,9 +233,8 @@ def _figures(answers: list[Median], base: list[Median]) -> dict[str, Any]:
 def table(summary: dict[str, Any], plan: Plan) -> str:
     """The summary as Markdown; every number with what it was measured on."""
     first = summary["systems"][0]
-    quantised = plan.quantised or "nothing quantised"
     lines = [
-        f"{plan.model}, {plan.dtype}, {quantised}, {plan.device}, {plan.threads} threads; greedy, at most "
+        f"{plan.model}, {plan.dtype}, nothing quantised, {plan.device}, {plan.threads} threads; greedy, at most "
         f"{plan.max_new_tokens} new tokens; {summary['prompts']} prompts, {len(summary['looping'])} of which loop in "
         f"some system. Speeds are totals over prompts (95 % bootstrap interval), times are against {first}.",
         "",
@@ -268,9 +275,10 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def write(job: Job, results: Results, names: Sequence[str], plan: Plan) -> dict[str, Any]:
-    """summary.json and table.md of all results in the folder."""
-    summary = summarise(list(results.rows.values()), names)
+def write(job: Job, results: Results, names: Sequence[str], plan: Plan, repeats: int) -> dict[str, Any]:
+    """summary.json and table.md of the first so many repeats of each answer, report.json of the run."""
+    summary = summarise([row for row in results.rows.values() if row["repeat"] < repeats], names)
+    job.report(**asdict(plan), systems=list(names), repeats=repeats)
     whole = {"plan": asdict(plan), **machine(), **summary}
     write_text(job.folder / SUMMARY, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     write_text(job.folder / TABLE, table(summary, plan))
@@ -283,4 +291,9 @@ def plan_of(apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens:
     device = apar.model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
     dtype = str(apar.model.dtype).removeprefix("torch.")
-    return Plan(model, dtype, "", name, torch.get_num_threads(), digest(prompts), max_new_tokens)
+    heads = ""
+    if apar.heads is not None:
+        tree = hashlib.sha256(repr(apar.draft_tree.choices).encode()).hexdigest()[:8]
+        heads = f"{apar.heads.kind} {fingerprint(apar.heads)[:12]}, {len(apar.draft_tree)} nodes {tree}"
+    weights = fingerprint(apar.model)[:12]
+    return Plan(model, weights, heads, dtype, name, torch.get_num_threads(), digest(prompts), max_new_tokens)

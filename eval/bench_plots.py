@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from medusa_apar.eval.bench import Results
+from medusa_apar.job import replacing
 
 # Distinguishable in grey and by people who do not see red and green apart; hatches say the same again.
 COLOURS = ("#9aa0a6", "#c5c9cc", "#1b6ca8", "#2a9d6f", "#e07b39", "#a23b72")
@@ -35,9 +35,8 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _by_category(path: Path, summary: dict[str, Any], key: str, title: str) -> None:

@@ -1,8 +1,9 @@
 """Whether every thread's tokens are what the model itself would have written, on this machine and in this dtype.
 
-Each thread is read once more in one plain forward pass over its path, by transformers alone: at every place the model's
-likeliest token by the fork rule must be the one that was written. Where it is another, the two were as good as equal in
-low precision (a tie: within `TIE` of the scores' spread), or something is wrong.
+The timed answers are made once more and must be the same. Then each thread is read in one plain forward pass over its
+path, by transformers alone: at every place the model's likeliest token by the fork rule must be the one that was
+written. Where it is another, the two were as good as equal in low precision (a tie: their scores differ by less than
+`TIE` of the largest), or something is wrong.
 """
 
 from __future__ import annotations
@@ -13,30 +14,51 @@ from typing import Any
 import torch
 
 from medusa_apar.chat import encode
+from medusa_apar.eval.bench import Results
 from medusa_apar.eval.prompts import Prompt
+from medusa_apar.eval.systems import System
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
 from medusa_apar.paragraph_tree import ParagraphTree
 
-# Two scores this near, as a share of the largest score, are one score in that precision: a few units of its last place,
-# gathered over the layers.
-TIE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# Share of the largest score: some three units of a dtype's last place; in float32, what sums in another order lose.
+TIE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# What makes greedy decoding choose otherwise than by the model's own scores.
+PROCESSORS = (
+    *("no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens"),
+    *("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id"),
+    "exponential_decay_length_penalty",
+)
 
 
-def check(job: Job, apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
-    """Answers the prompts once more and checks each thread; the result goes into the log and is returned."""
-    found: dict[str, Any] = {"threads": 0, "tokens": 0, "ties": [], "wrong": []}
+def check_greedy(apar: MedusaApar) -> None:
+    """ValueError where the model's generation config has processors, which the check does not know."""
+    config: Any = apar.model.generation_config
+    found = [name for name in PROCESSORS if getattr(config, name, None)]
+    if (config.repetition_penalty or 1.0) != 1.0:
+        found.append("repetition_penalty")
+    if found:
+        raise ValueError(f"the model's generation config sets {found[0]}, and --check knows plain greedy decoding only")
+
+
+def check(job: Job, system: System, results: Results, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
+    """Checks the system's answers in `results`; what was found goes into the log and is returned."""
+    apar = system.apar
+    found: dict[str, Any] = {"system": system.name, "threads": 0, "tokens": 0, "ties": [], "wrong": []}
     with job.bar("checking", len(prompts)) as bar:
         for prompt in prompts:
-            inputs = {
-                name: tensor.to(apar.model.device) for name, tensor in encode(apar.tokenizer, prompt.text).items()
-            }
+            inputs = encode(apar.tokenizer, prompt.text)
+            inputs = {name: tensor.to(apar.model.device) for name, tensor in inputs.items()}
             output: Any = apar.generate(
                 **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
             )
+            ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+            if ids != results.rows[system.name, prompt.id, 0]["ids"]:
+                found["wrong"].append({"prompt": prompt.id, "reason": "another answer than the timed one"})
             for place, distance in differences(apar, output.paragraph_tree[0], found):
                 kind = "ties" if distance <= TIE[apar.model.dtype] else "wrong"
-                found[kind].append({"prompt": prompt.id, **place, "distance": distance})
+                reason = f"token {place['place']} of thread {place['thread']} is not the model's choice"
+                found[kind].append({"prompt": prompt.id, "reason": reason, **place, "distance": distance})
             bar.advance(shown=f"{found['tokens']} tokens, {len(found['ties'])} ties, {len(found['wrong'])} wrong")
     job.log("check", **found)
     return found
@@ -78,8 +100,5 @@ def sentence(found: dict[str, Any]) -> str:
         text += f", but for {len(found['ties'])} ties that fell the other way"
     if found["wrong"]:
         first = found["wrong"][0]
-        text += (
-            f"; {len(found['wrong'])} ARE NOT, the first in prompt {first['prompt']}, thread {first['thread']}, token "
-            f"{first['place']}"
-        )
+        text += f"; {len(found['wrong'])} ARE NOT, the first in prompt {first['prompt']}: {first['reason']}"
     return text + "."

@@ -83,6 +83,7 @@ def figures(runs: Runs, eos_ids: set[int]) -> dict[str, Any]:
                 "all": speed(rows),
                 "no_loops": speed(calm),
                 "looping": [row["id"] for row in rows if row["looping"] > LOOPS],
+                "drafted_by": rows[0].get("drafted_by"),
             }
             found["repeated_4grams"].setdefault(system, {})[name] = {
                 part: fmean(shares) if (shares := [r["repeated"] for r in some if r["repeated"] is not None]) else None
@@ -140,6 +141,8 @@ def table(found: dict[str, Any]) -> str:
     for system, sets in found["speed"].items():
         name_, _, kind = system.partition(" ")
         title = TITLES.get(name_, system) + (f", {kind}" if kind else "")
+        by = str(next(iter(sets.values()))["drafted_by"] or "").split(", ")
+        title += "".join(f", {part}" for part in by[1:])
         for name, figure in sets.items():
             key = "accepted_per_thread_step" if name_ == "heads" else "tokens_per_step"
             goal = HEADS_GOALS.get(kind, "") if name_ == "heads" else GOALS.get(name_, {}).get(name, "")

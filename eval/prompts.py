@@ -1,8 +1,8 @@
 """Prompt sets of benchmarks, by name or file.
 
 Benchmark files are not copied into this repository. A name is looked for in `$MEDUSA_APAR_DATA`, then in the cache,
-then downloaded from its upstream, and whatever is found must have the digest that is written here. `default` is our
-own.
+then downloaded from its upstream; what lies in the data folder and what is downloaded must have the digest written
+here. `default` is our own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,7 @@ def _prompt(row: dict[str, Any], number: int) -> Prompt:
     if "turns" in row:
         text = row["turns"][0]
     elif "messages" in row:
-        text = next(message["content"] for message in row["messages"] if message["role"] == "user")
+        text = next((message["content"] for message in row["messages"] if message["role"] == "user"), "")
     elif "question" in row:  # GSM8K
         text = row["question"]
     else:  # HumanEval
@@ -144,8 +145,14 @@ def _prompt(row: dict[str, Any], number: int) -> Prompt:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read after line {number}: {error}") from error
 
 
 def _download(spec: PromptSet, folder: Path) -> None:

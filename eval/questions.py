@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -26,11 +27,15 @@ class Question:
     messages: list[dict[str, str]]
     kind: str = ""  # the rule that forks the corpus's answer, or "plain: " and why none does
 
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()[:16]
+
 
 def read_questions(name: str, path: Path) -> list[Question]:
     """First turns of a FastChat JSONL file; ValueError names the first line that is none."""
     questions = []
-    for index, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for index, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n")):
         try:
             row = json.loads(line)
             messages = [{"role": "user", "content": row["turns"][0]}]

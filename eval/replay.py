@@ -2,8 +2,10 @@
 
 Speculation never changes a thread's tokens (DESIGN.md, promise 1), so an answer decoded without heads tells everything
 about decoding it with them: the base reads it once, the heads propose from the states of each step's root, and what
-they guessed right is seen in the answer. The steps come out as the decoder would have taken them, at a fraction of its
-cost: the nodes of the draft trees never run through the base.
+they guessed right is seen in the answer. In float32 the steps come out as the decoder takes them (states are kept in
+float16, so two guesses that are all but equally likely may change places), at a fraction of its cost: the nodes of the
+draft trees never run through the base. The decoder gives every root the same tree; `Drafting.nodes` asks what choosing
+nodes root by root would bring.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ def replay(
     counts = [len(record["threads"]) for record in records]
     for part, before in zip(parts, itertools.accumulate(counts, initial=0), strict=False):
         part.threads += before
-    times = iter(_thread_times(heads, Answers.join(parts), sum(counts), drafting))
+    written = [len(t["token_ids"]) - (place > 0) for record in records for place, t in enumerate(record["threads"])]
+    times = iter(_thread_times(heads, Answers.join(parts), written, drafting))
     found = []
     for record, count, limit in zip(records, counts, limits, strict=True):
         own = list(itertools.islice(times, count))
@@ -106,16 +109,17 @@ def replay(
     return found
 
 
-def _thread_times(heads: DraftHeads, answers: Answers, count: int, drafting: Drafting) -> list[list[int]]:
-    """Per thread of `count`, the thread's own step (from 1) in which it got each of its tokens.
+def _thread_times(heads: DraftHeads, answers: Answers, counts: list[int], drafting: Drafting) -> list[list[int]]:
+    """Per thread of `counts` tokens, the thread's own step (from 1) in which it got each of its tokens.
 
     All threads go on side by side, so that the heads' weights are read once a step for all of them.
     """
     device = heads.base.device
     starts = (answers.threads.diff(prepend=answers.threads[:1] - 1) != 0).nonzero()[:, 0]
     known = answers.next_ids != IGNORED
-    assert len(starts) == count, "a thread has no position that predicts its first token"
+    assert len(starts) == len(counts), "a thread has no position that predicts its first token"
     lengths = torch.stack([part.sum() for part in known.tensor_split(starts[1:])])
+    assert lengths.tolist() == counts, "a thread's tokens are not all predicted: does its prompt end with an end token?"
     depth = drafting.tree.num_heads
     tokens = torch.cat([torch.where(known, answers.next_ids, NOTHING), torch.full((depth + 1,), NOTHING)])
     times = [[1] if length else [] for length in lengths.tolist()]

@@ -21,7 +21,7 @@ class Runs:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # killed in mid-line
             write_text(path, whole)
-        for line in whole.splitlines():
+        for line in filter(None, whole.split("\n")):  # splitlines() would also cut at U+2028, which JSON keeps
             row = json.loads(line)
             self.rows[row["system"], row["set"], row["id"]] = row
 

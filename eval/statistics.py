@@ -19,9 +19,6 @@ class Interval:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
-
 
 def ratio_of_totals(
     numerators: Sequence[float], denominators: Sequence[float], draws: int = DRAWS, seed: int = 0

@@ -71,6 +71,7 @@ class System:
 
     name: str
     about: str
+    apar: MedusaApar  # with the heads that it uses
     answer: Callable[[dict[str, torch.Tensor], int], Answer]  # inputs of one prompt, most new tokens
 
 
@@ -95,9 +96,9 @@ def make(name: str, apar: MedusaApar) -> System:
         raise ValueError(f"{name} needs draft heads, and this model has none")
     if name.startswith("hf"):
         more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if name == "hf-pld" else {}
-        return System(name, NAMES[name], lambda inputs, limit: _transformers(apar, inputs, limit, more))
+        return System(name, NAMES[name], apar, lambda inputs, limit: _transformers(apar, inputs, limit, more))
     ours = apar if heads else attach(apar.model, None, apar.control_token_ids, tokenizer=apar.tokenizer)
-    return System(name, NAMES[name], lambda inputs, limit: _ours(ours, inputs, limit, threads))
+    return System(name, NAMES[name], ours, lambda inputs, limit: _ours(ours, inputs, limit, threads))
 
 
 def _ours(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, fork: bool) -> Answer:

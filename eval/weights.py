@@ -29,6 +29,7 @@ the figures. Steps and tokens are counted, nothing is timed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -69,6 +70,12 @@ def run_system(
     drafted_by: str | None = None,
 ) -> None:
     """Answers what is not answered yet; `make` is only called where there is something."""
+    for question in questions:
+        row = runs.rows.get((system, question.set, question.id))
+        if row is not None and row["asked"] != question.digest:
+            raise ValueError(
+                f"{runs.path} answers another question {question.id} of {question.set}: give another --out"
+            )
     todo = [question for question in questions if (system, question.set, question.id) not in runs]
     if not todo:
         return
@@ -82,6 +89,7 @@ def run_system(
             runs.add(
                 [
                     {"system": system, "set": question.set, "id": question.id, "kind": question.kind}
+                    | {"asked": question.digest}
                     | ({} if drafted_by is None else {"drafted_by": drafted_by})
                     | {"text": tokenizer.decode(record["ids"], skip_special_tokens=True), **record}
                     for question, record in zip(batch, records, strict=True)
@@ -263,7 +271,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     with Job(args.out, "eval.weights", vars(args)) as job:
         runs = Runs(args.out / "runs.jsonl")
         control, eos_ids = tuned().control_token_ids, _eos_ids(tuned())
-        if control is None and "threads" in args.systems:
+        if control is None and {"threads", "both"} & set(args.systems):
             raise ValueError(f"{args.model} has no control tokens, so there are no threads to measure")
         examples = held_out(args.corpus, seed=0)
         count = args.corpus_count if args.limit is None else min(args.limit, args.corpus_count)
@@ -288,15 +296,17 @@ def run_tuned(
     speculating = [name for name in OF if name in args.systems]
     every = heads_of(args, apar) if speculating else []
     needed = {OF[name] for name in speculating} if every and not args.decode else set()
+    drafters = {heads.kind: drafted_by(args, heads) for heads in every}
+    for name in speculating:
+        for kind, by in drafters.items():
+            check_same_heads(runs, f"{name} {kind}", by, args.out)
     for name in ("threads", "single"):
         if name in needed.union(args.systems):
             asked = questions + (corpus if name == "threads" else [])
             run_system(job, runs, name, partial(attached, apar, args), asked, args, fork=name == "threads")
     for heads in every:
-        by = f"heads {fingerprint(heads)[:12]}, {args.nodes} nodes of {args.candidates or args.nodes}"
-        by += ", decoded" if args.decode else ", replayed"
+        by = drafters[heads.kind]
         for name in speculating:
-            check_same_heads(runs, f"{name} {heads.kind}", by, args.out)
             if args.decode:
                 make = partial(attached, apar, args, heads)
                 run_system(job, runs, f"{name} {heads.kind}", make, questions, args, fork=name == "both", drafted_by=by)
@@ -314,6 +324,15 @@ def heads_of(args: argparse.Namespace, apar: MedusaApar) -> list[DraftHeads]:
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"--heads names two of a kind ({', '.join(kinds)}): measure them one after the other")
     return every
+
+
+def drafted_by(args: argparse.Namespace, heads: DraftHeads) -> str:
+    """What steps depend on beside the answers: weights, draft vocabulary and tree, and whether they were replayed."""
+    chosen = drafting(args, heads)
+    vocabulary = None if heads.token_map is None else heads.token_map.tolist()
+    rest = hashlib.sha256(repr((vocabulary, chosen.tree.choices)).encode()).hexdigest()[:8]
+    trees = f"{args.nodes} nodes" + (f" of {args.candidates}" if args.candidates else "")
+    return f"heads {fingerprint(heads)[:12]}-{rest}, {trees}, {'decoded' if args.decode else 'replayed'}"
 
 
 def drafting(args: argparse.Namespace, heads: DraftHeads) -> Drafting:

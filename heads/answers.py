@@ -293,7 +293,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._model_key = f"{fingerprint(self.model)} {self.model.dtype} {self.taps} {self.eos_ids}"
+        self._model_key = f"windowed {fingerprint(self.model)} {self.model.dtype} {self.taps} {self.eos_ids}"
 
     def run(
         self,

@@ -66,7 +66,7 @@ def sdpa_forest_attention(
 
 
 def _columns(pool: torch.Tensor, columns: slice | torch.Tensor) -> torch.Tensor:
-    """[kv_heads, capacity, head_dim], a view of KVPool's tensors, at one request's slots."""
+    """One request's slots of a layer's keys or values [kv_heads, capacity, head_dim], as KVPool returns them."""
     if isinstance(columns, slice):
         return pool[:, columns]
     # A slot's heads lie side by side: taken together they are copied 2.5 times as fast as head by head.

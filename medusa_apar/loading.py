@@ -76,6 +76,8 @@ def load(
     tokenizer = _tokenizer(source.tokenizer or base, trust_remote_code)
     control = _control_tokens(apar, source, tokenizer, name)
     model = _model(base, dtype, trust_remote_code)
+    if source.base in hub.EMBEDDED:
+        model.name_or_path = source.base  # what is saved names its base, not a path of this machine
     if source.adapter:
         model = merge_into(model, source.adapter, tokenizer)
     model = model.to(device).eval()

@@ -85,6 +85,17 @@ def test_a_named_set_has_its_known_digest(tmp_path, monkeypatch):
     assert gzip.decompress(prompts.find("packed").read_bytes()) == content
 
 
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 50)[:-12])
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz cannot be read after line"):
+        prompts.read(str(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"bytes\.jsonl cannot be read after line 0"):
+        prompts.read(str(tmp_path / "bytes.jsonl"))
+    with pytest.raises(ValueError, match=r"p\.jsonl:1 is no prompt"):
+        prompts.read(lines(tmp_path / "p.jsonl", {"messages": [{"role": "assistant", "content": "x"}]}))
+
+
 def test_our_own_prompts_are_there():
     assert len(prompts.read("default")) >= 10
 
@@ -156,6 +167,9 @@ def test_speed_is_of_totals_and_medians_and_loops_stand_apart():
     assert set(summary["parts"]) == {"all", "no loops", "x"}
 
 
+PLAN = bench.Plan("m", "w", "", "float32", "cpu", 1, "p", 8)
+
+
 # ---- the command
 
 
@@ -194,7 +208,7 @@ def test_the_command_times_every_system_in_turns(folder, tmp_path, capsys):
     names = list(systems.NAMES)
     assert command(folder, out, "--systems", *names, "--repeat", 2, "--check") == 0
     shown = capsys.readouterr().out
-    assert "**no loops**" in shown or "**all**" in shown
+    assert "**all** (3 prompts)" in shown and "nothing quantised" in shown
     assert "are what the model itself chooses" in shown and "ARE NOT" not in shown
     rows = read_rows(out)
     assert [(r["repeat"], r["prompt"], r["system"]) for r in rows] == [
@@ -232,7 +246,11 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(folder, tmp_path, c
     assert 6 - kept < len(answered) <= 6 - kept + 2  # what was missing, and a warm-up a system
     answered.clear()
     assert command(folder, out, "--systems", "ours", "ours-ar") == 0 and not answered
-    for more, name in ((["--max-new-tokens", 19], "max_new_tokens"), (["--limit", 2], "prompts")):
+    for more, name in (
+        (["--max-new-tokens", 19], "max_new_tokens"),
+        (["--limit", 2], "prompts"),
+        (["--heads", "none", "--systems", "threads"], "heads"),
+    ):
         assert command(folder, out, "--systems", "ours", *more) == 2
         assert f"results with another {name}" in capsys.readouterr().err
     assert len(read_rows(out)) == 6
@@ -255,7 +273,38 @@ def test_bad_input_is_one_sentence(folder, tmp_path, capsys, more, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_answers_with_line_separators_are_read_back(tmp_path):
+    """U+2028 is no end of a line in JSON; str.splitlines() thinks it is one, and a resumed run once died of it."""
+    results = bench.Results(tmp_path, PLAN)
+    results.add({"system": "a", "prompt": "1", "repeat": 0, "text": "one\u2028two\x85three"})
+    assert bench.Results(tmp_path, PLAN).rows == results.rows
+
+
+def test_more_repeats_of_some_systems_do_not_stop_a_summary(folder, tmp_path):
+    out = tmp_path / "out"
+    assert command(folder, out, "--systems", "ours-ar", "--limit", 1, "--repeat", 2) == 0
+    assert command(folder, out, "--systems", "ours-ar", "heads", "--limit", 1) == 0
+    assert len(read_rows(out)) == 3
+
+
 # ---- the check
+
+
+def test_the_check_finds_an_answer_that_is_not_the_timed_one(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(folder, out, "--systems", "threads", "--limit", 1) == 0
+    row = read_rows(out)[0]
+    (out / "results.jsonl").write_text(json.dumps(row | {"ids": row["ids"][:-1]}) + "\n")
+    assert command(folder, out, "--systems", "threads", "--limit", 1, "--check") == 1
+    assert "1 ARE NOT, the first in prompt 0: another answer than the timed one" in capsys.readouterr().out
+
+
+def test_processors_are_not_checked(folder):
+    apar = load(folder.model, heads=None)
+    check.check_greedy(apar)
+    apar.model.generation_config.repetition_penalty = 1.1
+    with pytest.raises(ValueError, match="sets repetition_penalty, and --check knows plain greedy decoding only"):
+        check.check_greedy(apar)
 
 
 def test_the_check_finds_a_token_that_is_not_the_models(folder):

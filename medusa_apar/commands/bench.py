@@ -7,7 +7,8 @@ The systems take turns at every prompt, so that the machine's drift hits all ali
 the same weights, dtype and limit. DIR gets results.jsonl (every answer: tokens, seconds, time to the first token,
 steps, threads, slots, text), summary.json, table.md, plots and a log; the same command started again goes on where it
 stopped. Answers that loop are counted apart, since loops flatter drafting. --check then proves on this machine, thread
-by thread, that `ours` wrote what the model itself would, and says where a tie in low precision fell the other way.
+by thread, that the timed answers of `ours` (else `threads`) are what the model itself would write, and says where a tie
+in low precision fell the other way.
 
   medusa-apar bench --out results                                       # our own prompts
   medusa-apar bench --prompts vicuna --limit 10 --systems hf ours --out results --check
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heads", default="auto", metavar="NAME|DIR", help="draft heads (default: those that come with the model)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads for torch")
-    add("--check", action="store_true", help="prove the answers of `ours` exact afterwards")
+    add("--check", action="store_true", help="prove the answers exact afterwards")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,14 +65,17 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     apar = load(args.model, heads=None if args.heads == "none" else args.heads, dtype=args.dtype)
     made = [systems.make(name, apar) for name in args.systems]
+    checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
+    if args.check:
+        check.check_greedy(apar)
     plan = bench.plan_of(apar, args.model, asked, args.max_new_tokens)
     with Job(args.out, "bench", vars(args)) as job:
         results = bench.run(job, apar, made, asked, plan, args.repeat)
-        summary = bench.write(job, results, args.systems, plan)
+        summary = bench.write(job, results, args.systems, plan, args.repeat)
         _plot(job, results, summary)
         print((args.out / bench.TABLE).read_text(encoding="utf-8"))
         if args.check:
-            found = check.check(job, apar, asked, args.max_new_tokens)
+            found = check.check(job, checked, results, asked, args.max_new_tokens)
             print(check.sentence(found))
             return 0 if not found["wrong"] else 1
     return 0
