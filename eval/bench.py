@@ -16,8 +16,9 @@ from typing import Any
 import psutil
 
 from medusa_apar.chat import encode
-from medusa_apar.eval.loops import looping_share
+from medusa_apar.eval.loops import LOOPS, looping_share
 from medusa_apar.eval.prompts import Prompt, digest
+from medusa_apar.eval.runs import Runs
 from medusa_apar.eval.statistics import median_of, ratio_of_totals, speed_ratio
 from medusa_apar.eval.systems import System
 from medusa_apar.finetune.corpus import repeated_share
@@ -27,7 +28,6 @@ from medusa_apar.job import Job, machine, write_text
 
 RESULTS, SETTINGS, SUMMARY, TABLE = "results.jsonl", "settings.json", "summary.json", "table.md"
 WARM_UP_TOKENS = 16
-LOOPS = 0.5  # share of an answer above which it loops
 BUSY = 20.0  # per cent of the machine that others may use before it is said
 COLUMNS = (
     *("system", "tokens/s", "times the tokens/s", "times as soon done", "s per answer", "first token, s"),
@@ -49,38 +49,20 @@ class Plan:
     max_new_tokens: int
 
 
-class Results:
-    """results.jsonl, read back as (system, prompt, repeat) -> row."""
-
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        """ValueError where the folder holds results of another plan."""
-        self.path = folder / RESULTS
-        self.rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-        settings = folder / SETTINGS
-        if settings.exists():
-            before = json.loads(settings.read_text(encoding="utf-8"))
-            for name, value in asdict(plan).items():
-                if before.get(name) != value:
-                    raise ValueError(
-                        f"{folder} holds results with another {name} ({before.get(name)}, now {value}), which must "
-                        "not be compared: give another --out"
-                    )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(settings, json.dumps(asdict(plan), indent=2) + "\n")
-        if not self.path.exists():
-            return
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # killed in mid-line
-            write_text(self.path, whole)
-        for line in filter(None, whole.split("\n")):  # splitlines() would also cut at U+2028, which JSON keeps
-            row = json.loads(line)
-            self.rows[row["system"], row["prompt"], row["repeat"]] = row
-
-    def add(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.rows[row["system"], row["prompt"], row["repeat"]] = row
+def open_results(folder: Path, plan: Plan) -> Runs:
+    """results.jsonl by (system, prompt, repeat); ValueError where the folder holds results of another plan."""
+    settings = folder / SETTINGS
+    if settings.exists():
+        before = json.loads(settings.read_text(encoding="utf-8"))
+        for name, value in asdict(plan).items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{folder} holds results with another {name} ({before.get(name)}, now {value}), which must "
+                    "not be compared: give another --out"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(settings, json.dumps(asdict(plan), indent=2) + "\n")
+    return Runs(folder / RESULTS, ("system", "prompt", "repeat"))
 
 
 def others_share() -> float:
@@ -90,11 +72,11 @@ def others_share() -> float:
 
 def run(
     job: Job, apar: MedusaApar, systems: Sequence[System], prompts: Sequence[Prompt], plan: Plan, repeats: int
-) -> Results:
+) -> Runs:
     """Answers what `job.folder` does not hold yet, the systems taking turns at every prompt."""
-    results = Results(job.folder, plan)
+    results = open_results(job.folder, plan)
     wanted = [(p, n, s) for n in range(repeats) for p in prompts for s in systems]
-    todo = [(p, n, s) for p, n, s in wanted if (s.name, p.id, n) not in results.rows]
+    todo = [(p, n, s) for p, n, s in wanted if (s.name, p.id, n) not in results]
     if not todo:
         return results
     busy = others_share()
@@ -110,17 +92,19 @@ def run(
             tokenizer: Any = apar.tokenizer
             shown = [token for token in answer.ids if token not in tokenizer.all_special_ids]
             results.add(
-                {
-                    "system": system.name,
-                    "prompt": prompt.id,
-                    "category": prompt.category,
-                    "repeat": number,
-                    "tokens": len(answer.ids),
-                    "looping": round(looping_share(shown), 3),
-                    "repeated_4grams": round(repeated_share(shown), 3) if len(shown) >= 4 else None,
-                    **asdict(answer),
-                    "text": tokenizer.decode(answer.ids, skip_special_tokens=True),
-                }
+                [
+                    {
+                        "system": system.name,
+                        "prompt": prompt.id,
+                        "category": prompt.category,
+                        "repeat": number,
+                        "tokens": len(answer.ids),
+                        "looping": round(looping_share(shown), 3),
+                        "repeated_4grams": round(repeated_share(shown), 3) if len(shown) >= 4 else None,
+                        **asdict(answer),
+                        "text": tokenizer.decode(answer.ids, skip_special_tokens=True),
+                    }
+                ]
             )
             rate = len(answer.ids) / answer.seconds
             bar.advance(shown=f"{system.name} {rate:.0f} tokens/s")
@@ -275,7 +259,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def write(job: Job, results: Results, names: Sequence[str], plan: Plan, repeats: int) -> dict[str, Any]:
+def write(job: Job, results: Runs, names: Sequence[str], plan: Plan, repeats: int) -> dict[str, Any]:
     """summary.json and table.md of the first so many repeats of each answer, report.json of the run."""
     summary = summarise([row for row in results.rows.values() if row["repeat"] < repeats], names)
     job.report(**asdict(plan), systems=list(names), repeats=repeats)

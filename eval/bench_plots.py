@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from medusa_apar.eval.bench import Results
+from medusa_apar.eval.runs import Runs
 from medusa_apar.job import replacing
 
 # Distinguishable in grey and by people who do not see red and green apart; hatches say the same again.
@@ -15,7 +15,7 @@ COLOURS = ("#9aa0a6", "#c5c9cc", "#1b6ca8", "#2a9d6f", "#e07b39", "#a23b72")
 HATCHES = ("", "..", "", "//", "", "\\\\")
 
 
-def plot(folder: Path, results: Results, summary: dict[str, Any]) -> None:
+def plot(folder: Path, results: Runs, summary: dict[str, Any]) -> None:
     """speed.png, steps.png, length.png and, where an answer had threads, timeline.png."""
     _by_category(folder / "speed.png", summary, "tokens_per_second", "tokens per second")
     _by_category(folder / "steps.png", summary, "tokens_per_step", "tokens per step")
@@ -61,7 +61,7 @@ def _by_category(path: Path, summary: dict[str, Any], key: str, title: str) -> N
     _save(figure, path)
 
 
-def _against_length(path: Path, results: Results, summary: dict[str, Any]) -> None:
+def _against_length(path: Path, results: Runs, summary: dict[str, Any]) -> None:
     figure, axes = _axes(6.4, 3.8)
     for index, name in enumerate(summary["systems"]):
         rows = [row for row in results.rows.values() if row["system"] == name]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from medusa_apar.chat import encode
-from medusa_apar.eval.bench import Results
 from medusa_apar.eval.prompts import Prompt
+from medusa_apar.eval.runs import Runs
 from medusa_apar.eval.systems import System
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
@@ -41,7 +41,7 @@ def check_greedy(apar: MedusaApar) -> None:
         raise ValueError(f"the model's generation config sets {found[0]}, and --check knows plain greedy decoding only")
 
 
-def check(job: Job, system: System, results: Results, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
+def check(job: Job, system: System, results: Runs, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:
     """Checks the system's answers in `results`; what was found goes into the log and is returned."""
     apar = system.apar
     found: dict[str, Any] = {"system": system.name, "threads": 0, "tokens": 0, "ties": [], "wrong": []}

@@ -5,15 +5,13 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from medusa_apar.eval.loops import looping_share
+from medusa_apar.eval.loops import LOOPS, looping_share
 from medusa_apar.eval.questions import CORPUS, PLAIN
 from medusa_apar.eval.runs import Runs
 from medusa_apar.finetune.corpus import repeated_share
 from medusa_apar.finetune.rules import paragraph_tree
 
-LOOPS = 0.5  # share of an answer above which it loops
 THREAD_LIMIT = 256  # tokens within which a thread should end
-KINDS = ("medusa", "hydra", "fused")  # of heads
 GOALS = {"threads": {"vicuna": "2.0", "mt": "1.4"}, "both": {"vicuna": "4.5", "mt": "3.0"}}  # tokens per step
 HEADS_GOALS = {"medusa": "2.4", "hydra": "2.9"}  # accepted tokens per thread and step
 TITLES = {
@@ -122,9 +120,7 @@ def figures(runs: Runs, eos_ids: set[int]) -> dict[str, Any]:
     pairs = [
         (row["ids"], other["ids"])
         for (system, name, id), row in runs.rows.items()
-        if system == "threads"
-        for kind in KINDS
-        if (other := runs.rows.get((f"both {kind}", name, id))) and "replayed" not in other
+        if system.startswith("both ") and "replayed" not in row and (other := runs.rows.get(("threads", name, id)))
     ]
     if pairs:  # in float32 all of them, or something is wrong; in bfloat16 ties fall differently
         found["both_equal_threads"] = sum(one == other for one, other in pairs) / len(pairs)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+LOOPS = 0.5  # share of an answer above which benchmarks say that it loops
 MISMATCH = 8  # one token in so many may differ between a span and its repeat
 
 

@@ -61,7 +61,7 @@ def path_log_probs(tree: DraftTree, log_probs: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class Replayed:
-    """One answer's steps; the names are those of `weights.StepCounter`."""
+    """One answer's steps; the names are those of `answering.StepCounter`."""
 
     steps: int
     thread_steps: int

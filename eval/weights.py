@@ -52,7 +52,7 @@ from medusa_apar.generate import MedusaApar, attach
 from medusa_apar.heads import DraftHeads, checkpoints, load_heads
 from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import Job, write_text
-from medusa_apar.loading import load, locate
+from medusa_apar.loading import heads_name, load, locate
 
 SYSTEMS = ("threads", "single", "heads", "both", "base")
 OF = {"heads": "single", "both": "threads"}  # whose answers are the same, token for token
@@ -121,12 +121,9 @@ def replay_system(
         for first in range(0, len(todo), args.batch):
             batch = todo[first : first + args.batch]
             rows = [runs.rows[source, question.set, question.id] for question in batch]
-            prompts = [
-                encode_messages(apar.tokenizer, question.messages)["input_ids"][0].tolist() for question in batch
-            ]
             answers = [
-                as_answer(prompt, row["threads"], -1 if control is None else control.child_id)
-                for prompt, row in zip(prompts, rows, strict=True)
+                as_answer(_prompt_ids(apar, question), row["threads"], -1 if control is None else control.child_id)
+                for question, row in zip(batch, rows, strict=True)
             ]
             ids = frozenset() if control is None else frozenset({control.fork_id, control.child_id})
             found = replay(heads, answers, drafting, eos_ids, [args.max_new_tokens] * len(batch), ids)
@@ -248,9 +245,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     questions = [q for name, path in args.prompts for q in read_questions(name, path)[: args.limit]]
     if missing := [path for path in args.corpus if not path.is_file()]:
         raise FileNotFoundError(f"{missing[0]} does not exist")
+    source = locate(args.model)
     for name in args.heads:
-        if name not in ("auto", "none") and not Path(name).exists():
-            raise FileNotFoundError(f"--heads {name} does not exist")
+        if name not in ("auto", "none"):
+            heads_name(name, source)
     if args.candidates is not None and (args.decode or args.candidates < args.nodes):
         raise ValueError(f"--candidates {args.candidates} must be --nodes {args.nodes} at least, and are not decoded")
     check_same_settings(args)
@@ -317,8 +315,8 @@ def run_tuned(
 
 def heads_of(args: argparse.Namespace, apar: MedusaApar) -> list[DraftHeads]:
     """What --heads names, on the model; ValueError where two are of one kind, whose figures would fall together."""
-    own = locate(args.model).heads
-    folders = [own if name == "auto" else Path(name) for name in args.heads if name != "none"]
+    source = locate(args.model)
+    folders = [source.heads if name == "auto" else heads_name(name, source) for name in args.heads if name != "none"]
     every = [load_heads(folder, apar.model) for folder in folders if folder is not None]
     kinds = [heads.kind for heads in every]
     if len(set(kinds)) < len(kinds):

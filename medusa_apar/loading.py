@@ -70,7 +70,7 @@ def load(
     elif apar is None or apar is False:
         source = replace(source, adapter=None, control=None)
     if isinstance(heads, (str, Path)):
-        heads = source.heads if heads == "auto" else _heads_name(heads, source)
+        heads = source.heads if heads == "auto" else heads_name(heads, source)
 
     base = str(hub.embedded_model_dir(source.base)) if source.base in hub.EMBEDDED else source.base
     tokenizer = _tokenizer(source.tokenizer or base, trust_remote_code)
@@ -187,7 +187,8 @@ def _with_apar_folder(source: Source, folder: Path) -> Source:
     return replace(source, adapter=parts.adapter or source.adapter, control=parts.control)
 
 
-def _heads_name(heads: str | Path, source: Source) -> str | Path:
+def heads_name(heads: str | Path, source: Source) -> str | Path:
+    """Where heads of that name lie: a path, a folder beside the model's own heads, or a Hub id."""
     path = Path(heads).expanduser()
     if path.exists():
         return path
