@@ -16,7 +16,7 @@ from medusa_apar.cli import main
 from medusa_apar.eval import bench, check, prompts, statistics, systems
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
-from tests.tiny import FORK, VOCAB, forking_model, tiny_tokenizer
+from tests.tiny import forking_folder
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -177,15 +177,7 @@ PLAN = bench.Plan("m", "w", "", "float32", "cpu", 1, "p", 8)
 def folder(tmp_path_factory):
     """A tiny model that forks, with heads beside it."""
     root = tmp_path_factory.mktemp("bench")
-    model = forking_model(3)
-    biased = model.get_output_embeddings()
-    plain = torch.nn.Linear(biased.in_features, VOCAB, bias=False)
-    plain.weight.data = biased.weight.data.clone()
-    plain.weight.data[FORK] *= 3  # a Llama folder keeps no bias
-    model.set_output_embeddings(plain)
-    model.save_pretrained(root / "model")
-    tiny_tokenizer().save_pretrained(root / "model")
-    (root / "model" / "apar_config.json").write_text(json.dumps({"fork_token_id": 3, "child_token_id": 4}))
+    forking_folder(root / "model")
     loaded = AutoModelForCausalLM.from_pretrained(root / "model")
     MedusaHeads.random(loaded, num_heads=2).save_pretrained(root / "heads")
     asked = lines(

@@ -16,7 +16,7 @@ from medusa_apar.eval import answering, goals, weights
 from medusa_apar.eval.loops import looping_share
 from medusa_apar.finetune.mixture import is_held_out
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from tests.tiny import CONTROL, EOS, VOCAB, forking_model, tiny_tokenizer
+from tests.tiny import CONTROL, EOS, forking_folder, forking_model
 
 # A busy machine is no failure.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -154,14 +154,7 @@ def test_loss_is_that_of_the_answer_tokens():
 def folders(tmp_path_factory):
     """A tiny model with control ids and heads in one folder, its prompts and a corpus."""
     root = tmp_path_factory.mktemp("weights")
-    model = forking_model(3)
-    biased = model.get_output_embeddings()
-    plain = torch.nn.Linear(biased.in_features, VOCAB, bias=False)  # a Llama folder has no bias to keep
-    plain.weight.data = biased.weight.data
-    model.set_output_embeddings(plain)
-    model.save_pretrained(root / "model")
-    tiny_tokenizer().save_pretrained(root / "model")
-    (root / "model" / "apar_config.json").write_text(json.dumps({"fork_token_id": 3, "child_token_id": 4}))
+    forking_folder(root / "model")
     loaded = AutoModelForCausalLM.from_pretrained(root / "model")
     MedusaHeads.random(loaded, num_heads=2).save_pretrained(root / "heads")
     questions = [{"question_id": 80 + n, "turns": ["what is " + "abcde"[n]]} for n in range(4)]
@@ -218,7 +211,8 @@ def test_heads_replayed_are_heads_decoded(folders, tmp_path):
     replayed, decoded = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("replayed", "decoded"))
     assert decoded["both_equal_threads"] == 1.0  # float32
     for system in ("heads medusa", "both medusa"):
-        for key in ("answers", "mean_tokens", "tokens_per_step", "tokens_per_step_pooled", "mean_forks"):
+        # Not mean_forks: how many threads were forked behind the limit depends on when the answer is done.
+        for key in ("answers", "mean_tokens", "tokens_per_step", "tokens_per_step_pooled"):
             assert replayed["speed"][system]["vicuna"]["all"][key] == decoded["speed"][system]["vicuna"]["all"][key]
     speeds = [decoded["speed"][name]["vicuna"]["all"]["tokens_per_step"] for name in ("both medusa", "threads")]
     assert speeds[0] > speeds[1]  # or the heads were never right

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import string
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -84,6 +86,20 @@ def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **bias:
 def forking_model(seed: int) -> PreTrainedModel:
     """Forks often, deep, and ends some of its threads."""
     return tiny_model("llama", seed, scale=6.0, fork=0.9, eos=0.4)
+
+
+def forking_folder(folder: Path) -> Path:
+    """A saved model that forks, its tokenizer and its control ids: what `load` takes."""
+    model = forking_model(3)
+    biased = model.get_output_embeddings()
+    plain = torch.nn.Linear(biased.in_features, VOCAB, bias=False)  # a Llama folder has no bias to keep
+    plain.weight.data = biased.weight.data.clone()
+    plain.weight.data[FORK] *= 3
+    model.set_output_embeddings(plain)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "apar_config.json").write_text(json.dumps({"fork_token_id": FORK, "child_token_id": CHILD}))
+    return folder
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
