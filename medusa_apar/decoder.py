@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,18 +10,16 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from .attention import current_forest, forest_attention
 from .forest import Forest, Stem
 from .fork_manager import ForkManager
 from .heads import DraftHeads
-from .heads.captured import Captured
 from .kv_pool import KVPool
 from .output import Stats
-from .packed_linear import PackedLinears
 from .paragraph_tree import ParagraphTree, Thread
 from .request import Request
 from .scheduler import Scheduler
 from .slot_ledger import SlotLedger
+from .torch_runtime import Runtime
 from .verify import Verdict, Verifier
 
 
@@ -32,8 +29,7 @@ class Decoder:
 
     model: PreTrainedModel
     heads: DraftHeads | None
-    backend: str
-    packed: PackedLinears
+    runtime: Runtime
     scheduler: Scheduler
     verifier: Verifier
     fork_manager: ForkManager
@@ -47,7 +43,7 @@ class Decoder:
 
     def run(self) -> Iterator[None]:
         """Steps until every request is done; yields after each step, with `requests` and `stats` up to date."""
-        with forest_attention(self.model, self.backend), self.packed.in_use():
+        with self.runtime.running():
             while any(not request.done for request in self.requests):
                 self.step()
                 yield
@@ -60,7 +56,7 @@ class Decoder:
         forest = Forest([stems for _, stems in plan], self.scheduler.ledger, self.model.device)
         owner = {stem: request for request, stems in plan for stem in stems}
         taps = () if self.heads is None else self.heads.taps
-        logits, hidden = forward(self.model, forest, self.scheduler.ledger.pool, taps)
+        logits, hidden = self.runtime.forward(forest, self.scheduler.ledger.pool, taps)
         verdicts = self.verifier(forest, logits, owner)
         for stem, verdict in zip(forest.verified, verdicts, strict=True):
             gained = self.fork_manager.commit(owner[stem].tree, stem, verdict)
@@ -109,29 +105,8 @@ class Decoder:
             stats.decode_seconds += seconds
 
 
-def forward(
-    model: PreTrainedModel, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a forest's verified rows: logits [M, vocab], and the hidden states [M, hidden * (1 + taps)] before the
-    unembedding and behind the tapped layers."""
-    pool.slots = forest.slots
-    keep = {"logits_to_keep": forest.verified_rows} if _keeps_logits(model) else {}
-    with current_forest(forest), Captured(model, taps) as captured:
-        logits = model(
-            input_ids=forest.input_ids,
-            position_ids=forest.position_ids,
-            past_key_values=pool,
-            use_cache=True,
-            return_dict=True,
-            **keep,
-        ).logits[0]
-    if not keep:
-        logits = logits[forest.verified_rows]
-    return logits, captured.hidden_states(forest.verified_rows)
-
-
 @torch.no_grad()
-def check_agrees(model: PreTrainedModel, backend: str) -> None:
+def check_agrees(model: PreTrainedModel, runtime: Runtime) -> None:
     """ValueError unless a few tokens over a forest, in two steps, give the logits of the model's own forward pass.
 
     Families differ in more ways than a config tells (what they do to keys behind the cache, other kinds of attention);
@@ -142,21 +117,17 @@ def check_agrees(model: PreTrainedModel, backend: str) -> None:
     ledger = SlotLedger(KVPool())
     trunk = ParagraphTree(ids).trunk
     try:
-        with forest_attention(model, backend):
+        with runtime.running():
             for stop in (2, 4):
                 stem = Stem(trunk, stop)
-                ours, _ = forward(model, Forest([[stem]], ledger, model.device), ledger.pool)
+                ours, _ = runtime.forward(Forest([[stem]], ledger, model.device), ledger.pool)
         plain = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
         difference = float((ours[-1].float() - plain.float()).abs().max() / plain.float().abs().max().clamp(min=1e-6))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{type(model).__name__} cannot decode over a KV pool: {reason}") from error
     # Low precision may route a token to another expert, and dropout differs by itself.
-    if model.dtype == torch.float32 and not model.training and not difference < 1e-2:
+    if runtime.kind == "float32" and not model.training and not difference < 1e-2:
         raise ValueError(
             f"{type(model).__name__} cannot be attached: over a KV pool its logits are {difference:.0%} off its own."
         )
-
-
-def _keeps_logits(model: PreTrainedModel) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, hub
+from .cpu.library import compiler
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "triton", "fschat")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
@@ -37,6 +38,7 @@ def findings() -> Iterator[tuple[str, str]]:
     yield "system", platform.platform()
     yield "cpu", f"{_cpu_model()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads"
     yield "cpu features", f"{' '.join(_cpu_flags()) or 'unknown'}; torch runs {torch.backends.cpu.get_cpu_capability()}"
+    yield "cpu runtime", f"compiled by {found}" if (found := compiler()) else "torch only: no C++ compiler"
     yield "gpu", _gpu()
     yield "kernels", _kernels()
     yield "cache", str(hub.cache_dir())

@@ -104,6 +104,17 @@ class DraftTree:
             place[nodes[inner]] = np.arange(len(inner))
         return levels
 
+    def lineages(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the first `size` nodes: each one's ancestors from the top, itself last, all in one list (int), and where
+        each node's part ends (int [size])."""
+        nodes, ends = self._lineages
+        return nodes[: ends[size - 1] if size else 0], ends[:size]
+
+    @cached_property
+    def _lineages(self) -> tuple[np.ndarray, np.ndarray]:
+        nodes = np.nonzero(self.ancestors)[1]  # row by row in ascending order, and a parent's number is the lower
+        return nodes, np.cumsum(self.depths + 1)
+
     def first(self, size: int) -> DraftTree:
         """The tree of the first `size` nodes; made once for each size."""
         if size >= len(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -95,7 +96,8 @@ class Forest:
     """N rows ready for one forward pass.
 
     Attributes: `input_ids` and `position_ids` int64 [1, N]; `slots` int64 [N]; `verified` stems in row order and
-    `verified_rows` int64 [M], the rows whose logits they need (root first, then draft nodes); `groups`, one a request.
+    `verified_rows` int64 [M], the rows whose logits they need (root first, then draft nodes); `groups`, one a request,
+    for backends that want masks, and `paths` for those that want lists of slots.
     """
 
     def __init__(self, requests: list[list[Stem]], ledger: SlotLedger, device: torch.device):
@@ -115,7 +117,37 @@ class Forest:
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = tensor([stem.positions for stem in self.stems])[None]
         self.slots = tensor([stem.slots for stem in self.stems])
-        self.groups = [_group(stems, ledger, device) for stems in requests]
+        self._requests, self._ledger, self._device = requests, ledger, device
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        return [_group(stems, self._ledger, self._device) for stems in self._requests]
+
+    def paths(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Every row's path as slots, in path order: int32 lists, int32 [N, 3, 2], and the length of the longest path.
+
+        A row's path is three runs (start, length) of the lists: what its stem had cached before, the stem's pending
+        tokens, a draft node's ancestors. Rows of a stem share the first two.
+        """
+        lists: list[np.ndarray] = []
+        runs = np.zeros((len(self), 3, 2), dtype=np.int32)
+        start = 0
+        for stem in self.stems:
+            assert stem.path_slots is not None and stem.slots is not None
+            cached, pending, drafted = len(stem.path_slots), len(stem.pending), len(stem.draft_tokens)
+            lineages, ends = stem.draft_tree.lineages(drafted)
+            rows = runs[stem.row : stem.row + stem.size]
+            rows[:, 0] = start, cached
+            rows[:, 1, 0] = start + cached
+            rows[:, 1, 1] = pending
+            rows[:pending, 1, 1] = np.arange(1, pending + 1)
+            depths = stem.draft_tree.depths[:drafted] + 1
+            rows[pending:, 2, 0] = start + cached + pending + ends - depths
+            rows[pending:, 2, 1] = depths
+            lists += [stem.path_slots, stem.slots[:pending], stem.slots[pending:][lineages]]
+            start += cached + pending + len(lineages)
+        longest = int(runs[:, :, 1].sum(axis=1).max())
+        return np.concatenate(lists).astype(np.int32), runs, longest
 
     def __len__(self) -> int:
         return len(self.slots)

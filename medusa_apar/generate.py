@@ -21,21 +21,21 @@ from transformers import (
 from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria, StopStringCriteria
 
 from . import checks
-from .attention import pick_backend
 from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
-from .decoder import Decoder, check_agrees
+from .decoder import Decoder
 from .draft_tree import DraftTree
 from .fork_manager import ForkManager
 from .heads import DraftHeads, load_heads
 from .heads.draft_heads import unembedding_size
 from .kv_pool import KVPool
 from .output import MedusaAparOutput, Stats
-from .packed_linear import PackedLinears
 from .paragraph_tree import ParagraphTree
 from .request import Request, thread_key
+from .runtimes import pick_runtime
 from .scheduler import Scheduler
 from .slot_ledger import SlotLedger
 from .streaming import TextColumns
+from .torch_runtime import Runtime
 from .verify import Verifier
 
 Observer = Callable[[list[ParagraphTree], Stats], None]
@@ -63,14 +63,13 @@ class MedusaApar:
         budget: int,
         max_threads: int | None,
         max_depth: int,
-        backend: str,
+        runtime: Runtime,
         pool_slots: int | None,
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
         self.draft_tree, self.budget = draft_tree, budget
         self.max_threads, self.max_depth = max_threads, max_depth
-        self.backend, self.pool_slots = backend, pool_slots
-        self._packed = PackedLinears(model)
+        self.runtime, self.pool_slots = runtime, pool_slots
         self._streamer: Any = None
 
     def generate(
@@ -201,8 +200,7 @@ class MedusaApar:
         return Decoder(
             model=self.model,
             heads=self.heads,
-            backend=self.backend,
-            packed=self._packed,
+            runtime=self.runtime,
             scheduler=Scheduler(ledger, self.draft_tree, self.budget, self.max_threads, context),
             verifier=verifier,
             fork_manager=ForkManager(ledger, context),
@@ -233,6 +231,8 @@ def attach(
     max_threads: int | None = None,
     max_depth: int | None = None,
     attention: str = "auto",
+    runtime: str = "auto",
+    quantize: str | None = None,
     pool_slots: int | None = None,
 ) -> MedusaApar:
     """Readies a causal language model of transformers for `custom_generate=`; the model itself is not changed.
@@ -246,7 +246,10 @@ def attach(
         budget: rows of a step's forest, threads' roots included (default 16 on a CPU, 64 on a GPU).
         max_threads: most threads of a request that run in one step; the others wait (None: no limit).
         max_depth: threads at this depth (the trunk has 0) do not fork (default: as deep as the model was tuned).
-        attention: "auto" or "sdpa".
+        attention: "auto" or "sdpa", of the torch runtime.
+        runtime: "torch" runs transformers' modules, "cpu" compiled code for a model built like Llama on a CPU; "auto"
+            takes the second where it can.
+        quantize: "int8" rounds the weights to 8 bits, a scale per output (CPU runtime only; the model keeps its own).
         pool_slots: most KV slots ever in use (None: grows on demand). Under pressure threads wait or are evicted and
             fed again later, which never changes a token.
 
@@ -254,8 +257,7 @@ def attach(
     model, or control tokens the model lacks.
     """
     checks.check_model(model)
-    backend = pick_backend(attention)
-    check_agrees(model, backend)
+    chosen = pick_runtime(model, runtime, quantize, attention)
     if isinstance(heads, (str, Path)):
         heads = load_heads(heads, model)
     if isinstance(apar, tuple):
@@ -279,4 +281,4 @@ def attach(
         draft_tree = DraftTree.likeliest(budget, checks.expected_acceptance(heads), least)
     elif heads is not None and draft_tree.num_heads > heads.num_heads:
         raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
-    return MedusaApar(model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, backend, pool_slots)
+    return MedusaApar(model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, chosen, pool_slots)

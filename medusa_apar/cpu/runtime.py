@@ -1,0 +1,215 @@
+"""A forward pass over a forest in compiled code, for models built like Llama, in float32, bfloat16 or int8 weights.
+
+Activations, the KV pool and every sum of a float are float32. A row's logits depend on its path alone, bit by bit: not
+on the other rows, the batch, the slots or what was drafted (DESIGN promises 1 and 5, without the usual "but for ties").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from medusa_apar.forest import Forest
+from medusa_apar.kv_pool import KVPool
+
+from . import library
+from .weights import PANEL, PackedMatrix, interleaved, joined
+
+# Decoder layers that are Llama's: norm, rotary attention, norm, gated SiLU, both residual.
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+_LINEARS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why this runtime cannot run the model, in half a sentence; None where it can."""
+    decoder = getattr(model, "model", None)
+    layers = getattr(decoder, "layers", None)
+    name = type(model).__name__
+    if not layers or any(type(layer).__name__ not in _LAYERS for layer in layers):
+        return f"{name} is not built like Llama"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"the model is in {str(model.dtype).removeprefix('torch.')}"
+    if model.training:
+        return "the model is in training mode"
+    config = model.config
+    if config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
+        return f"the MLP of {name} is not Llama's"
+    attention = layers[0].self_attn
+    sizes = (attention.head_dim % 32, config.hidden_size % PANEL, config.intermediate_size % PANEL)
+    if any(sizes):
+        return "its sizes are no multiples of 16 (heads of 32)"
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"a {type(module).__name__} of the model has hooks"
+    linears = [layer.get_submodule(path) for layer in layers for path in _LINEARS]
+    if any(type(linear) is not nn.Linear for linear in [*linears, model.get_output_embeddings()]):
+        return "its linear layers are not torch's own"
+    if any(layer.self_attn.o_proj.bias is not None for layer in layers):
+        return "its attention output has a bias"
+    try:
+        library.library()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+class CpuRuntime:
+    """Runs `model` from weights packed as `kind`: "float32", "bfloat16" or "int8".
+
+    `seconds` adds up the time of `library.PHASES` while `profile` is set.
+    """
+
+    def __init__(self, model: PreTrainedModel, kind: str) -> None:
+        if why := refusal(model):
+            raise ValueError(f"the CPU runtime cannot run this model: {why}.")
+        self.model, self.kind = model, kind
+        self.profile = False
+        self.seconds = library.Seconds()
+        self._lock = threading.Lock()
+        self._packed: tuple[Any, _Packed] | None = None
+        self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Weights that have changed are packed anew before the block."""
+        key = tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in self.model.parameters())
+        with self._lock:
+            if self._packed is None or self._packed[0] != key:
+                self._packed = key, _Packed(self.model, self.kind)
+        yield
+
+    @torch.no_grad()
+    def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """Of a forest's verified rows: logits float32 [M, vocab], good until the pool's next pass, and the hidden
+        states [M, hidden * (1 + taps)] before the unembedding and, at unit scale, behind the tapped layers."""
+        assert self._packed is not None, "enter `running` first"
+        packed = self._packed[1]
+        scratch = self._scratch.setdefault(pool, _Scratch(packed))
+        rows, verified = len(forest), len(forest.verified_rows)
+        lists, runs, longest = forest.paths()
+        cos, sin = packed.rotary(forest.position_ids[0])
+        x = packed.embedding(forest.input_ids[0])
+        hidden = torch.empty(verified, packed.hidden)
+        tapped = torch.empty(len(taps), verified, packed.hidden)
+        buffers = scratch.buffers(rows, verified)
+        layers = packed.layers_for(pool, taps)
+        struct = library.Model(
+            *(len(layers), packed.hidden, packed.intermediate, packed.heads, packed.eps),
+            *(packed.norm.data_ptr(), layers, packed.unembedding.struct),
+        )
+        step = library.Step(
+            *(rows, verified, len(taps), longest),
+            *(tensor.data_ptr() for tensor in (x, cos, sin, forest.slots)),
+            *(lists.ctypes.data, runs.ctypes.data, forest.verified_rows.data_ptr()),
+            *(hidden.data_ptr(), tapped.data_ptr(), *(tensor.data_ptr() for tensor in buffers)),
+            ctypes.addressof(self.seconds) if self.profile else None,
+        )
+        library.library().mapar_step(struct, step, torch.get_num_threads(), packed.unembedding.outputs)
+        parts = [hidden, *(F.rms_norm(states, states.shape[-1:]) for states in tapped)]
+        return buffers[0][:verified], torch.cat(parts, dim=-1) if taps else hidden
+
+
+class _Packed:
+    """A model's weights as compiled code reads them."""
+
+    def __init__(self, model: Any, kind: str) -> None:
+        config, decoder = model.config, model.model
+        attention = decoder.layers[0].self_attn
+        self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
+        self.eps = decoder.norm.variance_epsilon
+        dim = attention.head_dim
+        self.heads = library.Heads(config.num_attention_heads, config.num_key_value_heads, dim, attention.scaling)
+        self.norm = _vector(decoder.norm)
+        self.unembedding = PackedMatrix(
+            model.get_output_embeddings().weight, kind, getattr(model.get_output_embeddings(), "bias", None)
+        )
+        self._embedding = model.get_input_embeddings().weight.detach()
+        self._rotary = decoder.rotary_emb
+        self._table: tuple[Tensor, Tensor] | None = None
+        self._layers = [_layer(layer, kind) for layer in decoder.layers]
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self._embedding).float()
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin float32 [N, head_dim], from a table that the model's own module fills as positions grow."""
+        needed = int(positions.max()) + 1
+        if self._table is None or len(self._table[0]) < needed:
+            longest = 1 << max(needed - 1, 255).bit_length()
+            cos, sin = self._rotary(torch.empty(0), torch.arange(longest)[None])
+            self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
+        cos, sin = self._table
+        return cos[positions], sin[positions]
+
+    def layers_for(self, pool: KVPool, taps: tuple[int, ...]) -> Any:
+        structs = (library.Layer * len(self._layers))()
+        shape = (pool.capacity, self.heads.kv_heads, self.heads.head_dim)
+        for index, (norms, matrices, window) in enumerate(self._layers):
+            for store in (pool.keys, pool.values):
+                if index not in store:
+                    store[index] = torch.zeros(shape)
+            structs[index] = library.Layer(
+                *(norm.data_ptr() for norm in norms),
+                *(matrix.struct for matrix in matrices),
+                *(pool.keys[index].data_ptr(), pool.values[index].data_ptr()),
+                *(window, taps.index(index) if index in taps else -1),
+            )
+        return structs
+
+
+def _layer(layer: Any, kind: str) -> tuple[tuple[Tensor, Tensor], tuple[PackedMatrix, ...], int]:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    norms = (_vector(layer.input_layernorm), _vector(layer.post_attention_layernorm))
+    matrices = (
+        PackedMatrix(torch.cat([p.weight.detach() for p in projections]), kind, joined([p.bias for p in projections])),
+        PackedMatrix(attention.o_proj.weight, kind),
+        PackedMatrix(interleaved(mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()), kind),
+        PackedMatrix(mlp.down_proj.weight, kind),
+    )
+    window = getattr(attention, "sliding_window", None)
+    if window is None and type(layer).__name__ == "MistralDecoderLayer":
+        window = getattr(attention.config, "sliding_window", None)
+    return norms, matrices, window or 0
+
+
+def _vector(norm: nn.Module) -> Tensor:
+    return cast(Tensor, norm.weight).detach().float().contiguous()
+
+
+class _Scratch:
+    """One pool's buffers; they grow and are used again."""
+
+    def __init__(self, packed: _Packed) -> None:
+        heads = packed.heads
+        width = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
+        self._widths = max(width, packed.hidden), max(packed.intermediate, packed.hidden, width)
+        self._vocabulary = packed.unembedding.outputs
+        self._rows = self._verified = 0
+        self._logits = torch.empty(0)
+        self._others: tuple[Tensor, ...] = ()
+
+    def buffers(self, rows: int, verified: int) -> tuple[Tensor, ...]:
+        """logits, qkv, wide, act, act_scales of library.Step."""
+        if verified > self._verified:
+            self._verified = verified
+            self._logits = torch.empty(verified, self._vocabulary)
+        if rows > self._rows:
+            self._rows = rows
+            narrow, wide = (torch.empty(rows, width) for width in self._widths)
+            self._others = narrow, wide, torch.empty(rows, self._widths[1] + 1), torch.empty(rows)
+        return self._logits, *self._others

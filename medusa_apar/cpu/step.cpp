@@ -1,0 +1,258 @@
+// One forward pass of a Llama-like decoder over a forest, in one parallel region: what eager transformers does in some
+// thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
+#include "attention.h"
+#include "team.h"
+
+using namespace mapar;
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+
+struct Layer {
+    const float *attention_norm, *mlp_norm;
+    Matrix qkv, output, gate_up, down;  // gate_up: panels of gate and up by turns
+    float *keys, *values;               // pool [capacity][kv_heads][head_dim]
+    int32_t window;                     // last positions of the path that are seen, 0: all
+    int32_t tap;                        // place of its output among the tapped ones, or -1
+};
+
+struct Model {
+    int32_t layers, hidden, intermediate;
+    Heads heads;
+    float eps;
+    const float* norm;
+    const Layer* layer;
+    Matrix unembedding;
+};
+
+// A row's path is three runs of `slot_lists`: the stem's cached path, its pending tokens, the draft node's ancestors.
+struct Run {
+    int32_t start, length;
+};
+
+struct Step {
+    int32_t rows, verified, taps, longest;  // longest path
+    float* x;                               // [rows][hidden], embedded tokens; overwritten
+    const float *cos, *sin;                 // [rows][head_dim]
+    const int64_t* slots;                   // [rows]
+    const int32_t* slot_lists;
+    const Run* runs;               // [rows][3]
+    const int64_t* verified_rows;  // [verified]
+    float* hidden;                 // [verified][hidden], before the unembedding
+    float* tapped;                 // [taps][verified][hidden]
+    float* logits;                 // [verified][outputs]
+    float *qkv, *wide;             // scratch: [rows][(heads + 2 kv_heads) * head_dim], [rows][max(all widths)]
+    float* act;                    // scratch: [rows][padded widest input] float, the same bytes as int16
+    float* act_scales;             // [rows]
+    double* seconds;               // per phase, added to; or null
+};
+
+enum Phase { NORM = 0, QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, UNEMBED, PHASES };
+
+// How many doubles `Step.seconds` has, and a version of these structs.
+EXPORTED int mapar_phases() { return PHASES; }
+EXPORTED int mapar_sizes(int which) {
+    const int sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Step)};
+    return sizes[which];
+}
+}
+
+namespace {
+
+// The matrix's view of rows that lie in `floats`; int8 ones are quantised into `act` first, by `prepare`.
+inline Rows rows_for(const Matrix& m, const float* floats, int stride, const float* act, const float* scales) {
+    if (m.kind == INT8) return {nullptr, (const int16_t*)act, scales, m.inputs};
+    return {floats, nullptr, nullptr, stride};
+}
+
+inline void prepare(const Matrix& m, const float* x, int width, int row, float* act, float* scales) {
+    if (m.kind == INT8)
+        scales[row] = quantise(x, width, m.inputs, (int16_t*)act + (size_t)row * m.inputs);
+}
+
+inline void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
+    vf squares = {};
+    for (int i = 0; i < width; i += LANES) squares += load(x + i) * load(x + i);
+    const vf scale = splat(1.f / std::sqrt(sum(squares) / width + eps));
+    for (int i = 0; i < width; i += LANES) store(out + i, load(weight + i) * (load(x + i) * scale));
+}
+
+inline void rotate(float* head, const float* cos, const float* sin, int dim) {
+    const int half = dim / 2;
+    for (int i = 0; i < half; i += LANES) {
+        const vf low = load(head + i), high = load(head + half + i);
+        store(head + i, low * load(cos + i) - high * load(sin + i));
+        store(head + half + i, high * load(cos + half + i) + low * load(sin + half + i));
+    }
+}
+
+inline void run_layer(const Model& m, const Layer& layer, const Step& s, std::vector<int32_t>& path,
+                      std::vector<float>& scores, Barrier& barrier, Clock& clock) {
+    const Heads& h = m.heads;
+    const int dim = h.head_dim, q_width = h.heads * dim, kv_width = h.kv_heads * dim, width = q_width + 2 * kv_width;
+    const Share rows = share(s.rows);
+    for (int r = rows.first; r < rows.last; r++) {
+        float* normed = s.wide + (size_t)r * m.hidden;
+        rms_norm(s.x + (size_t)r * m.hidden, layer.attention_norm, m.hidden, m.eps, normed);
+        prepare(layer.qkv, normed, m.hidden, r, s.act, s.act_scales);
+    }
+    barrier.wait();
+    clock.end(NORM);
+
+    // A whole head at a time, so that it can be turned and put into the pool while it is in the cache.
+    const Rows normed = rows_for(layer.qkv, s.wide, m.hidden, s.act, s.act_scales);
+    const Share heads = share(h.heads + 2 * h.kv_heads);
+    for (int head = heads.first; head < heads.last; head++) {
+        for (int p = head * dim / PANEL; p < (head + 1) * dim / PANEL; p++)
+            tiles<1>(layer.qkv, p, normed, s.rows, [&](int first, int count, auto& tile) {
+                for (int r = 0; r < count; r++)
+                    std::memcpy(s.qkv + (size_t)(first + r) * width + p * PANEL, tile[0][r], sizeof tile[0][r]);
+            });
+        for (int r = 0; r < s.rows; r++) {
+            float* here = s.qkv + (size_t)r * width + head * dim;
+            if (head < h.heads + h.kv_heads) rotate(here, s.cos + (size_t)r * dim, s.sin + (size_t)r * dim, dim);
+            if (head >= h.heads) {
+                const int kv = (head - h.heads) % h.kv_heads;
+                float* pool = head < h.heads + h.kv_heads ? layer.keys : layer.values;
+                std::memcpy(pool + (size_t)s.slots[r] * kv_width + kv * dim, here, sizeof(float) * dim);
+            }
+        }
+    }
+    barrier.wait();
+    clock.end(QKV);
+
+    const int group = h.heads / h.kv_heads, me = omp_get_thread_num(), threads = omp_get_num_threads();
+    int at = -1, seen = 0, skip = 0;
+    for (int task = me; task < s.rows * h.kv_heads; task += threads) {
+        const int r = task / h.kv_heads, kv = task % h.kv_heads;
+        if (r != at) {
+            at = r, seen = 0;
+            for (int i = 0; i < 3; i++) {
+                const Run run = s.runs[3 * r + i];
+                std::memcpy(path.data() + seen, s.slot_lists + run.start, sizeof(int32_t) * run.length);
+                seen += run.length;
+            }
+            skip = layer.window && seen > layer.window ? seen - layer.window : 0;
+        }
+        attend_group(h, s.qkv + (size_t)r * width + kv * group * dim, layer.keys + kv * dim, layer.values + kv * dim,
+                     path.data() + skip, seen - skip, scores, s.wide + (size_t)r * q_width + kv * group * dim);
+    }
+    barrier.wait();
+    if (layer.output.kind == INT8) {
+        for (int r = rows.first; r < rows.last; r++)
+            prepare(layer.output, s.wide + (size_t)r * q_width, q_width, r, s.act, s.act_scales);
+        barrier.wait();
+    }
+    clock.end(ATTENTION);
+
+    const Rows mixed = rows_for(layer.output, s.wide, q_width, s.act, s.act_scales);
+    auto add_to_x = [&](const Matrix& matrix, const Rows& input) {
+        const Share panels = share(matrix.outputs / PANEL);
+        for (int p = panels.first; p < panels.last; p++)
+            tiles<1>(matrix, p, input, s.rows, [&](int first, int count, auto& tile) {
+                for (int r = 0; r < count; r++) {
+                    float* x = s.x + (size_t)(first + r) * m.hidden + p * PANEL;
+                    for (int i = 0; i < PANEL; i += LANES) store(x + i, load(x + i) + load(tile[0][r] + i));
+                }
+            });
+    };
+    add_to_x(layer.output, mixed);
+    barrier.wait();
+    clock.end(OUTPUT);
+
+    for (int r = rows.first; r < rows.last; r++) {
+        float* out = s.qkv + (size_t)r * m.hidden;
+        rms_norm(s.x + (size_t)r * m.hidden, layer.mlp_norm, m.hidden, m.eps, out);
+        prepare(layer.gate_up, out, m.hidden, r, s.act, s.act_scales);
+    }
+    barrier.wait();
+    clock.end(NORM);
+
+    const Rows gated = rows_for(layer.gate_up, s.qkv, m.hidden, s.act, s.act_scales);
+    const Share pairs = share(layer.gate_up.outputs / PANEL / 2);
+    for (int p = pairs.first; p < pairs.last; p++)
+        tiles<2>(layer.gate_up, 2 * p, gated, s.rows, [&](int first, int count, auto& tile) {
+            for (int r = 0; r < count; r++)
+                for (int i = 0; i < PANEL; i += LANES) {
+                    const vf gate = load(tile[0][r] + i), up = load(tile[1][r] + i);
+                    store(s.wide + (size_t)(first + r) * m.intermediate + p * PANEL + i,
+                          gate * up / (exp(-gate) + 1.f));
+                }
+        });
+    barrier.wait();
+    if (layer.down.kind == INT8) {
+        for (int r = rows.first; r < rows.last; r++)
+            prepare(layer.down, s.wide + (size_t)r * m.intermediate, m.intermediate, r, s.act, s.act_scales);
+        barrier.wait();
+    }
+    clock.end(GATE_UP);
+
+    add_to_x(layer.down, rows_for(layer.down, s.wide, m.intermediate, s.act, s.act_scales));
+    barrier.wait();
+    clock.end(DOWN);
+}
+
+// y [rows][outputs] of rows that `prepare` has seen to; call in a parallel region.
+inline void multiply(const Matrix& m, const Rows& x, int rows, float* y, int stride, int outputs) {
+    const Share panels = share(m.outputs / PANEL);
+    for (int p = panels.first; p < panels.last; p++)
+        tiles<1>(m, p, x, rows, [&](int first, int count, auto& tile) {
+            const int used = std::min(PANEL, outputs - p * PANEL);
+            for (int r = 0; r < count; r++)
+                std::memcpy(y + (size_t)(first + r) * stride + p * PANEL, tile[0][r], sizeof(float) * used);
+        });
+}
+
+}  // namespace
+
+extern "C" {
+
+EXPORTED void mapar_step(const Model* model, const Step* step, int threads, int vocabulary) {
+    const Model& m = *model;
+    const Step& s = *step;
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    {
+        Clock clock{s.seconds};
+        std::vector<int32_t> path(s.longest);
+        std::vector<float> scores((size_t)GROUP * (s.longest + LANES));
+        for (int l = 0; l < m.layers; l++) {
+            run_layer(m, m.layer[l], s, path, scores, barrier, clock);
+            if (m.layer[l].tap >= 0) {
+                float* out = s.tapped + (size_t)m.layer[l].tap * s.verified * m.hidden;
+                const Share rows = share(s.verified);
+                for (int r = rows.first; r < rows.last; r++)
+                    std::memcpy(out + (size_t)r * m.hidden, s.x + s.verified_rows[r] * m.hidden,
+                                sizeof(float) * m.hidden);
+            }
+        }
+        const Share rows = share(s.verified);
+        for (int r = rows.first; r < rows.last; r++) {
+            float* out = s.hidden + (size_t)r * m.hidden;
+            rms_norm(s.x + s.verified_rows[r] * m.hidden, m.norm, m.hidden, m.eps, out);
+            prepare(m.unembedding, out, m.hidden, r, s.act, s.act_scales);
+        }
+        barrier.wait();
+        clock.end(NORM);
+        multiply(m.unembedding, rows_for(m.unembedding, s.hidden, m.hidden, s.act, s.act_scales), s.verified, s.logits,
+                 vocabulary, vocabulary);
+        barrier.wait();
+        clock.end(UNEMBED);
+    }
+}
+
+// y = x W^T + b for one matrix: x [rows][width], y [rows][outputs]; act and scales are scratch as in Step.
+EXPORTED void mapar_linear(const Matrix* matrix, const float* x, int rows, int width, float* y, int outputs, float* act,
+                  float* scales, int threads) {
+    const Matrix& m = *matrix;
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    {
+        const Share mine = share(rows);
+        for (int r = mine.first; r < mine.last; r++) prepare(m, x + (size_t)r * width, width, r, act, scales);
+        barrier.wait();
+        multiply(m, rows_for(m, x, width, act, scales), rows, y, outputs, outputs);
+    }
+}
+}

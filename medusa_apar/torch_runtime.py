@@ -1,0 +1,66 @@
+"""A forward pass over a forest through transformers' own modules: any model, any device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import current_forest, forest_attention
+from .forest import Forest
+from .heads.captured import Captured
+from .kv_pool import KVPool
+from .packed_linear import PackedLinears
+
+
+class Runtime(Protocol):
+    """What runs a model's step."""
+
+    @property
+    def kind(self) -> str:
+        """What the weights are: a dtype's name, or "int8"."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Entered once for all steps of a generate call."""
+
+    def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """Of a forest's verified rows: logits [M, vocab], and the hidden states [M, hidden * (1 + taps)] before the
+        unembedding and, at unit scale, behind the tapped layers."""
+
+
+class TorchRuntime:
+    """`backend` is an attention backend's name; on a CPU linear layers run from packed weights."""
+
+    def __init__(self, model: PreTrainedModel, backend: str) -> None:
+        self.model, self.backend = model, backend
+        self._packed = PackedLinears(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def kind(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with forest_attention(self.model, self.backend), self._packed.in_use():
+            yield
+
+    def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        pool.slots = forest.slots
+        keep = {"logits_to_keep": forest.verified_rows} if self._keeps_logits else {}
+        with current_forest(forest), Captured(self.model, taps) as captured:
+            logits = self.model(
+                input_ids=forest.input_ids,
+                position_ids=forest.position_ids,
+                past_key_values=pool,
+                use_cache=True,
+                return_dict=True,
+                **keep,
+            ).logits[0]
+        if not keep:
+            logits = logits[forest.verified_rows]
+        return logits, captured.hidden_states(forest.verified_rows)

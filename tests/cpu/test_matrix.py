@@ -1,0 +1,76 @@
+"""Packed matrices against torch, and a row's bits against itself alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medusa_apar.cpu.weights import PackedMatrix, interleaved
+
+KINDS = ("float32", "bfloat16", "int8")
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 150))
+
+
+def operands(rows, outputs, inputs, seed=0, bias=False):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
+    return x, weight, torch.randn(outputs, generator=generator) if bias else None
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.sampled_from(KINDS), st.booleans(), st.integers(0, 99))
+def test_products_are_those_of_the_stored_weight(shape, kind, bias, seed):
+    x, weight, b = operands(*shape, seed, bias)
+    packed = PackedMatrix(weight, kind, b)
+    expected = (x.double() @ packed.dense().double().T + (0 if b is None else b)).float()
+    # int8 rounds a row's activations to a 65,535th of its range; the rest is the order of a sum.
+    torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=3e-5 * float(x.abs().max()) * shape[2] ** 0.5 * 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.sampled_from(KINDS), st.sampled_from([1, 2, 3]), st.integers(0, 99))
+def test_a_row_has_the_same_bits_alone_and_among_others(shape, kind, threads, seed):
+    x, weight, _ = operands(*shape, seed)
+    x[seed % len(x)] *= 1000  # a neighbour that a scale per tensor would have to serve
+    packed = PackedMatrix(weight, kind)
+    alone = torch.cat([packed(row[None]) for row in x])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(packed(x), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_int8_is_within_half_a_step_of_its_group_and_float32_is_kept():
+    weight = torch.randn(33, 200, generator=torch.Generator().manual_seed(1))
+    weight[:, 64:128] *= 100  # a group of its own scale
+    error = (PackedMatrix(weight, "int8").dense() - weight).abs()
+    for start in range(0, 200, 64):
+        step = weight[:, start : start + 64].abs().amax(1, keepdim=True) / 127
+        assert (error[:, start : start + 64] <= 0.501 * step).all()
+    assert torch.equal(PackedMatrix(weight, "float32").dense(), weight)
+    assert torch.equal(PackedMatrix(weight, "bfloat16").dense(), weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_and_extreme_rows(kind):
+    weight = torch.eye(16, 64)
+    weight[3] = 0
+    packed = PackedMatrix(weight, kind)
+    x = torch.zeros(3, 64)
+    x[1, :16] = 1e30
+    x[2, :16] = 1e-30
+    torch.testing.assert_close(packed(x), x[:, :16] * (weight[:, :16].diag()), rtol=1e-4, atol=0)
+
+
+def test_int8_sums_do_not_leave_int32():
+    packed = PackedMatrix(torch.ones(16, 4096), "int8")
+    torch.testing.assert_close(packed(torch.ones(2, 4096)), torch.full((2, 16), 4096.0), rtol=1e-4, atol=0)
+
+
+def test_interleaved_panels():
+    first, second = torch.arange(32.0)[:, None], -torch.arange(32.0)[:, None]
+    rows = interleaved(first, second)[:, 0]
+    assert rows[:16].tolist() == list(range(16)) and rows[16:32].tolist() == [-n for n in range(16)]
+    assert rows[32:48].tolist() == list(range(16, 32))
