@@ -1,6 +1,7 @@
 """Times the same tuned model on the same prompts under several systems, side by side.
 
   hf        transformers' generate, its control tokens suppressed     hf-pld   the same with prompt lookup
+  hf-compiled  the same with a static cache and torch.compile (needs a C++ compiler; compiling takes a minute or more)
   ours-ar   our decoder without threads and heads                     threads  heads  ours (both)
 
 The systems take turns at every prompt, so that the machine's drift hits all alike; each is warmed up, greedy, and has
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", default="default", metavar="NAME|FILE",
         help="default, vicuna, mt, spec, gsm8k, humaneval, or JSON lines (default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", default=["hf", "ours-ar", "threads", "heads", "ours"], metavar="NAME",
-        help="the first one is what the others are compared with (default: all but hf-pld)")  # fmt: skip
+        help="the first one is what the others are compared with (default: all of ours, and hf)")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
+    from medusa_apar.chat import encode
     from medusa_apar.eval import bench, check, judge, judge_files, prompts, systems
     from medusa_apar.job import Job
     from medusa_apar.loading import load
@@ -77,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     apar = load(args.model, heads=None if args.heads == "none" else args.heads, dtype=args.dtype)
-    made = [systems.make(name, apar) for name in args.systems]
+    longest = max(len(encode(apar.tokenizer, p.text)["input_ids"][0]) for p in asked) + args.max_new_tokens
+    made = [systems.make(name, apar, longest) for name in args.systems]
     checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
     if args.check:
         check.check_greedy(apar)
