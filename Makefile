@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
 TORCH_INDEX ?=
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test bench lint clean
 
 install: $(READY)
 
@@ -24,6 +24,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# 160 tokens keep it under ten minutes on two cores where transformers writes nine a second. Delete bench-results to
+# measure anew: what it holds is not answered again.
+bench: install
+	$(BIN)/medusa-apar bench --limit 10 --max-new-tokens 160 --systems hf threads ours --out bench-results $(ARGS)
 
 # mypy cannot follow the editable install's import hook to heads/, triton_kernels/ and eval/: it checks a built copy.
 lint: install

@@ -63,6 +63,17 @@ SETS = {
     ),
 }
 DEFAULT = "default"
+# What a judge is asked with, and what it may compare answers to MT-bench with.
+JUDGE_PROMPTS = PromptSet(
+    "judge_prompts.jsonl",
+    "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+    f"{FASTCHAT}/judge_prompts.jsonl",
+)
+REFERENCES = PromptSet(
+    "mt_bench_reference_gpt4.jsonl",
+    "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+    f"{FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +98,11 @@ def find(name: str) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"{name} is no file and none of {', '.join([DEFAULT, *SETS])}")
         return path
-    spec = SETS[name]
+    return fetch(SETS[name])
+
+
+def fetch(spec: PromptSet) -> Path:
+    """The file on this machine. ValueError where its digest is another; ConnectionError where it cannot be had."""
     if data := os.environ.get("MEDUSA_APAR_DATA"):
         path = Path(data).expanduser() / spec.file
         if path.is_file():

@@ -6,16 +6,21 @@ prefill included, and to the moment the first visible token could have been show
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import CompileConfig, PreTrainedModel
 
 from medusa_apar.generate import MedusaApar, attach
 
 LOOKUP_TOKENS = 10  # drafted by transformers' prompt lookup, its documentation's own choice
+BACKEND = "inductor"  # of torch.compile, its default
 
 
 @dataclass(slots=True)
@@ -78,6 +83,7 @@ class System:
 NAMES = {
     "hf": "transformers' generate, control tokens suppressed",
     "hf-pld": f"the same with prompt lookup of {LOOKUP_TOKENS} tokens",
+    "hf-compiled": "the same, compiled: a static cache and torch.compile of every step but the prompt's",
     "ours-ar": "our decoder without threads and heads",
     "threads": "our decoder with threads",
     "heads": "our decoder with heads",
@@ -85,8 +91,11 @@ NAMES = {
 }
 
 
-def make(name: str, apar: MedusaApar) -> System:
-    """A system on the model, heads and control tokens of `apar`; ValueError for one that these cannot be."""
+def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
+    """A system on the model, heads and control tokens of `apar`; ValueError for one that these cannot be.
+
+    `longest`: most tokens of a prompt and its answer, for systems that set memory aside before they are asked.
+    """
     if name not in NAMES:
         raise ValueError(f"system {name!r} is none of {', '.join(NAMES)}")
     threads, heads = name in ("threads", "ours"), name in ("heads", "ours")
@@ -95,8 +104,10 @@ def make(name: str, apar: MedusaApar) -> System:
     if heads and apar.heads is None:
         raise ValueError(f"{name} needs draft heads, and this model has none")
     if name.startswith("hf"):
-        more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if name == "hf-pld" else {}
-        return System(name, NAMES[name], apar, lambda inputs, limit: _transformers(apar, inputs, limit, more))
+        model, more = _compiled(apar.model, longest) if name == "hf-compiled" else (apar.model, {})
+        if name == "hf-pld":
+            more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
+        return System(name, NAMES[name], apar, lambda inputs, limit: _transformers(apar, inputs, limit, model, more))
     ours = apar if heads else attach(apar.model, None, apar.control_token_ids, tokenizer=apar.tokenizer)
     return System(name, NAMES[name], ours, lambda inputs, limit: _ours(ours, inputs, limit, threads))
 
@@ -121,11 +132,26 @@ def _ours(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, fork: b
     )
 
 
-def _transformers(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, more: dict[str, Any]) -> Answer:
+def _compiled(model: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model that shares all weights with `model`, and the options with which its `generate` compiles itself.
+
+    The prompt's step is not compiled, so prompts of other lengths compile nothing anew; nor do longer answers, since
+    the cache has one size from the warm-up on.
+    """
+    if BACKEND == "inductor" and not shutil.which(compiler := os.environ.get("CXX", "g++")):
+        raise ValueError(f"hf-compiled needs a C++ compiler, and there is no {compiler}: name yours in CXX")
+    compiling: Any = CompileConfig(backend=BACKEND)
+    compiling._compile_all_devices = True  # else generate compiles on accelerators only; there is no public name for it
+    options = {"cache_implementation": "static", "max_cache_len": longest, "compile_config": compiling}
+    return copy(model), options  # generate keeps the compiled step and the cache's size as attributes
+
+
+def _transformers(
+    apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, model: Any, more: dict[str, Any]
+) -> Answer:
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, **more}
     if control := apar.control_token_ids:
         options["suppress_tokens"] = [control.fork_id, control.child_id]
-    model: Any = apar.model
     clock = Clock()
     sequences = model.generate(**inputs, **options, streamer=clock)
     seconds = time.perf_counter() - clock.started
@@ -137,5 +163,5 @@ def _transformers(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int,
         seconds=seconds,
         first_token_seconds=seconds if clock.first is None else clock.first,
         finish="stop" if ended else "length",
-        steps=None if more else len(ids),
+        steps=None if "prompt_lookup_num_tokens" in more else len(ids),
     )

@@ -1,6 +1,7 @@
 """Times the same tuned model on the same prompts under several systems, side by side.
 
   hf        transformers' generate, its control tokens suppressed     hf-pld   the same with prompt lookup
+  hf-compiled  the same with a static cache and torch.compile (needs a C++ compiler; compiling takes a minute or more)
   ours-ar   our decoder without threads and heads                     threads  heads  ours (both)
 
 The systems take turns at every prompt, so that the machine's drift hits all alike; each is warmed up, greedy, and has
@@ -10,8 +11,13 @@ stopped. Answers that loop are counted apart, since loops flatter drafting. --ch
 by thread, that the timed answers of `ours` (else `threads`) are what the model itself would write, and says where a tie
 in low precision fell the other way.
 
+DIR/judge gets the answers in FastChat's llm_judge format, for whoever has a judge. --judge asks one right away, behind
+any OpenAI-compatible endpoint (key: $OPENAI_API_KEY): a rating of every answer, and with --judge-against wins, ties and
+losses against that system, in both orders.
+
   medusa-apar bench --out results                                       # our own prompts
   medusa-apar bench --prompts vicuna --limit 10 --systems hf ours --out results --check
+  medusa-apar bench --out results --judge http://localhost:8000/v1 --judge-against hf
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", default="default", metavar="NAME|FILE",
         help="default, vicuna, mt, spec, gsm8k, humaneval, or JSON lines (default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", default=["hf", "ours-ar", "threads", "heads", "ours"], metavar="NAME",
-        help="the first one is what the others are compared with (default: all but hf-pld)")  # fmt: skip
+        help="the first one is what the others are compared with (default: all of ours, and hf)")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
@@ -39,12 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads for torch")
     add("--check", action="store_true", help="prove the answers exact afterwards")
+    add("--judge", metavar="URL", help="have the answers judged; base of an endpoint, as in http://localhost:8000/v1")
+    add("--judge-model", metavar="NAME", help="the model that judges (default: the only one that the endpoint lists)")
+    add("--judge-against", metavar="SYSTEM", help="also compare every system's answers with this one's")
 
 
 def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from medusa_apar.eval import bench, check, prompts, systems
+    from medusa_apar.chat import encode
+    from medusa_apar.eval import bench, check, judge, judge_files, prompts, systems
     from medusa_apar.job import Job
     from medusa_apar.loading import load
 
@@ -56,6 +66,11 @@ def run(args: argparse.Namespace) -> int:
     if args.check and "ours" not in args.systems and "threads" not in args.systems:
         raise ValueError("--check proves the answers of `ours` or `threads`: name one of them in --systems")
     asked = prompts.read(args.prompts, args.limit)
+    if not args.judge and (args.judge_model or args.judge_against):
+        raise ValueError("--judge-model and --judge-against need --judge, the endpoint to ask")
+    if args.judge_against and args.judge_against not in args.systems:
+        raise ValueError(f"--judge-against {args.judge_against} is none of --systems {' '.join(args.systems)}")
+    judging = judge.Judge(args.judge, args.judge_model, args.prompts) if args.judge else None
 
     import torch
 
@@ -64,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     apar = load(args.model, heads=None if args.heads == "none" else args.heads, dtype=args.dtype)
-    made = [systems.make(name, apar) for name in args.systems]
+    longest = max(len(encode(apar.tokenizer, p.text)["input_ids"][0]) for p in asked) + args.max_new_tokens
+    made = [systems.make(name, apar, longest) for name in args.systems]
     checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
     if args.check:
         check.check_greedy(apar)
@@ -73,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
         results = bench.run(job, apar, made, asked, plan, args.repeat)
         summary = bench.write(job, results, args.systems, plan, args.repeat)
         _plot(job, results, summary)
+        judge_files.write(job, results, asked, args.systems, args.prompts)
+        if judging:
+            judge.run(job, judging, results, asked, args.systems, args.judge_against)
         print((args.out / bench.TABLE).read_text(encoding="utf-8"))
         if args.check:
             found = check.check(job, checked, results, asked, args.max_new_tokens)

@@ -1,0 +1,111 @@
+"""A model behind an OpenAI-compatible HTTP endpoint, asked with nothing but the standard library."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from time import sleep
+from typing import Any
+
+TIMEOUT = 300.0  # seconds of one answer; a judge on a CPU is slow
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try
+MOST_WAIT = 120.0  # of a Retry-After that is obeyed
+
+
+class ChatEndpoint:
+    """`url` is the base, as in http://localhost:8000/v1; `$OPENAI_API_KEY` is sent where it is set."""
+
+    def __init__(self, url: str, model: str | None = None) -> None:
+        """Without `model`, the only one that the endpoint lists.
+
+        ConnectionError where nobody answers, PermissionError where the key is refused, ValueError where it must be
+        said which model.
+        """
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url} is no address of a judge: one looks like http://localhost:8000/v1")
+        self.url = url.rstrip("/").removesuffix("/chat/completions")
+        self.options: dict[str, Any] = {"temperature": 0, "max_tokens": 2048}
+        listed = self._listed()
+        if model is None and len(listed) != 1:
+            names = f"lists {', '.join(listed[:5])}" if listed else "lists no models"
+            raise ValueError(f"{self.url} {names}: say with --judge-model which one is to judge")
+        self.model = model or listed[0]
+
+    def complete(self, messages: list[dict[str, str]]) -> str:
+        """The model's answer; a busy or failing endpoint is tried again, a little later each time."""
+        reason = ""
+        waits = list(WAITS)
+        while True:
+            try:
+                body = {"model": self.model, "messages": messages, **self.options}
+                return _content(self._call("/chat/completions", body, TIMEOUT), self.url)
+            except urllib.error.HTTPError as error:
+                if error.code < 500 and error.code not in (408, 429):
+                    self._drop_option(error)
+                    continue
+                reason, asked = f"HTTP {error.code}", _retry_after(error)
+            except (OSError, HTTPException) as error:  # no answer in time, or a connection that broke
+                reason, asked = str(getattr(error, "reason", error) or type(error).__name__), 0.0
+            if not waits:
+                raise ConnectionError(
+                    f"{self.url} failed {len(WAITS) + 1} times, at last with {reason}; what it has judged is kept: "
+                    "the same command goes on from there"
+                )
+            sleep(max(waits.pop(0), asked))
+
+    def _listed(self) -> list[str]:
+        """Names of the endpoint's models; none where it has no such list."""
+        try:
+            found = self._call("/models", None, 15.0)
+            return [str(entry["id"]) for entry in found["data"]]
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise PermissionError(
+                    f"{self.url} refuses the key (HTTP {error.code}): set OPENAI_API_KEY to one that it takes"
+                ) from error
+            return []
+        except (KeyError, TypeError, ValueError):
+            return []
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise ConnectionError(f"nobody answers at {self.url} ({reason}): is the judge running there?") from error
+
+    def _call(self, path: str, body: dict[str, Any] | None, timeout: float) -> Any:
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
+        if key := os.environ.get("OPENAI_API_KEY"):
+            request.add_unredirected_header("Authorization", f"Bearer {key}")  # the key is for this host alone
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            content = answer.read()
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"{self.url} answers with something that is not JSON: {content[:100]!r}") from error
+
+    def _drop_option(self, error: urllib.error.HTTPError) -> None:
+        """Newer models refuse `max_tokens` or a temperature, and name it; anything else is the end."""
+        text = error.read().decode("utf-8", "replace")
+        try:
+            problem = json.loads(text)["error"]
+            named, said = problem.get("param"), problem.get("message", text)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            named, said = None, text
+        if named not in self.options:
+            raise ValueError(f"{self.url} refuses the question (HTTP {error.code}): {said[:300]}") from error
+        del self.options[named]
+
+
+def _content(answer: Any, url: str) -> str:
+    try:
+        return answer["choices"][0]["message"]["content"] or ""
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{url} answers otherwise than OpenAI's chat completions do: {str(answer)[:200]}") from error
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float:
+    """Seconds; 0 without one, and for the form that is a date."""
+    asked = error.headers.get("Retry-After") or ""
+    return min(float(asked), MOST_WAIT) if asked.isdigit() else 0.0
