@@ -4,6 +4,9 @@ The timed answers are made once more and must be the same. Then each thread is r
 path, by transformers alone: at every place the model's likeliest token by the fork rule must be the one that was
 written. Where it is another, the two were as good as equal in low precision (a tie: their scores differ by less than
 `TIE` of the largest), or something is wrong.
+
+Transformers has no model of our quantised weights. Answers from these are held against the same weights in our own
+runtime, each thread's path alone in one pass: no other threads, no drafts, and not one tie allowed.
 """
 
 from __future__ import annotations
@@ -17,9 +20,13 @@ from medusa_apar.chat import encode
 from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.runs import Runs
 from medusa_apar.eval.systems import System
+from medusa_apar.forest import Forest, Stem
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
+from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree
+from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.torch_runtime import Runtime
 
 # Share of the largest score: some three units of a dtype's last place; in float32, what sums in another order lose.
 TIE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -56,7 +63,7 @@ def check(job: Job, system: System, results: Runs, prompts: Sequence[Prompt], ma
             if ids != results.rows[system.name, prompt.id, 0]["ids"]:
                 found["wrong"].append({"prompt": prompt.id, "reason": "another answer than the timed one"})
             for place, distance in differences(apar, output.paragraph_tree[0], found):
-                kind = "ties" if distance <= TIE[apar.model.dtype] else "wrong"
+                kind = "ties" if not quantised(apar) and distance <= TIE[apar.model.dtype] else "wrong"
                 reason = f"token {place['place']} of thread {place['thread']} is not the model's choice"
                 found[kind].append({"prompt": prompt.id, "reason": reason, **place, "distance": distance})
             bar.advance(shown=f"{found['tokens']} tokens, {len(found['ties'])} ties, {len(found['wrong'])} wrong")
@@ -75,7 +82,10 @@ def differences(apar: MedusaApar, tree: ParagraphTree, counts: dict[str, Any]) -
             continue
         path = torch.tensor([thread.path_ids + written], device=apar.model.device)
         first = len(thread.path_ids) - 1
-        scores = apar.model(input_ids=path, use_cache=False).logits[0, first:-1].float()
+        if quantised(apar):
+            scores = _alone(apar.runtime, path[0].tolist(), first)
+        else:
+            scores = apar.model(input_ids=path, use_cache=False).logits[0, first:-1].float()
         largest = scores.abs().amax(-1)
         if control is not None:
             scores[:, control.child_id] = -torch.inf
@@ -92,6 +102,19 @@ def differences(apar: MedusaApar, tree: ParagraphTree, counts: dict[str, Any]) -
             gap = scores[place, chosen[place]] - scores[place, actual[place]]
             found.append(({"thread": thread.index, "place": place}, float(gap / largest[place])))
     return found
+
+
+def quantised(apar: MedusaApar) -> bool:
+    return apar.runtime.kind != str(apar.model.dtype).removeprefix("torch.")
+
+
+def _alone(runtime: Runtime, ids: list[int], first: int) -> torch.Tensor:
+    """[len(ids) - 1 - first, vocab]: what the runtime says behind the places from `first` on, the last one left out."""
+    ledger = SlotLedger(KVPool())
+    with runtime.running():
+        forest = Forest([[Stem(ParagraphTree(ids).trunk, len(ids))]], ledger, torch.device("cpu"))
+        forest.verified_rows = torch.arange(first, len(ids) - 1)
+        return runtime.forward(forest, ledger.pool)[0]
 
 
 def sentence(found: dict[str, Any]) -> str:

@@ -8,13 +8,14 @@ The weights of all heads lie in one tensor per residual block, so K heads cost o
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from medusa_apar.cpu.weights import PackedMatrix
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.packed_linear import can_pack, pack, packed_linear
 
@@ -42,10 +43,6 @@ class ResidualBlock(nn.Module):
             y = torch.baddbmm(self.bias[:, None], x, self.weight.mT)
         return x + F.silu(y)
 
-    def of(self, head: int, x: Tensor) -> Tensor:
-        """One head's block alone: [..., H] -> [..., H]."""
-        return x + F.silu(F.linear(x, self.weight[head], self.bias[head]))
-
 
 class DraftHeads(nn.Module):
     """Heads that read a base model's hidden states and propose tokens through its unembedding.
@@ -57,6 +54,8 @@ class DraftHeads(nn.Module):
 
     kind: str  # "medusa" or "hydra", as config.json says it
     token_map: Tensor | None
+    # How the CPU runtime that these heads draft for keeps its weights ("int8", say); None: they run in torch.
+    packing: str | None = None
     # Share of positions where a head's guess of each rank is the base's choice, [heads][ranks]; None: not measured.
     acceptance: list[list[float]] | None = None
 
@@ -80,6 +79,7 @@ class DraftHeads(nn.Module):
         self._base: tuple[PreTrainedModel, ...] = ()
         self._draft_rows: tuple[tuple, Tensor, Tensor | None] | None = None  # key, weight, bias
         self._packed: tuple[Tensor, Tensor] | None = None  # those rows, and oneDNN's layout of them
+        self._matrices: dict[str, tuple[tuple, PackedMatrix]] = {}
 
     @property
     def input_size(self) -> int:
@@ -164,7 +164,9 @@ class DraftHeads(nn.Module):
             logits = lm_head(x.to(weight.dtype) if isinstance(weight, Tensor) else x)
         else:
             weight, bias = self.draft_rows()
-            if torch.is_grad_enabled() or not can_pack(weight):
+            if self._draws_packed(weight):
+                logits = self.product("unembedding", x, weight, bias)
+            elif torch.is_grad_enabled() or not can_pack(weight):
                 logits = F.linear(x.to(weight.dtype), weight, bias)
             else:
                 logits = packed_linear(x.to(weight.dtype), self._packed_rows(weight), weight, bias)
@@ -187,6 +189,19 @@ class DraftHeads(nn.Module):
                 rows = self.token_map.to(weight.device)
                 self._draft_rows = key, weight[rows], None if not isinstance(bias, Tensor) else bias[rows]
         return self._draft_rows[1:]
+
+    def product(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear(x, weight, bias)`; while drafting for a CPU runtime, from its layout of the weight, made once."""
+        if not self._draws_packed(weight):
+            return F.linear(x, weight, bias)
+        version = None if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), weight.shape, version, self.packing)
+        if name not in self._matrices or self._matrices[name][0] != key:
+            self._matrices[name] = key, PackedMatrix(weight, cast(str, self.packing), bias)
+        return self._matrices[name][1](x)
+
+    def _draws_packed(self, weight: Tensor) -> bool:
+        return self.packing is not None and not torch.is_grad_enabled() and weight.device.type == "cpu"
 
     def _packed_rows(self, weight: Tensor) -> Tensor:
         if self._packed is None or self._packed[0] is not weight:

@@ -12,7 +12,9 @@ token once for all heads below it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -119,12 +121,13 @@ class HydraHeads(DraftHeads):
     def _state_sums(self, hidden_states: Tensor, heads: int) -> Tensor:
         """[T, input_size] -> [T, heads, H], the first so many heads' share of the states."""
         weight, bias = self.from_states[:heads].flatten(0, 1), self.bias[:heads].flatten()
-        return F.linear(hidden_states.to(self.dtype), weight, bias).view(-1, heads, self.hidden_size)
+        sums = self.product(f"states {heads}", hidden_states.to(self.dtype), weight, bias)
+        return sums.view(-1, heads, self.hidden_size)
 
     def _token_sums(self, token: int, embedded: Tensor, heads: int) -> Tensor:
         """[..., H] of tokens t+1+`token` -> [..., heads - token, H], their share in heads `token` and on."""
-        weight = self.from_token[token][: heads - token]
-        return F.linear(embedded, weight.flatten(0, 1)).unflatten(-1, (heads - token, self.hidden_size))
+        weight = self.from_token[token][: heads - token].flatten(0, 1)
+        return self.product(f"token {token} of {heads}", embedded, weight).unflatten(-1, (-1, self.hidden_size))
 
     def states(self, hidden_states: Tensor, drafted: Tensor | None = None) -> Tensor:
         sums = list(self._state_sums(hidden_states, self.num_heads).unbind(1))
@@ -151,8 +154,8 @@ class HydraHeads(DraftHeads):
             if self.sequential:
                 sums = sums + self._token_sums(depth, self.embed(drafted), heads)
             x = sums[:, :, 0]
-            for block in self.blocks:
-                x = block.of(depth, x)  # type: ignore[operator]
+            for number, block in enumerate(cast(Iterable[ResidualBlock], self.blocks)):
+                x = x + F.silu(self.product(f"block {number} {depth}", x, block.weight[depth], block.bias[depth]))
             ids, chances = self.top(self.unembed(x), level.top_k)
             drafted = ids[:, level.parents, level.ranks]
             token_ids[:, level.nodes], log_probs[:, level.nodes] = drafted, chances[:, level.parents, level.ranks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -50,14 +51,18 @@ class Decoder:
         self.stats.final_slots = self.scheduler.ledger.pool.in_use
 
     def step(self) -> None:
-        started = time.perf_counter()
+        clock = Laps(self.stats.phase_seconds)
         running = [request for request in self.requests if not request.done]
         plan = self.scheduler.plan(running, self.guesses.get)
+        clock.lap("plan")
         forest = Forest([stems for _, stems in plan], self.scheduler.ledger, self.model.device)
         owner = {stem: request for request, stems in plan for stem in stems}
         taps = () if self.heads is None else self.heads.taps
+        clock.lap("forest")
         logits, hidden = self.runtime.forward(forest, self.scheduler.ledger.pool, taps)
+        clock.lap("forward")
         verdicts = self.verifier(forest, logits, owner)
+        clock.lap("verify")
         for stem, verdict in zip(forest.verified, verdicts, strict=True):
             gained = self.fork_manager.commit(owner[stem].tree, stem, verdict)
             self.stats.accepted_lengths[gained] += 1
@@ -65,8 +70,15 @@ class Decoder:
         for request in running:
             request.publish()
             self.fork_manager.trim(request)
+        clock.lap("commit")
         self._draft([stem.thread for stem in forest.verified], verdicts, hidden)
-        self._count(forest, time.perf_counter() - started)
+        clock.lap("draft")
+        self._count(forest)
+        clock.lap("count")
+        if any(stem.thread.parent is None and len(stem.pending) >= stem.thread.num_forced for stem in forest.stems):
+            self.stats.prefill_seconds += clock.total
+        else:
+            self.stats.decode_seconds += clock.total
 
     def _draft(self, threads: list[Thread], verdicts: list[Verdict], hidden: torch.Tensor) -> None:
         """The heads look on from where each thread's last token was chosen."""
@@ -91,7 +103,7 @@ class Decoder:
         if verdict.logits:
             self.logits.setdefault(thread, []).extend(verdict.logits[:gained])
 
-    def _count(self, forest: Forest, seconds: float) -> None:
+    def _count(self, forest: Forest) -> None:
         stats = self.stats
         stats.steps += 1
         stats.forward_tokens += len(forest)
@@ -99,10 +111,23 @@ class Decoder:
         stats.forks = sum(len(request.tree.threads) - 1 for request in self.requests)
         stats.peak_threads = max(stats.peak_threads, len(forest.verified))
         stats.peak_slots = self.scheduler.ledger.pool.peak
-        if any(stem.thread.parent is None and len(stem.pending) >= stem.thread.num_forced for stem in forest.stems):
-            stats.prefill_seconds += seconds
-        else:
-            stats.decode_seconds += seconds
+
+
+class Laps:
+    """Adds up, by name, what passes between two calls."""
+
+    def __init__(self, seconds: Counter[str]) -> None:
+        self._seconds = seconds
+        self._started = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] += now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return self._last - self._started
 
 
 @torch.no_grad()

@@ -36,7 +36,10 @@ class DraftTree:
         depths: int [n], 0 for a child of the root: the head that guesses the node's token.
         ranks: int [n], which of that head's guesses, 0 the likeliest.
         ancestors: bool [n, n], row i true at node i and the nodes above it.
+        chances: float [n], a node's chance of being accepted, or None where nobody said.
     """
+
+    chances: np.ndarray | None = None
 
     def __init__(self, choices: Sequence[Sequence[int]]):
         """`choices`: one tuple of ranks per node, root to node, as Medusa writes its trees: `[(0,), (1,), (0, 0)]`."""
@@ -68,18 +71,22 @@ class DraftTree:
         """
         frontier: list[tuple[float, tuple[int, ...]]] = [(-acceptance[0][0], (0,))] if acceptance else []
         choices: list[tuple[int, ...]] = []
+        chances: list[float] = []
         while frontier and len(choices) < size:
             chance, choice = heapq.heappop(frontier)
             if -chance < least:
                 break
             choices.append(choice)
+            chances.append(-chance)
             head, rank = len(choice) - 1, choice[-1]
             if rank + 1 < len(acceptance[head]):
                 sibling = chance / acceptance[head][rank] * acceptance[head][rank + 1]
                 heapq.heappush(frontier, (sibling, (*choice[:-1], rank + 1)))
             if head + 1 < len(acceptance):
                 heapq.heappush(frontier, (chance * acceptance[head + 1][0], (*choice, 0)))
-        return cls(choices)
+        tree = cls(choices)
+        tree.chances = np.array(chances)
+        return tree
 
     def __len__(self) -> int:
         return len(self.choices)

@@ -22,6 +22,7 @@ from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLength
 
 from . import checks
 from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
+from .cpu.runtime import CpuRuntime
 from .decoder import Decoder
 from .draft_tree import DraftTree
 from .fork_manager import ForkManager
@@ -32,7 +33,7 @@ from .output import MedusaAparOutput, Stats
 from .paragraph_tree import ParagraphTree
 from .request import Request, thread_key
 from .runtimes import pick_runtime
-from .scheduler import Scheduler
+from .scheduler import Scheduler, StepCost
 from .slot_ledger import SlotLedger
 from .streaming import TextColumns
 from .torch_runtime import Runtime
@@ -42,9 +43,9 @@ Observer = Callable[[list[ParagraphTree], Stats], None]
 
 # Rows of a forest: past these a step's cost grows with every row (DESIGN.md, facts).
 _BUDGET = {"cpu": 16, "cuda": 64}
-# A node pays if its chance times what a token costs exceeds what a row adds to a step: about a tenth on two Zen 3 cores
-# (3 ms of 30), next to nothing while a GPU is bound by memory.
-_LEAST_CHANCE = {"cpu": 0.1, "cuda": 0.01}
+# What a step costs beside its rows, in rows (`StepCost`), as `medusa-apar bench --profile` finds it: on two Zen 3 cores
+# 12 + 2.9 ms a row with int8 weights, 40 + 4.2 in float32; next to nothing per row while a GPU is bound by memory.
+_COSTS = {"int8": StepCost(4.0, 0.6), "cpu": StepCost(9.0, 0.5), "cuda": StepCost(100.0, 0.5)}
 
 
 class MedusaApar:
@@ -65,12 +66,21 @@ class MedusaApar:
         max_depth: int,
         runtime: Runtime,
         pool_slots: int | None,
+        cost: StepCost | None,
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
         self.draft_tree, self.budget = draft_tree, budget
         self.max_threads, self.max_depth = max_threads, max_depth
-        self.runtime, self.pool_slots = runtime, pool_slots
+        self.runtime, self.pool_slots, self.cost = runtime, pool_slots, cost
         self._streamer: Any = None
+        if isinstance(heads, DraftHeads):
+            heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
+
+    def without_heads(self) -> MedusaApar:
+        """The same model, weights laid out once for both, that decodes without drafting."""
+        bare = copy.copy(self)
+        bare.heads, bare.draft_tree = None, DraftTree([])
+        return bare
 
     def generate(
         self,
@@ -201,7 +211,7 @@ class MedusaApar:
             model=self.model,
             heads=self.heads,
             runtime=self.runtime,
-            scheduler=Scheduler(ledger, self.draft_tree, self.budget, self.max_threads, context),
+            scheduler=Scheduler(ledger, self.draft_tree, self.budget, self.max_threads, context, self.cost),
             verifier=verifier,
             fork_manager=ForkManager(ledger, context),
             requests=requests,
@@ -242,8 +252,10 @@ def attach(
         apar: control tokens of an APAR-tuned model, as `ControlTokens`, a directory with `apar_config.json`, or
             (fork id, child id); None never forks.
         tokenizer: only needed for `stop_strings`.
-        draft_tree: which guesses become nodes; by default those whose measured acceptance pays on this device.
-        budget: rows of a step's forest, threads' roots included (default 16 on a CPU, 64 on a GPU).
+        draft_tree: which guesses become nodes. By default the likeliest by measured acceptance, at each step as many as
+            pay on this device beside so many threads.
+        budget: rows of a step's forest, threads' roots included, to be filled (default: at most 16 on a CPU and 64 on a
+            GPU, and no more than pay).
         max_threads: most threads of a request that run in one step; the others wait (None: no limit).
         max_depth: threads at this depth (the trunk has 0) do not fork (default: as deep as the model was tuned).
         attention: "auto" or "sdpa", of the torch runtime.
@@ -270,15 +282,19 @@ def attach(
         apar.check_matches(unembedding_size(model)[0])
     if max_depth is None:
         max_depth = DEFAULT_MAX_DEPTH if apar is None else apar.max_depth
+    cost = None
     if budget is None:
         budget = _BUDGET.get(model.device.type, _BUDGET["cpu"])
+        if draft_tree is None:
+            cost = _COSTS.get("int8" if chosen.kind == "int8" else model.device.type, _COSTS["cpu"])
     limits = {"budget": budget, "max_depth": max_depth, "max_threads": max_threads, "pool_slots": pool_slots}
     for name, value in limits.items():
         if value is not None and value < (0 if name == "max_depth" else 1):
             raise ValueError(f"{name} must be positive, got {value}.")
     if draft_tree is None:
-        least = _LEAST_CHANCE.get(model.device.type, _LEAST_CHANCE["cpu"])
-        draft_tree = DraftTree.likeliest(budget, checks.expected_acceptance(heads), least)
+        draft_tree = DraftTree.likeliest(budget, checks.expected_acceptance(heads))
     elif heads is not None and draft_tree.num_heads > heads.num_heads:
         raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
-    return MedusaApar(model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, chosen, pool_slots)
+    return MedusaApar(
+        model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, chosen, pool_slots, cost
+    )

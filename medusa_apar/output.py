@@ -25,6 +25,8 @@ class Stats:
     final_slots: int = 0  # slots in use after the call: 0, or something leaked
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps
+    # What the steps' time went into: plan, forest, forward, verify, commit, draft, count.
+    phase_seconds: Counter[str] = field(default_factory=Counter)
 
     @property
     def tokens_per_step(self) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from .draft_tree import DraftTree
 from .forest import Stem
@@ -15,12 +17,34 @@ from .slot_ledger import SlotLedger
 Guess = Callable[[Thread], list[int] | None]
 
 
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step costs beside its rows, in rows: the smaller, the sooner another row must earn its keep.
+
+    fixed: what a step of any size costs (weights read from memory, launches). draft: proposals for one thread.
+    """
+
+    fixed: float
+    draft: float = 0.0
+
+    def nodes(self, threads: int, tree: DraftTree) -> int:
+        """How many nodes below each of so many roots give the most tokens for the time; those of a tree whose chances
+        nobody said are all wanted."""
+        if tree.chances is None or not len(tree):
+            return len(tree)
+        tokens = 1 + np.concatenate([[0], np.cumsum(tree.chances)])
+        rows = threads * (1.0 + np.arange(len(tokens)))
+        rows[1:] += threads * self.draft
+        return int(np.argmax(tokens / (self.fixed + rows)))
+
+
 @dataclass(slots=True)
 class Scheduler:
     """Args:
     budget: rows of the forest to fill with draft nodes after every thread has its root.
     max_threads: most threads of one request in a step; the others wait.
     context_length: no draft node may stand at or beyond this path position.
+    cost: what a step costs; None drafts all that the budget has room for.
     """
 
     ledger: SlotLedger
@@ -28,6 +52,8 @@ class Scheduler:
     budget: int
     max_threads: int | None = None
     context_length: int | None = None
+    cost: StepCost | None = None
+    _paying: dict[int, int] = field(default_factory=dict)  # threads of a forest -> nodes of each that pay
 
     def plan(self, requests: Sequence[Request], guess: Guess) -> list[tuple[Request, list[Stem]]]:
         """Stems for the next forest, for each request that runs, ancestors first.
@@ -50,7 +76,14 @@ class Scheduler:
         limit = math.inf if self.max_threads is None else self.max_threads
         running = int(sum(min(len(list(request.tree.live_in_reading_order())), limit) for request in requests))
         room = max(self.budget - running, 0)
-        return min(room // max(min(drafting, running), 1), len(self.draft_tree))
+        return min(room // max(min(drafting, running), 1), self._nodes_that_pay(running))
+
+    def _nodes_that_pay(self, threads: int) -> int:
+        if self.cost is None:
+            return len(self.draft_tree)
+        if threads not in self._paying:
+            self._paying[threads] = self.cost.nodes(threads, self.draft_tree)
+        return self._paying[threads]
 
     def _choose(self, request: Request, requests: Sequence[Request], chosen: dict[Thread, Request]) -> None:
         """Adds the request's threads that run, earliest in reading order first."""
@@ -106,7 +139,7 @@ class Scheduler:
         room = self.budget - len(chosen)
         if self.ledger.pool.available is not None:
             room = min(room, self.ledger.pool.available - sum(self._to_feed(list(chosen)).values()))
-        return min(max(room, 0) // drafting, len(self.draft_tree))
+        return min(max(room, 0) // drafting, self._nodes_that_pay(len(chosen)))
 
     def _stems(self, request: Request, chosen: dict[Thread, Request], nodes: int, guess: Guess) -> list[Stem]:
         mine = [thread for thread in chosen if chosen[thread] is request]

@@ -15,6 +15,7 @@ from medusa_apar.forest import Forest, Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree, ReadingCursor
+from medusa_apar.scheduler import StepCost
 from medusa_apar.slot_ledger import SlotLedger
 from medusa_apar.verify import Verdict
 
@@ -137,6 +138,8 @@ def test_masks_show_exactly_the_path_and_slots_are_accounted(data):
         window = data.draw(st.integers(1, 6))
         full = forest.mask(causal_mask_function)
         sliding = forest.mask(and_masks(causal_mask_function, sliding_window_overlay(window)))
+        lists, runs, longest = forest.paths()
+        assert longest == int(runs[..., 1].sum(1).max())
         for stem in forest.verified:
             group = next(i for i, g in enumerate(forest.groups) if g.rows.start <= stem.row < g.rows.stop)
             rows = forest.groups[group].rows
@@ -154,6 +157,8 @@ def test_masks_show_exactly_the_path_and_slots_are_accounted(data):
                 row = stem.row + offset - rows.start
                 seen = slots[full.masks[group][row]].tolist()
                 assert sorted(seen) == sorted(path)
+                listed = [slot for start, length in runs[stem.row + offset] for slot in lists[start : start + length]]
+                assert listed == path
                 # Position ids count along the path; a window takes its last tokens by position, wherever they lie.
                 assert forest.position_ids[0, stem.row + offset] == len(path) - 1
                 assert sorted(slots[sliding.masks[group][row]].tolist()) == sorted(path[-window:])
@@ -220,6 +225,7 @@ def test_likeliest_tree_is_a_tree_and_optimal(acceptance, size):
         assert tree.parents[node] < node
         ancestors = {tree.choices[n] for n in np.flatnonzero(tree.ancestors[node])}
         assert ancestors == {choice[:length] for length in range(1, len(choice) + 1)}
+    assert tree.chances == pytest.approx([chance(choice, acceptance) for choice in tree.choices])
     # Nothing left out is likelier than something taken in.
     worst = min((chance(choice, acceptance) for choice in chosen), default=1.0)
     for choice in [*chosen, ()]:
@@ -228,6 +234,24 @@ def test_likeliest_tree_is_a_tree_and_optimal(acceptance, size):
                 candidate = (*choice, rank)
                 if candidate not in chosen and len(tree) == size > 0:
                     assert chance(candidate, acceptance) <= worst * (1 + 1e-9)
+
+
+@given(ACCEPTANCE, st.integers(1, 12), st.floats(0, 100), st.floats(0, 2))
+def test_nodes_that_pay_are_the_best_of_all_sizes(acceptance, threads, fixed, draft):
+    tree, cost = DraftTree.likeliest(12, acceptance), StepCost(fixed, draft)
+
+    def rate(nodes):
+        rows = 1 + nodes + (draft if nodes else 0)
+        return (1 + sum(chance(choice, acceptance) for choice in tree.choices[:nodes])) / (fixed + threads * rows)
+
+    assert rate(cost.nodes(threads, tree)) == pytest.approx(max(rate(n) for n in range(len(tree) + 1)))
+    assert cost.nodes(threads, DraftTree(tree.choices)) == len(tree)  # chances that nobody said
+
+
+def test_more_threads_draft_less_each():
+    tree, cost = DraftTree.likeliest(15), StepCost(4.0)
+    nodes = [cost.nodes(threads, tree) for threads in range(1, 20)]
+    assert nodes == sorted(nodes, reverse=True) and nodes[0] > 0 == nodes[-1]
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=4))

@@ -87,8 +87,24 @@ inline void rotate(float* head, const float* cos, const float* sin, int dim) {
     }
 }
 
-inline void run_layer(const Model& m, const Layer& layer, const Step& s, std::vector<int32_t>& path,
-                      std::vector<float>& scores, Barrier& barrier, Clock& clock) {
+// Writes a row's path and returns its length: its three runs, or the end of them that a window leaves.
+inline int path_of(const Step& s, int row, int window, int32_t* path) {
+    int length = 0;
+    for (int i = 0; i < 3; i++) length += s.runs[3 * row + i].length;
+    int skip = window && length > window ? length - window : 0;
+    const int seen = length - skip;
+    for (int i = 0; i < 3; i++) {
+        const Run run = s.runs[3 * row + i];
+        const int passed = std::min(skip, run.length);
+        std::memcpy(path, s.slot_lists + run.start + passed, sizeof(int32_t) * (run.length - passed));
+        path += run.length - passed;
+        skip -= passed;
+    }
+    return seen;
+}
+
+inline void run_layer(const Model& m, const Layer& layer, const Step& s, Blocks& blocks, Barrier& barrier,
+                      Clock& clock) {
     const Heads& h = m.heads;
     const int dim = h.head_dim, q_width = h.heads * dim, kv_width = h.kv_heads * dim, width = q_width + 2 * kv_width;
     const Share rows = share(s.rows);
@@ -122,21 +138,20 @@ inline void run_layer(const Model& m, const Layer& layer, const Step& s, std::ve
     barrier.wait();
     clock.end(QKV);
 
-    const int group = h.heads / h.kv_heads, me = omp_get_thread_num(), threads = omp_get_num_threads();
-    int at = -1, seen = 0, skip = 0;
-    for (int task = me; task < s.rows * h.kv_heads; task += threads) {
-        const int r = task / h.kv_heads, kv = task % h.kv_heads;
-        if (r != at) {
-            at = r, seen = 0;
-            for (int i = 0; i < 3; i++) {
-                const Run run = s.runs[3 * r + i];
-                std::memcpy(path.data() + seen, s.slot_lists + run.start, sizeof(int32_t) * run.length);
-                seen += run.length;
-            }
-            skip = layer.window && seen > layer.window ? seen - layer.window : 0;
+    // Tasks are (KV head, row), a head's rows together; a thread's part of them goes in blocks.
+    const Share tasks = share(s.rows * h.kv_heads);
+    for (int task = tasks.first; task < tasks.last;) {
+        const int kv = task / s.rows, first = task % s.rows;
+        const int count = std::min({BLOCK, s.rows - first, tasks.last - task});
+        const int offset = kv * (h.heads / h.kv_heads) * dim;
+        Block block{count, s.longest, blocks.paths.data(), blocks.lengths.data(), blocks.weights.data(), {}, {}};
+        for (int i = 0; i < count; i++) {
+            blocks.lengths[i] = path_of(s, first + i, layer.window, blocks.paths.data() + (size_t)i * s.longest);
+            block.query[i] = s.qkv + (size_t)(first + i) * width + offset;
+            block.out[i] = s.wide + (size_t)(first + i) * q_width + offset;
         }
-        attend_group(h, s.qkv + (size_t)r * width + kv * group * dim, layer.keys + kv * dim, layer.values + kv * dim,
-                     path.data() + skip, seen - skip, scores, s.wide + (size_t)r * q_width + kv * group * dim);
+        attend_block(h, block, layer.keys + kv * dim, layer.values + kv * dim);
+        task += count;
     }
     barrier.wait();
     if (layer.output.kind == INT8) {
@@ -215,10 +230,9 @@ EXPORTED void mapar_step(const Model* model, const Step* step, int threads, int 
 #pragma omp parallel num_threads(threads)
     {
         Clock clock{s.seconds};
-        std::vector<int32_t> path(s.longest);
-        std::vector<float> scores((size_t)GROUP * (s.longest + LANES));
+        Blocks blocks(s.rows, s.longest);
         for (int l = 0; l < m.layers; l++) {
-            run_layer(m, m.layer[l], s, path, scores, barrier, clock);
+            run_layer(m, m.layer[l], s, blocks, barrier, clock);
             if (m.layer[l].tap >= 0) {
                 float* out = s.tapped + (size_t)m.layer[l].tap * s.verified * m.hidden;
                 const Share rows = share(s.verified);

@@ -1,0 +1,141 @@
+"""Where a step's time goes: by phase over real answers, and by the number of rows over a given number of slots.
+
+`attribution` answers prompts with threads and heads. The phases of the decoder are timed inside it (`Stats`), the
+forward pass of the CPU runtime is split once more by the compiled code's own clocks; what none of them saw is said.
+`curve` times one forward pass over draft trees of growing size below a single thread, the least of several runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from medusa_apar.chat import encode
+from medusa_apar.cpu import library
+from medusa_apar.cpu.runtime import CpuRuntime
+from medusa_apar.draft_tree import DraftTree
+from medusa_apar.eval.prompts import Prompt
+from medusa_apar.forest import Forest, Stem
+from medusa_apar.generate import MedusaApar
+from medusa_apar.kv_pool import KVPool
+from medusa_apar.paragraph_tree import ParagraphTree
+from medusa_apar.slot_ledger import SlotLedger
+
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+SLOTS, REPEATS = 512, 15
+WARM_UP_TOKENS = 16
+
+
+def attribution(apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int, fork: bool = True) -> dict[str, Any]:
+    """Seconds by phase over the prompts' answers, their sum as a share of all, steps and rows."""
+    runtime = apar.runtime
+    phases: Counter[str] = Counter()
+    inside: Counter[str] = Counter()
+    steps = rows = 0
+    whole = 0.0
+    options: dict[str, Any] = {"do_sample": False, "fork": fork, "return_dict_in_generate": True}
+    for number, prompt in enumerate([prompts[0], *prompts]):
+        inputs = encode(apar.tokenizer, prompt.text)
+        if isinstance(runtime, CpuRuntime):
+            runtime.seconds, runtime.profile = library.Seconds(), True
+        started = time.perf_counter()
+        limit = max_new_tokens if number else min(WARM_UP_TOKENS, max_new_tokens)
+        stats = apar.generate(**inputs, max_new_tokens=limit, **options).stats
+        seconds = time.perf_counter() - started
+        if not number:  # warm-up
+            continue
+        whole += seconds
+        steps, rows = steps + stats.steps, rows + stats.forward_tokens
+        phases.update(stats.phase_seconds)
+        if isinstance(runtime, CpuRuntime):
+            inside.update(dict(zip(library.PHASES, runtime.seconds, strict=True)))
+    if isinstance(runtime, CpuRuntime):
+        runtime.profile = False
+    if inside:
+        phases["forward, around the compiled code"] = phases.pop("forward") - sum(inside.values())
+        phases.update({f"forward: {name}": value for name, value in inside.items()})
+    return {
+        "seconds": whole,
+        "steps": steps,
+        "rows_per_step": rows / steps,
+        "phases": dict(phases.most_common()),
+        "attributed": sum(phases.values()) / whole,
+    }
+
+
+def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> dict[str, Any]:
+    """Seconds of one forward pass by its rows, of prefilling `slots` tokens, and of the draft for so many threads."""
+    ids = [7 + n % 97 for n in range(slots + 1)]
+    ledger, trunk = SlotLedger(KVPool()), ParagraphTree(ids).trunk
+    runtime, device = apar.runtime, apar.model.device
+
+    def forward(stop: int, nodes: int = 0) -> float:
+        tree = DraftTree.likeliest(nodes) if nodes else DraftTree([])
+        stem = Stem(trunk, stop, draft_tree=tree, draft_tokens=[11] * len(tree))
+        before = ledger.cached(trunk)
+        started = time.perf_counter()
+        forest = Forest([[stem]], ledger, device)
+        runtime.forward(forest, ledger.pool, apar.heads.taps if apar.heads else ())
+        seconds = time.perf_counter() - started
+        # The pass is taken back: as if nothing had been accepted.
+        ledger.pool.release(forest.slots[stop - before :].tolist())
+        ledger.pool.release(ledger._slots[trunk][before:])
+        del ledger._slots[trunk][before:]
+        return seconds
+
+    found: dict[str, Any] = {"slots": slots, "rows": {}, "draft": {}}
+    with torch.no_grad(), runtime.running():
+        found["prefill"] = least(lambda: forward(slots), 3)
+        ledger.book(trunk, ledger.pool.allocate(torch.arange(slots).numpy()))
+        for size in rows:
+            most = len(DraftTree.likeliest(size - 1)) if size > 1 else 0
+            if most == size - 1:
+                found["rows"][size] = least(lambda nodes=most: forward(slots + 1, nodes), REPEATS)
+        if apar.heads is not None and len(apar.draft_tree):
+            for threads in (1, 2, 4, 8):
+                hidden = torch.randn(threads, apar.heads.input_size, device=device, dtype=apar.model.dtype)
+                roots = torch.full((threads,), 11, device=device)
+                draft: Callable[[], float] = lambda h=hidden, r=roots: _timed(apar, h, r)  # noqa: E731
+                found["draft"][threads] = least(draft, REPEATS)
+    return found
+
+
+def _timed(apar: MedusaApar, hidden: torch.Tensor, roots: torch.Tensor) -> float:
+    assert apar.heads is not None
+    started = time.perf_counter()
+    apar.heads.propose(hidden, roots, apar.draft_tree)
+    return time.perf_counter() - started
+
+
+def least(run: Callable[[], float], repeats: int) -> float:
+    return min(run() for _ in range(repeats))
+
+
+def table(profile: dict[str, Any], costs: dict[str, Any], kind: str) -> str:
+    """Both as Markdown."""
+    steps = profile["steps"]
+    lines = [
+        f"{steps} steps of {profile['rows_per_step']:.1f} rows, {profile['seconds'] / steps * 1e3:.1f} ms each, "
+        f"{kind} weights; {profile['attributed']:.1%} of the time is accounted for.",
+        "",
+        "| phase | ms per step | share |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {seconds / steps * 1e3:.2f} | {seconds / profile['seconds']:.1%} |"
+            for name, seconds in profile["phases"].items()
+        ),
+        "",
+        f"One forward pass over {costs['slots']} slots; prefilling them takes {costs['prefill'] * 1e3:.0f} ms.",
+        "",
+        f"| rows | {' | '.join(str(n) for n in costs['rows'])} |",
+        "|---" * (len(costs["rows"]) + 1) + "|",
+        f"| ms | {' | '.join(f'{seconds * 1e3:.1f}' for seconds in costs['rows'].values())} |",
+    ]
+    if costs["draft"]:
+        drafts = ", ".join(f"{seconds * 1e3:.2f} for {threads}" for threads, seconds in costs["draft"].items())
+        lines += ["", f"Drafting takes, in ms by threads: {drafts}."]
+    return "\n".join(lines) + "\n"
