@@ -83,7 +83,7 @@ def differences(apar: MedusaApar, tree: ParagraphTree, counts: dict[str, Any]) -
         path = torch.tensor([thread.path_ids + written], device=apar.model.device)
         first = len(thread.path_ids) - 1
         if quantised(apar):
-            scores = _alone(apar.runtime, path[0].tolist(), first)
+            scores = logits_alone(apar.runtime, path[0, :-1].tolist(), first)
         else:
             scores = apar.model(input_ids=path, use_cache=False).logits[0, first:-1].float()
         largest = scores.abs().amax(-1)
@@ -108,12 +108,13 @@ def quantised(apar: MedusaApar) -> bool:
     return apar.runtime.kind != str(apar.model.dtype).removeprefix("torch.")
 
 
-def _alone(runtime: Runtime, ids: list[int], first: int) -> torch.Tensor:
-    """[len(ids) - 1 - first, vocab]: what the runtime says behind the places from `first` on, the last one left out."""
+@torch.no_grad()
+def logits_alone(runtime: Runtime, ids: list[int], first: int) -> torch.Tensor:
+    """[len(ids) - first, vocab]: what the runtime says behind the places from `first` on, of one text by itself."""
     ledger = SlotLedger(KVPool())
     with runtime.running():
         forest = Forest([[Stem(ParagraphTree(ids).trunk, len(ids))]], ledger, torch.device("cpu"))
-        forest.verified_rows = torch.arange(first, len(ids) - 1)
+        forest.verified_rows = torch.arange(first, len(ids))
         return runtime.forward(forest, ledger.pool)[0]
 
 

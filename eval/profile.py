@@ -8,8 +8,8 @@ forward pass of the CPU runtime is split once more by the compiled code's own cl
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ WARM_UP_TOKENS = 16
 def attribution(apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int, fork: bool = True) -> dict[str, Any]:
     """Seconds by phase over the prompts' answers, their sum as a share of all, steps and rows."""
     runtime = apar.runtime
-    phases: Counter[str] = Counter()
-    inside: Counter[str] = Counter()
+    phases: dict[str, float] = {}
+    inside: dict[str, float] = {}
     steps = rows = 0
     whole = 0.0
     options: dict[str, Any] = {"do_sample": False, "fork": fork, "return_dict_in_generate": True}
@@ -50,9 +50,9 @@ def attribution(apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int
             continue
         whole += seconds
         steps, rows = steps + stats.steps, rows + stats.forward_tokens
-        phases.update(stats.phase_seconds)
+        _add(phases, stats.phase_seconds)
         if isinstance(runtime, CpuRuntime):
-            inside.update(dict(zip(library.PHASES, runtime.seconds, strict=True)))
+            _add(inside, dict(zip(library.PHASES, runtime.seconds, strict=True)))
     if isinstance(runtime, CpuRuntime):
         runtime.profile = False
     if inside:
@@ -62,9 +62,14 @@ def attribution(apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int
         "seconds": whole,
         "steps": steps,
         "rows_per_step": rows / steps,
-        "phases": dict(phases.most_common()),
+        "phases": dict(sorted(phases.items(), key=lambda item: -item[1])),
         "attributed": sum(phases.values()) / whole,
     }
+
+
+def _add(sums: dict[str, float], seconds: dict[str, float]) -> None:
+    for name, value in seconds.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> dict[str, Any]:
@@ -89,22 +94,21 @@ def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> d
 
     found: dict[str, Any] = {"slots": slots, "rows": {}, "draft": {}}
     with torch.no_grad(), runtime.running():
-        found["prefill"] = least(lambda: forward(slots), 3)
+        found["prefill"] = least(partial(forward, slots), 3)
         ledger.book(trunk, ledger.pool.allocate(torch.arange(slots).numpy()))
         for size in rows:
             most = len(DraftTree.likeliest(size - 1)) if size > 1 else 0
             if most == size - 1:
-                found["rows"][size] = least(lambda nodes=most: forward(slots + 1, nodes), REPEATS)
+                found["rows"][size] = least(partial(forward, slots + 1, most), REPEATS)
         if apar.heads is not None and len(apar.draft_tree):
             for threads in (1, 2, 4, 8):
                 hidden = torch.randn(threads, apar.heads.input_size, device=device, dtype=apar.model.dtype)
                 roots = torch.full((threads,), 11, device=device)
-                draft: Callable[[], float] = lambda h=hidden, r=roots: _timed(apar, h, r)  # noqa: E731
-                found["draft"][threads] = least(draft, REPEATS)
+                found["draft"][threads] = least(partial(_draft, apar, hidden, roots), REPEATS)
     return found
 
 
-def _timed(apar: MedusaApar, hidden: torch.Tensor, roots: torch.Tensor) -> float:
+def _draft(apar: MedusaApar, hidden: torch.Tensor, roots: torch.Tensor) -> float:
     assert apar.heads is not None
     started = time.perf_counter()
     apar.heads.propose(hidden, roots, apar.draft_tree)

@@ -47,6 +47,7 @@ def parser() -> Parser:
         add("--no-heads", dest="heads", action="store_false", help="no drafting")
         add("--max-threads", type=number(int, 1), metavar="N", help="most threads that run in one step")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
+        add("--quantize", choices=("int8",), help="round the weights for the CPU runtime (the baseline's stay)")
         add("--threads", type=number(int, 1), metavar="N", help="CPU threads for torch")
         add("--json", action="store_true", help="print one JSON object as the last line (what people read: stderr)")
 
@@ -123,7 +124,7 @@ def _load(args: argparse.Namespace) -> Any:
     if args.threads:
         torch.set_num_threads(args.threads)
     heads = "auto" if args.heads else None
-    return load(args.model, heads=heads, dtype=args.dtype, max_threads=args.max_threads)
+    return load(args.model, heads=heads, dtype=args.dtype, max_threads=args.max_threads, quantize=args.quantize)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -116,13 +115,13 @@ class Decoder:
 class Laps:
     """Adds up, by name, what passes between two calls."""
 
-    def __init__(self, seconds: Counter[str]) -> None:
+    def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds = seconds
         self._started = self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self._seconds[name] += now - self._last
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
 
     @property

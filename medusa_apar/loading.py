@@ -56,7 +56,7 @@ def load(
         bfloat16 on CUDA, where kernels of other shapes round differently anyway.
     device: None is CUDA where there is one.
     trust_remote_code: whether code from the model's repository may run; never on by itself.
-    attach_options: passed to `medusa_apar.attach`.
+    attach_options: passed to `medusa_apar.attach`: `quantize="int8"`, say.
     """
     from medusa_apar.finetune.merge import merge_into
     from medusa_apar.generate import attach

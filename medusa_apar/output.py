@@ -26,7 +26,7 @@ class Stats:
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps
     # What the steps' time went into: plan, forest, forward, verify, commit, draft, count.
-    phase_seconds: Counter[str] = field(default_factory=Counter)
+    phase_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> float:
