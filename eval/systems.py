@@ -1,6 +1,7 @@
 """What the benchmark compares: every way to have the same tuned model answer a prompt greedily, timed alike.
 
-All systems of one run share the model's weights, dtype, prompt ids and limit. Time runs from the call to its return,
+All systems of one run share the prompt ids and the limit, our own also the model's weights and dtype; what another one
+runs on (`peers.py`) is said beside its figures. Time runs from the call to its return,
 prefill included, and to the moment the first visible token could have been shown.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+import transformers
 
 from medusa_apar.generate import MedusaApar, attach
 
@@ -73,6 +76,9 @@ class System:
     about: str
     apar: MedusaApar  # with the heads that it uses
     answer: Callable[[dict[str, torch.Tensor], int], Answer]  # inputs of one prompt, most new tokens
+    weights: str  # how they are stored: "float32", "Q4_1", and whose they are if not the tuned model's
+    software: str = ""  # engine and version, where it is not ours
+    close: Callable[[], None] = lambda: None  # after the last answer
 
 
 NAMES = {
@@ -94,11 +100,14 @@ def make(name: str, apar: MedusaApar) -> System:
         raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
     if heads and apar.heads is None:
         raise ValueError(f"{name} needs draft heads, and this model has none")
+    weights = str(apar.model.dtype).removeprefix("torch.")
     if name.startswith("hf"):
         more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if name == "hf-pld" else {}
-        return System(name, NAMES[name], apar, lambda inputs, limit: _transformers(apar, inputs, limit, more))
+        software = f"transformers {transformers.__version__}"
+        answer = partial(_transformers, apar, more)
+        return System(name, NAMES[name], apar, answer, weights, software)
     ours = apar if heads else attach(apar.model, None, apar.control_token_ids, tokenizer=apar.tokenizer)
-    return System(name, NAMES[name], ours, lambda inputs, limit: _ours(ours, inputs, limit, threads))
+    return System(name, NAMES[name], ours, lambda inputs, limit: _ours(ours, inputs, limit, threads), weights)
 
 
 def _ours(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, fork: bool) -> Answer:
@@ -121,7 +130,7 @@ def _ours(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, fork: b
     )
 
 
-def _transformers(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, more: dict[str, Any]) -> Answer:
+def _transformers(apar: MedusaApar, more: dict[str, Any], inputs: dict[str, torch.Tensor], limit: int) -> Answer:
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, **more}
     if control := apar.control_token_ids:
         options["suppress_tokens"] = [control.fork_id, control.child_id]
