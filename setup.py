@@ -27,7 +27,7 @@ setup(
         "medusa_apar": ["py.typed", "custom_generate/*"],
         "medusa_apar.cpu": ["*.cpp", "*.h"],
         "medusa_apar.heads": ["weights/*/*", "weights/*/*/*"],
-        "medusa_apar.eval": ["prompt_sets/*"],
+        "medusa_apar.eval": ["prompt_sets/*", "peers_workers/*.py"],
     },
     install_requires=[
         "torch>=2.6",

@@ -30,7 +30,7 @@ RESULTS, SETTINGS, SUMMARY, TABLE = "results.jsonl", "settings.json", "summary.j
 WARM_UP_TOKENS = 16
 BUSY = 20.0  # per cent of the machine that others may use before it is said
 COLUMNS = (
-    *("system", "tokens/s", "times the tokens/s", "times as soon done", "s per answer", "first token, s"),
+    *("system", "weights", "tokens/s", "times the tokens/s", "times as soon done", "s per answer", "first token, s"),
     *("tokens per answer", "tokens per step", "threads", "slots", "repeated 4-grams", "ended"),
 )
 
@@ -95,6 +95,8 @@ def run(
                 [
                     {
                         "system": system.name,
+                        "weights": system.weights,
+                        "software": system.software,
                         "prompt": prompt.id,
                         "category": prompt.category,
                         "repeat": number,
@@ -137,7 +139,8 @@ class Median:
 def medians(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[Median]]:
     """Per system its answers in one order of prompts.
 
-    ValueError where the systems have not answered the same prompts as often as each other.
+    ValueError where the systems have not answered the same prompts as often as each other, or one of them has not
+    answered all from the same weights and with the same software.
     """
     by: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
     for row in rows:
@@ -145,6 +148,10 @@ def medians(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, l
             by[row["system"]].setdefault(row["prompt"], []).append(row)
     first = names[0]
     for name in names:
+        for what in ("weights", "software"):
+            values = {row[what] for found in by[name].values() for row in found if what in row}
+            if len(values) > 1:
+                raise ValueError(f"{name} answered with {what} {' and '.join(sorted(values))}: give another --out")
         if (here := {prompt: len(found) for prompt, found in by[name].items()}) != {
             prompt: len(found) for prompt, found in by[first].items()
         }:
@@ -180,6 +187,8 @@ def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
     parts = {"all": set(order), "no loops": set(order) - loops}
     parts |= {c: {p for p in order if categories[p] == c} for c in dict.fromkeys(categories.values()) if c}
     summary: dict[str, Any] = {"systems": list(names), "prompts": len(order), "looping": sorted(loops), "parts": {}}
+    for what in ("weights", "software"):  # of earlier versions' lines nobody knows
+        summary[what] = {name: found[name][0].row.get(what, "") for name in names}
     for part, chosen in parts.items():
         if not chosen:
             continue
@@ -218,9 +227,10 @@ def table(summary: dict[str, Any], plan: Plan) -> str:
     """The summary as Markdown; every number with what it was measured on."""
     first = summary["systems"][0]
     lines = [
-        f"{plan.model}, {plan.dtype}, nothing quantised, {plan.device}, {plan.threads} threads; greedy, at most "
-        f"{plan.max_new_tokens} new tokens; {summary['prompts']} prompts, {len(summary['looping'])} of which loop in "
-        f"some system. Speeds are totals over prompts (95 % bootstrap interval), times are against {first}.",
+        f"{plan.model}, {plan.device}, {plan.threads} threads; greedy, at most {plan.max_new_tokens} new tokens; "
+        f"{summary['prompts']} prompts, {len(summary['looping'])} of which loop in some system. Speeds are totals over "
+        f"prompts (95 % bootstrap interval), times are against {first}.",
+        *_engines(summary),
         "",
     ]
     for part, figures in summary["parts"].items():
@@ -234,6 +244,7 @@ def table(summary: dict[str, Any], plan: Plan) -> str:
             f = figures[name]
             cells = [
                 name,
+                summary["weights"][name] or plan.dtype,
                 _interval(f["tokens_per_second"], 1),
                 _interval(f["times_the_speed"], 2),
                 _interval(f["times_the_answer"], 2),
@@ -249,6 +260,11 @@ def table(summary: dict[str, Any], plan: Plan) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _engines(summary: dict[str, Any]) -> list[str]:
+    known = [f"{name}: {software}" for name, software in summary["software"].items() if software]
+    return ["", f"Engines: {'; '.join(known)}."] if known else []
 
 
 def _interval(value: dict[str, float], digits: int) -> str:

@@ -7,6 +7,7 @@ forward pass of the CPU runtime is split once more by the compiled code's own cl
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from medusa_apar.draft_tree import DraftTree
 from medusa_apar.eval.prompts import Prompt
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.generate import MedusaApar
+from medusa_apar.job import Job, write_text
 from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.slot_ledger import SlotLedger
@@ -28,6 +30,7 @@ from medusa_apar.slot_ledger import SlotLedger
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SLOTS, REPEATS = 512, 15
 WARM_UP_TOKENS = 16
+MOST_PROMPTS = 10
 
 
 def attribution(apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int, fork: bool = True) -> dict[str, Any]:
@@ -117,6 +120,16 @@ def _draft(apar: MedusaApar, hidden: torch.Tensor, roots: torch.Tensor) -> float
 
 def least(run: Callable[[], float], repeats: int) -> float:
     return min(run() for _ in range(repeats))
+
+
+def run(job: Job, apar: MedusaApar, asked: Sequence[Prompt], max_new_tokens: int) -> None:
+    """profile.md and profile.json in the job's folder; the table is printed too."""
+    found = attribution(apar, asked[:MOST_PROMPTS], max_new_tokens)
+    costs = curve(apar)
+    text = table(found, costs, apar.runtime.kind)
+    write_text(job.folder / "profile.md", text)
+    write_text(job.folder / "profile.json", json.dumps({"attribution": found, "curve": costs}, indent=2) + "\n")
+    print(text)
 
 
 def table(profile: dict[str, Any], costs: dict[str, Any], kind: str) -> str:

@@ -1,6 +1,7 @@
 """What the benchmark compares: every way to have the same tuned model answer a prompt greedily, timed alike.
 
-All systems of one run share the model's weights, dtype, prompt ids and limit. Time runs from the call to its return,
+All systems of one run share the prompt ids and the limit, our own also the model's weights and dtype; what another one
+runs on (`peers.py`) is said beside its figures. Time runs from the call to its return,
 prefill included, and to the moment the first visible token could have been shown.
 """
 
@@ -12,12 +13,14 @@ import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from transformers import CompileConfig, PreTrainedModel
 
-from medusa_apar.generate import MedusaApar, attach
+from medusa_apar.generate import MedusaApar
 
 LOOKUP_TOKENS = 10  # drafted by transformers' prompt lookup, its documentation's own choice
 BACKEND = "inductor"  # of torch.compile, its default
@@ -78,6 +81,9 @@ class System:
     about: str
     apar: MedusaApar  # with the heads that it uses
     answer: Callable[[dict[str, torch.Tensor], int], Answer]  # inputs of one prompt, most new tokens
+    weights: str  # how they are stored: "float32", "Q4_1", and whose they are if not the tuned model's
+    software: str = ""  # engine and version, where it is not ours
+    close: Callable[[], None] = lambda: None  # after the last answer
 
 
 NAMES = {
@@ -103,16 +109,19 @@ def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
         raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
     if heads and apar.heads is None:
         raise ValueError(f"{name} needs draft heads, and this model has none")
+    weights = str(apar.model.dtype).removeprefix("torch.")
     if name.startswith("hf"):
         model, more = _compiled(apar.model, longest) if name == "hf-compiled" else (apar.model, {})
         if name == "hf-pld":
             more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
-        return System(name, NAMES[name], apar, lambda inputs, limit: _transformers(apar, inputs, limit, model, more))
-    ours = apar if heads else attach(apar.model, None, apar.control_token_ids, tokenizer=apar.tokenizer)
-    return System(name, NAMES[name], ours, lambda inputs, limit: _ours(ours, inputs, limit, threads))
+        software = f"transformers {transformers.__version__}"
+        return System(name, NAMES[name], apar, partial(_transformers, apar, model, more), weights, software)
+    ours = apar if heads else apar.without_heads()
+    answer = partial(_ours, ours, threads)
+    return System(name, NAMES[name], ours, answer, apar.runtime.kind)
 
 
-def _ours(apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, fork: bool) -> Answer:
+def _ours(apar: MedusaApar, fork: bool, inputs: dict[str, torch.Tensor], limit: int) -> Answer:
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "fork": fork}
     spans, clock = Spans(), Clock()
     output = apar.generate(**{**inputs, **options}, streamer=clock, observer=spans, return_dict_in_generate=True)
@@ -147,7 +156,7 @@ def _compiled(model: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, di
 
 
 def _transformers(
-    apar: MedusaApar, inputs: dict[str, torch.Tensor], limit: int, model: Any, more: dict[str, Any]
+    apar: MedusaApar, model: Any, more: dict[str, Any], inputs: dict[str, torch.Tensor], limit: int
 ) -> Answer:
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, **more}
     if control := apar.control_token_ids:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.cpu.weights import PackedMatrix
+from medusa_apar.cpu.weights import PackedMatrix, top
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.packed_linear import can_pack, pack, packed_linear
 
@@ -231,8 +231,11 @@ class DraftHeads(nn.Module):
     def top(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """[..., draft vocabulary] -> vocabulary ids (long) and log-probabilities (float32), both [..., top_k]."""
         logits = logits.float()
-        best, index = logits.topk(top_k, dim=-1)
-        log_probs = best - logits.logsumexp(-1, keepdim=True)
+        if self._draws_packed(logits):
+            log_probs, index = top(logits, top_k)
+        else:
+            best, index = logits.topk(top_k, dim=-1)
+            log_probs = best - logits.logsumexp(-1, keepdim=True)
         return (index if self.token_map is None else self.token_map[index]), log_probs
 
     def _config(self) -> dict[str, Any]:

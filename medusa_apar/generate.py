@@ -43,9 +43,9 @@ Observer = Callable[[list[ParagraphTree], Stats], None]
 
 # Rows of a forest: past these a step's cost grows with every row (DESIGN.md, facts).
 _BUDGET = {"cpu": 16, "cuda": 64}
-# What a step costs beside its rows, in rows (`StepCost`), as `medusa-apar bench --profile` finds it: on two Zen 3 cores
-# 12 + 2.9 ms a row with int8 weights, 40 + 4.2 in float32; next to nothing per row while a GPU is bound by memory.
-_COSTS = {"int8": StepCost(4.0, 0.6), "cpu": StepCost(9.0, 0.5), "cuda": StepCost(100.0, 0.5)}
+# What a step costs beside its rows, in rows, as `medusa-apar bench --profile` finds it: on two Zen 3 cores 13 + 1.3 ms
+# a row with int8 weights, 32 + 3.3 in float32; next to nothing per row while a GPU is bound by memory.
+_COSTS = {"cpu": StepCost(9.5, 0.5), "cuda": StepCost(100.0, 0.5)}
 
 
 class MedusaApar:
@@ -286,7 +286,7 @@ def attach(
     if budget is None:
         budget = _BUDGET.get(model.device.type, _BUDGET["cpu"])
         if draft_tree is None:
-            cost = _COSTS.get("int8" if chosen.kind == "int8" else model.device.type, _COSTS["cpu"])
+            cost = _COSTS.get(model.device.type, _COSTS["cpu"])
     limits = {"budget": budget, "max_depth": max_depth, "max_threads": max_threads, "pool_slots": pool_slots}
     for name, value in limits.items():
         if value is not None and value < (0 if name == "max_depth" else 1):

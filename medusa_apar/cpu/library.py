@@ -86,6 +86,8 @@ def _open(path: Path) -> ctypes.CDLL:
         *(c_void_p, c_void_p, c_int),
     )
     opened.mapar_linear.restype = None
+    opened.mapar_top.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)
+    opened.mapar_top.restype = None
     return opened
 
 

@@ -80,6 +80,14 @@ inline float largest(vf v) {
     return *std::max_element(part, part + LANES);
 }
 
+inline bool any_above(vf v, float limit) {
+    const vi above = v > splat(limit);
+    int32_t part[LANES], all = 0;
+    std::memcpy(part, &above, sizeof above);
+    for (int i = 0; i < LANES; i++) all |= part[i];
+    return all != 0;
+}
+
 // To the nearest integer, of |x| below 2^22: 1.5 * 2^23 has no bits for less.
 inline vf nearest(vf x) { return (x + 12582912.f) - 12582912.f; }
 

@@ -106,7 +106,7 @@ class CpuRuntime:
         hidden = torch.empty(verified, packed.hidden)
         tapped = torch.empty(len(taps), verified, packed.hidden)
         buffers = scratch.buffers(rows, verified)
-        layers = packed.layers_for(pool, taps)
+        layers = scratch.layers(pool, taps)
         struct = library.Model(
             *(len(layers), packed.hidden, packed.intermediate, packed.heads, packed.eps),
             *(packed.norm.data_ptr(), layers, packed.unembedding.struct),
@@ -140,7 +140,7 @@ class _Packed:
         self._embedding = model.get_input_embeddings().weight.detach()
         self._rotary = decoder.rotary_emb
         self._table: tuple[Tensor, Tensor] | None = None
-        self._layers = [_layer(layer, kind) for layer in decoder.layers]
+        self.layers = [_layer(layer, kind) for layer in decoder.layers]
 
     def embedding(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self._embedding).float()
@@ -154,21 +154,6 @@ class _Packed:
             self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
         cos, sin = self._table
         return cos[positions], sin[positions]
-
-    def layers_for(self, pool: KVPool, taps: tuple[int, ...]) -> Any:
-        structs = (library.Layer * len(self._layers))()
-        shape = (pool.capacity, self.heads.kv_heads, self.heads.head_dim)
-        for index, (norms, matrices, window) in enumerate(self._layers):
-            for store in (pool.keys, pool.values):
-                if index not in store:
-                    store[index] = torch.zeros(shape)
-            structs[index] = library.Layer(
-                *(norm.data_ptr() for norm in norms),
-                *(matrix.struct for matrix in matrices),
-                *(pool.keys[index].data_ptr(), pool.values[index].data_ptr()),
-                *(window, taps.index(index) if index in taps else -1),
-            )
-        return structs
 
 
 def _layer(layer: Any, kind: str) -> tuple[tuple[Tensor, Tensor], tuple[PackedMatrix, ...], int]:
@@ -195,6 +180,8 @@ class _Scratch:
     """One pool's buffers; they grow and are used again."""
 
     def __init__(self, packed: _Packed) -> None:
+        self._packed = packed
+        self._structs: tuple[Any, Any] = (None, None)  # capacity and taps, library.Layer of every layer
         heads = packed.heads
         width = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
         self._widths = max(width, packed.hidden), max(packed.intermediate, packed.hidden, width)
@@ -213,3 +200,22 @@ class _Scratch:
             narrow, wide = (torch.empty(rows, width) for width in self._widths)
             self._others = narrow, wide, torch.empty(rows, self._widths[1] + 1), torch.empty(rows)
         return self._logits, *self._others
+
+    def layers(self, pool: KVPool, taps: tuple[int, ...]) -> Any:
+        """library.Layer of every layer; made anew when the pool has grown."""
+        if self._structs[0] != (pool.capacity, taps):
+            heads = self._packed.heads
+            shape = (pool.capacity, heads.kv_heads, heads.head_dim)
+            structs = (library.Layer * len(self._packed.layers))()
+            for index, (norms, matrices, window) in enumerate(self._packed.layers):
+                for store in (pool.keys, pool.values):
+                    if index not in store:
+                        store[index] = torch.zeros(shape)
+                structs[index] = library.Layer(
+                    *(norm.data_ptr() for norm in norms),
+                    *(matrix.struct for matrix in matrices),
+                    *(pool.keys[index].data_ptr(), pool.values[index].data_ptr()),
+                    *(window, taps.index(index) if index in taps else -1),
+                )
+            self._structs = (pool.capacity, taps), structs
+        return self._structs[1]

@@ -219,6 +219,40 @@ inline void multiply(const Matrix& m, const Rows& x, int rows, float* y, int str
         });
 }
 
+inline void insert(float value, int64_t index, int count, int64_t* indices, float* values) {
+    int place = count - 1;
+    for (; place > 0 && values[place - 1] < value; place--) {
+        values[place] = values[place - 1];
+        indices[place] = indices[place - 1];
+    }
+    values[place] = value;
+    indices[place] = index;
+}
+
+inline void top(const float* x, int width, int count, int64_t* indices, float* values) {
+    std::fill(values, values + count, -INFINITY);
+    std::fill(indices, indices + count, 0);
+    int i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES) {  // most stretches hold nothing new: one comparison tells
+        const vf most = larger(larger(load(x + i), load(x + i + LANES)),
+                               larger(load(x + i + 2 * LANES), load(x + i + 3 * LANES)));
+        if (!any_above(most, values[count - 1])) continue;
+        for (int k = i; k < i + 4 * LANES; k++)
+            if (x[k] > values[count - 1]) insert(x[k], k, count, indices, values);
+    }
+    for (; i < width; i++)
+        if (x[i] > values[count - 1]) insert(x[i], i, count, indices, values);
+}
+
+inline float sum_of_exponentials(const float* x, int width, float largest) {
+    vf sums = {};
+    int i = 0;
+    for (; i + LANES <= width; i += LANES) sums += exp(load(x + i) - largest);
+    float total = sum(sums);
+    for (; i < width; i++) total += std::exp(x[i] - largest);
+    return total;
+}
+
 }  // namespace
 
 extern "C" {
@@ -267,6 +301,22 @@ EXPORTED void mapar_linear(const Matrix* matrix, const float* x, int rows, int w
         for (int r = mine.first; r < mine.last; r++) prepare(m, x + (size_t)r * width, width, r, act, scales);
         barrier.wait();
         multiply(m, rows_for(m, x, width, act, scales), rows, y, outputs, outputs);
+    }
+}
+
+// The `count` largest of each row, largest first and the first of equals first: indices and values [rows][count]; and
+// the logarithm of the sum of all exponentials, [rows].
+EXPORTED void mapar_top(const float* x, int rows, int width, int count, int64_t* indices, float* values, float* sums,
+                        int threads) {
+#pragma omp parallel num_threads(std::min(threads, rows))
+    {
+        const Share mine = share(rows);
+        for (int r = mine.first; r < mine.last; r++) {
+            const float* row = x + (size_t)r * width;
+            float* best = values + (size_t)r * count;
+            top(row, width, count, indices + (size_t)r * count, best);
+            sums[r] = best[0] + std::log(sum_of_exponentials(row, width, best[0]));
+        }
     }
 }
 }

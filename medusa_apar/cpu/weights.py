@@ -73,6 +73,20 @@ class PackedMatrix:
         return sum(t.numel() * t.element_size() for t in (self.panels, self.scales, self.bias) if t is not None)
 
 
+def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of float32 logits [..., width]: the `count` likeliest, log-probabilities and indices [..., count], best first and
+    of equals the first."""
+    rows = logits.reshape(-1, logits.shape[-1]).contiguous()
+    values, sums = torch.empty(len(rows), count), torch.empty(len(rows), 1)
+    indices = torch.empty(len(rows), count, dtype=torch.long)
+    library.library().mapar_top(
+        *(rows.data_ptr(), len(rows), rows.shape[1], count),
+        *(indices.data_ptr(), values.data_ptr(), sums.data_ptr(), torch.get_num_threads()),
+    )
+    shape = (*logits.shape[:-1], count)
+    return (values - sums).view(shape), indices.view(shape)
+
+
 def interleaved(first: Tensor, second: Tensor) -> Tensor:
     """Two weights of one shape, panel by panel by turns, so that one tile holds both of an output."""
     panels = [weight.view(-1, PANEL, weight.shape[1]) for weight in (first, second)]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.cpu.weights import PackedMatrix, interleaved
+from medusa_apar.cpu.weights import PackedMatrix, interleaved, top
 
 KINDS = ("float32", "bfloat16", "int8")
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 150))
@@ -67,6 +67,25 @@ def test_zero_and_extreme_rows(kind):
 def test_int8_sums_do_not_leave_int32():
     packed = PackedMatrix(torch.ones(16, 4096), "int8")
     torch.testing.assert_close(packed(torch.ones(2, 4096)), torch.full((2, 16), 4096.0), rtol=1e-4, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 300), st.integers(1, 6), st.integers(0, 99), st.booleans())
+def test_top_is_topk_and_the_first_of_equals(rows, width, count, seed, coarse):
+    count = min(count, width)
+    logits = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 5
+    if coarse:
+        logits = logits.round()
+    log_probs, indices = top(logits, count)
+    order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    assert torch.equal(indices, order.indices[:, :count])
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(1, indices), rtol=1e-5, atol=1e-5)
+
+
+def test_top_of_three_dimensions():
+    logits = torch.randn(2, 3, 40)
+    log_probs, indices = top(logits, 4)
+    assert torch.equal(indices, logits.topk(4).indices) and log_probs.shape == (2, 3, 4)
 
 
 def test_interleaved_panels():
