@@ -43,9 +43,12 @@ Observer = Callable[[list[ParagraphTree], Stats], None]
 
 # Rows of a forest: past these a step's cost grows with every row (DESIGN.md, facts).
 _BUDGET = {"cpu": 16, "cuda": 64}
-# What a step costs beside its rows, in rows, as `medusa-apar bench --profile` finds it: on two Zen 3 cores 13 + 1.3 ms
-# a row with int8 weights, 32 + 3.3 in float32; next to nothing per row while a GPU is bound by memory.
-_COSTS = {"cpu": StepCost(9.5, 0.5), "cuda": StepCost(100.0, 0.5)}
+# What a step costs, as `medusa-apar bench --profile` finds it, in ms: two Zen 3 cores with int8 weights, where six rows
+# go through the registers at once (in float32 the same curve, 2.3 times as high). A GPU bound by memory hardly notices.
+_COSTS = {
+    "cpu": StepCost(((1, 15), (6, 18), (16, 34), (64, 113)), level=1.0),
+    "cuda": StepCost(((1, 100), (101, 200)), level=2.0),
+}
 
 
 class MedusaApar:

@@ -19,13 +19,19 @@ Guess = Callable[[Thread], list[int] | None]
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a step costs beside its rows, in rows: the smaller, the sooner another row must earn its keep.
+    """What a step takes, in any unit of time.
 
-    fixed: what a step of any size costs (weights read from memory, launches). draft: proposals for one thread.
+    curve: (rows, cost) of some sizes, rows ascending; linear in between, and beyond the last as before it.
+    level: drafting one level of the trees.
     """
 
-    fixed: float
-    draft: float = 0.0
+    curve: tuple[tuple[float, float], ...]
+    level: float = 0.0
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        sizes, costs = np.array(self.curve).T
+        slope = (costs[-1] - costs[-2]) / (sizes[-1] - sizes[-2])
+        return np.interp(rows, sizes, costs) + slope * np.maximum(rows - sizes[-1], 0)
 
     def nodes(self, threads: int, tree: DraftTree) -> int:
         """How many nodes below each of so many roots give the most tokens for the time; those of a tree whose chances
@@ -33,9 +39,9 @@ class StepCost:
         if tree.chances is None or not len(tree):
             return len(tree)
         tokens = 1 + np.concatenate([[0], np.cumsum(tree.chances)])
-        rows = threads * (1.0 + np.arange(len(tokens)))
-        rows[1:] += threads * self.draft
-        return int(np.argmax(tokens / (self.fixed + rows)))
+        costs = self.of(threads * (1 + np.arange(len(tokens))))
+        costs[1:] += self.level * np.maximum.accumulate(tree.depths + 1)
+        return int(np.argmax(tokens / costs))
 
 
 @dataclass(slots=True)

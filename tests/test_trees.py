@@ -236,20 +236,22 @@ def test_likeliest_tree_is_a_tree_and_optimal(acceptance, size):
                     assert chance(candidate, acceptance) <= worst * (1 + 1e-9)
 
 
-@given(ACCEPTANCE, st.integers(1, 12), st.floats(0, 100), st.floats(0, 2))
-def test_nodes_that_pay_are_the_best_of_all_sizes(acceptance, threads, fixed, draft):
-    tree, cost = DraftTree.likeliest(12, acceptance), StepCost(fixed, draft)
+@given(ACCEPTANCE, st.integers(1, 12), st.floats(1, 100), st.floats(0.1, 10), st.floats(0, 2))
+def test_nodes_that_pay_are_the_best_of_all_sizes(acceptance, threads, fixed, row, level):
+    tree = DraftTree.likeliest(12, acceptance)
+    cost = StepCost(((1, fixed), (9, fixed), (10, fixed + row)), level)
 
     def rate(nodes):
-        rows = 1 + nodes + (draft if nodes else 0)
-        return (1 + sum(chance(choice, acceptance) for choice in tree.choices[:nodes])) / (fixed + threads * rows)
+        tokens = 1 + sum(chance(choice, acceptance) for choice in tree.choices[:nodes])
+        levels = max(map(len, tree.choices[:nodes]), default=0)
+        return tokens / (fixed + row * max(threads * (1 + nodes) - 9, 0) + level * levels)
 
     assert rate(cost.nodes(threads, tree)) == pytest.approx(max(rate(n) for n in range(len(tree) + 1)))
     assert cost.nodes(threads, DraftTree(tree.choices)) == len(tree)  # chances that nobody said
 
 
 def test_more_threads_draft_less_each():
-    tree, cost = DraftTree.likeliest(15), StepCost(4.0)
+    tree, cost = DraftTree.likeliest(15), StepCost(((1, 5), (2, 6)))
     nodes = [cost.nodes(threads, tree) for threads in range(1, 20)]
     assert nodes == sorted(nodes, reverse=True) and nodes[0] > 0 == nodes[-1]
 
