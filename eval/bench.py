@@ -6,63 +6,31 @@ of nothing but these lines, and only where every system has answered the same pr
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from medusa_apar.chat import encode
 from medusa_apar.eval.loops import LOOPS, looping_share
-from medusa_apar.eval.prompts import Prompt, digest
+from medusa_apar.eval.plan import Plan, open_results
+from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.runs import Runs
 from medusa_apar.eval.statistics import median_of, ratio_of_totals, speed_ratio
 from medusa_apar.eval.systems import System
 from medusa_apar.finetune.corpus import repeated_share
 from medusa_apar.generate import MedusaApar
-from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import Job, machine, write_text
 
-RESULTS, SETTINGS, SUMMARY, TABLE = "results.jsonl", "settings.json", "summary.json", "table.md"
+SUMMARY, TABLE = "summary.json", "table.md"
 WARM_UP_TOKENS = 16
 BUSY = 20.0  # per cent of the machine that others may use before it is said
 COLUMNS = (
     *("system", "weights", "tokens/s", "times the tokens/s", "times as soon done", "s per answer", "first token, s"),
     *("tokens per answer", "tokens per step", "threads", "slots", "repeated 4-grams", "ended"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run is; a folder holds results of one plan only."""
-
-    model: str
-    weights: str  # fingerprint
-    heads: str  # fingerprint and nodes of the draft tree; "" without heads
-    dtype: str
-    device: str
-    threads: int
-    prompts: str  # digest of ids and texts
-    max_new_tokens: int
-
-
-def open_results(folder: Path, plan: Plan) -> Runs:
-    """results.jsonl by (system, prompt, repeat); ValueError where the folder holds results of another plan."""
-    settings = folder / SETTINGS
-    if settings.exists():
-        before = json.loads(settings.read_text(encoding="utf-8"))
-        for name, value in asdict(plan).items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{folder} holds results with another {name} ({before.get(name)}, now {value}), which must "
-                    "not be compared: give another --out"
-                )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(settings, json.dumps(asdict(plan), indent=2) + "\n")
-    return Runs(folder / RESULTS, ("system", "prompt", "repeat"))
 
 
 def others_share() -> float:
@@ -227,9 +195,9 @@ def table(summary: dict[str, Any], plan: Plan) -> str:
     """The summary as Markdown; every number with what it was measured on."""
     first = summary["systems"][0]
     lines = [
-        f"{plan.model}, {plan.device}, {plan.threads} threads; greedy, at most {plan.max_new_tokens} new tokens; "
-        f"{summary['prompts']} prompts, {len(summary['looping'])} of which loop in some system. Speeds are totals over "
-        f"prompts (95 % bootstrap interval), times are against {first}.",
+        f"{plan.model}, {plan.device}, {plan.threads} threads, our runtime {plan.runtime}; greedy, at most "
+        f"{plan.max_new_tokens} new tokens; {summary['prompts']} prompts, {len(summary['looping'])} of which loop in "
+        f"some system. Speeds are totals over prompts (95 % bootstrap interval), times are against {first}.",
         *_engines(summary),
         "",
     ]
@@ -283,17 +251,3 @@ def write(job: Job, results: Runs, names: Sequence[str], plan: Plan, repeats: in
     write_text(job.folder / SUMMARY, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     write_text(job.folder / TABLE, table(summary, plan))
     return whole
-
-
-def plan_of(apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens: int) -> Plan:
-    import torch
-
-    device = apar.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
-    dtype = str(apar.model.dtype).removeprefix("torch.")
-    heads = ""
-    if apar.heads is not None:
-        tree = hashlib.sha256(repr(apar.draft_tree.choices).encode()).hexdigest()[:8]
-        heads = f"{apar.heads.kind} {fingerprint(apar.heads)[:12]}, {len(apar.draft_tree)} nodes {tree}"
-    weights = fingerprint(apar.model)[:12]
-    return Plan(model, weights, heads, dtype, name, torch.get_num_threads(), digest(prompts), max_new_tokens)

@@ -7,6 +7,7 @@ forward pass of the CPU runtime is split once more by the compiled code's own cl
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from medusa_apar.draft_tree import DraftTree
 from medusa_apar.eval.prompts import Prompt
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.generate import MedusaApar
+from medusa_apar.heads.draft_heads import unembedding_size
 from medusa_apar.job import Job, write_text
 from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree
@@ -41,10 +43,13 @@ def attribution(apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int
     steps = rows = 0
     whole = 0.0
     options: dict[str, Any] = {"do_sample": False, "fork": fork, "return_dict_in_generate": True}
+    if isinstance(runtime, CpuRuntime):
+        apar = copy.copy(apar)  # its clocks run, and nobody else's
+        apar.runtime = runtime = runtime.profiled()
     for number, prompt in enumerate([prompts[0], *prompts]):
         inputs = encode(apar.tokenizer, prompt.text)
         if isinstance(runtime, CpuRuntime):
-            runtime.seconds, runtime.profile = library.Seconds(), True
+            runtime.seconds = library.Seconds()
         started = time.perf_counter()
         limit = max_new_tokens if number else min(WARM_UP_TOKENS, max_new_tokens)
         stats = apar.generate(**inputs, max_new_tokens=limit, **options).stats
@@ -56,8 +61,6 @@ def attribution(apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int
         _add(phases, stats.phase_seconds)
         if isinstance(runtime, CpuRuntime):
             _add(inside, dict(zip(library.PHASES, runtime.seconds, strict=True)))
-    if isinstance(runtime, CpuRuntime):
-        runtime.profile = False
     if inside:
         phases["forward, around the compiled code"] = phases.pop("forward") - sum(inside.values())
         phases.update({f"forward: {name}": value for name, value in inside.items()})
@@ -77,13 +80,14 @@ def _add(sums: dict[str, float], seconds: dict[str, float]) -> None:
 
 def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> dict[str, Any]:
     """Seconds of one forward pass by its rows, of prefilling `slots` tokens, and of the draft for so many threads."""
-    ids = [7 + n % 97 for n in range(slots + 1)]
+    vocabulary = unembedding_size(apar.model)[0]
+    ids = [n % vocabulary for n in range(slots + 1)]
     ledger, trunk = SlotLedger(KVPool()), ParagraphTree(ids).trunk
     runtime, device = apar.runtime, apar.model.device
 
     def forward(stop: int, nodes: int = 0) -> float:
         tree = DraftTree.likeliest(nodes) if nodes else DraftTree([])
-        stem = Stem(trunk, stop, draft_tree=tree, draft_tokens=[11] * len(tree))
+        stem = Stem(trunk, stop, draft_tree=tree, draft_tokens=[0] * len(tree))
         before = ledger.cached(trunk)
         started = time.perf_counter()
         forest = Forest([[stem]], ledger, device)
@@ -106,7 +110,7 @@ def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> d
         if apar.heads is not None and len(apar.draft_tree):
             for threads in (1, 2, 4, 8):
                 hidden = torch.randn(threads, apar.heads.input_size, device=device, dtype=apar.model.dtype)
-                roots = torch.full((threads,), 11, device=device)
+                roots = torch.zeros(threads, dtype=torch.long, device=device)
                 found["draft"][threads] = least(partial(_draft, apar, hidden, roots), REPEATS)
     return found
 

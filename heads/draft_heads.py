@@ -54,7 +54,8 @@ class DraftHeads(nn.Module):
 
     kind: str  # "medusa" or "hydra", as config.json says it
     token_map: Tensor | None
-    # How the CPU runtime that these heads draft for keeps its weights ("int8", say); None: they run in torch.
+    # How the CPU runtime that attached these heads last keeps its weights ("int8", say), and so do they in drafting;
+    # None: they run in torch. Proposals differ by it, tokens do not.
     packing: str | None = None
     # Share of positions where a head's guess of each rank is the base's choice, [heads][ranks]; None: not measured.
     acceptance: list[list[float]] | None = None
@@ -79,7 +80,7 @@ class DraftHeads(nn.Module):
         self._base: tuple[PreTrainedModel, ...] = ()
         self._draft_rows: tuple[tuple, Tensor, Tensor | None] | None = None  # key, weight, bias
         self._packed: tuple[Tensor, Tensor] | None = None  # those rows, and oneDNN's layout of them
-        self._matrices: dict[str, tuple[tuple, PackedMatrix]] = {}
+        self._matrices: dict[str, tuple[tuple, PackedMatrix, Tensor]] = {}
 
     @property
     def input_size(self) -> int:
@@ -190,15 +191,19 @@ class DraftHeads(nn.Module):
                 self._draft_rows = key, weight[rows], None if not isinstance(bias, Tensor) else bias[rows]
         return self._draft_rows[1:]
 
-    def product(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`F.linear(x, weight, bias)`; while drafting for a CPU runtime, from its layout of the weight, made once."""
+    def product(
+        self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, outputs: int | None = None
+    ) -> Tensor:
+        """`F.linear(x, weight, bias)`, or the first `outputs` of it; while drafting for a CPU runtime, from its layout
+        of the weight, made once."""
         if not self._draws_packed(weight):
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight[:outputs], bias if bias is None else bias[:outputs])
         version = None if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), weight.shape, version, self.packing)
+        key = (weight.data_ptr(), weight.shape, weight.dtype, version, self.packing)
         if name not in self._matrices or self._matrices[name][0] != key:
-            self._matrices[name] = key, PackedMatrix(weight, cast(str, self.packing), bias)
-        return self._matrices[name][1](x)
+            # With the weight itself, so that no other one gets its address.
+            self._matrices[name] = key, PackedMatrix(weight, cast(str, self.packing), bias), weight
+        return self._matrices[name][1](x, outputs)
 
     def _draws_packed(self, weight: Tensor) -> bool:
         return self.packing is not None and not torch.is_grad_enabled() and weight.device.type == "cpu"

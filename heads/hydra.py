@@ -120,14 +120,15 @@ class HydraHeads(DraftHeads):
 
     def _state_sums(self, hidden_states: Tensor, heads: int) -> Tensor:
         """[T, input_size] -> [T, heads, H], the first so many heads' share of the states."""
-        weight, bias = self.from_states[:heads].flatten(0, 1), self.bias[:heads].flatten()
-        sums = self.product(f"states {heads}", hidden_states.to(self.dtype), weight, bias)
+        weight, bias = self.from_states.flatten(0, 1), self.bias.flatten()
+        sums = self.product("states", hidden_states.to(self.dtype), weight, bias, heads * self.hidden_size)
         return sums.view(-1, heads, self.hidden_size)
 
     def _token_sums(self, token: int, embedded: Tensor, heads: int) -> Tensor:
         """[..., H] of tokens t+1+`token` -> [..., heads - token, H], their share in heads `token` and on."""
-        weight = self.from_token[token][: heads - token].flatten(0, 1)
-        return self.product(f"token {token} of {heads}", embedded, weight).unflatten(-1, (-1, self.hidden_size))
+        weight, outputs = self.from_token[token].flatten(0, 1), (heads - token) * self.hidden_size
+        sums = self.product(f"token {token}", embedded, weight, outputs=outputs)
+        return sums.unflatten(-1, (heads - token, self.hidden_size))
 
     def states(self, hidden_states: Tensor, drafted: Tensor | None = None) -> Tensor:
         sums = list(self._state_sums(hidden_states, self.num_heads).unbind(1))

@@ -81,7 +81,7 @@ def run_demo(args: argparse.Namespace) -> int:
     apar = _load(args)
     ours, plain = demo.demo(apar, args.prompt or demo.QUESTION, _options(args), args.baseline, console)
     if args.json:
-        print(json.dumps(demo.as_json(ours, plain)), flush=True)
+        print(json.dumps(demo.as_json(apar, ours, plain)), flush=True)
     return 0
 
 
@@ -102,7 +102,7 @@ def run_generate(args: argparse.Namespace) -> int:
         demo.warm_up(demo.run_baseline, apar, inputs, options)
         plain = demo.run_baseline(apar, inputs, options)
     if args.json:
-        print(json.dumps(demo.as_json(ours, plain)), flush=True)
+        print(json.dumps(demo.as_json(apar, ours, plain)), flush=True)
     return 0
 
 

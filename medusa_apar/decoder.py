@@ -130,8 +130,10 @@ class Laps:
 
 
 @torch.no_grad()
-def check_agrees(model: PreTrainedModel, runtime: Runtime) -> None:
+def check_agrees(model: PreTrainedModel, runtime: Runtime, largest: float | None) -> None:
     """ValueError unless a few tokens over a forest, in two steps, give the logits of the model's own forward pass.
+
+    largest: share of the largest logit by which they may differ; None only tries whether they can be had.
 
     Families differ in more ways than a config tells (what they do to keys behind the cache, other kinds of attention);
     two tiny forward passes tell at once what would otherwise fail, or silently differ, in mid-run.
@@ -150,8 +152,7 @@ def check_agrees(model: PreTrainedModel, runtime: Runtime) -> None:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{type(model).__name__} cannot decode over a KV pool: {reason}") from error
-    # Low precision may route a token to another expert, and dropout differs by itself.
-    if runtime.kind == "float32" and not model.training and not difference < 1e-2:
+    if largest is not None and not model.training and not difference < largest:  # dropout differs by itself
         raise ValueError(
             f"{type(model).__name__} cannot be attached: over a KV pool its logits are {difference:.0%} off its own."
         )

@@ -121,7 +121,9 @@ def demo(apar: MedusaApar, question: str, options: dict, baseline: bool, console
 def table(apar: MedusaApar, ours: Run, plain: Run | None) -> Table:
     runs = [ours] if plain is None else [ours, plain]
     model = apar.model
-    found = Table(title=f"{str(model.dtype).removeprefix('torch.')} on {_device(model)}", title_style="dim")
+    found = Table(title=f"{_dtype(model)} on {_device(model)}", title_style="dim")
+    if apar.runtime.kind != _dtype(model):
+        found.title = f"{apar.runtime.kind} weights, transformers' in {found.title}"
     found.add_column()
     found.add_column("medusa-apar", justify="right", style="bold")
     if plain is not None:
@@ -141,13 +143,17 @@ def _threads(run: Run) -> str:
     return str(run.threads) if run.threads == 1 else f"{run.threads} ({run.peak_threads} at once)"
 
 
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def _device(model: Any) -> str:
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
     return f"{torch.get_num_threads()} CPU threads"
 
 
-def as_json(ours: Run, plain: Run | None) -> dict[str, Any]:
+def as_json(apar: MedusaApar, ours: Run, plain: Run | None) -> dict[str, Any]:
     return {
         "text": ours.text,
         "tokens": len(ours.ids),
@@ -157,4 +163,6 @@ def as_json(ours: Run, plain: Run | None) -> dict[str, Any]:
         "tokens_per_second": ours.tokens_per_second,
         "baseline_tokens_per_second": plain and plain.tokens_per_second,
         "speedup": plain and ours.tokens_per_second / plain.tokens_per_second,
+        "weights": apar.runtime.kind,
+        "baseline_weights": plain and _dtype(apar.model),
     }

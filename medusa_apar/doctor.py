@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, hub
-from .cpu.library import compiler
+from .cpu.library import library
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "triton", "fschat")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
@@ -38,7 +38,7 @@ def findings() -> Iterator[tuple[str, str]]:
     yield "system", platform.platform()
     yield "cpu", f"{_cpu_model()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads"
     yield "cpu features", f"{' '.join(_cpu_flags()) or 'unknown'}; torch runs {torch.backends.cpu.get_cpu_capability()}"
-    yield "cpu runtime", f"compiled by {found}" if (found := compiler()) else "torch only: no C++ compiler"
+    yield "cpu runtime", _cpu_runtime()
     yield "gpu", _gpu()
     yield "kernels", _kernels()
     yield "cache", str(hub.cache_dir())
@@ -73,6 +73,13 @@ def _gpu() -> str:
         return f"none that torch sees (built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'})"
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor})" for gpu in found)
+
+
+def _cpu_runtime() -> str:
+    try:
+        return f"compiled, {library()._name}"
+    except RuntimeError as error:
+        return f"torch only: {error}"
 
 
 def _kernels() -> str:

@@ -43,10 +43,10 @@ Observer = Callable[[list[ParagraphTree], Stats], None]
 
 # Rows of a forest: past these a step's cost grows with every row (DESIGN.md, facts).
 _BUDGET = {"cpu": 16, "cuda": 64}
-# What a step costs, as `medusa-apar bench --profile` finds it, in ms: two Zen 3 cores with int8 weights, where six rows
-# go through the registers at once (in float32 the same curve, 2.3 times as high). A GPU bound by memory hardly notices.
+# What a step costs, as `medusa-apar bench --profile` finds it, in ms: two Zen 3 cores with int8 weights in mid-answer
+# (in float32 much the same curve, 2.3 times as high). A GPU bound by memory hardly notices a row.
 _COSTS = {
-    "cpu": StepCost(((1, 15), (6, 18), (16, 34), (64, 113)), level=1.0),
+    "cpu": StepCost(((1, 13), (2, 14.5), (4, 17.5), (6, 20.5), (16, 42), (64, 150)), level=1.1),
     "cuda": StepCost(((1, 100), (101, 200)), level=2.0),
 }
 
@@ -162,6 +162,7 @@ class MedusaApar:
                 seed=seed if generation_config.do_sample else None,
                 keep_scores=returns_dict and bool(generation_config.output_scores),
                 keep_logits=returns_dict and bool(generation_config.output_logits),
+                argmax=self.runtime.argmax,
             ),
         )
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
@@ -256,15 +257,16 @@ def attach(
             (fork id, child id); None never forks.
         tokenizer: only needed for `stop_strings`.
         draft_tree: which guesses become nodes. By default the likeliest by measured acceptance, at each step as many as
-            pay on this device beside so many threads.
+            pay beside so many threads, by a curve of step costs that was taken on one CPU (`_COSTS`).
         budget: rows of a step's forest, threads' roots included, to be filled (default: at most 16 on a CPU and 64 on a
             GPU, and no more than pay).
         max_threads: most threads of a request that run in one step; the others wait (None: no limit).
         max_depth: threads at this depth (the trunk has 0) do not fork (default: as deep as the model was tuned).
-        attention: "auto" or "sdpa", of the torch runtime.
+        attention: "auto" or "sdpa": the torch runtime's attention; "sdpa" asks for that runtime.
         runtime: "torch" runs transformers' modules, "cpu" compiled code for a model built like Llama on a CPU; "auto"
             takes the second where it can.
-        quantize: "int8" rounds the weights to 8 bits, a scale per output (CPU runtime only; the model keeps its own).
+        quantize: "int8" rounds the weights to 8 bits, a scale per output and 64 inputs, those of the heads too (CPU
+            runtime only; the model keeps its own).
         pool_slots: most KV slots ever in use (None: grows on demand). Under pressure threads wait or are evicted and
             fed again later, which never changes a token.
 

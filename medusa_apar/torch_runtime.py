@@ -31,6 +31,9 @@ class Runtime(Protocol):
         """Of a forest's verified rows: logits [M, vocab], and the hidden states [M, hidden * (1 + taps)] before the
         unembedding and, at unit scale, behind the tapped layers."""
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """[M, vocab] -> long [M]."""
+
 
 class TorchRuntime:
     """`backend` is an attention backend's name; on a CPU linear layers run from packed weights."""
@@ -64,3 +67,6 @@ class TorchRuntime:
         if not keep:
             logits = logits[forest.verified_rows]
         return logits, captured.hidden_states(forest.verified_rows)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=-1)

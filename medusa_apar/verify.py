@@ -6,7 +6,9 @@ noise), where the noise is zero or a function of (seed, thread, position). A dra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import transformers
@@ -60,13 +62,14 @@ class Verifier:
     seed: int | None  # None: greedy
     keep_scores: bool = False
     keep_logits: bool = False
+    argmax: Callable[[torch.Tensor], torch.Tensor] = partial(torch.argmax, dim=-1)  # of logits [M, vocab]
 
     def __call__(self, forest: Forest, logits: torch.Tensor, requests: dict[Stem, Request]) -> list[Verdict]:
         """`logits` [M, vocab] of the forest's verified rows; a verdict per verified stem, in order."""
         raw = logits.float() if self.keep_logits else None
         logits = self._ban(forest, logits.clone() if self.keep_logits else logits)
         per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores
-        targets = None if per_path else logits.argmax(dim=-1).tolist()
+        targets = None if per_path else self.argmax(logits).tolist()
         verdicts, first = [], 0
         for stem in forest.verified:
             verdict = Verdict([], [], first)

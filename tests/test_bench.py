@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from medusa_apar.chat import encode
 from medusa_apar.cli import main
 from medusa_apar.eval import bench, check, prompts, statistics, systems
+from medusa_apar.eval.plan import Plan, open_results
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
 from tests.tiny import forking_folder
@@ -167,7 +168,7 @@ def test_speed_is_of_totals_and_medians_and_loops_stand_apart():
     assert set(summary["parts"]) == {"all", "no loops", "x"}
 
 
-PLAN = bench.Plan("m", "w", "", "float32", "cpu", 1, "p", 8)
+PLAN = Plan("m", "w", "", "float32", "torch, float32", "cpu", 1, "p", 8)
 
 
 # ---- the command
@@ -267,11 +268,24 @@ def test_bad_input_is_one_sentence(folder, tmp_path, capsys, more, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_quantised_answers_are_said_checked_and_never_mixed(folder, tmp_path, capsys):
+    forking_folder(tmp_path / "model", "wide_llama")
+    wide, out = SimpleNamespace(model=str(tmp_path / "model"), heads="none", prompts=folder.prompts), tmp_path / "out"
+    asked = ("--systems", "hf", "threads", "--limit", 2)
+    assert command(wide, out, *asked, "--quantize", "int8", "--check", "--profile") == 0
+    shown = capsys.readouterr().out
+    assert "our runtime cpu, int8" in shown and "| threads | int8 |" in shown and "| hf | float32 |" in shown
+    assert "are what the rounded weights choose for each thread alone" in shown
+    assert "| forward: attention |" in (out / "profile.md").read_text() and (out / "profile.json").is_file()
+    assert command(wide, out, *asked) == 2
+    assert "holds results with another runtime (cpu, int8, now cpu, float32)" in capsys.readouterr().err
+
+
 def test_answers_with_line_separators_are_read_back(tmp_path):
     """U+2028 is no end of a line in JSON; str.splitlines() thinks it is one, and a resumed run once died of it."""
-    results = bench.open_results(tmp_path, PLAN)
+    results = open_results(tmp_path, PLAN)
     results.add([{"system": "a", "prompt": "1", "repeat": 0, "text": "one\u2028two\x85three"}])
-    assert bench.open_results(tmp_path, PLAN).rows == results.rows != {}
+    assert open_results(tmp_path, PLAN).rows == results.rows != {}
 
 
 def test_more_repeats_of_some_systems_do_not_stop_a_summary(folder, tmp_path):

@@ -18,6 +18,7 @@ from tests.tiny import CONTROL, VOCAB, forking_model
 
 QUESTION = "w1 w2 w9 w3"
 KEYS = ["text", "tokens", "steps", "threads", "forks", "tokens_per_second", "baseline_tokens_per_second", "speedup"]
+KEYS += ["weights", "baseline_weights"]
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -56,6 +57,7 @@ def test_json_is_the_last_line(run, command):
     assert list(found) == KEYS
     assert found["tokens"] == 40 and found["threads"] == found["forks"] + 1 >= 3
     assert found["speedup"] == pytest.approx(found["tokens_per_second"] / found["baseline_tokens_per_second"])
+    assert found["weights"] == found["baseline_weights"] == "float32"
     assert code == 0 and "\x1b" not in err
 
 
@@ -166,7 +168,7 @@ def test_the_prompt_comes_from_standard_input(run, monkeypatch):
 def test_doctor_names_what_it_found(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for name in ("python", "torch", "transformers", "cpu", "gpu", "kernels", "cache", "smollm2-135m"):
+    for name in ("python", "torch", "transformers", "cpu", "cpu runtime", "gpu", "kernels", "cache", "smollm2-135m"):
         assert re.search(rf"^{name} +\S", out, re.M), name
 
 

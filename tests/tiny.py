@@ -43,8 +43,12 @@ _LLAMA_LIKE = {
 }
 _IDS = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
 
+# Heads of 32 dimensions: the CPU runtime can run it.
+WIDE = _LLAMA_LIKE | {"hidden_size": 96, "intermediate_size": 112, "num_attention_heads": 6, "head_dim": 32}
+
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_LLAMA_LIKE, **_IDS),
+    "wide_llama": lambda: LlamaConfig(**WIDE, **_IDS),
     # Windows shorter than the text: masked by path position, or the test fails.
     "mistral": lambda: MistralConfig(**_LLAMA_LIKE, **_IDS, sliding_window=7),
     "qwen2": lambda: Qwen2Config(**_LLAMA_LIKE, **_IDS),
@@ -83,14 +87,14 @@ def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **bias:
     return model
 
 
-def forking_model(seed: int) -> PreTrainedModel:
+def forking_model(seed: int, family: str = "llama") -> PreTrainedModel:
     """Forks often, deep, and ends some of its threads."""
-    return tiny_model("llama", seed, scale=6.0, fork=0.9, eos=0.4)
+    return tiny_model(family, seed, scale=6.0, fork=0.9, eos=0.4)
 
 
-def forking_folder(folder: Path) -> Path:
+def forking_folder(folder: Path, family: str = "llama") -> Path:
     """A saved model that forks, its tokenizer and its control ids: what `load` takes."""
-    model = forking_model(3)
+    model = forking_model(3, family)
     biased = model.get_output_embeddings()
     plain = torch.nn.Linear(biased.in_features, VOCAB, bias=False)  # a Llama folder has no bias to keep
     plain.weight.data = biased.weight.data.clone()

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     from medusa_apar.chat import encode
     from medusa_apar.eval import bench, check, judge, judge_files, peers, profile, prompts, systems
+    from medusa_apar.eval.plan import plan_of
     from medusa_apar.job import Job
     from medusa_apar.loading import load
 
@@ -95,6 +96,11 @@ def run(args: argparse.Namespace) -> int:
     heads = None if args.heads == "none" else args.heads
     apar = load(args.model, heads=heads, dtype=args.dtype, quantize=args.quantize, runtime=args.runtime)
     longest = max(len(encode(apar.tokenizer, p.text)["input_ids"][0]) for p in asked) + args.max_new_tokens
+    if longest > peers.CONTEXT and set(args.systems) & set(peers.PEERS):
+        raise ValueError(
+            f"prompts and answers may have {longest} tokens here, and other engines have room for {peers.CONTEXT}: "
+            "lower --max-new-tokens or leave them out"
+        )
     made = [
         peers.make(name, apar, args.model, args.out) if name in peers.PEERS else systems.make(name, apar, longest)
         for name in args.systems
@@ -102,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
     if args.check:
         check.check_greedy(apar)
-    plan = bench.plan_of(apar, args.model, asked, args.max_new_tokens)
+    plan = plan_of(apar, args.model, asked, args.max_new_tokens)
     with Job(args.out, "bench", vars(args)) as job, ExitStack() as stack:
         for system in made:
             stack.callback(system.close)

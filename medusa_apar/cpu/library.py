@@ -11,15 +11,17 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_void_p
 from pathlib import Path
 
 from medusa_apar import hub
 
 FOLDER = Path(__file__).parent
-SOURCES = ("step.cpp", "team.h", "attention.h", "matrix.h")
+SOURCES = ("step.cpp", "team.h", "attention.h", "top.h", "matrix.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 PHASES = ("norm", "qkv", "attention", "output", "gate_up", "down", "unembedding")
 
@@ -59,19 +61,22 @@ class Step(ctypes.Structure):
     )
 
 
-def compiler() -> str | None:
-    """The C++ compiler: `$CXX`, else g++, else clang++; None where there is none."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return next((found for name in names if (found := shutil.which(name))), None)
+def compilers() -> list[list[str]]:
+    """C++ compilers that are there, as commands: `$CXX` alone if it is set, else g++, then clang++."""
+    names = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["g++"], ["clang++"]]
+    return [[found, *more] for name, *more in names if (found := shutil.which(name))]
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, compiled if it has not been; RuntimeError, in a sentence, where that cannot be."""
-    found = compiler()
-    if found is None:
-        raise RuntimeError("there is no C++ compiler (g++ or clang++; or name one in CXX)")
-    return _open(_compiled(found, "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"))
+    why = "there is no C++ compiler (g++ or clang++; or name one in CXX)"
+    for command in compilers():
+        try:
+            return _open(_compiled(command))
+        except (OSError, RuntimeError) as error:
+            why = " ".join(str(error).split())
+    raise RuntimeError(why)
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -91,23 +96,35 @@ def _open(path: Path) -> ctypes.CDLL:
     return opened
 
 
-def _compiled(command: str, machine: str) -> Path:
+def _compiled(command: list[str], machine: str = "") -> Path:
+    """The library's file. `machine` is the compiler's option for the instructions to use, by default all there are."""
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    options = [*command, *FLAGS, machine or native, "-fopenmp"]
     openmp = _openmp_in_use()
     key = hashlib.sha256()
     for name in SOURCES:
         key.update((FOLDER / name).read_bytes())
-    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
-    key.update(repr((command, version, FLAGS, machine, openmp, _cpu())).encode())
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    key.update(repr((options, version, openmp, _cpu())).encode())
     target = hub.cache_dir() / "cpu" / key.hexdigest()[:16]
 
     def build(scratch: Path, folder: Path) -> None:
-        objects = scratch / "step.o"
-        _run([command, *FLAGS, machine, "-fopenmp", "-c", str(FOLDER / "step.cpp"), "-o", str(objects)])
-        # torch's own OpenMP, by name: a second one would keep threads of its own spinning on the same cores.
-        link = [openmp] if openmp else ["-fopenmp"]
-        _run([command, "-shared", str(objects), *link, "-o", str(folder / "step.so")])
+        objects, made = str(scratch / "step.o"), str(folder / "step.so")
+        _run([*options, "-c", str(FOLDER / "step.cpp"), "-o", objects])
+        strict = ["-Wl,-z,defs"] if sys.platform == "linux" else []  # what is missing is found now, not when loaded
+        try:
+            # torch's own OpenMP, by name: a second one would keep threads of its own spinning on the same cores.
+            _run([*command, "-shared", objects, openmp or "-fopenmp", *strict, "-o", made])
+        except RuntimeError:  # another family's than the compiler's
+            _run([*command, "-shared", objects, "-fopenmp", *strict, "-o", made])
 
-    return hub.build_once(target, build) / "step.so"
+    made = hub.build_once(target, build) / "step.so"
+    if not made.is_file():  # a cleaner of caches took it
+        shutil.rmtree(target, ignore_errors=True)
+        hub.build_once(target, build)
+    if hasattr(os, "getuid") and made.stat().st_uid not in (0, os.getuid()):
+        raise RuntimeError(f"{made} belongs to another user, and is code: set MEDUSA_APAR_CACHE to a folder of yours")
+    return made
 
 
 def _run(command: list[str]) -> None:
@@ -122,15 +139,17 @@ def _openmp_in_use() -> str:
     import torch  # noqa: F401  (loads it)
 
     maps = Path("/proc/self/maps")
-    text = maps.read_text() if maps.is_file() else ""
-    return next(iter(re.findall(r"(/\S*/lib(?:g|i|)omp\S*)", text)), "")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    files = dict.fromkeys(fields[5] for line in lines if len(fields := line.split(None, 5)) == 6)
+    found = [file for file in files if re.search(r"/lib(g|i|)omp[^/]*$", file)]
+    return next((file for file in found if "/torch" in file), found[0] if found else "")
 
 
 def _cpu() -> str:
     """What -march=native looks at: a cache may be shared by machines."""
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else platform.processor()
-    return "".join(re.findall(r"(?:model name|flags|Features|CPU part)\s*:.*", text)[:2])
+    text = info.read_text() if info.is_file() else ""
+    return "".join(re.findall(r"(?:model name|flags|Features|CPU part)\s*:.*", text)[:2]) or repr(platform.uname())
 
 
 # Where a phase's time is added up: see Step.seconds.

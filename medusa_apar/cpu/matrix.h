@@ -80,14 +80,6 @@ inline float largest(vf v) {
     return *std::max_element(part, part + LANES);
 }
 
-inline bool any_above(vf v, float limit) {
-    const vi above = v > splat(limit);
-    int32_t part[LANES], all = 0;
-    std::memcpy(part, &above, sizeof above);
-    for (int i = 0; i < LANES; i++) all |= part[i];
-    return all != 0;
-}
-
 // To the nearest integer, of |x| below 2^22: 1.5 * 2^23 has no bits for less.
 inline vf nearest(vf x) { return (x + 12582912.f) - 12582912.f; }
 
@@ -129,20 +121,25 @@ struct Rows {
     int stride;
 };
 
-// A row's values as int16 steps, the largest one being 32767 of them; returns the step.
+// A row's values as int16 steps, the largest one being 32767 of them; returns the step. What is not finite makes the step
+// NaN, and so all that comes of the row.
 inline float quantise(const float* x, int count, int padded, int16_t* out) {
     constexpr float limit = 32767;
-    vf peak = {};
+    vf peak = {}, zeros = {};
     int i = 0;
     for (; i + LANES <= count; i += LANES) {
-        vf v = load(x + i);
+        const vf v = load(x + i);
         peak = larger(peak, larger(v, -v));
+        zeros += v * 0.f;
     }
-    float most = largest(peak);
-    for (; i < count; i++) most = std::max(most, std::fabs(x[i]));
-    if (!(most > 0)) {
+    float most = largest(peak), zero = sum(zeros);
+    for (; i < count; i++) {
+        most = std::max(most, std::fabs(x[i]));
+        zero += x[i] * 0.f;
+    }
+    if (!(zero == 0) || most == 0) {
         std::memset(out, 0, sizeof(int16_t) * padded);
-        return 0;
+        return zero == 0 ? 0.f : NAN;
     }
     typedef int16_t vs __attribute__((vector_size(2 * LANES)));
     const float inverse = limit / most;
@@ -155,22 +152,8 @@ inline float quantise(const float* x, int count, int padded, int16_t* out) {
     return most / limit;
 }
 
-template <int R>
-__attribute__((noinline)) void panel_float(const float* w, const Rows& x, int first, int inputs, float (*out)[PANEL]) {
-    vf sums[R][PARTS] = {};
-    const float* row[R];
-    for (int r = 0; r < R; r++) row[r] = x.floats + (size_t)(first + r) * x.stride;
-    for (int k = 0; k < inputs; k++, w += PANEL) {
-        vf weight[PARTS];
-        for (int p = 0; p < PARTS; p++) weight[p] = load(w + p * LANES);
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < PARTS; p++) sums[r][p] += weight[p] * row[r][k];
-    }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < PARTS; p++) store(out[r] + p * LANES, sums[r][p]);
-}
-
-inline vf widen(const uint16_t* p) {
+inline vf widen(const float* p) { return load(p); }
+inline vf widen(const uint16_t* p) {  // bfloat16
     typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
     typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
     vh half;
@@ -181,8 +164,9 @@ inline vf widen(const uint16_t* p) {
     return v;
 }
 
-template <int R>
-__attribute__((noinline)) void panel_bfloat(const uint16_t* w, const Rows& x, int first, int inputs, float (*out)[PANEL]) {
+template <int R, class Weight>
+__attribute__((noinline)) void panel_float(const Weight* w, const Rows& x, int first, int inputs,
+                                           float (*out)[PANEL]) {
     vf sums[R][PARTS] = {};
     const float* row[R];
     for (int r = 0; r < R; r++) row[r] = x.floats + (size_t)(first + r) * x.stride;
@@ -293,7 +277,7 @@ inline void panel(const Matrix& m, int index, const Rows& x, int first, float (*
     if (m.kind == INT8)
         panel_int<R>((const int8_t*)m.panels + start, m.scales + start / GROUP_INPUTS, x, first, m.inputs, out);
     else if (m.kind == BFLOAT16)
-        panel_bfloat<R>((const uint16_t*)m.panels + start, x, first, m.inputs, out);
+        panel_float<R>((const uint16_t*)m.panels + start, x, first, m.inputs, out);
     else
         panel_float<R>((const float*)m.panels + start, x, first, m.inputs, out);
     if (m.bias)

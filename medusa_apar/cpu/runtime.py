@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from medusa_apar.checks import context_length
 from medusa_apar.forest import Forest
 from medusa_apar.kv_pool import KVPool
 
 from . import library
-from .weights import PANEL, PackedMatrix, interleaved, joined
+from .weights import PANEL, PackedMatrix, argmax, interleaved, joined
 
 # Decoder layers that are Llama's: norm, rotary attention, norm, gated SiLU, both residual.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
@@ -67,10 +68,18 @@ def refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
+# What is packed of a model, by kind: attached twice, it is packed once.
+_packs: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[Any, _Packed]]] = weakref.WeakKeyDictionary()
+_packs_lock = threading.Lock()
+
+
 class CpuRuntime:
     """Runs `model` from weights packed as `kind`: "float32", "bfloat16" or "int8".
 
-    `seconds` adds up the time of `library.PHASES` while `profile` is set.
+    Weights that were changed in place are packed anew for the next call, unless the change went through `.data`, which
+    torch does not count. The KV pool is float32 whatever the kind.
+
+    `seconds` of a `profiled` one adds up the time of `library.PHASES`.
     """
 
     def __init__(self, model: PreTrainedModel, kind: str) -> None:
@@ -79,17 +88,24 @@ class CpuRuntime:
         self.model, self.kind = model, kind
         self.profile = False
         self.seconds = library.Seconds()
-        self._lock = threading.Lock()
-        self._packed: tuple[Any, _Packed] | None = None
+        self._dtype = model.dtype
+        self._packed: _Packed | None = None
         self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Weights that have changed are packed anew before the block."""
+        """ValueError where the model has become one that this runtime cannot run."""
+        why = refusal(self.model)
+        if why is None and self.model.dtype != self._dtype:
+            why = f"it was in {str(self._dtype).removeprefix('torch.')}"
+        if why:
+            raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")
         key = tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in self.model.parameters())
-        with self._lock:
-            if self._packed is None or self._packed[0] != key:
-                self._packed = key, _Packed(self.model, self.kind)
+        with _packs_lock:
+            kinds = _packs.setdefault(self.model, {})
+            if self.kind not in kinds or kinds[self.kind][0] != key:
+                kinds[self.kind] = key, _Packed(self.model, self.kind)
+            self._packed = kinds[self.kind][1]
         yield
 
     @torch.no_grad()
@@ -97,12 +113,16 @@ class CpuRuntime:
         """Of a forest's verified rows: logits float32 [M, vocab], good until the pool's next pass, and the hidden
         states [M, hidden * (1 + taps)] before the unembedding and, at unit scale, behind the tapped layers."""
         assert self._packed is not None, "enter `running` first"
-        packed = self._packed[1]
-        scratch = self._scratch.setdefault(pool, _Scratch(packed))
+        scratch = self._scratch.get(pool)
+        if scratch is None:
+            scratch = self._scratch[pool] = _Scratch(self._packed)
+        packed = scratch.packed  # of one generate call, whatever happens to the weights meanwhile
         rows, verified = len(forest), len(forest.verified_rows)
         lists, runs, longest = forest.paths()
         cos, sin = packed.rotary(forest.position_ids[0])
         x = packed.embedding(forest.input_ids[0])
+        assert forest.slots.dtype == forest.verified_rows.dtype == torch.int64 and x.is_contiguous()
+        assert cos.shape == sin.shape == (rows, packed.heads.head_dim)
         hidden = torch.empty(verified, packed.hidden)
         tapped = torch.empty(len(taps), verified, packed.hidden)
         buffers = scratch.buffers(rows, verified)
@@ -122,6 +142,15 @@ class CpuRuntime:
         parts = [hidden, *(F.rms_norm(states, states.shape[-1:]) for states in tapped)]
         return buffers[0][:verified], torch.cat(parts, dim=-1) if taps else hidden
 
+    def profiled(self) -> CpuRuntime:
+        """Another runtime of the same packed weights, whose clocks run."""
+        runtime = CpuRuntime(self.model, self.kind)
+        runtime.profile = True
+        return runtime
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return argmax(logits)
+
 
 class _Packed:
     """A model's weights as compiled code reads them."""
@@ -138,6 +167,7 @@ class _Packed:
             model.get_output_embeddings().weight, kind, getattr(model.get_output_embeddings(), "bias", None)
         )
         self._embedding = model.get_input_embeddings().weight.detach()
+        self._context = context_length(model)
         self._rotary = decoder.rotary_emb
         self._table: tuple[Tensor, Tensor] | None = None
         self.layers = [_layer(layer, kind) for layer in decoder.layers]
@@ -148,12 +178,14 @@ class _Packed:
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [N, head_dim], from a table that the model's own module fills as positions grow."""
         needed = int(positions.max()) + 1
-        if self._table is None or len(self._table[0]) < needed:
+        table = self._table
+        if table is None or len(table[0]) < needed:
             longest = 1 << max(needed - 1, 255).bit_length()
+            if self._context is not None:  # beyond, some modules turn to other frequencies, for all positions
+                longest = max(min(longest, self._context), needed)
             cos, sin = self._rotary(torch.empty(0), torch.arange(longest)[None])
-            self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
-        cos, sin = self._table
-        return cos[positions], sin[positions]
+            table = self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
+        return table[0][positions], table[1][positions]
 
 
 def _layer(layer: Any, kind: str) -> tuple[tuple[Tensor, Tensor], tuple[PackedMatrix, ...], int]:
@@ -161,7 +193,7 @@ def _layer(layer: Any, kind: str) -> tuple[tuple[Tensor, Tensor], tuple[PackedMa
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     norms = (_vector(layer.input_layernorm), _vector(layer.post_attention_layernorm))
     matrices = (
-        PackedMatrix(torch.cat([p.weight.detach() for p in projections]), kind, joined([p.bias for p in projections])),
+        PackedMatrix(torch.cat([p.weight.detach() for p in projections]), kind, joined(projections)),
         PackedMatrix(attention.o_proj.weight, kind),
         PackedMatrix(interleaved(mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()), kind),
         PackedMatrix(mlp.down_proj.weight, kind),
@@ -180,7 +212,7 @@ class _Scratch:
     """One pool's buffers; they grow and are used again."""
 
     def __init__(self, packed: _Packed) -> None:
-        self._packed = packed
+        self.packed = packed
         self._structs: tuple[Any, Any] = (None, None)  # capacity and taps, library.Layer of every layer
         heads = packed.heads
         width = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
@@ -204,10 +236,10 @@ class _Scratch:
     def layers(self, pool: KVPool, taps: tuple[int, ...]) -> Any:
         """library.Layer of every layer; made anew when the pool has grown."""
         if self._structs[0] != (pool.capacity, taps):
-            heads = self._packed.heads
+            heads = self.packed.heads
             shape = (pool.capacity, heads.kv_heads, heads.head_dim)
-            structs = (library.Layer * len(self._packed.layers))()
-            for index, (norms, matrices, window) in enumerate(self._packed.layers):
+            structs = (library.Layer * len(self.packed.layers))()
+            for index, (norms, matrices, window) in enumerate(self.packed.layers):
                 for store in (pool.keys, pool.values):
                     if index not in store:
                         store[index] = torch.zeros(shape)

@@ -2,6 +2,7 @@
 // thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
 #include "attention.h"
 #include "team.h"
+#include "top.h"
 
 using namespace mapar;
 
@@ -50,8 +51,9 @@ struct Step {
 
 enum Phase { NORM = 0, QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, UNEMBED, PHASES };
 
-// How many doubles `Step.seconds` has, and a version of these structs.
+// How many doubles `Step.seconds` has.
 EXPORTED int mapar_phases() { return PHASES; }
+// Bytes of a struct, so that its mirror can be compared.
 EXPORTED int mapar_sizes(int which) {
     const int sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Step)};
     return sizes[which];
@@ -103,110 +105,123 @@ inline int path_of(const Step& s, int row, int window, int32_t* path) {
     return seen;
 }
 
-inline void run_layer(const Model& m, const Layer& layer, const Step& s, Blocks& blocks, Barrier& barrier,
-                      Clock& clock) {
-    const Heads& h = m.heads;
-    const int dim = h.head_dim, q_width = h.heads * dim, kv_width = h.kv_heads * dim, width = q_width + 2 * kv_width;
+// One thread's part of a layer. Buffers: `wide` holds normed rows, then attention's output, then the MLP's inner values;
+// `qkv` the projections, then normed rows.
+struct LayerPass {
+    const Model& m;
+    const Layer& layer;
+    const Step& s;
+    Blocks& blocks;
+    Barrier& barrier;
+    Clock& clock;
     const Share rows = share(s.rows);
-    for (int r = rows.first; r < rows.last; r++) {
-        float* normed = s.wide + (size_t)r * m.hidden;
-        rms_norm(s.x + (size_t)r * m.hidden, layer.attention_norm, m.hidden, m.eps, normed);
-        prepare(layer.qkv, normed, m.hidden, r, s.act, s.act_scales);
+    const int dim = m.heads.head_dim, q_width = m.heads.heads * dim, kv_width = m.heads.kv_heads * dim,
+              width = q_width + 2 * kv_width;
+
+    void run() {
+        normalise(layer.attention_norm, layer.qkv, s.wide);
+        project();
+        attend();
+        quantise_for(layer.output, s.wide, q_width);
+        clock.end(ATTENTION);
+        add_to_x(layer.output, s.wide, q_width, OUTPUT);
+        normalise(layer.mlp_norm, layer.gate_up, s.qkv);
+        gate();
+        quantise_for(layer.down, s.wide, m.intermediate);
+        clock.end(GATE_UP);
+        add_to_x(layer.down, s.wide, m.intermediate, DOWN);
     }
-    barrier.wait();
-    clock.end(NORM);
+
+    void normalise(const float* weight, const Matrix& next, float* out) {
+        for (int r = rows.first; r < rows.last; r++) {
+            float* normed = out + (size_t)r * m.hidden;
+            rms_norm(s.x + (size_t)r * m.hidden, weight, m.hidden, m.eps, normed);
+            prepare(next, normed, m.hidden, r, s.act, s.act_scales);
+        }
+        barrier.wait();
+        clock.end(NORM);
+    }
 
     // A whole head at a time, so that it can be turned and put into the pool while it is in the cache.
-    const Rows normed = rows_for(layer.qkv, s.wide, m.hidden, s.act, s.act_scales);
-    const Share heads = share(h.heads + 2 * h.kv_heads);
-    for (int head = heads.first; head < heads.last; head++) {
-        for (int p = head * dim / PANEL; p < (head + 1) * dim / PANEL; p++)
-            tiles<1>(layer.qkv, p, normed, s.rows, [&](int first, int count, auto& tile) {
-                for (int r = 0; r < count; r++)
-                    std::memcpy(s.qkv + (size_t)(first + r) * width + p * PANEL, tile[0][r], sizeof tile[0][r]);
-            });
-        for (int r = 0; r < s.rows; r++) {
-            float* here = s.qkv + (size_t)r * width + head * dim;
-            if (head < h.heads + h.kv_heads) rotate(here, s.cos + (size_t)r * dim, s.sin + (size_t)r * dim, dim);
-            if (head >= h.heads) {
-                const int kv = (head - h.heads) % h.kv_heads;
-                float* pool = head < h.heads + h.kv_heads ? layer.keys : layer.values;
-                std::memcpy(pool + (size_t)s.slots[r] * kv_width + kv * dim, here, sizeof(float) * dim);
+    void project() {
+        const Heads& h = m.heads;
+        const Rows normed = rows_for(layer.qkv, s.wide, m.hidden, s.act, s.act_scales);
+        const Share heads = share(h.heads + 2 * h.kv_heads);
+        for (int head = heads.first; head < heads.last; head++) {
+            for (int p = head * dim / PANEL; p < (head + 1) * dim / PANEL; p++)
+                tiles<1>(layer.qkv, p, normed, s.rows, [&](int first, int count, auto& tile) {
+                    for (int r = 0; r < count; r++)
+                        std::memcpy(s.qkv + (size_t)(first + r) * width + p * PANEL, tile[0][r], sizeof tile[0][r]);
+                });
+            for (int r = 0; r < s.rows; r++) {
+                float* here = s.qkv + (size_t)r * width + head * dim;
+                if (head < h.heads + h.kv_heads) rotate(here, s.cos + (size_t)r * dim, s.sin + (size_t)r * dim, dim);
+                if (head >= h.heads) {
+                    const int kv = (head - h.heads) % h.kv_heads;
+                    float* pool = head < h.heads + h.kv_heads ? layer.keys : layer.values;
+                    std::memcpy(pool + (size_t)s.slots[r] * kv_width + kv * dim, here, sizeof(float) * dim);
+                }
             }
         }
+        barrier.wait();
+        clock.end(QKV);
     }
-    barrier.wait();
-    clock.end(QKV);
 
     // Tasks are (KV head, row), a head's rows together; a thread's part of them goes in blocks.
-    const Share tasks = share(s.rows * h.kv_heads);
-    for (int task = tasks.first; task < tasks.last;) {
-        const int kv = task / s.rows, first = task % s.rows;
-        const int count = std::min({BLOCK, s.rows - first, tasks.last - task});
-        const int offset = kv * (h.heads / h.kv_heads) * dim;
-        Block block{count, s.longest, blocks.paths.data(), blocks.lengths.data(), blocks.weights.data(), {}, {}};
-        for (int i = 0; i < count; i++) {
-            blocks.lengths[i] = path_of(s, first + i, layer.window, blocks.paths.data() + (size_t)i * s.longest);
-            block.query[i] = s.qkv + (size_t)(first + i) * width + offset;
-            block.out[i] = s.wide + (size_t)(first + i) * q_width + offset;
+    void attend() {
+        const Heads& h = m.heads;
+        const Share tasks = share(s.rows * h.kv_heads);
+        for (int task = tasks.first; task < tasks.last;) {
+            const int kv = task / s.rows, first = task % s.rows;
+            const int count = std::min({BLOCK, s.rows - first, tasks.last - task});
+            const int offset = kv * (h.heads / h.kv_heads) * dim;
+            Block block{count, s.longest, blocks.paths.data(), blocks.lengths.data(), blocks.weights.data(), {}, {}};
+            for (int i = 0; i < count; i++) {
+                blocks.lengths[i] = path_of(s, first + i, layer.window, blocks.paths.data() + (size_t)i * s.longest);
+                block.query[i] = s.qkv + (size_t)(first + i) * width + offset;
+                block.out[i] = s.wide + (size_t)(first + i) * q_width + offset;
+            }
+            attend_block(h, block, layer.keys + kv * dim, layer.values + kv * dim);
+            task += count;
         }
-        attend_block(h, block, layer.keys + kv * dim, layer.values + kv * dim);
-        task += count;
-    }
-    barrier.wait();
-    if (layer.output.kind == INT8) {
-        for (int r = rows.first; r < rows.last; r++)
-            prepare(layer.output, s.wide + (size_t)r * q_width, q_width, r, s.act, s.act_scales);
         barrier.wait();
     }
-    clock.end(ATTENTION);
 
-    const Rows mixed = rows_for(layer.output, s.wide, q_width, s.act, s.act_scales);
-    auto add_to_x = [&](const Matrix& matrix, const Rows& input) {
+    void gate() {
+        const Rows normed = rows_for(layer.gate_up, s.qkv, m.hidden, s.act, s.act_scales);
+        const Share pairs = share(layer.gate_up.outputs / PANEL / 2);
+        for (int p = pairs.first; p < pairs.last; p++)
+            tiles<2>(layer.gate_up, 2 * p, normed, s.rows, [&](int first, int count, auto& tile) {
+                for (int r = 0; r < count; r++)
+                    for (int i = 0; i < PANEL; i += LANES) {
+                        const vf gate = load(tile[0][r] + i), up = load(tile[1][r] + i);
+                        store(s.wide + (size_t)(first + r) * m.intermediate + p * PANEL + i,
+                              gate * up / (exp(-gate) + 1.f));
+                    }
+            });
+        barrier.wait();
+    }
+
+    void quantise_for(const Matrix& next, const float* x, int count) {
+        if (next.kind != INT8) return;
+        for (int r = rows.first; r < rows.last; r++) prepare(next, x + (size_t)r * count, count, r, s.act, s.act_scales);
+        barrier.wait();
+    }
+
+    void add_to_x(const Matrix& matrix, const float* input, int stride, Phase phase) {
+        const Rows prepared = rows_for(matrix, input, stride, s.act, s.act_scales);
         const Share panels = share(matrix.outputs / PANEL);
         for (int p = panels.first; p < panels.last; p++)
-            tiles<1>(matrix, p, input, s.rows, [&](int first, int count, auto& tile) {
+            tiles<1>(matrix, p, prepared, s.rows, [&](int first, int count, auto& tile) {
                 for (int r = 0; r < count; r++) {
                     float* x = s.x + (size_t)(first + r) * m.hidden + p * PANEL;
                     for (int i = 0; i < PANEL; i += LANES) store(x + i, load(x + i) + load(tile[0][r] + i));
                 }
             });
-    };
-    add_to_x(layer.output, mixed);
-    barrier.wait();
-    clock.end(OUTPUT);
-
-    for (int r = rows.first; r < rows.last; r++) {
-        float* out = s.qkv + (size_t)r * m.hidden;
-        rms_norm(s.x + (size_t)r * m.hidden, layer.mlp_norm, m.hidden, m.eps, out);
-        prepare(layer.gate_up, out, m.hidden, r, s.act, s.act_scales);
-    }
-    barrier.wait();
-    clock.end(NORM);
-
-    const Rows gated = rows_for(layer.gate_up, s.qkv, m.hidden, s.act, s.act_scales);
-    const Share pairs = share(layer.gate_up.outputs / PANEL / 2);
-    for (int p = pairs.first; p < pairs.last; p++)
-        tiles<2>(layer.gate_up, 2 * p, gated, s.rows, [&](int first, int count, auto& tile) {
-            for (int r = 0; r < count; r++)
-                for (int i = 0; i < PANEL; i += LANES) {
-                    const vf gate = load(tile[0][r] + i), up = load(tile[1][r] + i);
-                    store(s.wide + (size_t)(first + r) * m.intermediate + p * PANEL + i,
-                          gate * up / (exp(-gate) + 1.f));
-                }
-        });
-    barrier.wait();
-    if (layer.down.kind == INT8) {
-        for (int r = rows.first; r < rows.last; r++)
-            prepare(layer.down, s.wide + (size_t)r * m.intermediate, m.intermediate, r, s.act, s.act_scales);
         barrier.wait();
+        clock.end(phase);
     }
-    clock.end(GATE_UP);
-
-    add_to_x(layer.down, rows_for(layer.down, s.wide, m.intermediate, s.act, s.act_scales));
-    barrier.wait();
-    clock.end(DOWN);
-}
+};
 
 // y [rows][outputs] of rows that `prepare` has seen to; call in a parallel region.
 inline void multiply(const Matrix& m, const Rows& x, int rows, float* y, int stride, int outputs) {
@@ -217,40 +232,6 @@ inline void multiply(const Matrix& m, const Rows& x, int rows, float* y, int str
             for (int r = 0; r < count; r++)
                 std::memcpy(y + (size_t)(first + r) * stride + p * PANEL, tile[0][r], sizeof(float) * used);
         });
-}
-
-inline void insert(float value, int64_t index, int count, int64_t* indices, float* values) {
-    int place = count - 1;
-    for (; place > 0 && values[place - 1] < value; place--) {
-        values[place] = values[place - 1];
-        indices[place] = indices[place - 1];
-    }
-    values[place] = value;
-    indices[place] = index;
-}
-
-inline void top(const float* x, int width, int count, int64_t* indices, float* values) {
-    std::fill(values, values + count, -INFINITY);
-    std::fill(indices, indices + count, 0);
-    int i = 0;
-    for (; i + 4 * LANES <= width; i += 4 * LANES) {  // most stretches hold nothing new: one comparison tells
-        const vf most = larger(larger(load(x + i), load(x + i + LANES)),
-                               larger(load(x + i + 2 * LANES), load(x + i + 3 * LANES)));
-        if (!any_above(most, values[count - 1])) continue;
-        for (int k = i; k < i + 4 * LANES; k++)
-            if (x[k] > values[count - 1]) insert(x[k], k, count, indices, values);
-    }
-    for (; i < width; i++)
-        if (x[i] > values[count - 1]) insert(x[i], i, count, indices, values);
-}
-
-inline float sum_of_exponentials(const float* x, int width, float largest) {
-    vf sums = {};
-    int i = 0;
-    for (; i + LANES <= width; i += LANES) sums += exp(load(x + i) - largest);
-    float total = sum(sums);
-    for (; i < width; i++) total += std::exp(x[i] - largest);
-    return total;
 }
 
 }  // namespace
@@ -266,7 +247,7 @@ EXPORTED void mapar_step(const Model* model, const Step* step, int threads, int 
         Clock clock{s.seconds};
         Blocks blocks(s.rows, s.longest);
         for (int l = 0; l < m.layers; l++) {
-            run_layer(m, m.layer[l], s, blocks, barrier, clock);
+            LayerPass{m, m.layer[l], s, blocks, barrier, clock}.run();
             if (m.layer[l].tap >= 0) {
                 float* out = s.tapped + (size_t)m.layer[l].tap * s.verified * m.hidden;
                 const Share rows = share(s.verified);
@@ -305,17 +286,18 @@ EXPORTED void mapar_linear(const Matrix* matrix, const float* x, int rows, int w
 }
 
 // The `count` largest of each row, largest first and the first of equals first: indices and values [rows][count]; and
-// the logarithm of the sum of all exponentials, [rows].
+// the logarithm of the sum of all exponentials, [rows], unless that is null.
 EXPORTED void mapar_top(const float* x, int rows, int width, int count, int64_t* indices, float* values, float* sums,
                         int threads) {
-#pragma omp parallel num_threads(std::min(threads, rows))
+// Never fewer than before but one: OpenMP would end the surplus threads and make them anew at the next step.
+#pragma omp parallel num_threads(rows > 1 ? threads : 1)
     {
         const Share mine = share(rows);
         for (int r = mine.first; r < mine.last; r++) {
             const float* row = x + (size_t)r * width;
             float* best = values + (size_t)r * count;
             top(row, width, count, indices + (size_t)r * count, best);
-            sums[r] = best[0] + std::log(sum_of_exponentials(row, width, best[0]));
+            if (sums) sums[r] = best[0] + std::log(sum_of_exponentials(row, width, best[0]));
         }
     }
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import library
 
@@ -54,29 +54,32 @@ class PackedMatrix:
             whole = (whole.view(*scales.shape, GROUP_INPUTS) * scales[..., None]).view(whole.shape)
         return whole[: self.outputs, : self.inputs]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """float32 [..., inputs] -> [..., outputs]; a row's bits do not depend on the other rows."""
+    def __call__(self, x: Tensor, outputs: int | None = None) -> Tensor:
+        """float32 [..., inputs] -> [..., outputs], the first so many of them (None: all); a row's bits do not depend on
+        the other rows."""
+        outputs = self.outputs if outputs is None else outputs
+        struct = self.struct
+        if outputs < self.outputs:
+            struct = library.Matrix.from_buffer_copy(struct)
+            struct.outputs = _up(outputs, PANEL)
         rows = x.reshape(-1, self.inputs).float().contiguous()
-        out = torch.empty(len(rows), self.outputs)
-        act = torch.empty(len(rows), self.struct.inputs, dtype=torch.int16) if self.kind == "int8" else None
+        out = torch.empty(len(rows), outputs)
+        act = torch.empty(len(rows), struct.inputs, dtype=torch.int16) if self.kind == "int8" else None
         scales = torch.empty(len(rows)) if self.kind == "int8" else None
         library.library().mapar_linear(
-            self.struct,
-            *(rows.data_ptr(), len(rows), self.inputs, out.data_ptr(), self.outputs),
+            struct,
+            *(rows.data_ptr(), len(rows), self.inputs, out.data_ptr(), outputs),
             *(None if tensor is None else tensor.data_ptr() for tensor in (act, scales)),
             torch.get_num_threads(),
         )
-        return out.view(*x.shape[:-1], self.outputs)
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.panels, self.scales, self.bias) if t is not None)
+        return out.view(*x.shape[:-1], outputs)
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Of float32 logits [..., width]: the `count` likeliest, log-probabilities and indices [..., count], best first and
     of equals the first."""
     rows = logits.reshape(-1, logits.shape[-1]).contiguous()
+    assert rows.dtype == torch.float32 and 0 < count <= rows.shape[1]
     values, sums = torch.empty(len(rows), count), torch.empty(len(rows), 1)
     indices = torch.empty(len(rows), count, dtype=torch.long)
     library.library().mapar_top(
@@ -87,14 +90,28 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return (values - sums).view(shape), indices.view(shape)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """Of float32 logits [rows, width]: the index of the largest, and of equals the first, [rows]."""
+    rows = logits.contiguous()
+    values, indices = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.long)
+    library.library().mapar_top(
+        *(rows.data_ptr(), len(rows), rows.shape[1], 1),
+        *(indices.data_ptr(), values.data_ptr(), None, torch.get_num_threads()),
+    )
+    return indices
+
+
 def interleaved(first: Tensor, second: Tensor) -> Tensor:
     """Two weights of one shape, panel by panel by turns, so that one tile holds both of an output."""
-    panels = [weight.view(-1, PANEL, weight.shape[1]) for weight in (first, second)]
+    panels = [weight.reshape(-1, PANEL, weight.shape[1]) for weight in (first, second)]
     return torch.stack(panels, 1).reshape(-1, first.shape[1])
 
 
-def joined(biases: Sequence[Tensor | None]) -> Tensor | None:
-    return None if any(bias is None for bias in biases) else torch.cat([b for b in biases if b is not None])
+def joined(layers: Sequence[nn.Linear]) -> Tensor | None:
+    """Their biases, one after the other; None where none has any."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat([torch.zeros(x.out_features) if x.bias is None else x.bias.detach().float() for x in layers])
 
 
 def _up(count: int, multiple: int) -> int:

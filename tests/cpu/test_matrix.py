@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.cpu.weights import PackedMatrix, interleaved, top
+from medusa_apar.cpu.weights import PackedMatrix, argmax, interleaved, top
 
 KINDS = ("float32", "bfloat16", "int8")
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 150))
@@ -79,6 +79,7 @@ def test_top_is_topk_and_the_first_of_equals(rows, width, count, seed, coarse):
     log_probs, indices = top(logits, count)
     order = torch.sort(logits, dim=-1, descending=True, stable=True)
     assert torch.equal(indices, order.indices[:, :count])
+    assert torch.equal(argmax(logits), order.indices[:, 0])
     torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(1, indices), rtol=1e-5, atol=1e-5)
 
 

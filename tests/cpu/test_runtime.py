@@ -1,11 +1,12 @@
 """The compiled step: transformers' tokens, a row's own bits, and what is refused."""
 
+import functools
 import threading
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
@@ -13,20 +14,19 @@ import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.cpu import library
 from medusa_apar.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.cpu.weights import PackedMatrix
+from medusa_apar.decoder import check_agrees
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.heads import HydraHeads
 from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.slot_ledger import SlotLedger
 from medusa_apar.torch_runtime import TorchRuntime
-from tests.tiny import CHILD, CONTROL, EOS, FORK, VOCAB, assert_threads_are_plain, prompts, tiny_model
+from tests import tiny
+from tests.tiny import CHILD, CONTROL, EOS, FORK, VOCAB, WIDE, assert_threads_are_plain, prompts, tiny_model
 
 KINDS = ("float32", "bfloat16", "int8")
-SIZES = {
-    **{"vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 112, "num_hidden_layers": 3, "head_dim": 32},
-    **{"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256},
-    **{"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0},
-}
+SIZES = WIDE | {"num_hidden_layers": 3, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": EOS}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
     "llama, 5 queries a head": lambda: LlamaConfig(
@@ -35,18 +35,16 @@ CONFIGS = {
     "llama, no groups": lambda: LlamaConfig(**{**SIZES, "num_key_value_heads": 6, "head_dim": 64}),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=7),
     "qwen2": lambda: Qwen2Config(**SIZES),
+    "heads of 96": lambda: LlamaConfig(**{**SIZES, "head_dim": 96, "num_attention_heads": 2}),
+    "heads of 128": lambda: LlamaConfig(**{**SIZES, "head_dim": 128, "num_attention_heads": 2}),
     "qwen2, windows": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
 }
 
 
 def model_of(name="llama", seed=0, **bias):
-    from tests import tiny
-
-    tiny.CONFIGS["cpu"] = CONFIGS[name]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.CONFIGS, "cpu", CONFIGS[name])
         model = tiny_model("cpu", seed, scale=6.0, **bias)
-    finally:
-        del tiny.CONFIGS["cpu"]
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1 and float(parameter.abs().max()) == 0:  # biases that a fresh model has at zero
@@ -54,9 +52,17 @@ def model_of(name="llama", seed=0, **bias):
     return model
 
 
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_equals_transformers(name, rows):
+def test_equals_transformers(name, rows, threads):
     model = model_of(name, seed=rows)
     inputs = prompts(rows, 9, seed=rows, ragged=True)
     expected = model.generate(**inputs, do_sample=False, max_new_tokens=24)
@@ -87,11 +93,15 @@ def path_logits(runtime, ids):
     return torch.cat(logits)
 
 
-@settings(max_examples=25, deadline=None)
+@functools.cache
+def runtime_of(kind):
+    return CpuRuntime(model_of("mistral", seed=5), kind)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_rows_bits_depend_on_its_path_alone(data):
-    kind = data.draw(st.sampled_from(KINDS))
-    runtime = RUNTIMES[kind]
+def test_a_rows_bits_depend_on_its_path_alone(threads, data):
+    runtime = runtime_of(data.draw(st.sampled_from(KINDS)))
     ids = st.integers(5, VOCAB - 1)
     requests, expected = [], []
     ledger = SlotLedger(KVPool())
@@ -117,7 +127,27 @@ def test_a_rows_bits_depend_on_its_path_alone(data):
     assert torch.equal(logits, torch.stack(expected))
 
 
-RUNTIMES = {kind: CpuRuntime(model_of("mistral", seed=5), kind) for kind in KINDS}
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_paths_have_the_same_bits_in_one_pass_and_token_by_token(kind, threads):
+    """Beyond a tile of places, a block of rows, and the slots that a pool begins with; scratch is not relied upon."""
+    runtime = CpuRuntime(model_of("llama", seed=6), kind)
+    ids = [5 + (7 * n * n + n) % (VOCAB - 5) for n in range(300)]
+    ledger, trunk = SlotLedger(KVPool()), ParagraphTree(ids).trunk
+    with runtime.running():
+        forest = Forest([[Stem(trunk, len(ids))]], ledger, torch.device("cpu"))
+        forest.verified_rows = torch.arange(len(ids))
+        whole = runtime.forward(forest, ledger.pool)[0].clone()
+        for buffer in runtime._scratch[ledger.pool].buffers(1, 1):
+            buffer.fill_(float("nan"))
+        again, pool = SlotLedger(KVPool()), None
+        for stop in (1, 70, 71, 200, 300):
+            forest = Forest([[Stem(trunk, stop)]], again, torch.device("cpu"))
+            logits, _ = runtime.forward(forest, again.pool)
+            assert torch.equal(logits[0], whole[stop - 1])
+            pool = again.pool
+            for buffer in runtime._scratch[pool].buffers(1, 1):
+                buffer.fill_(float("nan"))
+    assert torch.isfinite(whole).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,9 +162,9 @@ def test_threads_and_heads_have_the_bits_of_one_token_after_another(kind):
     )
     assert apar.runtime.kind == kind
     out = apar.generate(**prompts(2, 9), do_sample=False, max_new_tokens=40, return_dict_in_generate=True)
-    threads = [thread for tree in out.paragraph_tree for thread in tree.threads if thread.token_ids]
-    assert len(threads) > 3
-    for thread in threads:
+    written = [thread for tree in out.paragraph_tree for thread in tree.threads if thread.token_ids]
+    assert len(written) > 3
+    for thread in written:
         ids = thread.path_ids + thread.token_ids
         logits = path_logits(apar.runtime, ids[:-1])[len(thread.path_ids) - 1 :]
         logits[:, CHILD] = -torch.inf
@@ -149,8 +179,6 @@ def test_int8_is_transformers_on_the_rounded_weights():
     inputs = prompts(2, 9, seed=1)
     apar = medusa_apar.attach(model, quantize="int8")
     ours = apar.generate(**inputs, do_sample=False, max_new_tokens=24)
-    from medusa_apar.cpu.weights import PackedMatrix
-
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
@@ -194,12 +222,37 @@ def test_calls_may_overlap():
     def answer(n):
         found[n] = apar.generate(**asked[n], do_sample=False, max_new_tokens=30)
 
-    threads = [threading.Thread(target=answer, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    callers = [threading.Thread(target=answer, args=(n,)) for n in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
     assert all(torch.equal(ours, alone) for ours, alone in zip(found, expected, strict=True))
+
+
+def test_scores_logits_and_samples_are_those_of_the_torch_runtime():
+    model = model_of(seed=4)
+    heads = HydraHeads.random(model, 3)
+    options = {"max_new_tokens": 16, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    for more in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 9, "seed": 5}):
+        ours, theirs = (
+            medusa_apar.attach(model, heads, runtime=runtime).generate(**prompts(2, 9), **options, **more)
+            for runtime in ("cpu", "torch")
+        )
+        assert torch.equal(ours.sequences, theirs.sequences)
+        for name in ("scores", "logits"):
+            for one, other in zip(ours[name], theirs[name], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_has_changed_under_it_is_refused():
+    model = model_of(seed=1)
+    apar = medusa_apar.attach(model, runtime="cpu")
+    model.train()
+    with pytest.raises(ValueError, match="cannot run this model any more: the model is in training mode"):
+        apar.generate(**prompts(1, 5), max_new_tokens=4)
+    model.eval()
+    assert apar.generate(**prompts(1, 5), max_new_tokens=4).shape == (1, 9)
 
 
 def test_what_it_cannot_run_is_refused_or_left_to_torch(monkeypatch):
@@ -241,3 +294,69 @@ def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
         assert not list((tmp_path / "cache" / "cpu").glob("*/step.so"))
     finally:
         library.library.cache_clear()
+
+
+@pytest.mark.parametrize("machine", ["-march=x86-64", "-march=native"])
+def test_without_wide_instructions_int8_has_the_same_sums(machine, tmp_path, monkeypatch):
+    """The plain C++ behind the intrinsics; what it adds in float32 may round otherwise, without fused products."""
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path))
+    plain = library._open(library._compiled(library.compilers()[0], machine))
+    x, weight = torch.randn(7, 200), torch.randn(35, 200)
+    expected = PackedMatrix(weight, "int8")(x)
+    monkeypatch.setattr(library, "library", lambda: plain)
+    torch.testing.assert_close(PackedMatrix(weight, "int8")(x), expected, rtol=1e-5, atol=1e-5)
+    runtime = CpuRuntime(model_of(seed=7), "int8")
+    check_agrees(runtime.model, runtime, 0.1)
+
+
+def test_a_cache_that_was_cleaned_or_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "cache"))
+    made = library._compiled(library.compilers()[0])
+    made.unlink()
+    assert library._compiled(library.compilers()[0]) == made and made.is_file()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "file" / "cache"))
+    library.library.cache_clear()
+    try:
+        assert isinstance(medusa_apar.attach(model_of()).runtime, TorchRuntime)
+    finally:
+        library.library.cache_clear()
+
+
+def test_the_compiler_may_have_arguments(monkeypatch):
+    monkeypatch.setenv("CXX", "env g++")
+    assert library.compilers()[0][1:] == ["g++"]
+
+
+def test_broken_activations_stay_broken():
+    packed = PackedMatrix(torch.randn(20, 64), "int8")
+    x = torch.randn(4, 64)
+    x[1, 3], x[2, 40] = float("nan"), float("inf")
+    out = packed(x)
+    assert out[1].isnan().all() and out[2].isnan().all() and torch.isfinite(out[[0, 3]]).all()
+
+
+def test_an_impostor_is_left_to_torch():
+    """Built like Llama by name, with another inside."""
+    model = model_of(seed=2)
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 3
+    scalings = {layer.self_attn.scaling for layer in model.model.layers}
+    model.model.layers[1].self_attn.scaling = 0.01  # the runtime reads the first layer's
+    assert isinstance(medusa_apar.attach(model).runtime, TorchRuntime) and len(scalings) == 1
+    with pytest.raises(ValueError, match="off its own"):
+        medusa_apar.attach(model, runtime="cpu")
+
+
+def test_rotary_tables_stop_where_frequencies_would_change():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 300}
+    model = model_of(seed=1)
+    config = model.config.to_dict() | {"rope_parameters": rope, "max_position_embeddings": 300}
+    dynamic = type(model)(LlamaConfig(**config)).eval()
+    dynamic.load_state_dict(model.state_dict())
+    apar = medusa_apar.attach(dynamic, runtime="cpu")
+    inputs = prompts(1, 270)
+    before = dynamic.model.rotary_emb.inv_freq.clone()
+    ours = apar.generate(**inputs, do_sample=False, max_new_tokens=20)
+    assert torch.equal(dynamic.model.rotary_emb.inv_freq, before)
+    assert torch.equal(ours, dynamic.generate(**inputs, do_sample=False, max_new_tokens=20))

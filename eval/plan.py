@@ -1,0 +1,64 @@
+"""What a run of the benchmark is, so that nothing is compared that was not run alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from medusa_apar.cpu.runtime import CpuRuntime
+from medusa_apar.eval.prompts import Prompt, digest
+from medusa_apar.eval.runs import Runs
+from medusa_apar.generate import MedusaApar
+from medusa_apar.heads.answers import fingerprint
+from medusa_apar.job import machine, write_text
+
+RESULTS, SETTINGS = "results.jsonl", "settings.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is; a folder holds results of one plan only."""
+
+    model: str
+    weights: str  # fingerprint
+    heads: str  # fingerprint and nodes of the draft tree; "" without heads
+    dtype: str
+    runtime: str  # of our own systems, and its weights
+    device: str
+    threads: int
+    prompts: str  # digest of ids and texts
+    max_new_tokens: int
+
+
+def open_results(folder: Path, plan: Plan) -> Runs:
+    """results.jsonl by (system, prompt, repeat); ValueError where the folder holds results of another plan."""
+    settings = folder / SETTINGS
+    if settings.exists():
+        before = json.loads(settings.read_text(encoding="utf-8"))
+        for name, value in asdict(plan).items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{folder} holds results with another {name} ({before.get(name)}, now {value}), which must "
+                    "not be compared: give another --out"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(settings, json.dumps(asdict(plan), indent=2) + "\n")
+    return Runs(folder / RESULTS, ("system", "prompt", "repeat"))
+
+
+def plan_of(apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens: int) -> Plan:
+    device = apar.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
+    dtype = str(apar.model.dtype).removeprefix("torch.")
+    heads = ""
+    if apar.heads is not None:
+        tree = hashlib.sha256(repr(apar.draft_tree.choices).encode()).hexdigest()[:8]
+        heads = f"{apar.heads.kind} {fingerprint(apar.heads)[:12]}, {len(apar.draft_tree)} nodes {tree}"
+    weights = fingerprint(apar.model)[:12]
+    runtime = f"{'cpu' if isinstance(apar.runtime, CpuRuntime) else 'torch'}, {apar.runtime.kind}"
+    threads = torch.get_num_threads()
+    return Plan(model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens)

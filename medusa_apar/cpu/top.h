@@ -1,0 +1,50 @@
+// The largest of many logits, and the logarithm that turns them into probabilities.
+#pragma once
+
+#include "matrix.h"
+
+namespace mapar {
+
+inline bool any_above(vf v, float limit) {
+    const vi above = v > splat(limit);
+    int32_t part[LANES], all = 0;
+    std::memcpy(part, &above, sizeof above);
+    for (int i = 0; i < LANES; i++) all |= part[i];
+    return all != 0;
+}
+
+inline void insert(float value, int64_t index, int count, int64_t* indices, float* values) {
+    int place = count - 1;
+    for (; place > 0 && values[place - 1] < value; place--) {
+        values[place] = values[place - 1];
+        indices[place] = indices[place - 1];
+    }
+    values[place] = value;
+    indices[place] = index;
+}
+
+inline void top(const float* x, int width, int count, int64_t* indices, float* values) {
+    std::fill(values, values + count, -INFINITY);
+    std::fill(indices, indices + count, 0);
+    int i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES) {  // most stretches hold nothing new: one comparison tells
+        const vf most = larger(larger(load(x + i), load(x + i + LANES)),
+                               larger(load(x + i + 2 * LANES), load(x + i + 3 * LANES)));
+        if (!any_above(most, values[count - 1])) continue;
+        for (int k = i; k < i + 4 * LANES; k++)
+            if (x[k] > values[count - 1]) insert(x[k], k, count, indices, values);
+    }
+    for (; i < width; i++)
+        if (x[i] > values[count - 1]) insert(x[i], i, count, indices, values);
+}
+
+inline float sum_of_exponentials(const float* x, int width, float largest) {
+    vf sums = {};
+    int i = 0;
+    for (; i + LANES <= width; i += LANES) sums += exp(load(x + i) - largest);
+    float total = sum(sums);
+    for (; i < width; i++) total += std::exp(x[i] - largest);
+    return total;
+}
+
+}  // namespace mapar
