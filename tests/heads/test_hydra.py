@@ -156,14 +156,15 @@ def test_heads_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("family", CONFIGS)
 def test_taps_are_the_outputs_of_their_layers(family):
     model = tiny_model(family)
+    hidden = model.config.hidden_size
     ids = torch.tensor([[5, 9, 30, 12]])
     rows = torch.tensor([1, 3])
     with torch.no_grad(), Captured(model, (0,)) as captured:
         out = model(ids, output_hidden_states=True)
     states = captured.hidden_states(rows)
-    assert states.shape == (2, 2 * HIDDEN)
+    assert states.shape == (2, 2 * hidden)
     expected = out.hidden_states[1][0, rows]
     expected = expected / (expected.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-    torch.testing.assert_close(states[:, HIDDEN:], expected)
+    torch.testing.assert_close(states[:, hidden:], expected)
     final = out.hidden_states[-1][0, rows]
-    torch.testing.assert_close(states[:, :HIDDEN], final)
+    torch.testing.assert_close(states[:, :hidden], final)
