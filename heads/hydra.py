@@ -170,7 +170,7 @@ class HydraHeads(DraftHeads):
                 sums = sums + self._token_sums(depth, self.embed(drafted), heads)
             x = sums[:, :, 0]
             for block in self.blocks:
-                x = block.of(depth, x)  # type: ignore[operator]
+                x = cast(ResidualBlock, block).of(depth, x)
             ids, chances = self.top(self.unembed(x), level.top_k)
             drafted = ids[:, level.parents, level.ranks]
             token_ids[:, level.nodes], log_probs[:, level.nodes] = drafted, chances[:, level.parents, level.ranks]
