@@ -150,7 +150,8 @@ class HydraHeads(DraftHeads):
         unembedding = self.plain_unembedding()
         if unembedding is None:
             return None
-        weights = [*self.parameters(), unembedding[0], self.base.get_input_embeddings().weight]
+        embedding = cast(Tensor, self.base.get_input_embeddings().weight)
+        weights = [*self.parameters(), unembedding[0], embedding]
         key = (self.packing, *((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))
         if self._in_code is None or self._in_code[0] != key:
             self._in_code = key, CompiledHydra(self, unembedding, cast(str, self.packing))
