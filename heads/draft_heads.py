@@ -43,6 +43,10 @@ class ResidualBlock(nn.Module):
             y = torch.baddbmm(self.bias[:, None], x, self.weight.mT)
         return x + F.silu(y)
 
+    def of(self, head: int, x: Tensor) -> Tensor:
+        """One head's block alone: [..., H] -> [..., H]."""
+        return x + F.silu(F.linear(x, self.weight[head], self.bias[head]))
+
 
 class DraftHeads(nn.Module):
     """Heads that read a base model's hidden states and propose tokens through its unembedding.
@@ -80,7 +84,7 @@ class DraftHeads(nn.Module):
         self._base: tuple[PreTrainedModel, ...] = ()
         self._draft_rows: tuple[tuple, Tensor, Tensor | None] | None = None  # key, weight, bias
         self._packed: tuple[Tensor, Tensor] | None = None  # those rows, and oneDNN's layout of them
-        self._matrices: dict[str, tuple[tuple, PackedMatrix, Tensor]] = {}
+        self._in_panels: tuple[Tensor, str, PackedMatrix] | None = None  # those rows, as the CPU runtime has them
 
     @property
     def input_size(self) -> int:
@@ -166,12 +170,22 @@ class DraftHeads(nn.Module):
         else:
             weight, bias = self.draft_rows()
             if self._draws_packed(weight):
-                logits = self.product("unembedding", x, weight, bias)
+                logits = self._packed_unembedding(weight, bias)(x)
             elif torch.is_grad_enabled() or not can_pack(weight):
                 logits = F.linear(x.to(weight.dtype), weight, bias)
             else:
                 logits = packed_linear(x.to(weight.dtype), self._packed_rows(weight), weight, bias)
         return base_logit_scale(logits, model)
+
+    def plain_unembedding(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias over the draft vocabulary; None where logits are more than their product."""
+        config = self.base.config.get_text_config()
+        if any(getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")):
+            return None
+        if self.token_map is not None:
+            return self.draft_rows()
+        lm_head = self.base.get_output_embeddings()
+        return (lm_head.weight, lm_head.bias) if type(lm_head) is nn.Linear else None
 
     def draft_rows(self) -> tuple[Tensor, Tensor | None]:
         """The base's unembedding weight and bias at `token_map`, copied once and again whenever the base's change."""
@@ -191,19 +205,10 @@ class DraftHeads(nn.Module):
                 self._draft_rows = key, weight[rows], None if not isinstance(bias, Tensor) else bias[rows]
         return self._draft_rows[1:]
 
-    def product(
-        self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, outputs: int | None = None
-    ) -> Tensor:
-        """`F.linear(x, weight, bias)`, or the first `outputs` of it; while drafting for a CPU runtime, from its layout
-        of the weight, made once."""
-        if not self._draws_packed(weight):
-            return F.linear(x, weight[:outputs], bias if bias is None else bias[:outputs])
-        version = None if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), weight.shape, weight.dtype, version, self.packing)
-        if name not in self._matrices or self._matrices[name][0] != key:
-            # With the weight itself, so that no other one gets its address.
-            self._matrices[name] = key, PackedMatrix(weight, cast(str, self.packing), bias), weight
-        return self._matrices[name][1](x, outputs)
+    def _packed_unembedding(self, weight: Tensor, bias: Tensor | None) -> PackedMatrix:
+        if self._in_panels is None or self._in_panels[0] is not weight or self._in_panels[1] != self.packing:
+            self._in_panels = weight, cast(str, self.packing), PackedMatrix(weight, cast(str, self.packing), bias)
+        return self._in_panels[2]
 
     def _draws_packed(self, weight: Tensor) -> bool:
         return self.packing is not None and not torch.is_grad_enabled() and weight.device.type == "cpu"

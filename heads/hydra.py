@@ -12,7 +12,6 @@ token once for all heads below it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from medusa_apar.cpu.drafting import CompiledHydra, compilable
 from medusa_apar.draft_tree import DraftTree
 
 from . import checkpoints
@@ -58,6 +58,7 @@ class HydraHeads(DraftHeads):
         )
         self.bias = nn.Parameter(torch.zeros(num_heads, hidden_size))
         self.blocks = nn.ModuleList(ResidualBlock(num_heads, hidden_size) for _ in range(num_layers))
+        self._in_code: tuple[tuple, CompiledHydra] | None = None
 
     # ---- making, loading, saving
 
@@ -120,15 +121,13 @@ class HydraHeads(DraftHeads):
 
     def _state_sums(self, hidden_states: Tensor, heads: int) -> Tensor:
         """[T, input_size] -> [T, heads, H], the first so many heads' share of the states."""
-        weight, bias = self.from_states.flatten(0, 1), self.bias.flatten()
-        sums = self.product("states", hidden_states.to(self.dtype), weight, bias, heads * self.hidden_size)
-        return sums.view(-1, heads, self.hidden_size)
+        weight, bias = self.from_states[:heads].flatten(0, 1), self.bias[:heads].flatten()
+        return F.linear(hidden_states.to(self.dtype), weight, bias).view(-1, heads, self.hidden_size)
 
     def _token_sums(self, token: int, embedded: Tensor, heads: int) -> Tensor:
         """[..., H] of tokens t+1+`token` -> [..., heads - token, H], their share in heads `token` and on."""
-        weight, outputs = self.from_token[token].flatten(0, 1), (heads - token) * self.hidden_size
-        sums = self.product(f"token {token}", embedded, weight, outputs=outputs)
-        return sums.unflatten(-1, (heads - token, self.hidden_size))
+        weight = self.from_token[token][: heads - token]
+        return F.linear(embedded, weight.flatten(0, 1)).unflatten(-1, (heads - token, self.hidden_size))
 
     def states(self, hidden_states: Tensor, drafted: Tensor | None = None) -> Tensor:
         sums = list(self._state_sums(hidden_states, self.num_heads).unbind(1))
@@ -144,8 +143,24 @@ class HydraHeads(DraftHeads):
             x = block(x)
         return x
 
+    def _compiled(self) -> CompiledHydra | None:
+        """These heads in compiled code, made anew when a weight has changed; None where they do not draft for it."""
+        if not self._draws_packed(self.bias) or not compilable(self):
+            return None
+        unembedding = self.plain_unembedding()
+        if unembedding is None:
+            return None
+        embedding = cast(Tensor, self.base.get_input_embeddings().weight)
+        weights = [*self.parameters(), unembedding[0], embedding]
+        key = (self.packing, *((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))
+        if self._in_code is None or self._in_code[0] != key:
+            self._in_code = key, CompiledHydra(self, unembedding, cast(str, self.packing))
+        return self._in_code[1]
+
     @torch.inference_mode()
     def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
+        if (compiled := self._compiled()) is not None:
+            return compiled.propose(hidden_states, root_ids, tree)
         threads, heads = len(hidden_states), tree.num_heads
         token_ids = root_ids.new_zeros(threads, len(tree))
         log_probs = torch.zeros(threads, len(tree), device=root_ids.device)
@@ -155,8 +170,8 @@ class HydraHeads(DraftHeads):
             if self.sequential:
                 sums = sums + self._token_sums(depth, self.embed(drafted), heads)
             x = sums[:, :, 0]
-            for number, block in enumerate(cast(Iterable[ResidualBlock], self.blocks)):
-                x = x + F.silu(self.product(f"block {number} {depth}", x, block.weight[depth], block.bias[depth]))
+            for block in self.blocks:
+                x = cast(ResidualBlock, block).of(depth, x)
             ids, chances = self.top(self.unembed(x), level.top_k)
             drafted = ids[:, level.parents, level.ranks]
             token_ids[:, level.nodes], log_probs[:, level.nodes] = drafted, chances[:, level.parents, level.ranks]

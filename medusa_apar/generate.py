@@ -46,7 +46,7 @@ _BUDGET = {"cpu": 16, "cuda": 64}
 # What a step costs, as `medusa-apar bench --profile` finds it, in ms: two Zen 3 cores with int8 weights in mid-answer
 # (in float32 much the same curve, 2.3 times as high). A GPU bound by memory hardly notices a row.
 _COSTS = {
-    "cpu": StepCost(((1, 13), (2, 14.5), (4, 17.5), (6, 20.5), (16, 42), (64, 150)), level=1.1),
+    "cpu": StepCost(((1, 13), (2, 14.5), (4, 17.5), (6, 20.5), (16, 42), (64, 150)), level=0.5),
     "cuda": StepCost(((1, 100), (101, 200)), level=2.0),
 }
 

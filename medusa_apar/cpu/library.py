@@ -21,7 +21,7 @@ from pathlib import Path
 from medusa_apar import hub
 
 FOLDER = Path(__file__).parent
-SOURCES = ("step.cpp", "team.h", "attention.h", "top.h", "matrix.h")
+SOURCES = ("step.cpp", "hydra.h", "attention.h", "product.h", "team.h", "top.h", "matrix.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 PHASES = ("norm", "qkv", "attention", "output", "gate_up", "down", "unembedding")
 
@@ -61,6 +61,21 @@ class Step(ctypes.Structure):
     )
 
 
+class Hydra(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("heads", "blocks", "hidden", "inputs", "vocabulary", "table_kind")),
+        *(("eps", c_float), ("table", c_void_p), ("token_map", c_void_p), ("states", Matrix), ("unembedding", Matrix)),
+        *(("token", POINTER(Matrix)), ("block", POINTER(Matrix))),
+    )
+
+
+class Tree(ctypes.Structure):
+    _fields_ = (
+        *(("levels", c_int32), ("nodes", c_int32)),
+        *((name, c_void_p) for name in ("sizes", "inner_sizes", "top", "node", "parent", "rank", "inner")),
+    )
+
+
 def compilers() -> list[list[str]]:
     """C++ compilers that are there, as commands: `$CXX` alone if it is set, else g++, then clang++."""
     names = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["g++"], ["clang++"]]
@@ -81,7 +96,7 @@ def library() -> ctypes.CDLL:
 
 def _open(path: Path) -> ctypes.CDLL:
     opened = ctypes.CDLL(str(path))
-    for index, struct in enumerate((Matrix, Layer, Model, Step)):
+    for index, struct in enumerate((Matrix, Layer, Model, Step, Hydra, Tree)):
         assert opened.mapar_sizes(index) == ctypes.sizeof(struct), f"{struct.__name__} differs from step.cpp's"
     assert opened.mapar_phases() == len(PHASES)
     opened.mapar_step.argtypes = (POINTER(Model), POINTER(Step), c_int, c_int)
@@ -91,6 +106,11 @@ def _open(path: Path) -> ctypes.CDLL:
         *(c_void_p, c_void_p, c_int),
     )
     opened.mapar_linear.restype = None
+    opened.mapar_hydra.argtypes = (
+        *(POINTER(Hydra), POINTER(Tree), c_void_p, c_void_p, c_int),
+        *(c_void_p, c_void_p, c_int),
+    )
+    opened.mapar_hydra.restype = None
     opened.mapar_top.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)
     opened.mapar_top.restype = None
     return opened

@@ -1,6 +1,8 @@
 // One forward pass of a Llama-like decoder over a forest, in one parallel region: what eager transformers does in some
 // thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
 #include "attention.h"
+#include "hydra.h"
+#include "product.h"
 #include "team.h"
 #include "top.h"
 
@@ -55,30 +57,12 @@ enum Phase { NORM = 0, QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, UNEMBED, PHASES };
 EXPORTED int mapar_phases() { return PHASES; }
 // Bytes of a struct, so that its mirror can be compared.
 EXPORTED int mapar_sizes(int which) {
-    const int sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Step)};
+    const int sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Step), sizeof(Hydra), sizeof(Tree)};
     return sizes[which];
 }
 }
 
 namespace {
-
-// The matrix's view of rows that lie in `floats`; int8 ones are quantised into `act` first, by `prepare`.
-inline Rows rows_for(const Matrix& m, const float* floats, int stride, const float* act, const float* scales) {
-    if (m.kind == INT8) return {nullptr, (const int16_t*)act, scales, m.inputs};
-    return {floats, nullptr, nullptr, stride};
-}
-
-inline void prepare(const Matrix& m, const float* x, int width, int row, float* act, float* scales) {
-    if (m.kind == INT8)
-        scales[row] = quantise(x, width, m.inputs, (int16_t*)act + (size_t)row * m.inputs);
-}
-
-inline void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
-    vf squares = {};
-    for (int i = 0; i < width; i += LANES) squares += load(x + i) * load(x + i);
-    const vf scale = splat(1.f / std::sqrt(sum(squares) / width + eps));
-    for (int i = 0; i < width; i += LANES) store(out + i, load(weight + i) * (load(x + i) * scale));
-}
 
 inline void rotate(float* head, const float* cos, const float* sin, int dim) {
     const int half = dim / 2;
@@ -223,17 +207,6 @@ struct LayerPass {
     }
 };
 
-// y [rows][outputs] of rows that `prepare` has seen to; call in a parallel region.
-inline void multiply(const Matrix& m, const Rows& x, int rows, float* y, int stride, int outputs) {
-    const Share panels = share(m.outputs / PANEL);
-    for (int p = panels.first; p < panels.last; p++)
-        tiles<1>(m, p, x, rows, [&](int first, int count, auto& tile) {
-            const int used = std::min(PANEL, outputs - p * PANEL);
-            for (int r = 0; r < count; r++)
-                std::memcpy(y + (size_t)(first + r) * stride + p * PANEL, tile[0][r], sizeof(float) * used);
-        });
-}
-
 }  // namespace
 
 extern "C" {
@@ -300,5 +273,11 @@ EXPORTED void mapar_top(const float* x, int rows, int width, int count, int64_t*
             if (sums) sums[r] = best[0] + std::log(sum_of_exponentials(row, width, best[0]));
         }
     }
+}
+
+// Tokens and their log-probabilities for the nodes of `tree` below each of `roots`: ids and log_probs [roots][nodes].
+EXPORTED void mapar_hydra(const Hydra* heads, const Tree* tree, const float* states, const int64_t* roots, int count,
+                          int64_t* ids, float* log_probs, int threads) {
+    propose(*heads, *tree, states, roots, count, ids, log_probs, threads);
 }
 }

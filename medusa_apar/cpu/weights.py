@@ -54,25 +54,19 @@ class PackedMatrix:
             whole = (whole.view(*scales.shape, GROUP_INPUTS) * scales[..., None]).view(whole.shape)
         return whole[: self.outputs, : self.inputs]
 
-    def __call__(self, x: Tensor, outputs: int | None = None) -> Tensor:
-        """float32 [..., inputs] -> [..., outputs], the first so many of them (None: all); a row's bits do not depend on
-        the other rows."""
-        outputs = self.outputs if outputs is None else outputs
-        struct = self.struct
-        if outputs < self.outputs:
-            struct = library.Matrix.from_buffer_copy(struct)
-            struct.outputs = _up(outputs, PANEL)
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [..., inputs] -> [..., outputs]; a row's bits do not depend on the other rows."""
         rows = x.reshape(-1, self.inputs).float().contiguous()
-        out = torch.empty(len(rows), outputs)
-        act = torch.empty(len(rows), struct.inputs, dtype=torch.int16) if self.kind == "int8" else None
+        out = torch.empty(len(rows), self.outputs)
+        act = torch.empty(len(rows), self.struct.inputs, dtype=torch.int16) if self.kind == "int8" else None
         scales = torch.empty(len(rows)) if self.kind == "int8" else None
         library.library().mapar_linear(
-            struct,
-            *(rows.data_ptr(), len(rows), self.inputs, out.data_ptr(), outputs),
+            self.struct,
+            *(rows.data_ptr(), len(rows), self.inputs, out.data_ptr(), self.outputs),
             *(None if tensor is None else tensor.data_ptr() for tensor in (act, scales)),
             torch.get_num_threads(),
         )
-        return out.view(*x.shape[:-1], outputs)
+        return out.view(*x.shape[:-1], self.outputs)
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

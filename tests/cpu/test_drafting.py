@@ -1,0 +1,83 @@
+"""Drafts of compiled Hydra heads are those of the heads in torch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import medusa_apar
+from medusa_apar import DraftTree
+from medusa_apar.heads import HydraHeads
+from tests.tiny import VOCAB, tiny_model
+
+SHAPES = {
+    "hydra": {},
+    "two blocks": {"num_layers": 2},
+    "tapped": {"taps": (0, 1)},
+    "independent": {"sequential": False, "taps": (1,)},
+}
+CHOICES = [(0,), (0, 0), (1,), (0, 1), (0, 0, 0), (2,), (1, 0), (0, 0, 1), (0, 0, 0, 0), (1, 0, 2), (1, 0, 2, 0)]
+
+
+def heads_of(shape, dtype=torch.float32, mapped=False):
+    model = tiny_model("wide_llama", seed=2).to(dtype)
+    heads = HydraHeads.random(model, 4, seed=3, **SHAPES[shape])
+    if mapped:
+        state = heads.state_dict()
+        state["token_map"] = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:40]
+        if heads.taps:
+            state["taps"] = torch.tensor(heads.taps)
+        heads = HydraHeads.from_state(state, {}, model)
+    return heads
+
+
+def both(heads, roots, tree, packing="float32", seed=0):
+    hidden = torch.randn(len(roots), heads.input_size, generator=torch.Generator().manual_seed(seed)).to(heads.dtype)
+    found = []
+    for heads.packing in (None, packing):
+        with torch.inference_mode():
+            found.append(heads.propose(hidden, torch.tensor(roots), tree))
+    assert heads._in_code is not None
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(list(SHAPES)),
+    st.booleans(),
+    st.integers(1, len(CHOICES)),
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5),
+    st.sampled_from([1, 2, 3]),
+    st.integers(0, 99),
+)
+def test_compiled_drafts_are_those_of_torch(shape, mapped, nodes, roots, threads, seed):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tree = DraftTree(CHOICES[:nodes])
+        (ids, log_probs), (compiled_ids, compiled) = both(heads_of(shape, mapped=mapped), roots, tree, seed=seed)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(compiled_ids, ids)
+    torch.testing.assert_close(compiled, log_probs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_in_low_precision_they_are_close(kind):
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    (_, log_probs), (_, compiled) = both(heads_of("hydra", dtype), [5, 9, 30], DraftTree(CHOICES[:3]), kind)
+    torch.testing.assert_close(compiled, log_probs.float(), rtol=0.1, atol=0.1)
+
+
+def test_heads_that_change_are_packed_anew_and_attach_says_how():
+    heads = heads_of("hydra")
+    medusa_apar.attach(heads.base, heads, quantize="int8")
+    assert heads.packing == "int8"
+    medusa_apar.attach(heads.base, heads, runtime="torch")
+    assert heads.packing is None
+    tree = DraftTree(CHOICES[:4])
+    both(heads, [5], tree)
+    with torch.no_grad():
+        heads.from_states.neg_()
+    (ids, _), (compiled_ids, _) = both(heads, [5], tree)
+    assert torch.equal(compiled_ids, ids)
