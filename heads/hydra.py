@@ -58,7 +58,7 @@ class HydraHeads(DraftHeads):
         )
         self.bias = nn.Parameter(torch.zeros(num_heads, hidden_size))
         self.blocks = nn.ModuleList(ResidualBlock(num_heads, hidden_size) for _ in range(num_layers))
-        self._in_code: tuple[tuple, CompiledHydra] | None = None
+        self._in_code: tuple[tuple, CompiledHydra | None] | None = None
 
     # ---- making, loading, saving
 
@@ -145,16 +145,15 @@ class HydraHeads(DraftHeads):
 
     def _compiled(self) -> CompiledHydra | None:
         """These heads in compiled code, made anew when a weight has changed; None where they do not draft for it."""
-        if not self._draws_packed(self.bias) or not compilable(self):
+        if not self._draws_packed(self.bias):
             return None
-        unembedding = self.plain_unembedding()
-        if unembedding is None:
-            return None
-        embedding = cast(Tensor, self.base.get_input_embeddings().weight)
-        weights = [*self.parameters(), unembedding[0], embedding]
+        ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
+        weights = [*self.parameters(), *(parameter for end in ends for parameter in end.parameters())]
         key = (self.packing, *((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))
-        if self._in_code is None or self._in_code[0] != key:
-            self._in_code = key, CompiledHydra(self, unembedding, cast(str, self.packing))
+        if self._in_code is None or self._in_code[0] != key:  # at every step: what can be compiled is asked only here
+            unembedding = self.plain_unembedding() if compilable(self) else None
+            made = None if unembedding is None else CompiledHydra(self, unembedding, cast(str, self.packing))
+            self._in_code = key, made
         return self._in_code[1]
 
     @torch.inference_mode()
