@@ -61,10 +61,8 @@ class DraftTree:
                 self.ancestors[node] |= self.ancestors[parent]
 
     @classmethod
-    def likeliest(
-        cls, size: int, acceptance: Sequence[Sequence[float]] = DEFAULT_ACCEPTANCE, least: float = 0.0
-    ) -> DraftTree:
-        """The `size` nodes with the greatest chance of being accepted, likeliest first; none below the chance `least`.
+    def likeliest(cls, size: int, acceptance: Sequence[Sequence[float]] = DEFAULT_ACCEPTANCE) -> DraftTree:
+        """The `size` nodes with the greatest chance of being accepted, likeliest first.
 
         `acceptance[head][rank]` is the chance that head's guess of that rank is right, taken as independent of the
         rest, as Medusa's offline search does. Choosing greedily is optimal: a node is never likelier than its parent.
@@ -74,8 +72,6 @@ class DraftTree:
         chances: list[float] = []
         while frontier and len(choices) < size:
             chance, choice = heapq.heappop(frontier)
-            if -chance < least:
-                break
             choices.append(choice)
             chances.append(-chance)
             head, rank = len(choice) - 1, choice[-1]

@@ -7,6 +7,7 @@ import medusa_apar
 from medusa_apar.chat import encode
 from medusa_apar.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.demo import QUESTION
+from medusa_apar.eval.check import differences
 
 pytestmark = pytest.mark.real
 
@@ -72,3 +73,14 @@ def test_sampling_is_the_same_with_heads_and_without(apar):
     bare = medusa_apar.attach(apar.model, None, apar.control_token_ids)
     options = {"max_new_tokens": 48, "do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": 7}
     assert torch.equal(apar.generate(**inputs, **options), bare.generate(**inputs, **options))
+
+
+def test_int8_threads_are_what_the_rounded_weights_choose_alone(apar):
+    """Bit by bit: no tie is allowed, and the heads are rounded too."""
+    rounded = medusa_apar.attach(apar.model, apar.heads, apar.control_token_ids, quantize="int8")
+    inputs = encode(apar.tokenizer, QUESTION)
+    out = rounded.generate(**inputs, max_new_tokens=192, do_sample=False, return_dict_in_generate=True)
+    assert rounded.runtime.kind == "int8" and out.stats.steps < out.stats.generated_tokens / 2
+    counts = {"threads": 0, "tokens": 0}
+    assert differences(rounded, out.paragraph_tree[0], counts) == []
+    assert counts["threads"] >= 3 and counts["tokens"] >= 192
