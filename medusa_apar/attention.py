@@ -6,6 +6,7 @@ layer. We answer with a ForestMask; `KVPool.update` gives each layer the pool, a
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,18 +21,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .forest import Forest, ForestMask
-from .triton_kernels.reference import tree_attention
+from .triton_kernels.reference import dense_attention
 
 _current_forest: ContextVar[Forest | None] = ContextVar("medusa_apar_forest", default=None)
 # What an attention function may be given that changes its result: sparse or biased attention that we do not do.
 _NEVER_IGNORED = ("position_bias", "indices", "block_indices", "sinks")
 
 
-def _forest_mask(*args, mask_function: Callable, config: Any, **kwargs) -> Any:
-    forest = _current_forest.get()
-    if forest is None:  # somebody else's forward pass, while one of our calls is under way
-        theirs = ALL_MASK_ATTENTION_FUNCTIONS[_their_implementation(config)]
-        return theirs(*args, mask_function=mask_function, config=config, **kwargs)
+def _dense_mask(forest: Forest, mask_function: Callable, local_size: int | None) -> ForestMask:
     return forest.mask(mask_function)
 
 
@@ -51,7 +48,7 @@ def sdpa_forest_attention(
     if unknown:
         raise NotImplementedError(f"{type(module).__name__} attends with {', '.join(unknown)}, which is not supported.")
     out = [
-        tree_attention(
+        dense_attention(
             query[0, :, group.rows],
             _columns(key[0], group.columns),
             _columns(value[0], group.columns),
@@ -73,7 +70,24 @@ def _columns(pool: torch.Tensor, columns: slice | torch.Tensor) -> torch.Tensor:
     return pool.transpose(0, 1).index_select(0, columns).transpose(0, 1)
 
 
-BACKENDS: dict[str, Callable] = {"sdpa": sdpa_forest_attention}
+# Attention over a forest, and what its `attention_mask` is made by.
+BACKENDS: dict[str, tuple[Callable, Callable]] = {"sdpa": (sdpa_forest_attention, _dense_mask)}
+if importlib.util.find_spec("triton") is not None:
+    from .triton_attention import tree_mask, triton_forest_attention, why_not
+
+    BACKENDS["triton"] = triton_forest_attention, tree_mask
+
+
+def _mask_or_theirs(make: Callable) -> Callable:
+    def mask(*args, mask_function: Callable, config: Any, local_size: int | None = None, **kwargs) -> Any:
+        forest = _current_forest.get()
+        if forest is not None:
+            return make(forest, mask_function, local_size)
+        # Somebody else's forward pass, while one of our calls is under way.
+        theirs = ALL_MASK_ATTENTION_FUNCTIONS[_their_implementation(config)]
+        return theirs(*args, mask_function=mask_function, config=config, local_size=local_size, **kwargs)
+
+    return mask
 
 
 def _or_theirs(backend: Callable) -> Callable:
@@ -89,15 +103,22 @@ def _or_theirs(backend: Callable) -> Callable:
     return attend
 
 
-for _name, _function in BACKENDS.items():
-    AttentionInterface.register(f"medusa_apar_{_name}", _or_theirs(_function))
-    AttentionMaskInterface.register(f"medusa_apar_{_name}", _forest_mask)
+for _name, (_attend, _mask) in BACKENDS.items():
+    AttentionInterface.register(f"medusa_apar_{_name}", _or_theirs(_attend))
+    AttentionMaskInterface.register(f"medusa_apar_{_name}", _mask_or_theirs(_mask))
 
 
-def pick_backend(attention: str) -> str:
-    if attention != "auto" and attention not in BACKENDS:
-        raise ValueError(f"attention={attention!r} is not one of 'auto', {', '.join(map(repr, BACKENDS))}.")
-    return "sdpa" if attention == "auto" else attention
+def pick_backend(attention: str, device: str) -> str:
+    """The backend's name; "auto" takes the kernels where they run compiled."""
+    if attention == "auto":
+        return "triton" if device == "cuda" and "triton" in BACKENDS else "sdpa"
+    if attention not in ("sdpa", "triton"):
+        raise ValueError(f"attention={attention!r} is not one of 'auto', 'sdpa', 'triton'.")
+    if attention not in BACKENDS:
+        raise ValueError("attention='triton' needs the package triton.")
+    if attention == "triton" and (why := why_not(device)):
+        raise ValueError(f"attention='triton' cannot be had: {why}.")
+    return attention
 
 
 @dataclass(slots=True)

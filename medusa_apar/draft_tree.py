@@ -55,6 +55,7 @@ class DraftTree:
         self.depths = np.array([len(choice) - 1 for choice in self.choices], dtype=np.int64)
         self.ranks = np.array([choice[-1] for choice in self.choices], dtype=np.int64)
         self._prefixes: dict[int, DraftTree] = {}
+        self._words: dict[int | None, np.ndarray] = {}
         self.ancestors = np.eye(len(self.choices), dtype=bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -117,6 +118,18 @@ class DraftTree:
     def _lineages(self) -> tuple[np.ndarray, np.ndarray]:
         nodes = np.nonzero(self.ancestors)[1]  # row by row in ascending order, and a parent's number is the lower
         return nodes, np.cumsum(self.depths + 1)
+
+    def words(self, window: int | None = None) -> np.ndarray:
+        """`ancestors` as bits, uint64 [n], of at most 64 nodes; with a window, only those less than so far above."""
+        if len(self) > 64:
+            raise ValueError(f"a draft tree of {len(self)} nodes does not fit into words of 64 bits.")
+        if window not in self._words:
+            seen = self.ancestors
+            if window is not None:
+                seen = seen & (self.depths[:, None] - self.depths[None, :] < window)
+            bits = np.uint64(1) << np.arange(len(self), dtype=np.uint64)
+            self._words[window] = (seen * bits).sum(axis=1, dtype=np.uint64)
+        return self._words[window]
 
     def first(self, size: int) -> DraftTree:
         """The tree of the first `size` nodes; made once for each size."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 from .draft_tree import DraftTree
 from .paragraph_tree import Thread
 from .slot_ledger import SlotLedger
+from .triton_kernels.layout import Leaf
 
 _NO_TREE = DraftTree([])
 
@@ -61,6 +63,25 @@ class Stem:
         visible[:pending, self.slots[:pending]] = np.tri(pending, dtype=bool)
         visible[pending:, self.slots[:pending]] = True
         visible[pending:, self.slots[pending:]] = self.draft_tree.ancestors[:drafted, :drafted]
+
+    def leaf(self, before: Stem | None, window: int | None) -> Leaf:
+        """`before`: the stem whose leaf comes first, of the same request."""
+        assert self.path_slots is not None and self.slots is not None and self.positions is not None
+        pending, drafted = len(self.pending), len(self.draft_tokens)
+        length = len(self.path_slots) + pending
+        return Leaf(
+            slots=np.concatenate([self.path_slots, self.slots]),
+            length=length,
+            rows=np.arange(self.row, self.row + self.size),
+            positions=self.positions,
+            ancestors=np.concatenate([np.zeros(pending, dtype=np.uint64), self.draft_tree.words(window)[:drafted]]),
+            shared=0 if before is None else min(_common(before.thread, self.thread), length, before.path_length),
+        )
+
+    @property
+    def path_length(self) -> int:
+        assert self.path_slots is not None
+        return len(self.path_slots) + len(self.pending)
 
 
 @dataclass(slots=True, eq=False)
@@ -118,6 +139,7 @@ class Forest:
         self.position_ids = tensor([stem.positions for stem in self.stems])[None]
         self.slots = tensor([stem.slots for stem in self.stems])
         self._requests, self._ledger, self._device = requests, ledger, device
+        self._made: dict[Hashable, Any] = {}
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -149,6 +171,25 @@ class Forest:
         longest = int(runs[:, :, 1].sum(axis=1).max())
         return np.concatenate(lists).astype(np.int32), runs, longest
 
+    def leaves(self, window: int | None = None) -> list[Leaf]:
+        """The stems as the tree attention kernels see them, threads that share a beginning side by side.
+
+        window: path positions that a row sees; draft nodes beyond it are not among a node's ancestors.
+        """
+        leaves: list[Leaf] = []
+        for stems in self._requests:
+            before: Stem | None = None
+            for stem in _forks_first(stems):
+                leaves.append(stem.leaf(before, window))
+                before = stem
+        return leaves
+
+    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What a backend made of this forest, made once."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
     def __len__(self) -> int:
         return len(self.slots)
 
@@ -178,3 +219,29 @@ def _group(stems: list[Stem], ledger: SlotLedger, device: torch.device) -> Group
         row_positions=torch.from_numpy(positions[:, None]).to(device),
         column_positions=torch.from_numpy(ledger.pool.positions[columns][None]).to(device),
     )
+
+
+def _forks_first(stems: list[Stem]) -> Iterator[Stem]:
+    """A request's stems, each thread's children in the order of their forks and before itself."""
+    of_thread = {stem.thread: stem for stem in stems}
+
+    def visit(thread: Thread) -> Iterator[Stem]:
+        for child in thread.children:
+            yield from visit(child)
+        if thread in of_thread:
+            yield of_thread[thread]
+
+    trunk = stems[0].thread
+    while trunk.parent is not None:
+        trunk = trunk.parent
+    return visit(trunk)
+
+
+def _common(thread: Thread, other: Thread) -> int:
+    """Path positions up to which two threads of a request are the same."""
+    lineage = [*(member for member, _ in thread.ancestors()), thread]
+    others = [*(member for member, _ in other.ancestors()), other]
+    depth = next((d for d, (a, b) in enumerate(zip(lineage, others, strict=False)) if a is not b), None)
+    if depth is None:  # one descends from the other
+        depth = min(len(lineage), len(others))
+    return min([members[depth].start for members in (lineage, others) if depth < len(members)], default=thread.end)

@@ -6,7 +6,7 @@ K is stored after RoPE, so a slot's number says nothing of its token's place on 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class KVPool(Cache):
         self.values: dict[int, torch.Tensor] = {}
         self.positions = np.zeros(0, dtype=np.int64)  # [capacity] path position of the token in each slot
         self.slots: torch.Tensor | None = None  # int64 [N], set by the decoder before each forward
+        # A backend's own way of writing: key and value [N, kv_heads, head_dim], the layer's keys and values, slots.
+        self.write: Callable[..., None] | None = None
         self._free: list[int] = []  # heap: the lowest slot first keeps a request's slots close together
         self._used: set[int] = set()
         self.peak = 0
@@ -84,8 +86,13 @@ class KVPool(Cache):
             if layer_idx not in store:
                 # Zeros, not empty: masked slots still meet a softmax weight of zero, and 0 * NaN is NaN.
                 store[layer_idx] = states.new_zeros(self.capacity, states.shape[1], states.shape[3])
-            store[layer_idx][self.slots] = states[0].transpose(0, 1)
-        return self.keys[layer_idx].transpose(0, 1)[None], self.values[layer_idx].transpose(0, 1)[None]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        if self.write is None:
+            keys[self.slots], values[self.slots] = key, value
+        else:
+            self.write(key, value, keys, values, self.slots)
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -24,7 +24,7 @@ _MEMORY_SHARE = 0.25  # of what is free: "auto" makes no second copy of weights 
 
 def pick_runtime(model: PreTrainedModel, runtime: str, quantize: str | None, attention: str) -> Runtime:
     """ValueError, in one sentence, for what cannot be; every runtime has then shown that it agrees with the model."""
-    backend = pick_backend(attention)
+    backend = pick_backend(attention, model.device.type)
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime={runtime!r} is not one of {', '.join(map(repr, RUNTIMES))}.")
     if quantize not in (None, *QUANTISED):
@@ -50,7 +50,15 @@ def pick_runtime(model: PreTrainedModel, runtime: str, quantize: str | None, att
         if model.device.type == "cpu":
             logger.info("%s runs in torch, since the CPU runtime cannot run it: %s", type(model).__name__, why)
     plain = TorchRuntime(model, backend)
-    check_agrees(model, plain, _LARGEST_DIFFERENCE["float32"] if plain.kind == "float32" else None)
+    largest = _LARGEST_DIFFERENCE["float32"] if plain.kind == "float32" else None
+    try:
+        check_agrees(model, plain, largest)
+    except ValueError as error:
+        if attention != "auto" or backend == "sdpa":
+            raise
+        logger.info("%s attends with masks, since the kernels cannot serve it: %s", type(model).__name__, error)
+        plain = TorchRuntime(model, "sdpa")
+        check_agrees(model, plain, largest)
     return plain
 
 

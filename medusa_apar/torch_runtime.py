@@ -41,6 +41,11 @@ class TorchRuntime:
     def __init__(self, model: PreTrainedModel, backend: str) -> None:
         self.model, self.backend = model, backend
         self._packed = PackedLinears(model)
+        self._write = None
+        if backend == "triton":
+            from .triton_kernels.store import store_kv
+
+            self._write = store_kv
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -53,7 +58,7 @@ class TorchRuntime:
             yield
 
     def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        pool.slots = forest.slots
+        pool.slots, pool.write = forest.slots, self._write
         keep = {"logits_to_keep": forest.verified_rows} if self._keeps_logits else {}
         with current_forest(forest), Captured(self.model, taps) as captured:
             logits = self.model(

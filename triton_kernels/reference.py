@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .layout import TreeLayout
+
 _PHILOX_KEY = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUND = (0xD2511F53, 0xCD9E8D57)
 _LOW = 0xFFFFFFFF
 
 
-def tree_attention(
+def dense_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -49,6 +51,54 @@ def tree_attention(
         weights = scores.softmax(dim=-1)[..., : key.shape[-2]]
         out = weights.to(value.dtype) @ value
     return out.reshape(heads, rows, -1).transpose(0, 1)
+
+
+def tree_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: TreeLayout,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the kernel of this name computes, query by query and in float64."""
+    rows, heads, dim = query.shape
+    group = heads // keys.shape[1]
+    out = query.new_zeros(rows, heads, values.shape[2])
+    seen = seen_slots(layout, window)
+    for index, row in enumerate(layout.order.tolist()):
+        key, value = (pool[seen[index]].double().repeat_interleave(group, dim=1) for pool in (keys, values))
+        scores = torch.einsum("hd,shd->hs", query[row].double(), key) * (dim**-0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None]], dim=1)
+        weights = scores.softmax(dim=1)[:, : len(key)]
+        out[row] = torch.einsum("hs,shd->hd", weights, value).to(out.dtype)
+    return out
+
+
+def seen_slots(layout: TreeLayout, window: int | None = None) -> list[list[int]]:
+    """Per query in `layout.order`, the slots it sees, in the order of its leaf's columns."""
+    seen: list[dict[int, int]] = [{} for _ in layout.order]
+    for entry, run, number, columns, first, count, _ in layout.items.tolist():
+        for column in range(columns):
+            begin = int(layout.chunks[entry + column // layout.chunk])
+            slot = int(layout.slots[begin + column % layout.chunk])
+            at = number * layout.chunk + column
+            for query in range(first, first + count):
+                position, length = int(layout.positions[query]), int(layout.lengths[query])
+                if at < length:
+                    visible = at <= position and (window is None or at > position - window)
+                else:
+                    visible = bool(int(layout.ancestors[query]) >> (at - length) & 1)
+                if visible:
+                    assert at not in seen[query], "two items hold the same column of a query"
+                    seen[query][at] = slot
+        assert run == -(-columns // layout.chunk)
+    return [[slots[at] for at in sorted(slots)] for slots in seen]
 
 
 def philox(seed: int, thread: int, position: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
