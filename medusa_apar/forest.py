@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ import torch
 from .draft_tree import DraftTree
 from .paragraph_tree import Thread
 from .slot_ledger import SlotLedger
-from .triton_kernels.layout import Leaf
+from .triton_kernels.layout import CHUNK, Leaf, Tile, TreeLayout, plan
 
 _NO_TREE = DraftTree([])
 
@@ -113,6 +112,21 @@ class ForestMask:
         return self._biases[key]
 
 
+@dataclass(frozen=True, slots=True)
+class LayoutKind:
+    """What the tables of the tree attention kernels depend on beside the forest."""
+
+    window: int | None
+    tile: Tile
+    group: int  # query heads of a KV head
+    walk: bool
+    chunk: int = CHUNK
+
+    def plan(self, forest: Forest) -> TreeLayout:
+        """On the CPU."""
+        return plan(forest.leaves(self.window), self.tile, self.group, self.chunk, self.walk)
+
+
 class Forest:
     """N rows ready for one forward pass.
 
@@ -139,7 +153,7 @@ class Forest:
         self.position_ids = tensor([stem.positions for stem in self.stems])[None]
         self.slots = tensor([stem.slots for stem in self.stems])
         self._requests, self._ledger, self._device = requests, ledger, device
-        self._made: dict[Hashable, Any] = {}
+        self._layouts: dict[LayoutKind, TreeLayout] = {}
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -184,11 +198,11 @@ class Forest:
                 before = stem
         return leaves
 
-    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What a backend made of this forest, made once."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def layout(self, kind: LayoutKind) -> TreeLayout:
+        """The tables of one kind of layers, made for the first of them."""
+        if kind not in self._layouts:
+            self._layouts[kind] = kind.plan(self).to(self._device)
+        return self._layouts[kind]
 
     def __len__(self) -> int:
         return len(self.slots)

@@ -28,7 +28,6 @@ from .draft_tree import DraftTree
 from .fork_manager import ForkManager
 from .heads import DraftHeads, load_heads
 from .heads.draft_heads import unembedding_size
-from .kv_pool import KVPool
 from .output import MedusaAparOutput, Stats
 from .paragraph_tree import ParagraphTree
 from .request import Request, thread_key
@@ -209,7 +208,7 @@ class MedusaApar:
         return requests
 
     def _decoder(self, requests: list[Request], verifier: Verifier) -> Decoder:
-        ledger = SlotLedger(KVPool(self.pool_slots))
+        ledger = SlotLedger(self.runtime.pool(self.pool_slots))
         context = checks.context_length(self.model)
         return Decoder(
             model=self.model,
@@ -245,6 +244,7 @@ def attach(
     max_threads: int | None = None,
     max_depth: int | None = None,
     attention: str = "auto",
+    cuda_graphs: bool | None = None,
     runtime: str = "auto",
     quantize: str | None = None,
     pool_slots: int | None = None,
@@ -262,7 +262,9 @@ def attach(
             GPU, and no more than pay).
         max_threads: most threads of a request that run in one step; the others wait (None: no limit).
         max_depth: threads at this depth (the trunk has 0) do not fork (default: as deep as the model was tuned).
-        attention: "auto" or "sdpa": the torch runtime's attention; "sdpa" asks for that runtime.
+        attention: the torch runtime's, which a name asks for: "sdpa" attends with masks, "triton" with kernels; "auto"
+            takes the kernels on a GPU.
+        cuda_graphs: whether steps over "triton" run as CUDA graphs (None: on a GPU).
         runtime: "torch" runs transformers' modules, "cpu" compiled code for a model built like Llama on a CPU; "auto"
             takes the second where it can.
         quantize: "int8" rounds the weights to 8 bits, a scale per output and 64 inputs, those of the heads too (CPU
@@ -274,7 +276,7 @@ def attach(
     model, or control tokens the model lacks.
     """
     checks.check_model(model)
-    chosen = pick_runtime(model, runtime, quantize, attention)
+    chosen = pick_runtime(model, runtime, quantize, attention, cuda_graphs)
     if isinstance(heads, (str, Path)):
         heads = load_heads(heads, model)
     if isinstance(apar, tuple):

@@ -7,12 +7,25 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from transformers import Cache
 
 _FIRST_CAPACITY = 256
+
+
+@dataclass(slots=True, eq=False)
+class KVStorage:
+    """Where a pool's keys and values lie: layer -> [capacity, kv_heads, head_dim], a tensor of its own each."""
+
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def capacity(self) -> int:
+        return max((len(store) for store in self.keys.values()), default=0)
 
 
 class KVPool(Cache):
@@ -23,13 +36,15 @@ class KVPool(Cache):
 
     Args:
         max_slots: most slots ever in use, or None to grow on demand.
+        storage: of an earlier pool that is not used any more; what it held is nobody's.
+        first: slots to begin with where there is no limit.
     """
 
-    def __init__(self, max_slots: int | None = None):
+    def __init__(self, max_slots: int | None = None, storage: KVStorage | None = None, first: int = _FIRST_CAPACITY):
         super().__init__(layers=[])
         self.max_slots = max_slots
-        self.keys: dict[int, torch.Tensor] = {}  # layer -> [capacity, kv_heads, head_dim], its own tensor
-        self.values: dict[int, torch.Tensor] = {}
+        self.storage = KVStorage() if storage is None else storage
+        self.keys, self.values = self.storage.keys, self.storage.values
         self.positions = np.zeros(0, dtype=np.int64)  # [capacity] path position of the token in each slot
         self.slots: torch.Tensor | None = None  # int64 [N], set by the decoder before each forward
         # A backend's own way of writing: key and value [N, kv_heads, head_dim], the layer's keys and values, slots.
@@ -37,7 +52,7 @@ class KVPool(Cache):
         self._free: list[int] = []  # heap: the lowest slot first keeps a request's slots close together
         self._used: set[int] = set()
         self.peak = 0
-        self._grow(_FIRST_CAPACITY if max_slots is None else max_slots)
+        self._grow(max(first if max_slots is None else max_slots, self.storage.capacity))
 
     @property
     def capacity(self) -> int:
@@ -76,7 +91,8 @@ class KVPool(Cache):
         self.positions = np.concatenate([self.positions, np.zeros(capacity - self.capacity, dtype=np.int64)])
         for store in (self.keys, self.values):
             for layer, old in store.items():
-                store[layer] = torch.cat([old, old.new_zeros(capacity - len(old), *old.shape[1:])])
+                if len(old) < capacity:
+                    store[layer] = torch.cat([old, old.new_zeros(capacity - len(old), *old.shape[1:])])
 
     # What transformers calls during a forward pass.
 

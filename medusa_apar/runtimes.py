@@ -22,9 +22,14 @@ _LARGEST_DIFFERENCE = {"float32": 1e-2, "bfloat16": 0.3, "int8": 0.3}
 _MEMORY_SHARE = 0.25  # of what is free: "auto" makes no second copy of weights that are no small matter
 
 
-def pick_runtime(model: PreTrainedModel, runtime: str, quantize: str | None, attention: str) -> Runtime:
+def pick_runtime(
+    model: PreTrainedModel, runtime: str, quantize: str | None, attention: str, cuda_graphs: bool | None = None
+) -> Runtime:
     """ValueError, in one sentence, for what cannot be; every runtime has then shown that it agrees with the model."""
     backend = pick_backend(attention, model.device.type)
+    graphs = backend == "triton" and model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+    if graphs and backend != "triton":
+        raise ValueError(f"cuda_graphs=True needs attention='triton', not {backend!r}.")
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime={runtime!r} is not one of {', '.join(map(repr, RUNTIMES))}.")
     if quantize not in (None, *QUANTISED):
@@ -49,7 +54,7 @@ def pick_runtime(model: PreTrainedModel, runtime: str, quantize: str | None, att
             raise ValueError(f"{asked} needs the CPU runtime, which cannot run this model: {why}.")
         if model.device.type == "cpu":
             logger.info("%s runs in torch, since the CPU runtime cannot run it: %s", type(model).__name__, why)
-    plain = TorchRuntime(model, backend)
+    plain = TorchRuntime(model, backend, graphs)
     largest = _LARGEST_DIFFERENCE["float32"] if plain.kind == "float32" else None
     try:
         check_agrees(model, plain, largest)

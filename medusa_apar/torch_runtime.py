@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,6 +16,9 @@ from .heads.captured import Captured
 from .kv_pool import KVPool
 from .packed_linear import PackedLinears
 
+if TYPE_CHECKING:
+    from .cuda_graphs import StaticForest
+
 
 class Runtime(Protocol):
     """What runs a model's step."""
@@ -23,6 +26,9 @@ class Runtime(Protocol):
     @property
     def kind(self) -> str:
         """What the weights are: a dtype's name, or "int8"."""
+
+    def pool(self, max_slots: int | None) -> KVPool:
+        """An empty pool for a generate call."""
 
     def running(self) -> AbstractContextManager[None]:
         """Entered once for all steps of a generate call."""
@@ -36,9 +42,12 @@ class Runtime(Protocol):
 
 
 class TorchRuntime:
-    """`backend` is an attention backend's name; on a CPU linear layers run from packed weights."""
+    """`backend` is an attention backend's name; on a CPU linear layers run from packed weights.
 
-    def __init__(self, model: PreTrainedModel, backend: str) -> None:
+    graphs: small forests run as CUDA graphs, which the backend "triton" alone can be captured in.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: str, graphs: bool = False) -> None:
         self.model, self.backend = model, backend
         self._packed = PackedLinears(model)
         self._write = None
@@ -46,6 +55,11 @@ class TorchRuntime:
             from .triton_kernels.store import store_kv
 
             self._write = store_kv
+        self._graphed = None
+        if graphs:
+            from .cuda_graphs import GraphedForward
+
+            self._graphed = GraphedForward(self._forward, model.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -57,7 +71,15 @@ class TorchRuntime:
         with forest_attention(self.model, self.backend), self._packed.in_use():
             yield
 
+    def pool(self, max_slots: int | None) -> KVPool:
+        return KVPool(max_slots) if self._graphed is None else self._graphed.pool(max_slots)
+
     def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        if self._graphed is not None and (outputs := self._graphed(forest, pool, taps)) is not None:
+            return outputs
+        return self._forward(forest, pool, taps)
+
+    def _forward(self, forest: Forest | StaticForest, pool: KVPool, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         pool.slots, pool.write = forest.slots, self._write
         keep = {"logits_to_keep": forest.verified_rows} if self._keeps_logits else {}
         with current_forest(forest), Captured(self.model, taps) as captured:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import torch
 
-from .forest import Forest
-from .triton_kernels.layout import CHUNK, TreeLayout, plan
+from .forest import LayoutKind
+from .triton_kernels.layout import CHUNK, TreeLayout
 from .triton_kernels.tree_attention import INTERPRETED, tile_for, tree_attention
 
 # Programs that fill an H100 twice over. A forest with as many query tiles walks its paths: partial results would weigh
@@ -17,15 +18,21 @@ from .triton_kernels.tree_attention import INTERPRETED, tile_for, tree_attention
 _PROGRAMS = 2 * 132
 
 
+class Laid(Protocol):
+    """A forest, or what stands for one in a captured graph."""
+
+    def layout(self, kind: LayoutKind) -> TreeLayout: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TreeMask:
     """What `triton_forest_attention` receives as `attention_mask`: all a kind of layers needs to know."""
 
-    forest: Forest
+    forest: Laid
     window: int | None
 
 
-def tree_mask(forest: Forest, mask_function: Callable, local_size: int | None) -> TreeMask:
+def tree_mask(forest: Laid, mask_function: Callable, local_size: int | None) -> TreeMask:
     """A layer's pattern as a window of path positions; NotImplementedError for one that is no window."""
     window = local_size or None
     edge = 5 if window is None else window  # the first position that a window of this size shuts something out of
@@ -64,17 +71,11 @@ def triton_forest_attention(
 
 
 def _layout(mask: TreeMask, query: torch.Tensor, kv_heads: int) -> TreeLayout:
-    """The forest's tables for these heads: made for the first layer, used by all that are like it."""
     heads, rows, dim = query.shape[1:]
     group = heads // kv_heads
     tile = tile_for(query.dtype, dim, group, rows)
     blocks = -(-rows // (tile.rows // group))
-    walk = blocks * kv_heads >= _PROGRAMS
-
-    def made() -> TreeLayout:
-        return plan(mask.forest.leaves(mask.window), tile, group, CHUNK, walk).to(query.device)
-
-    return mask.forest.remember((mask.window, tile, group, walk), made)
+    return mask.forest.layout(LayoutKind(mask.window, tile, group, walk=blocks * kv_heads >= _PROGRAMS, chunk=CHUNK))
 
 
 @cache

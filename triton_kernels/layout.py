@@ -9,7 +9,7 @@ in which order, is settled by its own path: not by who else is in the forest, no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class TreeLayout:
 
     order [N]: rows in the order of leaves. The next four go by that order:
     positions, lengths, leaves [N]: path position, columns that are path, leaf of each query.
-    ancestors int64 [N]: draft nodes that a query sees.
+    ancestors int64 [N]: draft nodes that a query sees, bit by bit.
     slots [*]: chunks' columns, one after the other.
     chunks [*]: where in `slots` a chunk begins; a run of chunks is side by side.
     items [I, 7]: a run of chunks for up to `tile.rows // group` queries: first entry of `chunks`, how many, the number
@@ -66,11 +66,11 @@ class TreeLayout:
     merges [S + 1] and deltas [*]: partial row of query i in the j-th chunk of leaf s: i + deltas[merges[s] + j].
     """
 
+    ancestors: torch.Tensor
     order: torch.Tensor
     positions: torch.Tensor
     lengths: torch.Tensor
     leaves: torch.Tensor
-    ancestors: torch.Tensor
     slots: torch.Tensor
     chunks: torch.Tensor
     items: torch.Tensor
@@ -81,23 +81,68 @@ class TreeLayout:
     walk: bool
     partial_rows: int
 
-    def to(self, device: torch.device | str) -> TreeLayout:
+    def flat(self) -> torch.Tensor:
+        """All tables one after the other, int32."""
+        return torch.cat([table.view(torch.int32).reshape(-1) for table in self._tables()])
+
+    def over(self, flat: torch.Tensor) -> TreeLayout:
+        """The same tables as views of what `flat` returned, on whatever device it is now."""
+        shapes = [table.view(torch.int32).shape for table in self._tables()]
+        parts = flat.split([shape.numel() for shape in shapes])
+        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return TreeLayout(views[0].view(torch.int64), *views[1:], self.chunk, self.tile, self.walk, self.partial_rows)
+
+    def to(self, device: torch.device) -> TreeLayout:
         """One copy for all tables."""
-        if torch.device(device).type == "cpu":
+        if device.type == "cpu":
             return self
-        names = [field.name for field in fields(self) if field.type == "torch.Tensor" and field.name != "ancestors"]
-        tables = [self.ancestors.view(torch.int32), *(getattr(self, name) for name in names)]
-        sent = torch.cat([table.reshape(-1) for table in tables]).pin_memory().to(device, non_blocking=True)
-        parts = sent.split([table.numel() for table in tables])
-        shaped = {name: part.view(getattr(self, name).shape) for name, part in zip(names, parts[1:], strict=True)}
+        return self.over(self.flat().pin_memory().to(device, non_blocking=True))
+
+    def padded(self, sizes: Sizes) -> TreeLayout:
+        """Tables as large as any forest of these sizes needs; what is added does nothing."""
+        queries, partial_rows = sizes.queries, sizes.queries * sizes.path_chunks
+        spans = sizes.queries * sizes.path_chunks if self.walk else sizes.chunks
+        items = sizes.chunks + partial_rows  # each chunk's last item may have one query
+
+        def grown(table: torch.Tensor, length: int, fill: int = 0) -> torch.Tensor:
+            return torch.cat([table, table.new_full((length - len(table), *table.shape[1:]), fill)])
+
         return TreeLayout(
-            **shaped,
-            ancestors=parts[0].view(torch.int64),
-            chunk=self.chunk,
-            tile=self.tile,
-            walk=self.walk,
-            partial_rows=self.partial_rows,
+            *(grown(table, queries) for table in (self.ancestors, self.order, self.positions, self.lengths)),
+            grown(self.leaves, queries, len(self.merges) - 1),  # behind the last leaf: nothing to merge
+            grown(self.slots, sizes.chunks * self.chunk),
+            grown(self.chunks, spans),
+            grown(self.items, items),
+            grown(self.merges, queries + 1, len(self.deltas)),
+            grown(self.deltas, partial_rows),
+            *(self.chunk, self.tile, self.walk, 0 if self.walk else partial_rows),
         )
+
+    def _tables(self) -> tuple[torch.Tensor, ...]:
+        return (
+            *(self.ancestors, self.order, self.positions, self.lengths, self.leaves),
+            *(self.slots, self.chunks, self.items, self.merges, self.deltas),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large a forest may be: its queries, its chunks in all, and the chunks of its longest path."""
+
+    queries: int
+    chunks: int
+    path_chunks: int
+
+    @classmethod
+    def of(cls, leaves: Sequence[Leaf], chunk: int, queries: int) -> Sizes:
+        """Rounded up to powers of two, so that few sizes serve all forests."""
+        runs = [-(-len(leaf.slots) // chunk) for leaf in leaves]
+        shared = sum(leaf.shared // chunk for leaf in leaves[1:])
+        return cls(queries, _power(sum(runs) - shared), _power(max(runs)))
+
+
+def _power(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def plan(leaves: Sequence[Leaf], tile: Tile, group: int, chunk: int = CHUNK, walk: bool = False) -> TreeLayout:
@@ -119,11 +164,11 @@ def plan(leaves: Sequence[Leaf], tile: Tile, group: int, chunk: int = CHUNK, wal
     counts = np.diff(queries)
     runs = chunks.of_leaf if walk else [list(range(len(chunks.begins)))]
     return TreeLayout(
+        ancestors=_tensor([leaf.ancestors.astype(np.int64) for leaf in leaves], np.int64),
         order=_tensor([leaf.rows for leaf in leaves]),
         positions=_tensor([leaf.positions for leaf in leaves]),
         lengths=_tensor([np.repeat([leaf.length for leaf in leaves], counts)]),
         leaves=_tensor([np.repeat(np.arange(len(leaves)), counts)]),
-        ancestors=_tensor([leaf.ancestors.astype(np.int64) for leaf in leaves], np.int64),
         slots=_tensor(chunks.slots),
         chunks=_tensor([[chunks.begins[number] for number in run] for run in runs]),
         items=_tensor(items).view(-1, ITEM_FIELDS),

@@ -26,6 +26,8 @@ def _store(
 ):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
+    if slot < 0:
+        return
     head, dim = tl.arange(0, HEAD_BLOCK)[:, None], tl.arange(0, DIM_BLOCK)[None, :]
     mask = (head < KV_HEADS) & (dim < DIM)
     k = tl.load(key + row * key_row + head * key_head + dim, mask=mask)
@@ -38,10 +40,10 @@ def _store(
 def store_kv(
     key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """keys[slots[n]] = key[n] and likewise values.
+    """keys[slots[n]] = key[n] and likewise values, but for negative slots, where nothing is written.
 
     key, value: [N, kv_heads, head_dim], any strides with the last dimension dense; the values' head_dim may be another.
-    keys, values: [capacity, kv_heads, head_dim], contiguous. slots: int32 or int64 [N], each at most once.
+    keys, values: [capacity, kv_heads, head_dim], contiguous. slots: int32 or int64 [N], none twice.
     """
     rows, kv_heads, dim = key.shape
     value_dim = value.shape[2]

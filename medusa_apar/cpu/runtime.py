@@ -92,6 +92,9 @@ class CpuRuntime:
         self._packed: _Packed | None = None
         self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
 
+    def pool(self, max_slots: int | None) -> KVPool:
+        return KVPool(max_slots)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """ValueError where the model has become one that this runtime cannot run."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import medusa_apar
+from medusa_apar.cuda_graphs import StaticForest
 from medusa_apar.heads import HydraHeads
 from tests.tiny import CONTROL, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
 
@@ -24,16 +25,46 @@ def test_families_decode_the_same_over_kernels_and_masks(family):
     assert torch.equal(ours.sequences, run(model, "sdpa", heads, rows=1, limit=8, budget=8).sequences)
 
 
-def test_threads_drafts_and_batches_decode_the_same(monkeypatch):
-    """Over paths of several chunks, which threads share."""
-    model = forking_model(11)
-    plain = run(model, "sdpa", length=80)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_threads_drafts_and_batches_decode_the_same(monkeypatch, graphs):
+    """Over paths of several chunks, which threads share; and over the buffers that a CUDA graph would read."""
+    model = forking_model(24)
+    plain = run(model, "sdpa", rows=1, length=66, limit=6)
     heads = RecallHeads(model, plain.paragraph_tree)
     monkeypatch.setattr("medusa_apar.triton_attention.CHUNK", 64)
-    ours = run(model, "triton", heads, length=80, budget=24)
+    monkeypatch.setattr("medusa_apar.cuda_graphs.CHUNK", 64)
+    used = []
+    monkeypatch.setattr(StaticForest, "layout", spied(StaticForest.layout, used))
+    ours = run(model, "triton", heads, rows=1, length=66, limit=6, budget=12, cuda_graphs=graphs)
     assert torch.equal(ours.sequences, plain.sequences)
     assert ours.stats.forks >= 2 and max(ours.stats.accepted_lengths) >= 3
+    assert bool(used) == graphs
     assert_threads_are_plain(model, ours.paragraph_tree)
+
+
+def spied(function, calls: list):
+    def call(*args):
+        calls.append(args)
+        return function(*args)
+
+    return call
+
+
+def test_graphs_serve_call_after_call_and_calls_within_calls():
+    """They keep the KV pool between calls; a call inside another gets a pool of its own."""
+    model = forking_model(11)
+    plain = [run(model, "sdpa", rows=1, length=length, limit=6).sequences for length in (5, 9)]
+    apar = medusa_apar.attach(model, None, CONTROL, attention="triton", cuda_graphs=True)
+    inner = []
+
+    def observer(trees, stats):
+        if stats.steps == 2 and not inner:
+            inner.append(apar.generate(**prompts(1, 9, seed=1, ragged=True), max_new_tokens=6, do_sample=False))
+
+    for _ in range(2):
+        out = apar.generate(**prompts(1, 5, seed=1, ragged=True), max_new_tokens=6, do_sample=False, observer=observer)
+        assert torch.equal(out, plain[0])
+    assert torch.equal(inner[0], plain[1])
 
 
 def test_the_kernels_are_what_runs(monkeypatch):
