@@ -1,0 +1,209 @@
+"""The kernels on this machine's GPU: right, and how fast beside what else can compute the same.
+
+  python -m medusa_apar.eval.kernels --out DIR            (medusa-apar bench --kernels --out DIR does the same)
+
+Every kernel is first compared with its torch reference over fresh random forests, in every dtype; nothing is timed
+while one is wrong. Times are medians of triton's do_bench, which empties the L2 cache before each run. Bandwidth is
+quoted as a share of a copy's on the same card, in the same run. DIR gets kernels.json and kernels.md.
+
+--smoke runs the smallest cases only, also under TRITON_INTERPRET=1 on a CPU: what it then times means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from medusa_apar.eval.kernel_forests import SHAPES, Case, Problem, Shape
+from medusa_apar.job import machine, write_text
+from medusa_apar.triton_kernels import reference
+from medusa_apar.triton_kernels.tree_attention import INTERPRETED, tree_attention
+
+CASES = [
+    *(Case(threads, 8, prefix) for prefix in (512, 4096, 32768) for threads in (1, 4, 16, 64)),
+    *(Case(1, nodes, 4096) for nodes in (16, 64)),
+    *(Case(16, nodes, 4096) for nodes in (1, 16)),
+]
+SMOKE = [Case(1, 3, 20), Case(2, 2, 40)]
+CHECKED = [*SMOKE, Case(4, 8, 700), Case(16, 4, 300), Case(3, 64, 2000)]  # over several chunks, shared and not
+# Largest error against float64 that a dtype's rounding explains.
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def measure(run: Callable[[], Any], device: str) -> float:
+    """Median milliseconds."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(run, warmup=10, rep=50, return_mode="median")
+    started = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second of a copy of 1 GB, read and write counted."""
+    size = 1 << (28 if device == "cuda" else 20)
+    source = torch.empty(size, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return 2 * 4 * size / (measure(lambda: target.copy_(source), device) * 1e-3)
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a square product of 8,192."""
+    size = 8192 if device == "cuda" else 64
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / (measure(lambda: a @ a, device) * 1e-3)
+
+
+def check_attention(device: str, cases: list[Case]) -> list[dict[str, Any]]:
+    """Largest errors over shapes, cases and dtypes, split and walked; and whether both gave the same bits."""
+    found = []
+    for shape in (*SHAPES, Shape("odd", 6, 2, 80), Shape("wide", 4, 2, 256)):
+        for case in cases:
+            for dtype in BOUNDS:
+                problem = Problem.make(shape, case, dtype, device)
+                layouts = [problem.layout(walk) for walk in (False, True)]
+                split, walked = (tree_attention(problem.query, problem.keys, problem.values, one) for one in layouts)
+                doubles = [tensor.double() for tensor in (problem.query, problem.keys, problem.values)]
+                error = float((split.double() - reference.tree_attention(*doubles, layouts[0])).abs().max())
+                found.append(
+                    problem.describe()
+                    | {"error": error, "bound": BOUNDS[dtype], "same_bits": bool(torch.equal(split, walked))}
+                )
+    return found
+
+
+def time_attention(problem: Problem, copy: float, rate: float) -> dict[str, Any]:
+    device = problem.query.device.type
+    tensors = (problem.query, problem.keys, problem.values)
+    row = problem.describe()
+    for name, walk in (("split", False), ("walk", True)):
+        layout = problem.layout(walk)
+        row[f"{name}_ms"] = measure(lambda layout=layout: tree_attention(*tensors, layout), device)
+    best = min(row["split_ms"], row["walk_ms"])
+    row["share_of_copy"] = problem.bytes / (best * 1e-3) / copy
+    row["share_of_matmul"] = problem.flops / (best * 1e-3) / rate
+    row["plan_ms"] = _host_ms(lambda: problem.layout(False))
+    row |= _peers(problem, device)
+    return row
+
+
+def _peers(problem: Problem, device: str) -> dict[str, Any]:
+    """The same result from SDPA with a dense mask and, on a GPU, compiled FlexAttention; keys already in order."""
+    query = problem.query.transpose(0, 1)[None]
+    keys, values = (pool.transpose(0, 1)[None].contiguous() for pool in (problem.keys, problem.values))
+    mask = problem.mask()
+    expected = tree_attention(problem.query, problem.keys, problem.values, problem.layout(False))
+
+    def difference(result: torch.Tensor) -> float:
+        return float((result[0].transpose(0, 1) - expected).abs().max())
+
+    def sdpa() -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[None, None], enable_gqa=True)
+
+    found: dict[str, Any] = {"sdpa_ms": measure(sdpa, device), "sdpa_difference": difference(sdpa())}
+    if device == "cuda":
+        try:
+            found |= _flex(query, keys, values, mask, difference)
+        except Exception as error:  # a peer that fails is a fact to report, not an end
+            found["flex_error"] = " ".join(str(error).split())[:300]
+    return found
+
+
+def _flex(query, keys, values, mask, difference: Callable[[torch.Tensor], float]) -> dict[str, Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(batch, head, row, column):
+        return mask[row, column]
+
+    def blocks():
+        return create_block_mask(visible, None, None, mask.shape[0], mask.shape[1], device="cuda")
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = blocks()
+
+    def run() -> torch.Tensor:
+        return compiled(query, keys, values, block_mask=block_mask, enable_gqa=True)
+
+    return {
+        "flex_ms": measure(run, "cuda"),
+        "flex_mask_ms": measure(blocks, "cuda"),
+        "flex_difference": difference(run()),
+    }
+
+
+def _host_ms(run: Callable[[], Any], times: int = 20) -> float:
+    run()
+    started = time.perf_counter()
+    for _ in range(times):
+        run()
+    return 1e3 * (time.perf_counter() - started) / times
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, columns in the order in which rows first have them."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    lines += [f"| {' | '.join(cell(row.get(name)) for name in names)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def run(out: Path, smoke: bool = False) -> dict[str, Any]:
+    """ValueError where there is no GPU; RuntimeError if a kernel is wrong, once the report says which."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not (smoke and INTERPRETED):
+        raise ValueError("the kernels' benchmark needs a CUDA GPU, and there is none.")
+    report: dict[str, Any] = {"machine": machine(), "smoke": smoke}
+    if device == "cuda":
+        report["gpu"] = torch.cuda.get_device_name()
+    sections: list[tuple[str, list[dict[str, Any]]]] = []
+
+    def write() -> None:
+        report["sections"] = dict(sections)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "kernels.json", json.dumps(report, indent=1))
+        text = [f"{report.get('gpu', 'CPU, interpreted: times mean nothing')}, {report['machine']}"]
+        text += [f"## {name}\n\n{table(rows)}" for name, rows in sections]
+        write_text(out / "kernels.md", "\n\n".join(text) + "\n")
+
+    checks = check_attention(device, SMOKE if smoke else CHECKED)
+    sections.append(("Tree attention: errors against float64", checks))
+    write()
+    wrong = [check for check in checks if not check["error"] <= check["bound"]]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} of {len(checks)} results of tree attention are wrong: see {out}/kernels.md")
+    copy, rate = copy_bandwidth(device), matmul_rate(torch.bfloat16, device)
+    report |= {"copy_bytes_per_second": copy, "matmul_flops": rate}
+    rows: list[dict[str, Any]] = []
+    sections.append(("Tree attention: milliseconds a layer", rows))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for shape in SHAPES[-1:] if smoke else SHAPES:
+        for case in SMOKE if smoke else CASES:
+            rows.append(time_attention(Problem.make(shape, case, dtype, device), copy, rate))
+            write()
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--smoke", action="store_true", help="the smallest cases only")
+    args = parser.parse_args()
+    run(args.out, args.smoke)
+    print((args.out / "kernels.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
