@@ -1,0 +1,62 @@
+"""The references against the code they must agree with."""
+
+from types import SimpleNamespace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList
+
+from medusa_apar.draft_tree import DraftTree
+from medusa_apar.forest import Stem
+from medusa_apar.paragraph_tree import ParagraphTree
+from medusa_apar.request import Request
+from medusa_apar.triton_kernels import reference
+from medusa_apar.triton_kernels.reference import Noise
+from medusa_apar.verify import Verifier
+from tests.tiny import CHILD, CONTROL, FORK
+
+
+@settings(deadline=None)
+@given(st.data(), st.none() | st.integers(0, 2**63 - 1))
+def test_verify_chooses_what_the_verifier_chooses(data, seed):
+    """Several threads, the fork rule, greedy and sampling; siblings' guesses differ, as a draft tree's do."""
+    vocab = max(FORK, CHILD) + 1
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    stems, requests, tokens, parents, first_rows, positions = [], {}, [], [], [0], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        draft_tree = DraftTree.likeliest(data.draw(st.integers(0, 10)))
+        tree = ParagraphTree([1, 2, data.draw(st.sampled_from([3, FORK]))])
+        stem = Stem(tree.trunk, 3, draft_tree=draft_tree, pending=tree.trunk.tokens[-1:])
+        first = first_rows[-1]
+        favourites = [FORK, 3, 4, 5, 6, 7, 8]
+        stem.draft_tokens = [favourites[rank] for rank in draft_tree.ranks]
+        stems.append(stem)
+        requests[stem] = Request(0, 1, tree.trunk.tokens[:], tree.trunk.tokens, tree, 100)
+        tokens += [stem.pending[-1], *stem.draft_tokens]
+        parents += [-1, *(first + 1 + parent for parent in draft_tree.parents.tolist())]
+        positions += [tree.trunk.end, *(tree.trunk.end + 1 + depth for depth in draft_tree.depths.tolist())]
+        first_rows.append(first + 1 + len(draft_tree))
+    logits = torch.randn(len(tokens), vocab, generator=generator)
+    logits[:, [FORK, 3, 4, CHILD]] += 3.0
+    verifier = Verifier(CONTROL, True, 3, LogitsProcessorList(), seed)
+    verdicts = verifier(SimpleNamespace(verified=stems), logits.clone(), requests)
+
+    noise = None
+    if seed is not None:
+        keys = torch.tensor([stem.thread.key for stem in stems])
+        noise = Noise(torch.full_like(keys, seed), keys, torch.tensor(positions))
+    out = reference.verify(
+        logits,
+        *(torch.tensor(numbers, dtype=torch.int32) for numbers in (tokens, parents, first_rows)),
+        depth=4,
+        bans=torch.tensor([token in (FORK, CHILD) for token in tokens]).int(),
+        control=(FORK, CHILD),
+        noise=noise,
+    )
+    for thread, verdict in enumerate(verdicts):
+        length, first = int(out.lengths[thread]), first_rows[thread]
+        assert out.tokens[thread, :length].tolist() == verdict.tokens
+        assert out.rows[thread, : length - 1].tolist() == [first + 1 + node for node in verdict.nodes]
+        assert int(out.last_rows[thread]) == verdict.row
+        assert int(out.flags[thread]) == (FORK in verdict.tokens)
