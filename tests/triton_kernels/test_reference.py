@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,12 +10,13 @@ from transformers import LogitsProcessorList
 
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.forest import Stem
+from medusa_apar.heads import MedusaHeads
 from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import Noise
 from medusa_apar.verify import Verifier
-from tests.tiny import CHILD, CONTROL, FORK
+from tests.tiny import CHILD, CONTROL, FORK, tiny_model
 
 
 @settings(deadline=None)
@@ -60,3 +62,33 @@ def test_verify_chooses_what_the_verifier_chooses(data, seed):
         assert out.rows[thread, : length - 1].tolist() == [first + 1 + node for node in verdict.nodes]
         assert int(out.last_rows[thread]) == verdict.row
         assert int(out.flags[thread]) == (FORK in verdict.tokens)
+
+
+@pytest.mark.parametrize("layout", ["v1", "v2"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_medusa_draft_proposes_what_the_heads_propose(layout, mapped):
+    model = tiny_model()
+    heads = MedusaHeads.random(model, num_heads=3, num_layers=2, layout=layout)
+    if mapped:
+        token_map = torch.randperm(heads.vocab_size, generator=torch.Generator().manual_seed(1))[:40]
+        own = layout == "v1"
+        mapped_heads = MedusaHeads(3, 2, heads.hidden_size, heads.vocab_size, own, token_map)
+        mapped_heads.blocks = heads.blocks
+        if own:
+            mapped_heads.unembedding = torch.nn.Parameter(heads.unembedding[:, token_map])
+        heads = mapped_heads.attach(model)
+    weight, bias = heads.plain_unembedding()
+    hidden_states = torch.randn(5, heads.hidden_size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        tokens, log_probs = reference.medusa_draft(
+            hidden_states,
+            [block.weight for block in heads.blocks],
+            [block.bias for block in heads.blocks],
+            weight if heads.unembedding is None else heads.unembedding,
+            bias if heads.unembedding is None else None,
+            heads.token_map,
+            k=4,
+        )
+    expected, chances = heads.guess(hidden_states, None, 4)
+    assert torch.equal(tokens.long(), expected)
+    torch.testing.assert_close(log_probs, chances, rtol=0, atol=1e-5)
