@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -129,5 +133,221 @@ def gumbel_noise(
 
 def sample(scores: torch.Tensor, seed: int, thread: int, position: int) -> int:
     """The token that this (seed, thread, position) draws from softmax(scores), `scores` float [vocab_size]."""
-    noise = gumbel_noise(seed, thread, position, len(scores), scores.device)
-    return int(torch.argmax(scores.double() + noise))
+    return int(torch.argmax(noisy(scores, seed, thread, position)))
+
+
+def noisy(scores: torch.Tensor, seed: int, thread: int, position: int) -> torch.Tensor:
+    """What `sample` takes the argmax of, float32 [vocab_size].
+
+    Noise and sum are float64: float32 has too few values near 0 and 1 for the tails. The rounded sum is what counts,
+    of equals the lowest, so that a kernel can compare 32-bit scores and any split of the vocabulary agrees.
+    """
+    return (scores.double() + gumbel_noise(seed, thread, position, len(scores), scores.device)).float()
+
+
+class Noise(NamedTuple):
+    """What the counter-based noise of each choice is a function of (DESIGN promise 2)."""
+
+    seeds: torch.Tensor  # int64 [T], the 64 bits of a thread's seed
+    keys: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [M], of the token that the row chooses, below 2**32
+
+
+class Typical(NamedTuple):
+    """Medusa's typical acceptance (arXiv 2401.10774, section 3.3.1), with the paper's defaults."""
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What each of T threads chose, D being the greatest depth asked for. One buffer, so that one copy reads it all."""
+
+    packed: torch.Tensor  # int32 [T, 3 + 2 * (D + 1)]: length, last row, flags, tokens, rows
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[T], how many tokens were chosen, the last of them not yet run; 0 for a thread without rows."""
+        return self.packed[:, 0]
+
+    @property
+    def last_rows(self) -> torch.Tensor:
+        """[T], the row whose logits chose the last token; -1 for a thread without rows."""
+        return self.packed[:, 1]
+
+    @property
+    def flags(self) -> torch.Tensor:
+        """[T], bit 0: a fork is among the chosen tokens; bit 1: an end token is."""
+        return self.packed[:, 2]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[T, D + 1], chosen in order, then -1."""
+        return self.packed[:, 3 : 3 + self._width]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[T, D + 1], column i the row of the draft node that guessed token i, then -1."""
+        return self.packed[:, 3 + self._width :]
+
+    @property
+    def _width(self) -> int:
+        return (self.packed.shape[1] - 3) // 2
+
+
+def verify(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    first_rows: torch.Tensor,
+    depth: int,
+    bans: torch.Tensor | None = None,
+    control: tuple[int, int] | None = None,
+    eos_ids: torch.Tensor | None = None,
+    noise: Noise | None = None,
+    typical: Typical | None = None,
+) -> Verified:
+    """From logits to accepted tokens: each draft tree is walked for as long as it guessed what the model chooses.
+
+    A row chooses the argmax of its logits, or of `noisy` logits; of equals the lowest id, and NaN beats all, as in
+    torch.argmax. With `typical` a node is accepted iff its parent is and p(token | parent) > min(epsilon, delta *
+    exp(-H(p(. | parent)))); the deepest accepted node ends the path, of equally deep ones the likeliest path, then
+    the lowest row, as medusa-llm's `evaluate_posterior` has it, and its row chooses the last token as above.
+
+    Args:
+        logits: [M, vocab] float32, float16 or bfloat16; each thread's rows together, its root first, then its draft
+            nodes, parents before children. Rows from first_rows[-1] on are padding.
+        tokens: int32 [M], what stands at the row: the thread's last token, or a drafted one.
+        parents: int32 [M], the row of the parent; -1 at roots.
+        first_rows: int32 [T + 1], ascending from 0; thread t has rows first_rows[t] to first_rows[t + 1] - 1.
+        depth: no more nodes than this are accepted per thread.
+        bans: int32 [M], bit 0 set where a fork may not be chosen; None: nowhere.
+        control: ids of [Fork] and [Child]; [Child] is never chosen. None: no such tokens, and `bans` is not read.
+        eos_ids: int32 [E], only for the flag: the walk does not stop at them.
+        noise: None is greedy.
+
+    Of siblings that guess the same token the lowest row counts.
+    """
+    if depth < 0:
+        raise ValueError(f"depth is {depth}, must be 0 or more.")
+    scores = logits.float()
+    scores = scores.clone() if scores.data_ptr() == logits.data_ptr() else scores
+    fork_id, child_id = control or (-1, -1)
+    if control is not None:
+        scores[:, child_id] = -torch.inf
+        if bans is not None:
+            scores[(bans & 1).bool(), fork_id] = -torch.inf
+    ends = [] if eos_ids is None else eos_ids.tolist()
+    bounds, ids, above = first_rows.tolist(), tokens.tolist(), parents.tolist()
+    width = depth + 1
+    packed = []
+    for thread, (first, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if first == stop:
+            packed.append([0, -1, 0] + [-1] * 2 * width)
+            continue
+        choices = {}
+        for row in range(first, stop):
+            seen = scores[row]
+            if noise is not None:
+                seen = noisy(seen, int(noise.seeds[thread]), int(noise.keys[thread]), int(noise.positions[row]))
+            choices[row] = int(seen.argmax())
+        if typical is None:
+            accepted = _walk(first, stop, choices, ids, above, depth)
+        else:
+            accepted = _likeliest_path(first, stop, scores, ids, above, depth, typical)
+        last = accepted[-1] if accepted else first
+        chosen = [ids[row] for row in accepted] + [choices[last]]
+        flags = (fork_id in chosen) | any(token in ends for token in chosen) << 1
+        padding = [-1] * (width - len(chosen))
+        packed.append([len(chosen), last, flags, *chosen, *padding, *accepted, -1, *padding])
+    return Verified(torch.tensor(packed, dtype=torch.int32, device=logits.device).view(-1, 3 + 2 * width))
+
+
+def _walk(first: int, stop: int, choices: dict[int, int], ids: list[int], above: list[int], depth: int) -> list[int]:
+    path: list[int] = []
+    row: int | None = first
+    while len(path) < depth:
+        guessed = (node for node in range(first + 1, stop) if above[node] == row and ids[node] == choices[row])
+        row = next(guessed, None)
+        if row is None:
+            break
+        path.append(row)
+    return path
+
+
+def _likeliest_path(
+    first: int, stop: int, scores: torch.Tensor, ids: list[int], above: list[int], depth: int, typical: Typical
+) -> list[int]:
+    log_probs = scores[first:stop].double().log_softmax(-1)
+    entropies = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
+    limits = (typical.delta * (-entropies).exp()).clamp(max=typical.epsilon)
+    paths: dict[int, tuple[list[int], float]] = {first: ([], 0.0)}
+    for row in range(first + 1, stop):
+        if above[row] not in paths or not 0 <= ids[row] < scores.shape[1]:
+            continue
+        path, chance = paths[above[row]]
+        log_prob = log_probs[above[row] - first, ids[row]]
+        if len(path) < depth and log_prob.exp() > limits[above[row] - first]:
+            paths[row] = ([*path, row], chance + float(log_prob))
+    return max(paths.values(), key=lambda entry: (len(entry[0]), entry[1]))[0]
+
+
+def residual_blocks(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """K heads' residual blocks, x + SiLU(W x + b), one after the other: [T, H] -> [K, T, H].
+
+    weights, biases: per block [K, H, H] and [K, H]. Each block is computed in float32 and rounded to x's dtype.
+    """
+    y = x.expand(len(weights[0]), -1, -1)
+    for weight, bias in zip(weights, biases, strict=True):
+        wide = y.float()
+        y = (wide + F.silu(torch.baddbmm(bias.float()[:, None], wide, weight.float().mT))).to(x.dtype)
+    return y
+
+
+def top_logits(
+    states: torch.Tensor,
+    unembedding: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    k: int = 1,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k greatest logits of each row, of equals the lowest index first, and the log of the sum of exponentials.
+
+    states [R, H] and unembedding [vocab, H], bias [vocab] or None; or all of them with a batch dimension in front.
+    scale, softcap: logits are multiplied, then capped: softcap * tanh(logits / softcap).
+    Returns: values float32 [..., R, k], indices int32 [..., R, k], log of the sum float32 [..., R].
+    """
+    logits = states.float() @ unembedding.float().mT
+    if bias is not None:
+        logits = logits + bias.float()[..., None, :]
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    values, indices = logits.sort(dim=-1, descending=True, stable=True)  # topk leaves the order of equals open
+    return values[..., :k], indices[..., :k].int(), logits.logsumexp(-1)
+
+
+def medusa_draft(
+    hidden_states: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    unembedding: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    token_map: torch.Tensor | None = None,
+    k: int = 1,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What K Medusa heads propose after T states [T, H]: token ids int32 and log-probabilities float32, both [T, K, k].
+
+    weights, biases as in `residual_blocks`, none where there are no blocks; the rest as in `top_logits`. unembedding
+    [vocab, H] serves all heads, [K, vocab, H] is their own; token_map long [vocab] are the ids of a draft vocabulary.
+    """
+    states = residual_blocks(hidden_states, weights, biases) if weights else hidden_states[None]
+    if unembedding.dim() == 3:
+        states = states.expand(len(unembedding), -1, -1)
+    values, indices, sums = top_logits(states, unembedding, bias, k, scale, softcap)
+    tokens = indices if token_map is None else token_map[indices.long()].int()
+    return tokens.transpose(0, 1), (values - sums[..., None]).transpose(0, 1)

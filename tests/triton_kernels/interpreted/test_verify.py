@@ -1,0 +1,201 @@
+"""verify against its torch reference, and the reference against medusa-llm's typical acceptance."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from medusa_apar.triton_kernels import reference
+from medusa_apar.triton_kernels.reference import Noise, Typical
+from medusa_apar.triton_kernels.verify import VerifyWorkspace, verify
+
+# The interpreter takes milliseconds a program: few examples, each of them ragged.
+few = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CHUNK = 16
+POISON = -(2**31) + 7
+
+
+@st.composite
+def forests(draw, most_threads=3, most_nodes=5, vocabs=(1, 2, 5, 16, 17, 40), dtypes=None):
+    """Arguments of verify; few distinct tokens, so that guesses are often right and siblings often alike."""
+    vocab = draw(st.sampled_from(vocabs))
+    counts = draw(st.lists(st.integers(0, most_nodes + 1), min_size=1, max_size=most_threads))
+    padding = draw(st.integers(0, 2))
+    rows = max(1, sum(counts) + padding)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    dtype = draw(st.sampled_from(dtypes or (torch.float32, torch.float16, torch.bfloat16)))
+    # Whole numbers tie often. A few values are special.
+    logits = torch.randint(-3, 4, (rows, vocab), generator=generator).to(dtype)
+    if draw(st.booleans()):
+        logits = torch.randn(rows, vocab, generator=generator).to(dtype)
+    for value in draw(st.lists(st.sampled_from([torch.nan, -torch.nan, torch.inf, -torch.inf, -0.0]), max_size=3)):
+        logits[torch.randint(rows, (1,), generator=generator), torch.randint(vocab, (2,), generator=generator)] = value
+    parents, first_rows = [], [0]
+    for count in counts:
+        first = first_rows[-1]
+        parents += [-1] * min(count, 1) + [draw(st.integers(first, first + node - 1)) for node in range(1, count)]
+        first_rows.append(first + count)
+    parents += [-1] * (rows - len(parents))
+    scores = logits.float()
+    guesses = scores.argmax(-1)[torch.tensor(parents).clamp(min=0)]
+    wrong = torch.randint(-1, vocab + 1, (rows,), generator=generator)
+    tokens = torch.where(torch.rand(rows, generator=generator) < 0.7, guesses, wrong).int()
+    control = draw(st.sampled_from([None, (0, vocab - 1), (vocab // 2, 0)]))
+    bans = draw(st.none() | st.just(torch.randint(0, 4, (rows,), generator=generator).int()))
+    eos_ids = draw(st.none() | st.lists(st.integers(0, vocab), max_size=3))
+    return {
+        "logits": logits,
+        "tokens": tokens,
+        "parents": torch.tensor(parents, dtype=torch.int32),
+        "first_rows": torch.tensor(first_rows, dtype=torch.int32),
+        "depth": draw(st.integers(0, most_nodes)),
+        "bans": bans,
+        "control": control,
+        "eos_ids": None if eos_ids is None else torch.tensor(eos_ids, dtype=torch.int32),
+    }
+
+
+def noises(forest):
+    threads, rows = len(forest["first_rows"]) - 1, len(forest["tokens"])
+    words = st.integers(-(2**63), 2**63 - 1)
+    positions = st.lists(st.integers(0, 2**32 - 1), min_size=rows, max_size=rows)
+    per_thread = st.lists(words, min_size=threads, max_size=threads)
+    return st.builds(lambda *lists: Noise(*map(torch.tensor, lists)), per_thread, per_thread, positions)
+
+
+def poisoned(forest, chunk=CHUNK):
+    rows, vocab = forest["logits"].shape
+    workspace = VerifyWorkspace.make(rows, len(forest["first_rows"]) - 1, vocab, forest["depth"], "cpu", chunk)
+    workspace.best.fill_(2**63 - 1)
+    workspace.stats.fill_(torch.nan)
+    workspace.out.packed.fill_(POISON)
+    return workspace
+
+
+def assert_equals_reference(arguments, workspace=None):
+    workspace = workspace or poisoned(arguments)
+    before = arguments["logits"].clone()
+    out = verify(**arguments, most_rows=8, workspace=workspace)
+    expected = reference.verify(**arguments)
+    assert out.packed.tolist() == expected.packed.tolist()
+    assert workspace.counters.tolist() == [0] * len(workspace.counters)
+    assert torch.equal(arguments["logits"].nan_to_num(7), before.nan_to_num(7))
+
+
+@few
+@given(forests())
+def test_greedy(forest):
+    assert_equals_reference(forest)
+
+
+@few
+@given(st.data())
+def test_sampling(data):
+    forest = data.draw(forests())
+    assert_equals_reference(forest | {"noise": data.draw(noises(forest))})
+
+
+@few
+@given(forests(vocabs=(2, 5, 17, 40)), st.sampled_from([(0.09, 0.3), (0.3, 1.0), (0.0, 0.05), (1.0, 9.0)]))
+def test_typical(forest, typical):
+    assert_equals_reference(forest | {"typical": Typical(*typical)})
+
+
+@few
+@given(st.data())
+def test_typical_paths_end_in_a_sample_where_there_is_noise(data):
+    forest = data.draw(forests(most_threads=2, vocabs=(5, 17)))
+    assert_equals_reference(forest | {"typical": Typical(), "noise": data.draw(noises(forest))})
+
+
+@settings(few, max_examples=6)
+@given(st.data(), st.integers(1, 99))
+def test_the_order_of_programs_does_not_show(shuffled_programs, data, seed):
+    forest = data.draw(forests(vocabs=(40,)))
+    choosing = data.draw(st.sampled_from(["greedy", "sampling", "typical"]))
+    if choosing == "typical":
+        forest["typical"] = Typical()
+    if choosing == "sampling":
+        forest["noise"] = data.draw(noises(forest))
+    shuffled_programs(seed)
+    workspace = poisoned(forest)
+    for _ in range(2):  # a workspace is ready for the next launch
+        workspace.out.packed.fill_(POISON)
+        assert_equals_reference(forest, workspace)
+
+
+@few
+@given(forests(vocabs=(40,)), st.sampled_from([8, 32, 64]))
+def test_the_chunk_does_not_show(forest, chunk):
+    assert_equals_reference(forest, poisoned(forest, chunk))
+
+
+def test_a_long_vocabulary_in_blocks_and_rows_far_apart():
+    """Chunks of several noise blocks, a row stride that is not the vocabulary, and no workspace of our own."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 9000, generator=generator)[:, :8999]
+    forest = {
+        "logits": logits,
+        "tokens": torch.tensor([4, int(logits[0].argmax()), 6], dtype=torch.int32),
+        "parents": torch.tensor([-1, 0, -1], dtype=torch.int32),
+        "first_rows": torch.tensor([0, 2, 3], dtype=torch.int32),
+        "depth": 1,
+    }
+    noise = Noise(*(torch.tensor(ids) for ids in ([1, 2], [3, -4], [5, 6, 7])))
+    for extra in ({}, {"noise": noise}, {"typical": Typical()}):
+        out = verify(**forest, **extra)
+        assert torch.equal(out.packed, reference.verify(**forest, **extra).packed)
+    assert out.lengths.tolist()[1] == 1
+
+
+def test_more_chunks_than_are_merged_at_once():
+    logits = torch.randn(2, 1030, generator=torch.Generator().manual_seed(1))
+    logits[0, 1029], logits[1, 500] = 50.0, 60.0
+    forest = {
+        "logits": logits,
+        "tokens": torch.tensor([4, 1029], dtype=torch.int32),
+        "parents": torch.tensor([-1, 0], dtype=torch.int32),
+        "first_rows": torch.tensor([0, 2], dtype=torch.int32),
+        "depth": 1,
+    }
+    for extra in ({}, {"typical": Typical()}):
+        out = verify(**forest, **extra, most_rows=128, workspace=poisoned(forest, 64))
+        assert out.tokens.tolist() == [[1029, 500]] and out.rows.tolist() == [[1, -1]]
+        assert torch.equal(out.packed, reference.verify(**forest, **extra).packed)
+
+
+@settings(deadline=None)
+@given(forests(most_threads=1, vocabs=(4, 30), dtypes=(torch.float32,)), st.sampled_from([(0.09, 0.3), (0.3, 1.0)]))
+def test_reference_accepts_what_medusa_llm_accepts(forest, typical):
+    evaluate_posterior = pytest.importorskip("medusa.model.utils").evaluate_posterior
+    logits, ids, parents = forest["logits"], forest["tokens"].tolist(), forest["parents"].tolist()
+    count = int(forest["first_rows"][1])
+    assume(count > 0 and logits.isfinite().all() and all(0 <= token < logits.shape[1] for token in ids))
+    # medusa-llm adds 1e-5 inside the entropy's logarithm: leave out what lies between the two thresholds.
+    chances = logits.softmax(-1)
+    limits = [
+        (typical[1] * (chances * (chances + extra).log()).sum(-1).exp()).clamp(max=typical[0]) for extra in (0, 1e-5)
+    ]
+    for row in range(1, count):
+        chance = chances[parents[row], ids[row]]
+        assume(
+            all((chance > limit[parents[row]] * (1 + 1e-5)) == (chance > limits[0][parents[row]]) for limit in limits)
+        )
+    paths = []
+    for row in range(count):
+        path = [row]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        paths.append(path)
+    longest = max(map(len, paths))
+    # Padding must not count as a guess: a row where its token is impossible.
+    impossible = torch.cat([logits, torch.full((1, logits.shape[1]), -1e9)])
+    impossible[-1, 1] = 0.0
+    candidates = torch.tensor([[ids[row] for row in path] + [0] * (longest - len(path)) for path in paths])
+    padded = torch.stack([impossible[path[:-1] + [-1] * (longest - len(path) + 1)] for path in paths])
+    best, length = evaluate_posterior(padded, candidates, 1.0, *typical)
+    options = {"tokens": forest["tokens"], "parents": forest["parents"], "first_rows": forest["first_rows"]}
+    out = reference.verify(logits, **options, depth=8, typical=Typical(*typical))
+    expected = paths[int(best)][: int(length) + 1]
+    assert [0, *out.rows[0].tolist()][: int(out.lengths[0])] == expected
+    assert int(out.tokens[0, int(length)]) == int(logits[expected[-1]].argmax())
