@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import ITEM_FIELDS, Tile, TreeLayout
+from .aot import Variant
+from .layout import CHUNK, ITEM_FIELDS, Tile, TreeLayout
 
 NO_WINDOW = 1 << 30
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton at import too
@@ -351,3 +352,47 @@ def tree_attention(
             num_warps=4,
         )
     return out
+
+
+def variants() -> list[Variant]:
+    """Every row of the tile table, and the merge."""
+    found = []
+    for (size, dim), tiles in TILES.items():
+        dtype = "fp32" if size == 4 else "bf16"
+        for few, tile in zip((True, False), tiles, strict=True):
+            for walk in (False, True):
+                name = f"attend {dtype} d{dim} {'few' if few else 'many'}{' walk' if walk else ''}"
+                found.append(_attend_variant(name, dtype, dim, tile, walk))
+    pointers = {"out": "*bf16", "partials": "*fp32", "statistics": "*fp32", "sinks": "*bf16"}
+    tables = dict.fromkeys(("order", "leaves", "merges", "deltas"), "*i32")
+    signature = {**pointers, **tables, "queries": "i32", "out_row": "i32"}
+    constexprs = {"HEADS": 32, "VALUE_DIM": 128, "HEAD_BLOCK": 16, "VALUE_BLOCK": 128, "SINKS": False}
+    return [*found, Variant("merge bf16 d128", _merge, signature, constexprs, 4, 1, (*pointers, *tables, "out_row"))]
+
+
+def _attend_variant(name: str, dtype: str, dim: int, tile: Tile, walk: bool) -> Variant:
+    heads, group = 32, 4
+    tensors = dict.fromkeys(("query", "keys", "values", "out", "sinks"), f"*{dtype}")
+    partial = dict.fromkeys(("partials", "statistics"), "*fp32")
+    tables = dict.fromkeys(("items", "chunks", "slots", "order", "positions", "lengths"), "*i32")
+    strides = ("query_row", "query_head", "key_slot", "key_head", "value_slot", "value_head", "out_row")
+    signature = {**tensors, **partial, **tables, "ancestors": "*i64", **dict.fromkeys(strides, "i32")}
+    signature |= {"scale": "fp32", "cap": "fp32", "window": "i32"}
+    constexprs = {
+        "HEADS": heads,
+        "GROUP": group,
+        "DIM": dim,
+        "VALUE_DIM": dim,
+        "DIM_BLOCK": dim,
+        "VALUE_BLOCK": dim,
+        "CHUNK": CHUNK,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "WALK": walk,
+        "SOFTCAP": False,
+        "SINKS": False,
+        "FIELDS": ITEM_FIELDS,
+        "UPCAST": False,
+    }
+    divisible = (*tensors, *partial, *tables, "ancestors", *strides)
+    return Variant(name, _attend, signature, constexprs, tile.warps, tile.stages, divisible)
