@@ -265,8 +265,8 @@ def attach(
         attention: "auto" or "sdpa": the torch runtime's attention; "sdpa" asks for that runtime.
         runtime: "torch" runs transformers' modules, "cpu" compiled code for a model built like Llama on a CPU; "auto"
             takes the second where it can.
-        quantize: "int8" rounds the weights to 8 bits, a scale per output and 64 inputs, those of the heads too (CPU
-            runtime only; the model keeps its own).
+        quantize: "int8" rounds the weights to 8 bits, a scale per output and 64 inputs, those of the heads too, and the
+            KV pool to 16 (CPU runtime only; the model keeps its own).
         pool_slots: most KV slots ever in use (None: grows on demand). Under pressure threads wait or are evicted and
             fed again later, which never changes a token.
 

@@ -30,6 +30,8 @@ class KVPool(Cache):
         self.max_slots = max_slots
         self.keys: dict[int, torch.Tensor] = {}  # layer -> [capacity, kv_heads, head_dim], its own tensor
         self.values: dict[int, torch.Tensor] = {}
+        # Of keys and values that are int16 steps: layer -> float32 [capacity, kv_heads, 2], a key's step and a value's.
+        self.scales: dict[int, torch.Tensor] = {}
         self.positions = np.zeros(0, dtype=np.int64)  # [capacity] path position of the token in each slot
         self.slots: torch.Tensor | None = None  # int64 [N], set by the decoder before each forward
         self._free: list[int] = []  # heap: the lowest slot first keeps a request's slots close together
@@ -72,7 +74,7 @@ class KVPool(Cache):
         for slot in range(self.capacity, capacity):
             heapq.heappush(self._free, slot)
         self.positions = np.concatenate([self.positions, np.zeros(capacity - self.capacity, dtype=np.int64)])
-        for store in (self.keys, self.values):
+        for store in (self.keys, self.values, self.scales):
             for layer, old in store.items():
                 store[layer] = torch.cat([old, old.new_zeros(capacity - len(old), *old.shape[1:])])
 

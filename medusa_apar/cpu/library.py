@@ -21,7 +21,10 @@ from pathlib import Path
 from medusa_apar import hub
 
 FOLDER = Path(__file__).parent
-SOURCES = ("step.cpp", "hydra.h", "attention.h", "product.h", "team.h", "top.h", "matrix.h")
+SOURCES = (
+    *("step.cpp", "hydra.h", "float_cache.h", "step_cache.h", "attention.h", "int16.h"),
+    *("product.h", "team.h", "top.h", "matrix.h"),
+)
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 PHASES = ("norm", "qkv", "attention", "output", "gate_up", "down", "unembedding")
 
@@ -41,7 +44,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         *(("attention_norm", c_void_p), ("mlp_norm", c_void_p)),
         *(("qkv", Matrix), ("output", Matrix), ("gate_up", Matrix), ("down", Matrix)),
-        *(("keys", c_void_p), ("values", c_void_p), ("window", c_int32), ("tap", c_int32)),
+        *(("keys", c_void_p), ("values", c_void_p), ("scales", c_void_p), ("window", c_int32), ("tap", c_int32)),
     )
 
 

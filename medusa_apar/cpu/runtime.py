@@ -1,6 +1,7 @@
 """A forward pass over a forest in compiled code, for models built like Llama, in float32, bfloat16 or int8 weights.
 
-Activations, the KV pool and every sum of a float are float32. A row's logits depend on its path alone, bit by bit: not
+Activations and every sum of a float are float32, and so is the KV pool; with int8 weights it holds int16 steps, a scale
+for each slot and KV head (`step_cache.h`). A row's logits depend on its path alone, bit by bit: not
 on the other rows, the batch, the slots or what was drafted (DESIGN promises 1 and 5, without the usual "but for ties").
 """
 
@@ -77,7 +78,7 @@ class CpuRuntime:
     """Runs `model` from weights packed as `kind`: "float32", "bfloat16" or "int8".
 
     Weights that were changed in place are packed anew for the next call, unless the change went through `.data`, which
-    torch does not count. The KV pool is float32 whatever the kind.
+    torch does not count.
 
     `seconds` of a `profiled` one adds up the time of `library.PHASES`.
     """
@@ -158,6 +159,7 @@ class _Packed:
     def __init__(self, model: Any, kind: str) -> None:
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
+        self.kind = kind
         self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
         self.eps = decoder.norm.variance_epsilon
         dim = attention.head_dim
@@ -236,18 +238,26 @@ class _Scratch:
     def layers(self, pool: KVPool, taps: tuple[int, ...]) -> Any:
         """library.Layer of every layer; made anew when the pool has grown."""
         if self._structs[0] != (pool.capacity, taps):
-            heads = self.packed.heads
-            shape = (pool.capacity, heads.kv_heads, heads.head_dim)
+            self._fill(pool)
             structs = (library.Layer * len(self.packed.layers))()
             for index, (norms, matrices, window) in enumerate(self.packed.layers):
-                for store in (pool.keys, pool.values):
-                    if index not in store:
-                        store[index] = torch.zeros(shape)
                 structs[index] = library.Layer(
                     *(norm.data_ptr() for norm in norms),
                     *(matrix.struct for matrix in matrices),
                     *(pool.keys[index].data_ptr(), pool.values[index].data_ptr()),
+                    pool.scales[index].data_ptr() if pool.scales else None,
                     *(window, taps.index(index) if index in taps else -1),
                 )
             self._structs = (pool.capacity, taps), structs
         return self._structs[1]
+
+    def _fill(self, pool: KVPool) -> None:
+        """Gives a pool its tensors; one that grows later copies them."""
+        heads, steps = self.packed.heads, self.packed.kind == "int8"
+        shape = (pool.capacity, heads.kv_heads)
+        for index in range(len(self.packed.layers)):
+            if index not in pool.keys:
+                for store in (pool.keys, pool.values):
+                    store[index] = torch.zeros(*shape, heads.head_dim, dtype=torch.int16 if steps else torch.float32)
+                if steps:
+                    pool.scales[index] = torch.zeros(*shape, 2)

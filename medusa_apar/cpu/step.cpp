@@ -1,8 +1,9 @@
 // One forward pass of a Llama-like decoder over a forest, in one parallel region: what eager transformers does in some
 // thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
-#include "attention.h"
+#include "float_cache.h"
 #include "hydra.h"
 #include "product.h"
+#include "step_cache.h"
 #include "team.h"
 #include "top.h"
 
@@ -15,7 +16,7 @@ extern "C" {
 struct Layer {
     const float *attention_norm, *mlp_norm;
     Matrix qkv, output, gate_up, down;  // gate_up: panels of gate and up by turns
-    float *keys, *values;               // pool [capacity][kv_heads][head_dim]
+    Pool pool;
     int32_t window;                     // last positions of the path that are seen, 0: all
     int32_t tap;                        // place of its output among the tapped ones, or -1
 };
@@ -91,6 +92,7 @@ inline int path_of(const Step& s, int row, int window, int32_t* path) {
 
 // One thread's part of a layer. Buffers: `wide` holds normed rows, then attention's output, then the MLP's inner values;
 // `qkv` the projections, then normed rows.
+template <class Cache>
 struct LayerPass {
     const Model& m;
     const Layer& layer;
@@ -99,8 +101,8 @@ struct LayerPass {
     Barrier& barrier;
     Clock& clock;
     const Share rows = share(s.rows);
-    const int dim = m.heads.head_dim, q_width = m.heads.heads * dim, kv_width = m.heads.kv_heads * dim,
-              width = q_width + 2 * kv_width;
+    const int dim = m.heads.head_dim, q_width = m.heads.heads * dim,
+              width = q_width + 2 * m.heads.kv_heads * dim;
 
     void run() {
         normalise(layer.attention_norm, layer.qkv, s.wide);
@@ -137,14 +139,16 @@ struct LayerPass {
                     for (int r = 0; r < count; r++)
                         std::memcpy(s.qkv + (size_t)(first + r) * width + p * PANEL, tile[0][r], sizeof tile[0][r]);
                 });
+            const Cache cache(h, layer.pool, head < h.heads ? 0 : (head - h.heads) % h.kv_heads);
             for (int r = 0; r < s.rows; r++) {
                 float* here = s.qkv + (size_t)r * width + head * dim;
                 if (head < h.heads + h.kv_heads) rotate(here, s.cos + (size_t)r * dim, s.sin + (size_t)r * dim, dim);
-                if (head >= h.heads) {
-                    const int kv = (head - h.heads) % h.kv_heads;
-                    float* pool = head < h.heads + h.kv_heads ? layer.keys : layer.values;
-                    std::memcpy(pool + (size_t)s.slots[r] * kv_width + kv * dim, here, sizeof(float) * dim);
-                }
+                if (head < h.heads)
+                    cache.ready_query(here);
+                else if (head < h.heads + h.kv_heads)
+                    cache.keep_key(s.slots[r], here);
+                else
+                    cache.keep_value(s.slots[r], here);
             }
         }
         barrier.wait();
@@ -165,7 +169,7 @@ struct LayerPass {
                 block.query[i] = s.qkv + (size_t)(first + i) * width + offset;
                 block.out[i] = s.wide + (size_t)(first + i) * q_width + offset;
             }
-            attend_block(h, block, layer.keys + kv * dim, layer.values + kv * dim);
+            attend_block(h, Cache(h, layer.pool, kv), block);
             task += count;
         }
         barrier.wait();
@@ -220,7 +224,10 @@ EXPORTED void mapar_step(const Model* model, const Step* step, int threads, int 
         Clock clock{s.seconds};
         Blocks blocks(s.rows, s.longest);
         for (int l = 0; l < m.layers; l++) {
-            LayerPass{m, m.layer[l], s, blocks, barrier, clock}.run();
+            if (m.layer[l].pool.scales)
+                LayerPass<StepCache>{m, m.layer[l], s, blocks, barrier, clock}.run();
+            else
+                LayerPass<FloatCache>{m, m.layer[l], s, blocks, barrier, clock}.run();
             if (m.layer[l].tap >= 0) {
                 float* out = s.tapped + (size_t)m.layer[l].tap * s.verified * m.hidden;
                 const Share rows = share(s.verified);
