@@ -95,8 +95,7 @@ def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> d
         seconds = time.perf_counter() - started
         # The pass is taken back: as if nothing had been accepted.
         ledger.pool.release(forest.slots[stop - before :].tolist())
-        ledger.pool.release(ledger._slots[trunk][before:])
-        del ledger._slots[trunk][before:]
+        ledger._shrink(trunk, before)
         return seconds
 
     found: dict[str, Any] = {"slots": slots, "rows": {}, "draft": {}}

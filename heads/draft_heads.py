@@ -8,7 +8,7 @@ The weights of all heads lie in one tensor per residual block, so K heads cost o
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,11 @@ class ResidualBlock(nn.Module):
     def of(self, head: int, x: Tensor) -> Tensor:
         """One head's block alone: [..., H] -> [..., H]."""
         return x + F.silu(F.linear(x, self.weight[head], self.bias[head]))
+
+
+class Drafter(Protocol):
+    def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
+        """As `DraftHeads.propose`."""
 
 
 class DraftHeads(nn.Module):
@@ -111,6 +116,10 @@ class DraftHeads(nn.Module):
         (long) and log-probabilities given the parent (float32, over the draft vocabulary), both [T, n].
         """
         raise NotImplementedError
+
+    def drafter(self) -> Drafter:
+        """What proposes in one generate call as these heads do; a weight that is changed shows in the next call."""
+        return self
 
     @classmethod
     def from_state(

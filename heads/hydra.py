@@ -24,7 +24,7 @@ from medusa_apar.cpu.drafting import CompiledHydra, compilable
 from medusa_apar.draft_tree import DraftTree
 
 from . import checkpoints
-from .draft_heads import DraftHeads, ResidualBlock, unembedding_size
+from .draft_heads import Drafter, DraftHeads, ResidualBlock, unembedding_size
 
 
 class HydraHeads(DraftHeads):
@@ -150,11 +150,14 @@ class HydraHeads(DraftHeads):
         ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         weights = [*self.parameters(), *(parameter for end in ends for parameter in end.parameters())]
         key = (self.packing, *((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))
-        if self._in_code is None or self._in_code[0] != key:  # at every step: what can be compiled is asked only here
+        if self._in_code is None or self._in_code[0] != key:
             unembedding = self.plain_unembedding() if compilable(self) else None
             made = None if unembedding is None else CompiledHydra(self, unembedding, cast(str, self.packing))
             self._in_code = key, made
         return self._in_code[1]
+
+    def drafter(self) -> Drafter:
+        return self._compiled() or self
 
     @torch.inference_mode()
     def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:

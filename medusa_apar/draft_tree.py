@@ -109,15 +109,16 @@ class DraftTree:
         return levels
 
     def lineages(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the first `size` nodes: each one's ancestors from the top, itself last, all in one list (int), and where
-        each node's part ends (int [size])."""
-        nodes, ends = self._lineages
-        return nodes[: ends[size - 1] if size else 0], ends[:size]
+        """Of the first `size` nodes: each one's ancestors from the top, itself last, all in one list (int), and each
+        node's part of it, start and length (int32 [size, 2])."""
+        nodes, runs = self._lineages
+        return nodes[: runs[size - 1].sum() if size else 0], runs[:size]
 
     @cached_property
     def _lineages(self) -> tuple[np.ndarray, np.ndarray]:
         nodes = np.nonzero(self.ancestors)[1]  # row by row in ascending order, and a parent's number is the lower
-        return nodes, np.cumsum(self.depths + 1)
+        lengths = self.depths + 1
+        return nodes, np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype(np.int32)
 
     def words(self, window: int | None = None) -> np.ndarray:
         """`ancestors` as bits, uint64 [n], of at most 64 nodes; with a window, only those less than so far above."""

@@ -171,19 +171,15 @@ class Forest:
         for stem in self.stems:
             assert stem.path_slots is not None and stem.slots is not None
             cached, pending, drafted = len(stem.path_slots), len(stem.pending), len(stem.draft_tokens)
-            lineages, ends = stem.draft_tree.lineages(drafted)
+            lineages, parts = stem.draft_tree.lineages(drafted)
             rows = runs[stem.row : stem.row + stem.size]
-            rows[:, 0] = start, cached
-            rows[:, 1, 0] = start + cached
-            rows[:, 1, 1] = pending
-            rows[:pending, 1, 1] = np.arange(1, pending + 1)
-            depths = stem.draft_tree.depths[:drafted] + 1
-            rows[pending:, 2, 0] = start + cached + pending + ends - depths
-            rows[pending:, 2, 1] = depths
+            rows[:, :2] = (start, cached), (start + cached, pending)
+            if pending > 1:
+                rows[:pending, 1, 1] = np.arange(1, pending + 1)
+            rows[pending:, 2] = parts + (start + cached + pending, 0)
             lists += [stem.path_slots, stem.slots[:pending], stem.slots[pending:][lineages]]
             start += cached + pending + len(lineages)
-        longest = int(runs[:, :, 1].sum(axis=1).max())
-        return np.concatenate(lists).astype(np.int32), runs, longest
+        return np.concatenate(lists, dtype=np.int32, casting="same_kind"), runs, int(runs[:, :, 1].sum(axis=1).max())
 
     def leaves(self, window: int | None = None) -> list[Leaf]:
         """The stems as the tree attention kernels see them, threads that share a beginning side by side.

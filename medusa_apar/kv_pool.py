@@ -18,10 +18,14 @@ _FIRST_CAPACITY = 256
 
 @dataclass(slots=True, eq=False)
 class KVStorage:
-    """Where a pool's keys and values lie: layer -> [capacity, kv_heads, head_dim], a tensor of its own each."""
+    """Where a pool's keys and values lie: layer -> [capacity, kv_heads, head_dim], a tensor of its own each.
+
+    scales: of those that are int16 steps: layer -> float32 [capacity, kv_heads, 2], a key's step and a value's.
+    """
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
+    scales: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def capacity(self) -> int:
@@ -44,7 +48,7 @@ class KVPool(Cache):
         super().__init__(layers=[])
         self.max_slots = max_slots
         self.storage = KVStorage() if storage is None else storage
-        self.keys, self.values = self.storage.keys, self.storage.values
+        self.keys, self.values, self.scales = self.storage.keys, self.storage.values, self.storage.scales
         self.positions = np.zeros(0, dtype=np.int64)  # [capacity] path position of the token in each slot
         self.slots: torch.Tensor | None = None  # int64 [N], set by the decoder before each forward
         # A backend's own way of writing: key and value [N, kv_heads, head_dim], the layer's keys and values, slots.
@@ -89,7 +93,7 @@ class KVPool(Cache):
         for slot in range(self.capacity, capacity):
             heapq.heappush(self._free, slot)
         self.positions = np.concatenate([self.positions, np.zeros(capacity - self.capacity, dtype=np.int64)])
-        for store in (self.keys, self.values):
+        for store in (self.keys, self.values, self.scales):
             for layer, old in store.items():
                 if len(old) < capacity:
                     store[layer] = torch.cat([old, old.new_zeros(capacity - len(old), *old.shape[1:])])

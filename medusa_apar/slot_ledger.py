@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 
 from .kv_pool import KVPool
 from .paragraph_tree import Thread
+
+_NONE = array("q")
 
 
 class SlotLedger:
@@ -20,7 +24,7 @@ class SlotLedger:
 
     def __init__(self, pool: KVPool):
         self.pool = pool
-        self._slots: dict[Thread, list[int]] = {}
+        self._slots: dict[Thread, array[int]] = {}  # arrays, which numpy reads as they are
         self._evicted: set[Thread] = set()
 
     def cached(self, thread: Thread) -> int:
@@ -29,10 +33,10 @@ class SlotLedger:
 
     def path_slots(self, thread: Thread) -> np.ndarray:
         """Slots of everything cached on the path, int64; its length is the path position of the next uncached token."""
-        parts = [self._slots.get(ancestor, [])[:stop] for ancestor, stop in thread.ancestors()]
-        parts.append(self._slots.get(thread, []))
-        assert all(len(part) == stop for part, (_, stop) in zip(parts, thread.ancestors(), strict=False))
-        return np.array([slot for part in parts for slot in part], dtype=np.int64)
+        ancestors = thread.ancestors()
+        parts = [self._slots.get(ancestor, _NONE)[:stop] for ancestor, stop in ancestors]
+        assert all(len(part) == stop for part, (_, stop) in zip(parts, ancestors, strict=True))
+        return np.concatenate([np.array(part) for part in (*parts, self._slots.get(thread, _NONE))])
 
     def missing(self, thread: Thread, stop: int | None = None) -> list[tuple[Thread, int]]:
         """(thread, how far to feed it) down the lineage wherever tokens on the path have no slot."""
@@ -42,7 +46,7 @@ class SlotLedger:
 
     def book(self, thread: Thread, slots: np.ndarray | list[int]) -> None:
         """The thread's next tokens lie in these slots."""
-        self._slots.setdefault(thread, []).extend(int(slot) for slot in slots)
+        self._slots.setdefault(thread, array("q")).extend(slots)
 
     def settle(self, thread: Thread) -> int:
         """Returns what nobody needs any more of the thread and its ancestors; call when it ended. Counts the slots."""
@@ -73,7 +77,7 @@ class SlotLedger:
         return self.claims(thread) or any(self._claimed_below(child) for child in thread.children)
 
     def _shrink(self, thread: Thread, length: int) -> int:
-        slots = self._slots.get(thread, [])
+        slots = self._slots.get(thread, _NONE)
         gone = slots[length:]
         del slots[length:]
         self.pool.release(gone)

@@ -4,6 +4,11 @@
 // other rows, or on what was drafted and rejected. Rows go over the path in step, TILE places at a time: they share
 // their beginnings, so what one row has read is in the first-level cache for the others. Queries that share a KV head
 // are taken together.
+//
+// How the pool keeps one KV head is a cache's affair (float_cache.h, step_cache.h):
+//   keep_key, keep_value   put a head's floats into a slot
+//   ready_query            turns a query's floats, in place, into what `score` reads
+//   score, mix             what G queries make of the keys, and of the values, at some places of a path
 #pragma once
 
 #include <vector>
@@ -23,6 +28,19 @@ struct Heads {
     float scale;
 };
 
+// A layer's share of the KV pool, [capacity][kv_heads][head_dim]; scales, of steps: [capacity][kv_heads][2], or null.
+struct Pool {
+    void *keys, *values;
+    float* scales;
+};
+
+// Places first to last of a row's path, and the row's buffer for their scores and weights.
+struct Places {
+    const int32_t* path;  // slots
+    int first, last, longest;
+    float* weights;  // [G][longest]
+};
+
 // A block's rows at one KV head. Buffers are [row][...] with `longest` places a row.
 struct Block {
     int rows, longest;
@@ -32,35 +50,6 @@ struct Block {
     const float* query[BLOCK];
     float* out[BLOCK];
 };
-
-// Scores of G queries with KEYS keys.
-template <int G>
-inline void dots(const float* q, const float* const* keys, int dim, float (*out)[KEYS]) {
-    vf sums[G][KEYS] = {};
-    for (int d = 0; d < dim; d += LANES) {
-        vf key[KEYS];
-        for (int k = 0; k < KEYS; k++) key[k] = load(keys[k] + d);
-        for (int g = 0; g < G; g++) {
-            const vf query = load(q + g * dim + d);
-            for (int k = 0; k < KEYS; k++) sums[g][k] += query * key[k];
-        }
-    }
-    for (int g = 0; g < G; g++) sum4(sums[g], out[g]);
-}
-
-template <int G>
-void score(const Heads& h, const float* q, const float* keys, const int32_t* path, int first, int last, int longest,
-           float* weights) {
-    const size_t slot = (size_t)h.kv_heads * h.head_dim;
-    for (int s = first; s < last; s += KEYS) {
-        const float* key[KEYS];
-        float dot[G][KEYS];
-        for (int k = 0; k < KEYS; k++) key[k] = keys + path[std::min(s + k, last - 1)] * slot;
-        dots<G>(q, key, h.head_dim, dot);
-        for (int g = 0; g < G; g++)
-            for (int k = 0; k < KEYS && s + k < last; k++) weights[g * longest + s + k] = dot[g][k] * h.scale;
-    }
-}
 
 // Scores become weights that sum to 1.
 inline void softmax(float* row, int length) {
@@ -86,54 +75,30 @@ inline void softmax(float* row, int length) {
     for (int s = whole; s < length; s++) row[s] *= scale[0];
 }
 
-template <int G>
-void mix(const Heads& h, const float* values, const int32_t* path, int first, int last, int longest,
-         const float* weights, float* out) {
-    constexpr int VECTORS = DIMS / LANES;
-    const size_t slot = (size_t)h.kv_heads * h.head_dim;
-    for (int d = 0; d < h.head_dim; d += DIMS) {
-        vf sums[G][VECTORS];
-        for (int g = 0; g < G; g++)
-            for (int v = 0; v < VECTORS; v++)
-                sums[g][v] = first ? load(out + g * h.head_dim + d + v * LANES) : vf{};
-        for (int s = first; s < last; s++) {
-            const float* value = values + path[s] * slot + d;
-            vf part[VECTORS];
-            for (int v = 0; v < VECTORS; v++) part[v] = load(value + v * LANES);
-            for (int g = 0; g < G; g++)
-                for (int v = 0; v < VECTORS; v++) sums[g][v] += part[v] * weights[g * longest + s];
-        }
-        for (int g = 0; g < G; g++)
-            for (int v = 0; v < VECTORS; v++) store(out + g * h.head_dim + d + v * LANES, sums[g][v]);
-    }
-}
-
-template <int G>
-inline void attend(const Heads& h, const Block& b, const float* keys, const float* values, int head) {
-    const int offset = head * h.head_dim, places = b.longest;
+template <int G, class Cache>
+inline void attend(const Cache& cache, const Block& b, int head) {
+    const int offset = head * cache.dim, places = b.longest;
     auto tiles_of_rows = [&](auto use) {
         for (int tile = 0; tile < places; tile += TILE)
             for (int r = 0; r < b.rows; r++)
                 if (const int last = std::min(tile + TILE, b.lengths[r]); tile < last)
-                    use(r, tile, last, b.paths + (size_t)r * places, b.weights + (size_t)r * GROUP * places);
+                    use(r, Places{b.paths + (size_t)r * places, tile, last, places,
+                                  b.weights + (size_t)r * GROUP * places});
     };
-    tiles_of_rows([&](int r, int first, int last, const int32_t* path, float* weights) {
-        score<G>(h, b.query[r] + offset, keys, path, first, last, places, weights);
-    });
+    tiles_of_rows([&](int r, const Places& at) { cache.template score<G>(b.query[r] + offset, at); });
     for (int r = 0; r < b.rows; r++)
         for (int g = 0; g < G; g++) softmax(b.weights + ((size_t)r * GROUP + g) * places, b.lengths[r]);
-    tiles_of_rows([&](int r, int first, int last, const int32_t* path, const float* weights) {
-        mix<G>(h, values, path, first, last, places, weights, b.out[r] + offset);
-    });
+    tiles_of_rows([&](int r, const Places& at) { cache.template mix<G>(at, b.out[r] + offset); });
 }
 
-// All query heads of one KV head; keys and values point at that head of slot 0.
-inline void attend_block(const Heads& h, const Block& b, const float* keys, const float* values) {
+// All query heads of the cache's KV head.
+template <class Cache>
+inline void attend_block(const Heads& h, const Cache& cache, const Block& b) {
     const int group = h.heads / h.kv_heads, rest = group % GROUP;
     int head = 0;
-    for (; head + GROUP <= group; head += GROUP) attend<GROUP>(h, b, keys, values, head);
-    if (rest == 2) attend<2>(h, b, keys, values, head);
-    if (rest == 1) attend<1>(h, b, keys, values, head);
+    for (; head + GROUP <= group; head += GROUP) attend<GROUP>(cache, b, head);
+    if (rest == 2) attend<2>(cache, b, head);
+    if (rest == 1) attend<1>(cache, b, head);
 }
 
 // A thread's buffers for blocks.

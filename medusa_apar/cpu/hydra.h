@@ -62,9 +62,7 @@ inline Matrix first_outputs(Matrix m, int outputs) {
 inline void embed(const Hydra& h, int64_t token, float* out) {
     vf squares = {};
     for (int i = 0; i < h.hidden; i += LANES) {
-        const size_t place = (size_t)token * h.hidden + i;
-        const vf v = h.table_kind == BFLOAT16 ? widen((const uint16_t*)h.table + place)
-                                              : load((const float*)h.table + place);
+        const vf v = embedded(h.table, h.table_kind, (size_t)token * h.hidden + i);
         store(out + i, v);
         squares += v * v;
     }

@@ -21,7 +21,10 @@ from pathlib import Path
 from medusa_apar import hub
 
 FOLDER = Path(__file__).parent
-SOURCES = ("step.cpp", "hydra.h", "attention.h", "product.h", "team.h", "top.h", "matrix.h")
+SOURCES = (
+    *("step.cpp", "hydra.h", "float_cache.h", "step_cache.h", "attention.h", "int16.h"),
+    *("product.h", "team.h", "top.h", "matrix.h"),
+)
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 PHASES = ("norm", "qkv", "attention", "output", "gate_up", "down", "unembedding")
 
@@ -41,22 +44,23 @@ class Layer(ctypes.Structure):
     _fields_ = (
         *(("attention_norm", c_void_p), ("mlp_norm", c_void_p)),
         *(("qkv", Matrix), ("output", Matrix), ("gate_up", Matrix), ("down", Matrix)),
-        *(("keys", c_void_p), ("values", c_void_p), ("window", c_int32), ("tap", c_int32)),
+        *(("keys", c_void_p), ("values", c_void_p), ("scales", c_void_p), ("window", c_int32), ("tap", c_int32)),
     )
 
 
 class Model(ctypes.Structure):
     _fields_ = (
-        *(("layers", c_int32), ("hidden", c_int32), ("intermediate", c_int32), ("heads", Heads), ("eps", c_float)),
-        *(("norm", c_void_p), ("layer", POINTER(Layer)), ("unembedding", Matrix)),
+        *((name, c_int32) for name in ("layers", "hidden", "intermediate", "vocabulary", "table_kind")),
+        *(("heads", Heads), ("eps", c_float), ("norm", c_void_p), ("table", c_void_p)),
+        *(("layer", POINTER(Layer)), ("unembedding", Matrix)),
     )
 
 
 class Step(ctypes.Structure):
     _fields_ = (
         *(("rows", c_int32), ("verified", c_int32), ("taps", c_int32), ("longest", c_int32)),
-        *((name, c_void_p) for name in ("x", "cos", "sin", "slots", "slot_lists", "runs", "verified_rows")),
-        *((name, c_void_p) for name in ("hidden", "tapped", "logits", "qkv", "wide", "act", "act_scales")),
+        *((name, c_void_p) for name in ("tokens", "cos", "sin", "positions", "slots", "slot_lists", "runs")),
+        *((name, c_void_p) for name in ("verified_rows", "hidden", "logits", "x", "qkv", "wide", "act", "act_scales")),
         ("seconds", c_void_p),
     )
 
@@ -100,7 +104,7 @@ def _open(path: Path) -> ctypes.CDLL:
         assert opened.mapar_sizes(index) == ctypes.sizeof(struct), f"{struct.__name__} differs from step.cpp's"
     assert opened.mapar_phases() == len(PHASES)
     opened.mapar_step.argtypes = (POINTER(Model), POINTER(Step), c_int, c_int)
-    opened.mapar_step.restype = None
+    opened.mapar_step.restype = c_int
     opened.mapar_linear.argtypes = (
         *(POINTER(Matrix), c_void_p, c_int, c_int, c_void_p, c_int),
         *(c_void_p, c_void_p, c_int),

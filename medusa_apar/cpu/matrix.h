@@ -121,10 +121,9 @@ struct Rows {
     int stride;
 };
 
-// A row's values as int16 steps, the largest one being 32767 of them; returns the step. What is not finite makes the step
-// NaN, and so all that comes of the row.
-inline float quantise(const float* x, int count, int padded, int16_t* out) {
-    constexpr float limit = 32767;
+// A row's values as int16 steps, the largest one being `limit` of them; returns the step. What is not finite makes the
+// step NaN, and so all that comes of the row. `out` may be x itself where `count` is a multiple of LANES.
+inline float quantise(const float* x, int count, int padded, int16_t* out, float limit = 32767) {
     vf peak = {}, zeros = {};
     int i = 0;
     for (; i + LANES <= count; i += LANES) {

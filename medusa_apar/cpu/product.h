@@ -17,10 +17,23 @@ inline void prepare(const Matrix& m, const float* x, int width, int row, float* 
         scales[row] = quantise(x, width, m.inputs, (int16_t*)act + (size_t)row * m.inputs);
 }
 
-inline void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
+// LANES elements of an embedding table in float32 or bfloat16.
+inline vf embedded(const void* table, int kind, size_t place) {
+    return kind == BFLOAT16 ? widen((const uint16_t*)table + place) : load((const float*)table + place);
+}
+
+// What makes a row's mean square 1.
+inline vf unit_scale(const float* x, int width, float eps) {
     vf squares = {};
     for (int i = 0; i < width; i += LANES) squares += load(x + i) * load(x + i);
-    const vf scale = splat(1.f / std::sqrt(sum(squares) / width + eps));
+    return splat(1.f / std::sqrt(sum(squares) / width + eps));
+}
+inline void unit_norm(const float* x, int width, float eps, float* out) {
+    const vf scale = unit_scale(x, width, eps);
+    for (int i = 0; i < width; i += LANES) store(out + i, load(x + i) * scale);
+}
+inline void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
+    const vf scale = unit_scale(x, width, eps);
     for (int i = 0; i < width; i += LANES) store(out + i, load(weight + i) * (load(x + i) * scale));
 }
 

@@ -1,6 +1,7 @@
 """A forward pass over a forest in compiled code, for models built like Llama, in float32, bfloat16 or int8 weights.
 
-Activations, the KV pool and every sum of a float are float32. A row's logits depend on its path alone, bit by bit: not
+Activations and every sum of a float are float32, and so is the KV pool; with int8 weights it holds int16 steps, a scale
+for each slot and KV head (`step_cache.h`). A row's logits depend on its path alone, bit by bit: not
 on the other rows, the batch, the slots or what was drafted (DESIGN promises 1 and 5, without the usual "but for ties").
 """
 
@@ -15,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from medusa_apar.checks import context_length
@@ -23,7 +23,7 @@ from medusa_apar.forest import Forest
 from medusa_apar.kv_pool import KVPool
 
 from . import library
-from .weights import PANEL, PackedMatrix, argmax, interleaved, joined
+from .weights import KINDS, PANEL, PackedMatrix, argmax, interleaved, joined
 
 # Decoder layers that are Llama's: norm, rotary attention, norm, gated SiLU, both residual.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
@@ -77,7 +77,7 @@ class CpuRuntime:
     """Runs `model` from weights packed as `kind`: "float32", "bfloat16" or "int8".
 
     Weights that were changed in place are packed anew for the next call, unless the change went through `.data`, which
-    torch does not count. The KV pool is float32 whatever the kind.
+    torch does not count.
 
     `seconds` of a `profiled` one adds up the time of `library.PHASES`.
     """
@@ -122,28 +122,22 @@ class CpuRuntime:
         packed = scratch.packed  # of one generate call, whatever happens to the weights meanwhile
         rows, verified = len(forest), len(forest.verified_rows)
         lists, runs, longest = forest.paths()
-        cos, sin = packed.rotary(forest.position_ids[0])
-        x = packed.embedding(forest.input_ids[0])
-        assert forest.slots.dtype == forest.verified_rows.dtype == torch.int64 and x.is_contiguous()
-        assert cos.shape == sin.shape == (rows, packed.heads.head_dim)
-        hidden = torch.empty(verified, packed.hidden)
-        tapped = torch.empty(len(taps), verified, packed.hidden)
+        cos, sin = packed.rotary(longest)  # a position is the length of the path before it
+        indices = (forest.input_ids, forest.position_ids, forest.slots, forest.verified_rows)
+        assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in indices)
+        hidden = torch.empty(verified, packed.hidden * (1 + len(taps)))
         buffers = scratch.buffers(rows, verified)
-        layers = scratch.layers(pool, taps)
-        struct = library.Model(
-            *(len(layers), packed.hidden, packed.intermediate, packed.heads, packed.eps),
-            *(packed.norm.data_ptr(), layers, packed.unembedding.struct),
-        )
         step = library.Step(
             *(rows, verified, len(taps), longest),
-            *(tensor.data_ptr() for tensor in (x, cos, sin, forest.slots)),
-            *(lists.ctypes.data, runs.ctypes.data, forest.verified_rows.data_ptr()),
-            *(hidden.data_ptr(), tapped.data_ptr(), *(tensor.data_ptr() for tensor in buffers)),
+            *(tensor.data_ptr() for tensor in (forest.input_ids, cos, sin, forest.position_ids, forest.slots)),
+            *(lists.ctypes.data, runs.ctypes.data, forest.verified_rows.data_ptr(), hidden.data_ptr()),
+            *(tensor.data_ptr() for tensor in buffers),
             ctypes.addressof(self.seconds) if self.profile else None,
         )
-        library.library().mapar_step(struct, step, torch.get_num_threads(), packed.unembedding.outputs)
-        parts = [hidden, *(F.rms_norm(states, states.shape[-1:]) for states in tapped)]
-        return buffers[0][:verified], torch.cat(parts, dim=-1) if taps else hidden
+        model = scratch.model(pool, taps)
+        if library.library().mapar_step(model, step, torch.get_num_threads(), packed.unembedding.outputs):
+            raise IndexError(f"a token is not one of the model's {len(packed.table)}")
+        return buffers[0][:verified], hidden
 
     def profiled(self) -> CpuRuntime:
         """Another runtime of the same packed weights, whose clocks run."""
@@ -161,6 +155,7 @@ class _Packed:
     def __init__(self, model: Any, kind: str) -> None:
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
+        self.kind = kind
         self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
         self.eps = decoder.norm.variance_epsilon
         dim = attention.head_dim
@@ -169,18 +164,15 @@ class _Packed:
         self.unembedding = PackedMatrix(
             model.get_output_embeddings().weight, kind, getattr(model.get_output_embeddings(), "bias", None)
         )
-        self._embedding = model.get_input_embeddings().weight.detach()
+        table = model.get_input_embeddings().weight.detach().contiguous()
+        self.table = table if table.dtype == torch.bfloat16 else table.float()
         self._context = context_length(model)
         self._rotary = decoder.rotary_emb
         self._table: tuple[Tensor, Tensor] | None = None
         self.layers = [_layer(layer, kind) for layer in decoder.layers]
 
-    def embedding(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self._embedding).float()
-
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 [N, head_dim], from a table that the model's own module fills as positions grow."""
-        needed = int(positions.max()) + 1
+    def rotary(self, needed: int) -> tuple[Tensor, Tensor]:
+        """cos and sin float32 [positions, head_dim] of at least so many positions, from the model's own module."""
         table = self._table
         if table is None or len(table[0]) < needed:
             longest = 1 << max(needed - 1, 255).bit_length()
@@ -188,7 +180,8 @@ class _Packed:
                 longest = max(min(longest, self._context), needed)
             cos, sin = self._rotary(torch.empty(0), torch.arange(longest)[None])
             table = self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
-        return table[0][positions], table[1][positions]
+            assert cos.shape == sin.shape == (1, longest, self.heads.head_dim)
+        return table
 
 
 def _layer(layer: Any, kind: str) -> tuple[tuple[Tensor, Tensor], tuple[PackedMatrix, ...], int]:
@@ -216,7 +209,7 @@ class _Scratch:
 
     def __init__(self, packed: _Packed) -> None:
         self.packed = packed
-        self._structs: tuple[Any, Any] = (None, None)  # capacity and taps, library.Layer of every layer
+        self._model: tuple[Any, Any] = (None, None)  # capacity and taps, library.Model
         heads = packed.heads
         width = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
         self._widths = max(width, packed.hidden), max(packed.intermediate, packed.hidden, width)
@@ -226,31 +219,47 @@ class _Scratch:
         self._others: tuple[Tensor, ...] = ()
 
     def buffers(self, rows: int, verified: int) -> tuple[Tensor, ...]:
-        """logits, qkv, wide, act, act_scales of library.Step."""
+        """logits, x, qkv, wide, act, act_scales of library.Step."""
         if verified > self._verified:
             self._verified = verified
             self._logits = torch.empty(verified, self._vocabulary)
         if rows > self._rows:
             self._rows = rows
             narrow, wide = (torch.empty(rows, width) for width in self._widths)
-            self._others = narrow, wide, torch.empty(rows, self._widths[1] + 1), torch.empty(rows)
+            x = torch.empty(rows, self.packed.hidden)
+            self._others = x, narrow, wide, torch.empty(rows, self._widths[1] + 1), torch.empty(rows)
         return self._logits, *self._others
 
-    def layers(self, pool: KVPool, taps: tuple[int, ...]) -> Any:
-        """library.Layer of every layer; made anew when the pool has grown."""
-        if self._structs[0] != (pool.capacity, taps):
-            heads = self.packed.heads
-            shape = (pool.capacity, heads.kv_heads, heads.head_dim)
-            structs = (library.Layer * len(self.packed.layers))()
-            for index, (norms, matrices, window) in enumerate(self.packed.layers):
-                for store in (pool.keys, pool.values):
-                    if index not in store:
-                        store[index] = torch.zeros(shape)
-                structs[index] = library.Layer(
+    def model(self, pool: KVPool, taps: tuple[int, ...]) -> Any:
+        """library.Model; made anew when the pool has grown."""
+        if self._model[0] != (pool.capacity, taps):
+            self._fill(pool)
+            packed = self.packed
+            layers = (library.Layer * len(packed.layers))()
+            for index, (norms, matrices, window) in enumerate(packed.layers):
+                layers[index] = library.Layer(
                     *(norm.data_ptr() for norm in norms),
                     *(matrix.struct for matrix in matrices),
                     *(pool.keys[index].data_ptr(), pool.values[index].data_ptr()),
+                    pool.scales[index].data_ptr() if pool.scales else None,
                     *(window, taps.index(index) if index in taps else -1),
                 )
-            self._structs = (pool.capacity, taps), structs
-        return self._structs[1]
+            model = library.Model(
+                *(len(layers), packed.hidden, packed.intermediate, len(packed.table)),
+                KINDS[str(packed.table.dtype).removeprefix("torch.")],
+                *(packed.heads, packed.eps, packed.norm.data_ptr(), packed.table.data_ptr()),
+                *(layers, packed.unembedding.struct),
+            )
+            self._model = (pool.capacity, taps), model
+        return self._model[1]
+
+    def _fill(self, pool: KVPool) -> None:
+        """Gives a pool its tensors; one that grows later copies them."""
+        heads, steps = self.packed.heads, self.packed.kind == "int8"
+        shape = (pool.capacity, heads.kv_heads)
+        for index in range(len(self.packed.layers)):
+            if index not in pool.keys:
+                for store in (pool.keys, pool.values):
+                    store[index] = torch.zeros(*shape, heads.head_dim, dtype=torch.int16 if steps else torch.float32)
+                if steps:
+                    pool.scales[index] = torch.zeros(*shape, 2)

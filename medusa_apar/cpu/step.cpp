@@ -1,10 +1,13 @@
 // One forward pass of a Llama-like decoder over a forest, in one parallel region: what eager transformers does in some
 // thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
-#include "attention.h"
+#include "float_cache.h"
 #include "hydra.h"
 #include "product.h"
+#include "step_cache.h"
 #include "team.h"
 #include "top.h"
+
+#include <cfloat>
 
 using namespace mapar;
 
@@ -15,16 +18,17 @@ extern "C" {
 struct Layer {
     const float *attention_norm, *mlp_norm;
     Matrix qkv, output, gate_up, down;  // gate_up: panels of gate and up by turns
-    float *keys, *values;               // pool [capacity][kv_heads][head_dim]
+    Pool pool;
     int32_t window;                     // last positions of the path that are seen, 0: all
     int32_t tap;                        // place of its output among the tapped ones, or -1
 };
 
 struct Model {
-    int32_t layers, hidden, intermediate;
+    int32_t layers, hidden, intermediate, vocabulary, table_kind;
     Heads heads;
     float eps;
     const float* norm;
+    const void* table;  // input embeddings [vocabulary][hidden], FLOAT32 or BFLOAT16
     const Layer* layer;
     Matrix unembedding;
 };
@@ -36,15 +40,15 @@ struct Run {
 
 struct Step {
     int32_t rows, verified, taps, longest;  // longest path
-    float* x;                               // [rows][hidden], embedded tokens; overwritten
-    const float *cos, *sin;                 // [rows][head_dim]
-    const int64_t* slots;                   // [rows]
+    const int64_t* tokens;                  // [rows]
+    const float *cos, *sin;                 // [positions][head_dim]
+    const int64_t *positions, *slots;       // [rows]
     const int32_t* slot_lists;
     const Run* runs;               // [rows][3]
     const int64_t* verified_rows;  // [verified]
-    float* hidden;                 // [verified][hidden], before the unembedding
-    float* tapped;                 // [taps][verified][hidden]
+    float* hidden;                 // [verified][1 + taps][hidden]: before the unembedding; tapped ones, at unit scale
     float* logits;                 // [verified][outputs]
+    float* x;                      // scratch: [rows][hidden], the residual stream
     float *qkv, *wide;             // scratch: [rows][(heads + 2 kv_heads) * head_dim], [rows][max(all widths)]
     float* act;                    // scratch: [rows][padded widest input] float, the same bytes as int16
     float* act_scales;             // [rows]
@@ -91,6 +95,7 @@ inline int path_of(const Step& s, int row, int window, int32_t* path) {
 
 // One thread's part of a layer. Buffers: `wide` holds normed rows, then attention's output, then the MLP's inner values;
 // `qkv` the projections, then normed rows.
+template <class Cache>
 struct LayerPass {
     const Model& m;
     const Layer& layer;
@@ -99,8 +104,8 @@ struct LayerPass {
     Barrier& barrier;
     Clock& clock;
     const Share rows = share(s.rows);
-    const int dim = m.heads.head_dim, q_width = m.heads.heads * dim, kv_width = m.heads.kv_heads * dim,
-              width = q_width + 2 * kv_width;
+    const int dim = m.heads.head_dim, q_width = m.heads.heads * dim,
+              width = q_width + 2 * m.heads.kv_heads * dim;
 
     void run() {
         normalise(layer.attention_norm, layer.qkv, s.wide);
@@ -137,14 +142,17 @@ struct LayerPass {
                     for (int r = 0; r < count; r++)
                         std::memcpy(s.qkv + (size_t)(first + r) * width + p * PANEL, tile[0][r], sizeof tile[0][r]);
                 });
+            const Cache cache(h, layer.pool, head < h.heads ? 0 : (head - h.heads) % h.kv_heads);
             for (int r = 0; r < s.rows; r++) {
                 float* here = s.qkv + (size_t)r * width + head * dim;
-                if (head < h.heads + h.kv_heads) rotate(here, s.cos + (size_t)r * dim, s.sin + (size_t)r * dim, dim);
-                if (head >= h.heads) {
-                    const int kv = (head - h.heads) % h.kv_heads;
-                    float* pool = head < h.heads + h.kv_heads ? layer.keys : layer.values;
-                    std::memcpy(pool + (size_t)s.slots[r] * kv_width + kv * dim, here, sizeof(float) * dim);
-                }
+                const int64_t turn = s.positions[r] * dim;
+                if (head < h.heads + h.kv_heads) rotate(here, s.cos + turn, s.sin + turn, dim);
+                if (head < h.heads)
+                    cache.ready_query(here);
+                else if (head < h.heads + h.kv_heads)
+                    cache.keep_key(s.slots[r], here);
+                else
+                    cache.keep_value(s.slots[r], here);
             }
         }
         barrier.wait();
@@ -165,7 +173,7 @@ struct LayerPass {
                 block.query[i] = s.qkv + (size_t)(first + i) * width + offset;
                 block.out[i] = s.wide + (size_t)(first + i) * q_width + offset;
             }
-            attend_block(h, block, layer.keys + kv * dim, layer.values + kv * dim);
+            attend_block(h, Cache(h, layer.pool, kv), block);
             task += count;
         }
         barrier.wait();
@@ -211,37 +219,45 @@ struct LayerPass {
 
 extern "C" {
 
-EXPORTED void mapar_step(const Model* model, const Step* step, int threads, int vocabulary) {
+// Returns 0, or 1 where a token is none of the vocabulary and nothing was done.
+EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int outputs) {
     const Model& m = *model;
     const Step& s = *step;
+    for (int r = 0; r < s.rows; r++)
+        if (s.tokens[r] < 0 || s.tokens[r] >= m.vocabulary) return 1;
     Barrier barrier;
 #pragma omp parallel num_threads(threads)
     {
         Clock clock{s.seconds};
         Blocks blocks(s.rows, s.longest);
+        const Share rows = share(s.rows), verified = share(s.verified);
+        for (int r = rows.first; r < rows.last; r++)  // each thread those that it normalises first
+            for (int i = 0; i < m.hidden; i += LANES)
+                store(s.x + (size_t)r * m.hidden + i, embedded(m.table, m.table_kind, s.tokens[r] * m.hidden + i));
+        const int width = (1 + s.taps) * m.hidden;
         for (int l = 0; l < m.layers; l++) {
-            LayerPass{m, m.layer[l], s, blocks, barrier, clock}.run();
-            if (m.layer[l].tap >= 0) {
-                float* out = s.tapped + (size_t)m.layer[l].tap * s.verified * m.hidden;
-                const Share rows = share(s.verified);
-                for (int r = rows.first; r < rows.last; r++)
-                    std::memcpy(out + (size_t)r * m.hidden, s.x + s.verified_rows[r] * m.hidden,
-                                sizeof(float) * m.hidden);
-            }
+            if (m.layer[l].pool.scales)
+                LayerPass<StepCache>{m, m.layer[l], s, blocks, barrier, clock}.run();
+            else
+                LayerPass<FloatCache>{m, m.layer[l], s, blocks, barrier, clock}.run();
+            if (m.layer[l].tap >= 0)
+                for (int r = verified.first; r < verified.last; r++)
+                    unit_norm(s.x + s.verified_rows[r] * m.hidden, m.hidden, FLT_EPSILON,
+                              s.hidden + (size_t)r * width + (1 + m.layer[l].tap) * m.hidden);
         }
-        const Share rows = share(s.verified);
-        for (int r = rows.first; r < rows.last; r++) {
-            float* out = s.hidden + (size_t)r * m.hidden;
+        for (int r = verified.first; r < verified.last; r++) {
+            float* out = s.hidden + (size_t)r * width;
             rms_norm(s.x + s.verified_rows[r] * m.hidden, m.norm, m.hidden, m.eps, out);
             prepare(m.unembedding, out, m.hidden, r, s.act, s.act_scales);
         }
         barrier.wait();
         clock.end(NORM);
-        multiply(m.unembedding, rows_for(m.unembedding, s.hidden, m.hidden, s.act, s.act_scales), s.verified, s.logits,
-                 vocabulary, vocabulary);
+        multiply(m.unembedding, rows_for(m.unembedding, s.hidden, width, s.act, s.act_scales), s.verified, s.logits,
+                 outputs, outputs);
         barrier.wait();
         clock.end(UNEMBED);
     }
+    return 0;
 }
 
 // y = x W^T + b for one matrix: x [rows][width], y [rows][outputs]; act and scales are scratch as in Step.

@@ -6,11 +6,17 @@
 namespace mapar {
 
 inline bool any_above(vf v, float limit) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+#else
     const vi above = v > splat(limit);
     int32_t part[LANES], all = 0;
     std::memcpy(part, &above, sizeof above);
     for (int i = 0; i < LANES; i++) all |= part[i];
     return all != 0;
+#endif
 }
 
 inline void insert(float value, int64_t index, int count, int64_t* indices, float* values) {

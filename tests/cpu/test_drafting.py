@@ -78,6 +78,9 @@ def test_heads_that_change_are_packed_anew_and_attach_says_how():
     tree = DraftTree(CHOICES[:4])
     both(heads, [5], tree)
     with torch.no_grad():
+        before = heads.drafter()
+        assert heads.drafter() is before
         heads.from_states.neg_()
+        assert heads.drafter() is not before
     (ids, _), (compiled_ids, _) = both(heads, [5], tree)
     assert torch.equal(compiled_ids, ids)

@@ -348,6 +348,14 @@ def test_an_impostor_is_left_to_torch():
         medusa_apar.attach(model, runtime="cpu")
 
 
+def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_read_of_anything():
+    runtime = CpuRuntime(model_of(), "float32")
+    for token in (VOCAB, -1):
+        ledger, trunk = SlotLedger(KVPool()), ParagraphTree([5, token, 7]).trunk
+        with runtime.running(), pytest.raises(IndexError, match=f"not one of the model's {VOCAB}"):
+            runtime.forward(Forest([[Stem(trunk, 3)]], ledger, torch.device("cpu")), ledger.pool)
+
+
 def test_rotary_tables_stop_where_frequencies_would_change():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 300}
     model = model_of(seed=1)

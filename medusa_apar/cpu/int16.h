@@ -1,0 +1,103 @@
+// Products of int16, summed in int32, in the widest vectors there are. Sums of integers have one result in any order.
+#pragma once
+
+#include "matrix.h"
+
+namespace mapar {
+
+typedef float vf4 __attribute__((vector_size(16)));
+typedef int32_t vi4 __attribute__((vector_size(16)));
+
+constexpr int WIDE = 2 * LANES;  // int16 of a vector
+
+// The most steps that two factors may have where so many of their products are summed.
+inline float most_steps(int products) { return std::floor(std::sqrt((double)INT32_MAX / products)); }
+
+// Adds to each lane the products of two neighbours in a and b [WIDE].
+inline void add_dot(vi& sums, const int16_t* a, const int16_t* b) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    sums += (vi)_mm512_madd_epi16(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+#elif defined(__AVX2__)
+    sums += (vi)_mm256_madd_epi16(_mm256_loadu_si256((const __m256i*)a), _mm256_loadu_si256((const __m256i*)b));
+#else
+    for (int i = 0; i < LANES; i++) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+#endif
+}
+
+// Four vectors' sums across their lanes.
+inline vi4 sum4(const vi* v) {
+#if defined(__AVX2__)
+    __m256i half[4];
+    for (int i = 0; i < 4; i++)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+        half[i] = _mm256_add_epi32(_mm512_castsi512_si256((__m512i)v[i]), _mm512_extracti64x4_epi64((__m512i)v[i], 1));
+#else
+        half[i] = (__m256i)v[i];
+#endif
+    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
+    return (vi4)_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+#else
+    vi4 out = {};
+    for (int n = 0; n < 4; n++)
+        for (int i = 0; i < LANES; i++) out[n] += v[n][i];
+    return out;
+#endif
+}
+
+// Two rows of WIDE int16, element by element by turns, and sums of their products with a pair of weights. The sums lie as
+// the instructions that weave leave them, until `in_order`.
+struct WovenSums {
+    vi low, high;
+};
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+struct Woven {
+    __m512i low, high;
+};
+inline Woven weave(const int16_t* a, const int16_t* b) {
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    return {_mm512_unpacklo_epi16(x, y), _mm512_unpackhi_epi16(x, y)};
+}
+inline void add_products(WovenSums& sums, const Woven& rows, int32_t weights) {
+    const __m512i both = _mm512_set1_epi32(weights);
+    sums.low += (vi)_mm512_madd_epi16(rows.low, both);
+    sums.high += (vi)_mm512_madd_epi16(rows.high, both);
+}
+inline WovenSums in_order(const WovenSums& sums) {
+    const __m512i low = (__m512i)sums.low, high = (__m512i)sums.high;
+    return {(vi)_mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high),
+            (vi)_mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high)};
+}
+#elif defined(__AVX2__)
+struct Woven {
+    __m256i low, high;
+};
+inline Woven weave(const int16_t* a, const int16_t* b) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)a), y = _mm256_loadu_si256((const __m256i*)b);
+    return {_mm256_unpacklo_epi16(x, y), _mm256_unpackhi_epi16(x, y)};
+}
+inline void add_products(WovenSums& sums, const Woven& rows, int32_t weights) {
+    const __m256i both = _mm256_set1_epi32(weights);
+    sums.low += (vi)_mm256_madd_epi16(rows.low, both);
+    sums.high += (vi)_mm256_madd_epi16(rows.high, both);
+}
+inline WovenSums in_order(const WovenSums& sums) {
+    const __m256i low = (__m256i)sums.low, high = (__m256i)sums.high;
+    return {(vi)_mm256_permute2x128_si256(low, high, 0x20), (vi)_mm256_permute2x128_si256(low, high, 0x31)};
+}
+#else
+struct Woven {
+    const int16_t *a, *b;
+};
+inline Woven weave(const int16_t* a, const int16_t* b) { return {a, b}; }
+inline void add_products(WovenSums& sums, const Woven& rows, int32_t weights) {
+    int16_t w[2];
+    std::memcpy(w, &weights, sizeof weights);
+    for (int i = 0; i < LANES; i++) {
+        sums.low[i] += rows.a[i] * w[0] + rows.b[i] * w[1];
+        sums.high[i] += rows.a[LANES + i] * w[0] + rows.b[LANES + i] * w[1];
+    }
+}
+inline WovenSums in_order(const WovenSums& sums) { return sums; }
+#endif
+
+}  // namespace mapar
