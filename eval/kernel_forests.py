@@ -50,7 +50,8 @@ def leaves(case: Case, seed: int = 0) -> list[Leaf]:
     slots = generator.permutation(case.columns)
     prefix, rest = slots[: case.prefix], slots[case.prefix :].reshape(case.threads, -1)
     parents = [-1 if node == 0 else int(generator.integers(-1, node)) for node in range(case.nodes - 1)]
-    depths, words = [], []
+    depths: list[int] = []
+    words: list[int] = []
     for node, parent in enumerate(parents):
         depths.append(0 if parent < 0 else depths[parent] + 1)
         words.append((0 if parent < 0 else words[parent]) | 1 << node)

@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def check_attention(device: str, cases: list[Case]) -> list[dict[str, Any]]:
                 problem = Problem.make(shape, case, dtype, device)
                 layouts = [problem.layout(walk) for walk in (False, True)]
                 split, walked = (tree_attention(problem.query, problem.keys, problem.values, one) for one in layouts)
-                doubles = [tensor.double() for tensor in (problem.query, problem.keys, problem.values)]
-                error = float((split.double() - reference.tree_attention(*doubles, layouts[0])).abs().max())
+                q, k, v = problem.query.double(), problem.keys.double(), problem.values.double()
+                error = float((split.double() - reference.tree_attention(q, k, v, layouts[0])).abs().max())
                 found.append(
                     problem.describe()
                     | {"error": error, "bound": BOUNDS[dtype], "same_bits": bool(torch.equal(split, walked))}
@@ -86,8 +87,7 @@ def time_attention(problem: Problem, copy: float, rate: float) -> dict[str, Any]
     tensors = (problem.query, problem.keys, problem.values)
     row = problem.describe()
     for name, walk in (("split", False), ("walk", True)):
-        layout = problem.layout(walk)
-        row[f"{name}_ms"] = measure(lambda layout=layout: tree_attention(*tensors, layout), device)
+        row[f"{name}_ms"] = measure(partial(tree_attention, *tensors, problem.layout(walk)), device)
     best = min(row["split_ms"], row["walk_ms"])
     row["share_of_copy"] = problem.bytes / (best * 1e-3) / copy
     row["share_of_matmul"] = problem.flops / (best * 1e-3) / rate

@@ -23,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .forest import Forest, ForestMask
 from .triton_kernels.reference import dense_attention
 
-_current_forest: ContextVar[Forest | None] = ContextVar("medusa_apar_forest", default=None)
+# Whatever the backend's mask function takes for one: dense masks a Forest, the kernels anything that has a layout.
+_current_forest: ContextVar[Any] = ContextVar("medusa_apar_forest", default=None)
 # What an attention function may be given that changes its result: sparse or biased attention that we do not do.
 _NEVER_IGNORED = ("position_bias", "indices", "block_indices", "sinks")
 
@@ -166,7 +167,7 @@ def forest_attention(model: PreTrainedModel, backend: str) -> Iterator[None]:
 
 
 @contextmanager
-def current_forest(forest: Forest) -> Iterator[None]:
+def current_forest(forest: Any) -> Iterator[None]:
     token = _current_forest.set(forest)
     try:
         yield

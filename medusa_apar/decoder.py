@@ -21,7 +21,8 @@ from .request import Request
 from .scheduler import Scheduler
 from .slot_ledger import SlotLedger
 from .torch_runtime import Runtime
-from .verify import Verdict, Verifier
+from .verdict import Verdict
+from .verify import Verifier
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from .forest import Stem
 from .paragraph_tree import ParagraphTree, Thread
 from .request import Request, thread_key
 from .slot_ledger import SlotLedger
-from .verify import Verdict
+from .verdict import Verdict
 
 
 @dataclass(slots=True)

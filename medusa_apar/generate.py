@@ -162,6 +162,7 @@ class MedusaApar:
                 keep_scores=returns_dict and bool(generation_config.output_scores),
                 keep_logits=returns_dict and bool(generation_config.output_logits),
                 argmax=self.runtime.argmax,
+                in_one_launch=self.runtime.verify,
             ),
         )
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))

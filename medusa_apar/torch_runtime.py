@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +15,7 @@ from .forest import Forest
 from .heads.captured import Captured
 from .kv_pool import KVPool
 from .packed_linear import PackedLinears
+from .triton_kernels.reference import Verified
 
 if TYPE_CHECKING:
     from .cuda_graphs import StaticForest
@@ -40,6 +41,10 @@ class Runtime(Protocol):
     def argmax(self, logits: Tensor) -> Tensor:
         """[M, vocab] -> long [M]."""
 
+    @property
+    def verify(self) -> Callable[..., Verified] | None:
+        """The kernel `triton_kernels.verify.verify` where it runs."""
+
 
 class TorchRuntime:
     """`backend` is an attention backend's name; on a CPU linear layers run from packed weights.
@@ -50,11 +55,12 @@ class TorchRuntime:
     def __init__(self, model: PreTrainedModel, backend: str, graphs: bool = False) -> None:
         self.model, self.backend = model, backend
         self._packed = PackedLinears(model)
-        self._write = None
+        self._write = self.verify = None
         if backend == "triton":
             from .triton_kernels.store import store_kv
+            from .triton_kernels.verify import verify
 
-            self._write = store_kv
+            self._write, self.verify = store_kv, verify
         self._graphed = None
         if graphs:
             from .cuda_graphs import GraphedForward

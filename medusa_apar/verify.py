@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,36 +19,33 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrained
 
 from .control_tokens import ControlTokens
 from .forest import Forest, Stem
+from .launched_verify import launch
 from .request import Request
-from .triton_kernels.reference import sample
+from .triton_kernels.reference import Verified, sample
+from .verdict import Verdict
 
-# transformers' processors that treat every row of a batch by itself: one row is enough to show them. The exact types,
-# since a subclass may do anything; those that this version of transformers lacks are left out.
-_BY_ROW = frozenset(
-    found
-    for name in (
-        *("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta"),
-        *("NoRepeatNGram", "NoBadWords", "SequenceBias", "MinLength", "MinNewTokensLength"),
-        *("ForcedBOSToken", "ForcedEOSToken", "InfNanRemove", "ExponentialDecayLengthPenalty", "SuppressTokens"),
-        *("SuppressTokensAtBegin", "PrefixConstrained", "LogitNormalization"),
+
+def _exactly(*names: str) -> frozenset[type]:
+    """transformers' processors of these names: the exact types, since a subclass may do anything; those that this
+    version lacks are left out."""
+    kinds = (
+        getattr(transformers, name + kind, None) for name in names for kind in ("LogitsWarper", "LogitsProcessor", "")
     )
-    for kind in ("LogitsWarper", "LogitsProcessor", "")
-    if (found := getattr(transformers, name + kind, None)) is not None
+    return frozenset(kind for kind in kinds if kind is not None)
+
+
+# Those that look at the scores alone: all rows of a forest go through them at once.
+_PATH_FREE = _exactly(
+    *("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta"),
+    *("InfNanRemove", "SuppressTokens", "LogitNormalization"),
 )
-
-
-@dataclass(slots=True)
-class Verdict:
-    """What one stem's verification brought: `tokens` chosen in order, the last of them not yet run.
-
-    `nodes[i]` is the draft node that guessed `tokens[i]`; `row` the verified row whose logits chose the last token.
-    """
-
-    tokens: list[int]
-    nodes: list[int]
-    row: int
-    scores: list[torch.Tensor] = field(default_factory=list)  # processed, float32 [vocab], if kept
-    logits: list[torch.Tensor] = field(default_factory=list)  # raw, float32 [vocab], if kept
+# Those that treat every row of a batch by itself: one row is enough to show them.
+_BY_ROW = _PATH_FREE | _exactly(
+    *("NoRepeatNGram", "NoBadWords", "SequenceBias", "MinLength", "MinNewTokensLength"),
+    *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty"),
+    *("SuppressTokensAtBegin", "PrefixConstrained"),
+)
+_NO_IDS = cast(torch.LongTensor, torch.zeros(0, 0, dtype=torch.long))
 
 
 @dataclass(slots=True)
@@ -66,9 +63,16 @@ class Verifier:
     keep_scores: bool = False
     keep_logits: bool = False
     argmax: Callable[[torch.Tensor], torch.Tensor] = partial(torch.argmax, dim=-1)  # of logits [M, vocab]
+    # triton_kernels.verify, or its reference, to be used wherever a path's tokens do not change its logits.
+    in_one_launch: Callable[..., Verified] | None = None
 
     def __call__(self, forest: Forest, logits: torch.Tensor, requests: dict[Stem, Request]) -> list[Verdict]:
         """`logits` [M, vocab] of the forest's verified rows; a verdict per verified stem, in order."""
+        by_path = any(type(processor) not in _PATH_FREE for processor in self.processors)
+        if self.in_one_launch is not None and not (by_path or self.keep_scores or self.keep_logits):
+            if self.processors:
+                logits = self.processors(_NO_IDS, self._ban(forest, logits).float())
+            return launch(self.in_one_launch, forest, logits, self.control, self.fork_bans(forest), self.seed)
         raw = logits.float() if self.keep_logits else None
         logits = self._ban(forest, logits.clone() if self.keep_logits else logits)
         per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores
@@ -107,18 +111,19 @@ class Verifier:
         plain = logits.device.type == "cpu" and logits.dtype == torch.float32
         columns: Any = logits.numpy() if plain else logits
         columns[:, self.control.child_id] = -math.inf
-        if not self.fork:
-            columns[:, self.control.fork_id] = -math.inf
-            return logits
-        control = (self.control.fork_id, self.control.child_id)
-        banned = [
-            stem.thread.depth >= self.max_depth or token in control
-            for stem in forest.verified
-            for token in (stem.pending[-1], *stem.draft_tokens)
-        ]
+        banned = self.fork_bans(forest)
         if any(banned):
             columns[np.flatnonzero(banned), self.control.fork_id] = -math.inf
         return logits
+
+    def fork_bans(self, forest: Forest) -> list[bool]:
+        """For each verified row whether it may not choose `[Fork]`."""
+        control = self.control and (self.control.fork_id, self.control.child_id)
+        return [
+            not control or not self.fork or stem.thread.depth >= self.max_depth or token in control
+            for stem in forest.verified
+            for token in (stem.pending[-1], *stem.draft_tokens)
+        ]
 
     def _process(self, path: list[int], logits: torch.Tensor, request: Request) -> torch.Tensor:
         scores = logits.float()

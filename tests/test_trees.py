@@ -17,7 +17,7 @@ from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree, ReadingCursor
 from medusa_apar.scheduler import StepCost
 from medusa_apar.slot_ledger import SlotLedger
-from medusa_apar.verify import Verdict
+from medusa_apar.verdict import Verdict
 
 FORK, CHILD, EOS = 1, 2, 0
 

@@ -9,7 +9,7 @@ in which order, is settled by its own path: not by who else is in the forest, no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -87,10 +87,10 @@ class TreeLayout:
 
     def over(self, flat: torch.Tensor) -> TreeLayout:
         """The same tables as views of what `flat` returned, on whatever device it is now."""
-        shapes = [table.view(torch.int32).shape for table in self._tables()]
-        parts = flat.split([shape.numel() for shape in shapes])
-        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return TreeLayout(views[0].view(torch.int64), *views[1:], self.chunk, self.tile, self.walk, self.partial_rows)
+        tables = [table.view(torch.int32) for table in self._tables()]
+        parts = flat.split([table.numel() for table in tables])
+        views = {name: part.view(table.shape) for name, part, table in zip(_TABLES, parts, tables, strict=True)}
+        return replace(self, **views | {"ancestors": parts[0].view(torch.int64)})
 
     def to(self, device: torch.device) -> TreeLayout:
         """One copy for all tables."""
@@ -107,22 +107,30 @@ class TreeLayout:
         def grown(table: torch.Tensor, length: int, fill: int = 0) -> torch.Tensor:
             return torch.cat([table, table.new_full((length - len(table), *table.shape[1:]), fill)])
 
-        return TreeLayout(
-            *(grown(table, queries) for table in (self.ancestors, self.order, self.positions, self.lengths)),
-            grown(self.leaves, queries, len(self.merges) - 1),  # behind the last leaf: nothing to merge
-            grown(self.slots, sizes.chunks * self.chunk),
-            grown(self.chunks, spans),
-            grown(self.items, items),
-            grown(self.merges, queries + 1, len(self.deltas)),
-            grown(self.deltas, partial_rows),
-            *(self.chunk, self.tile, self.walk, 0 if self.walk else partial_rows),
+        return replace(
+            self,
+            ancestors=grown(self.ancestors, queries),
+            order=grown(self.order, queries),
+            positions=grown(self.positions, queries),
+            lengths=grown(self.lengths, queries),
+            leaves=grown(self.leaves, queries, len(self.merges) - 1),  # behind the last leaf: nothing to merge
+            slots=grown(self.slots, sizes.chunks * self.chunk),
+            chunks=grown(self.chunks, spans),
+            items=grown(self.items, items),
+            merges=grown(self.merges, queries + 1, len(self.deltas)),
+            deltas=grown(self.deltas, partial_rows),
+            partial_rows=0 if self.walk else partial_rows,
         )
 
-    def _tables(self) -> tuple[torch.Tensor, ...]:
-        return (
-            *(self.ancestors, self.order, self.positions, self.lengths, self.leaves),
-            *(self.slots, self.chunks, self.items, self.merges, self.deltas),
-        )
+    def _tables(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in _TABLES]
+
+
+# ancestors first: 64 bits want to lie on an even place of a buffer of 32.
+_TABLES = (
+    *("ancestors", "order", "positions", "lengths", "leaves"),
+    *("slots", "chunks", "items", "merges", "deltas"),
+)
 
 
 @dataclass(frozen=True, slots=True)

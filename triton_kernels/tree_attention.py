@@ -26,11 +26,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton at imp
 # By bytes of an element and head dimension (the least power of two that holds it), for few and for many queries.
 # Registers and shared memory of each row: resources.json.
 TILES = {
-    (2, 64): (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3)),
-    (2, 128): (Tile(16, 64, 4, 3), Tile(64, 64, 8, 2)),
-    (2, 256): (Tile(16, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (4, 64): (Tile(16, 64, 4, 2), Tile(32, 64, 8, 2)),
-    (4, 128): (Tile(16, 32, 4, 2), Tile(32, 32, 8, 2)),
+    (2, 64): (Tile(16, 64, 4, 3), Tile(64, 64, 8, 3)),
+    (2, 128): (Tile(16, 64, 8, 3), Tile(64, 64, 8, 2)),
+    (2, 256): (Tile(16, 32, 8, 2), Tile(32, 64, 8, 2)),
+    (4, 64): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    (4, 128): (Tile(16, 16, 8, 2), Tile(32, 16, 8, 2)),
     (4, 256): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
 }
 

@@ -92,6 +92,8 @@ class CpuRuntime:
         self._packed: _Packed | None = None
         self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
 
+    verify = None
+
     def pool(self, max_slots: int | None) -> KVPool:
         return KVPool(max_slots)
 

@@ -1,0 +1,21 @@
+"""What verification says of a thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What one stem's verification brought: `tokens` chosen in order, the last of them not yet run.
+
+    `nodes[i]` is the draft node that guessed `tokens[i]`; `row` the verified row whose logits chose the last token.
+    """
+
+    tokens: list[int]
+    nodes: list[int]
+    row: int
+    scores: list[torch.Tensor] = field(default_factory=list)  # processed, float32 [vocab], if kept
+    logits: list[torch.Tensor] = field(default_factory=list)  # raw, float32 [vocab], if kept

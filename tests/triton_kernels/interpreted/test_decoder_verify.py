@@ -1,0 +1,52 @@
+"""Tokens chosen by the kernel are those that the verifier chooses row by row."""
+
+import pytest
+import torch
+
+import medusa_apar
+from medusa_apar import launched_verify
+from tests.tiny import CONTROL, RecallHeads, forking_model, prompts
+
+
+def run(model, heads=None, attention="triton", **generate):
+    apar = medusa_apar.attach(model, heads, CONTROL, attention=attention, runtime="torch", budget=12)
+    return apar.generate(
+        **prompts(2, 6, seed=2, ragged=True), max_new_tokens=8, return_dict_in_generate=True, **generate
+    )
+
+
+# transformers itself adds temperature, top-k and top-p of a sampling call as processors.
+SERVED = [
+    {"do_sample": False},
+    {"do_sample": False, "fork": False},
+    {"do_sample": True, "seed": 5, "top_k": 0},
+    {"do_sample": True, "seed": 9, "top_k": 20, "top_p": 0.9, "temperature": 0.7},
+]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    count = []
+    launch = launched_verify.launch
+    monkeypatch.setattr("medusa_apar.verify.launch", lambda *args: count.append(1) or launch(*args))
+    return count
+
+
+@pytest.mark.parametrize("options", SERVED)
+def test_the_kernel_chooses_the_same_tokens(launches, options):
+    model = forking_model(11)
+    plain = run(model, attention="sdpa", **options)
+    assert not launches
+    heads = RecallHeads(model, plain.paragraph_tree)
+    ours = run(model, heads, **options)
+    assert len(launches) == ours.stats.steps
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert max(ours.stats.accepted_lengths) >= 2
+
+
+def test_what_depends_on_the_path_goes_row_by_row(launches):
+    model = forking_model(11)
+    for options in ({"repetition_penalty": 1.3}, {"output_scores": True}, {"output_logits": True}):
+        options |= {"do_sample": False}
+        assert torch.equal(run(model, **options).sequences, run(model, attention="sdpa", **options).sequences)
+    assert not launches
