@@ -24,6 +24,8 @@ from .captured import tapped_layers
 
 Self = TypeVar("Self", bound="DraftHeads")
 
+MOST_RANKS = 16  # of a head's guesses that the kernels find
+
 
 class ResidualBlock(nn.Module):
     """One residual block of every head at once: x + SiLU(W x + b). Zero weights make it the identity."""
@@ -66,6 +68,8 @@ class DraftHeads(nn.Module):
     # How the CPU runtime that attached these heads last keeps its weights ("int8", say), and so do they in drafting;
     # None: they run in torch. Proposals differ by it, tokens do not.
     packing: str | None = None
+    # Whether to draft with the Triton kernels; set where they are attached to a model that runs over them.
+    kernels: bool = False
     # Share of positions where a head's guess of each rank is the base's choice, [heads][ranks]; None: not measured.
     acceptance: list[list[float]] | None = None
 
@@ -256,6 +260,25 @@ class DraftHeads(nn.Module):
             best, index = logits.topk(top_k, dim=-1)
             log_probs = best - logits.logsumexp(-1, keepdim=True)
         return (index if self.token_map is None else self.token_map[index]), log_probs
+
+    def likeliest(self, states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """`top` of the logits of states [..., H] that the base's unembedding is applied to; kernels do not write those."""
+        unembedding = self.plain_unembedding() if self._draws_with_kernels(states, top_k) else None
+        if unembedding is None:
+            return self.top(self.unembed(states), top_k)
+        from medusa_apar.triton_kernels.draft import top_logits
+
+        weight, bias = unembedding
+        flat = states.to(weight.dtype).reshape(-1, self.hidden_size)
+        values, index, total = top_logits(flat, weight, bias, top_k)
+        log_probs, index = (values - total[:, None]), index.long()
+        if self.token_map is not None:
+            index = self.token_map[index]
+        shape = (*states.shape[:-1], top_k)
+        return index.view(shape), log_probs.view(shape)
+
+    def _draws_with_kernels(self, states: Tensor, top_k: int) -> bool:
+        return self.kernels and not torch.is_grad_enabled() and top_k <= MOST_RANKS and states.numel() > 0
 
     def _config(self) -> dict[str, Any]:
         """What every kind's config.json says."""

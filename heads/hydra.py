@@ -174,7 +174,7 @@ class HydraHeads(DraftHeads):
             x = sums[:, :, 0]
             for block in self.blocks:
                 x = cast(ResidualBlock, block).of(depth, x)
-            ids, chances = self.top(self.unembed(x), level.top_k)
+            ids, chances = self.likeliest(x, level.top_k)
             drafted = ids[:, level.parents, level.ranks]
             token_ids[:, level.nodes], log_probs[:, level.nodes] = drafted, chances[:, level.parents, level.ranks]
             drafted, sums = drafted[:, level.inner], sums[:, level.parents[level.inner], 1:]

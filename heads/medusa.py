@@ -135,10 +135,32 @@ class MedusaHeads(DraftHeads):
     @torch.inference_mode()
     def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
         # Heads below the tree are not asked.
-        states = self.hidden(hidden_states)[: tree.num_heads]
-        logits = (
-            self.unembed(states) if self.unembedding is None else torch.bmm(states, self.unembedding[: len(states)].mT)
-        )
-        token_ids, log_probs = self.top(logits, tree.top_k)  # [heads, T, top_k]
+        if (drafted := self._drafted_by_kernels(hidden_states, tree)) is not None:
+            token_ids, log_probs = drafted
+        else:
+            states = self.hidden(hidden_states)[: tree.num_heads]
+            own = self.unembedding
+            logits = self.unembed(states) if own is None else torch.bmm(states, own[: len(states)].mT)
+            token_ids, log_probs = self.top(logits, tree.top_k)  # [heads, T, top_k]
         depths, ranks = tree.depths, tree.ranks
         return token_ids[depths, :, ranks].T, log_probs[depths, :, ranks].T
+
+    def _drafted_by_kernels(self, hidden_states: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor] | None:
+        """ids and log-probabilities [heads, T, top_k] in a few launches; None where the kernels do not serve."""
+        if not self._draws_with_kernels(hidden_states, tree.top_k):
+            return None
+        heads, bias = tree.num_heads, None
+        if self.unembedding is not None:
+            unembedding = self.unembedding[:heads]
+        elif (plain := self.plain_unembedding()) is not None:
+            unembedding, bias = plain
+        else:
+            return None
+        from medusa_apar.triton_kernels.draft import medusa_draft
+
+        if unembedding.dtype != self.dtype:
+            return None
+        weights, biases = ([block.get_parameter(n)[:heads] for block in self.blocks] for n in ("weight", "bias"))
+        x = hidden_states.to(self.dtype).contiguous()
+        ids, log_probs = medusa_draft(x, weights, biases, unembedding, bias, self.token_map, tree.top_k)
+        return ids.long().transpose(0, 1), log_probs.transpose(0, 1)

@@ -35,7 +35,7 @@ from .runtimes import pick_runtime
 from .scheduler import Scheduler, StepCost
 from .slot_ledger import SlotLedger
 from .streaming import TextColumns
-from .torch_runtime import Runtime
+from .torch_runtime import Runtime, TorchRuntime
 from .verify import Verifier
 
 Observer = Callable[[list[ParagraphTree], Stats], None]
@@ -77,6 +77,7 @@ class MedusaApar:
         self._streamer: Any = None
         if isinstance(heads, DraftHeads):
             heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
+            heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
 
     def without_heads(self) -> MedusaApar:
         """The same model, weights laid out once for both, that decodes without drafting."""

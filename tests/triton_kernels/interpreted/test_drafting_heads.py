@@ -1,0 +1,35 @@
+"""Heads that draft with the kernels propose what they propose in torch."""
+
+import pytest
+import torch
+
+from medusa_apar.draft_tree import DraftTree
+from medusa_apar.heads import HydraHeads, MedusaHeads
+from medusa_apar.heads import draft_heads as module
+from tests.tiny import VOCAB, tiny_model
+
+TREE = DraftTree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
+
+
+def made(kind: str):
+    model = tiny_model()
+    if kind == "hydra":
+        return HydraHeads.random(model)
+    heads = MedusaHeads.random(model, layout="v1" if kind == "medusa v1" else "v2", num_layers=2)
+    return heads
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("kind", ["medusa v1", "medusa v2", "hydra"])
+def test_kernels_propose_what_torch_proposes(kind, truncated, monkeypatch):
+    heads = made(kind)
+    if truncated and kind != "medusa v1":
+        heads.token_map = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:40]
+        heads.draft_vocab_size = 40
+    states, roots = torch.randn(5, heads.input_size), torch.tensor([5, 6, 7, 8, 9])
+    expected_ids, expected = heads.propose(states, roots, TREE)
+    heads.kernels = True
+    monkeypatch.setattr(module.DraftHeads, "top", None)  # torch's way is not taken
+    ids, log_probs = heads.propose(states, roots, TREE)
+    assert ids.dtype == expected_ids.dtype and torch.equal(ids, expected_ids)
+    torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
