@@ -82,7 +82,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, int]:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "--dump-resource-usage", cubin)
-        code = _run("nvdisasm", "-c", cubin)
+        code = _run("nvdisasm", "-c", "-ndf", cubin)
     resources = {name: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for name, key in _USAGE.items()}  # type: ignore[index]
     resources["shared"] = compiled.metadata.shared
     operations = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)

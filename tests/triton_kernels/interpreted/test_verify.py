@@ -15,6 +15,12 @@ CHUNK = 16
 POISON = -(2**31) + 7
 
 
+@pytest.fixture(autouse=True)
+def _small_noise_blocks(monkeypatch):
+    """So that a chunk of this file has two."""
+    monkeypatch.setattr("medusa_apar.triton_kernels.verify._NOISE_BLOCK", CHUNK // 2)
+
+
 @st.composite
 def forests(draw, most_threads=3, most_nodes=5, vocabs=(1, 2, 5, 16, 17, 40), dtypes=None):
     """Arguments of verify; few distinct tokens, so that guesses are often right and siblings often alike."""
@@ -33,7 +39,9 @@ def forests(draw, most_threads=3, most_nodes=5, vocabs=(1, 2, 5, 16, 17, 40), dt
     parents, first_rows = [], [0]
     for count in counts:
         first = first_rows[-1]
-        parents += [-1] * min(count, 1) + [draw(st.integers(first, first + node - 1)) for node in range(1, count)]
+        chain = draw(st.booleans())  # long paths
+        above = [first + node - 1 if chain else draw(st.integers(first, first + node - 1)) for node in range(1, count)]
+        parents += [-1] * min(count, 1) + above
         first_rows.append(first + count)
     parents += [-1] * (rows - len(parents))
     scores = logits.float()
@@ -130,8 +138,104 @@ def test_the_chunk_does_not_show(forest, chunk):
     assert_equals_reference(forest, poisoned(forest, chunk))
 
 
-def test_a_long_vocabulary_in_blocks_and_rows_far_apart():
-    """Chunks of several noise blocks, a row stride that is not the vocabulary, and no workspace of our own."""
+def rows_of(logits, **more):
+    """A thread per row, without drafts."""
+    count = len(logits)
+    numbers = {"tokens": [0] * count, "parents": [-1] * count, "first_rows": list(range(count + 1))}
+    tensors = {name: torch.tensor(values, dtype=torch.int32) for name, values in numbers.items()}
+    return {"logits": logits, **tensors, "depth": 0, **more}
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 0), (torch.float32, 6), (torch.bfloat16, 33)], ids=str)
+def test_equals_and_values_that_are_no_numbers(dtype, far):
+    """In the same block, in another block of the chunk, in another chunk."""
+    inf, nan = torch.inf, torch.nan
+    pairs = [
+        (-0.0, 0.0),
+        (0.0, -0.0),
+        (nan, -nan),
+        (-nan, nan),
+        (inf, nan),
+        (nan, inf),
+        (inf, inf),
+        (-inf, -inf),
+        (2, 2),
+    ]
+    logits = torch.full((len(pairs), 40), -1.0)
+    logits[[len(pairs) - 2]] = -inf
+    for row, (here, there) in enumerate(pairs):
+        logits[row, 3], logits[row, 4 + far] = here, there
+    logits = logits.to(dtype)
+    out = verify(**rows_of(logits, workspace=poisoned(rows_of(logits))))
+    assert out.tokens[:, 0].tolist() == logits.float().argmax(-1).tolist()
+    ids = torch.arange(len(pairs))
+    assert_equals_reference(rows_of(logits, noise=Noise(ids, ids, ids)))
+
+
+@pytest.mark.parametrize("depth", range(7))
+def test_a_path_is_cut_at_the_depth_asked_for(depth):
+    generator = torch.Generator().manual_seed(depth)
+    logits = 5 * torch.randn(12, 20, generator=generator)
+    chosen = logits.argmax(-1).int()
+    forest = {
+        "logits": logits,
+        "tokens": torch.cat([chosen[:1], chosen[:5], chosen[:1], chosen[6:11]]),
+        "parents": torch.tensor([-1, 0, 1, 2, 3, 4, -1, 6, 7, 8, 9, 10], dtype=torch.int32),
+        "first_rows": torch.tensor([0, 6, 12], dtype=torch.int32),
+        "depth": depth,
+    }
+    assert_equals_reference(forest)
+    assert_equals_reference(forest | {"typical": Typical()})
+    assert verify(**forest, workspace=poisoned(forest)).lengths.tolist() == [min(depth, 5) + 1] * 2
+
+
+@settings(few, max_examples=6)
+@given(st.integers(0, 2**32), st.booleans(), st.sampled_from([None, (3, 30)]))
+def test_typical_thresholds_are_float64s(seed, sampled, control):
+    """With delta a hair below and above p * exp(H), entropy and probability must be right to a hair."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 40, generator=generator)
+    forest = {
+        "logits": logits,
+        "tokens": torch.tensor([4, int(torch.randint(4, 30, (1,), generator=generator))], dtype=torch.int32),
+        "parents": torch.tensor([-1, 0], dtype=torch.int32),
+        "first_rows": torch.tensor([0, 2], dtype=torch.int32),
+        "depth": 1,
+        "control": control,
+        "bans": torch.ones(2, dtype=torch.int32),
+    }
+    if sampled:
+        forest["noise"] = Noise(*(torch.tensor(ids) for ids in ([1], [2], [3, 4])))
+    allowed = logits[0].double()
+    if control is not None:
+        allowed[list(control)] = -torch.inf
+    chances = allowed.softmax(-1)
+    edge = float(chances[forest["tokens"][1].item()] * (-torch.special.xlogy(chances, chances).sum()).exp())
+    for delta, length in ((edge * (1 - 2e-5), 2), (edge * (1 + 2e-5), 1)):
+        # Sampling goes through a chunk in two blocks; without it, chunks are too many to be merged at once.
+        out = verify(
+            **forest, typical=Typical(1.0, delta), workspace=poisoned(forest, CHUNK if sampled else CHUNK // 2)
+        )
+        assert out.lengths.tolist() == [length]
+        assert torch.equal(out.packed, reference.verify(**forest, typical=Typical(1.0, delta)).packed)
+
+
+def test_of_equally_long_typical_paths_the_likeliest_wins():
+    forest = {
+        "logits": torch.tensor([[1.0, 1.5, 1.25, 0.0]]).repeat(4, 1),
+        "tokens": torch.tensor([0, 0, 1, 2], dtype=torch.int32),
+        "parents": torch.tensor([-1, 0, 0, 0], dtype=torch.int32),
+        "first_rows": torch.tensor([0, 4], dtype=torch.int32),
+        "depth": 2,
+        "typical": Typical(),
+    }
+    assert_equals_reference(forest)
+    assert reference.verify(**forest).rows.tolist() == [[2, -1, -1]]
+
+
+def test_a_long_vocabulary_and_rows_far_apart(monkeypatch):
+    """Chunks of the real size, a row stride that is not the vocabulary, and no workspace of our own."""
+    monkeypatch.setattr("medusa_apar.triton_kernels.verify._NOISE_BLOCK", 512)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 9000, generator=generator)[:, :8999]
     forest = {
@@ -164,7 +268,7 @@ def test_more_chunks_than_are_merged_at_once():
         assert torch.equal(out.packed, reference.verify(**forest, **extra).packed)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(forests(most_threads=1, vocabs=(4, 30), dtypes=(torch.float32,)), st.sampled_from([(0.09, 0.3), (0.3, 1.0)]))
 def test_reference_accepts_what_medusa_llm_accepts(forest, typical):
     evaluate_posterior = pytest.importorskip("medusa.model.utils").evaluate_posterior
