@@ -262,7 +262,7 @@ class DraftHeads(nn.Module):
         return (index if self.token_map is None else self.token_map[index]), log_probs
 
     def likeliest(self, states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """`top` of the logits of states [..., H] that the base's unembedding is applied to; kernels do not write those."""
+        """`top` of the logits that the base's unembedding makes of states [..., H]; kernels do not write those."""
         unembedding = self.plain_unembedding() if self._draws_with_kernels(states, top_k) else None
         if unembedding is None:
             return self.top(self.unembed(states), top_k)
