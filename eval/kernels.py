@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from medusa_apar.eval.kernel_choices import check_draft, check_verify, time_draft, time_verify
 from medusa_apar.eval.kernel_forests import SHAPES, Case, Problem, Shape
+from medusa_apar.eval.kernel_timing import copy_bandwidth, host_ms, matmul_rate, measure, table
 from medusa_apar.job import machine, write_text
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.tree_attention import INTERPRETED, tree_attention
@@ -34,40 +35,15 @@ CASES = [
 ]
 SMOKE = [Case(1, 3, 20), Case(2, 2, 40)]
 CHECKED = [*SMOKE, Case(4, 8, 700), Case(16, 4, 300), Case(3, 64, 2000)]  # over several chunks, shared and not
+CHECKED_SHAPES = (*SHAPES, Shape("odd", 6, 2, 80), Shape("wide", 4, 2, 256))
 # Largest error against float64 that a dtype's rounding explains.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def measure(run: Callable[[], Any], device: str) -> float:
-    """Median milliseconds."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(run, warmup=10, rep=50, return_mode="median")
-    started = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - started)
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a copy of 1 GB, read and write counted."""
-    size = 1 << (28 if device == "cuda" else 20)
-    source = torch.empty(size, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    return 2 * 4 * size / (measure(lambda: target.copy_(source), device) * 1e-3)
-
-
-def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a square product of 8,192."""
-    size = 8192 if device == "cuda" else 64
-    a = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / (measure(lambda: a @ a, device) * 1e-3)
-
-
-def check_attention(device: str, cases: list[Case]) -> list[dict[str, Any]]:
+def check_attention(device: str, shapes: Sequence[Shape], cases: Sequence[Case]) -> list[dict[str, Any]]:
     """Largest errors over shapes, cases and dtypes, split and walked; and whether both gave the same bits."""
     found = []
-    for shape in (*SHAPES, Shape("odd", 6, 2, 80), Shape("wide", 4, 2, 256)):
+    for shape in shapes:
         for case in cases:
             for dtype in BOUNDS:
                 problem = Problem.make(shape, case, dtype, device)
@@ -91,7 +67,7 @@ def time_attention(problem: Problem, copy: float, rate: float) -> dict[str, Any]
     best = min(row["split_ms"], row["walk_ms"])
     row["share_of_copy"] = problem.bytes / (best * 1e-3) / copy
     row["share_of_matmul"] = problem.flops / (best * 1e-3) / rate
-    row["plan_ms"] = _host_ms(lambda: problem.layout(False))
+    row["plan_ms"] = host_ms(lambda: problem.layout(False))
     row |= _peers(problem, device)
     return row
 
@@ -140,26 +116,6 @@ def _flex(query, keys, values, mask, difference: Callable[[torch.Tensor], float]
     }
 
 
-def _host_ms(run: Callable[[], Any], times: int = 20) -> float:
-    run()
-    started = time.perf_counter()
-    for _ in range(times):
-        run()
-    return 1e3 * (time.perf_counter() - started) / times
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, columns in the order in which rows first have them."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def cell(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    lines += [f"| {' | '.join(cell(row.get(name)) for name in names)} |" for row in rows]
-    return "\n".join(lines)
-
-
 def run(out: Path, smoke: bool = False) -> dict[str, Any]:
     """ValueError where there is no GPU; RuntimeError if a kernel is wrong, once the report says which."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,12 +134,17 @@ def run(out: Path, smoke: bool = False) -> dict[str, Any]:
         text += [f"## {name}\n\n{table(rows)}" for name, rows in sections]
         write_text(out / "kernels.md", "\n\n".join(text) + "\n")
 
-    checks = check_attention(device, SMOKE if smoke else CHECKED)
+    checks = check_attention(device, *((SHAPES[-1:], SMOKE) if smoke else (CHECKED_SHAPES, CHECKED)))
     sections.append(("Tree attention: errors against float64", checks))
     write()
     wrong = [check for check in checks if not check["error"] <= check["bound"]]
+    vocab = 49_152 if device == "cuda" else 200
+    others = [check(device, dtype, vocab) for check in (check_verify, check_draft) for dtype in BOUNDS]
+    sections.append(("Verification and drafting: against their references", others))
+    write()
+    wrong += [check for check in others if not check.get("equal", True) or not check.get("error", 0.0) <= 5e-2]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} of {len(checks)} results of tree attention are wrong: see {out}/kernels.md")
+        raise RuntimeError(f"{len(wrong)} results are wrong, so nothing was timed: see {out}/kernels.md")
     copy, rate = copy_bandwidth(device), matmul_rate(torch.bfloat16, device)
     report |= {"copy_bytes_per_second": copy, "matmul_flops": rate}
     rows: list[dict[str, Any]] = []
@@ -193,6 +154,11 @@ def run(out: Path, smoke: bool = False) -> dict[str, Any]:
         for case in SMOKE if smoke else CASES:
             rows.append(time_attention(Problem.make(shape, case, dtype, device), copy, rate))
             write()
+    sizes = [(8, 49_152), (64, 49_152), (128, 128_256)] if not smoke else [(8, 500)]
+    sections.append(("Verification: milliseconds", [time_verify(*size, copy, device) for size in sizes]))
+    sizes = [(1, 32_768), (16, 32_768), (16, 128_256)] if not smoke else [(2, 200)]
+    sections.append(("Four Medusa heads: milliseconds", [time_draft(*size, device) for size in sizes]))
+    write()
     return report
 
 

@@ -25,7 +25,6 @@ from medusa_apar.forest import Forest, Stem
 from medusa_apar.generate import MedusaApar
 from medusa_apar.heads.draft_heads import unembedding_size
 from medusa_apar.job import Job, write_text
-from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.slot_ledger import SlotLedger
 
@@ -82,8 +81,8 @@ def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> d
     """Seconds of one forward pass by its rows, of prefilling `slots` tokens, and of the draft for so many threads."""
     vocabulary = unembedding_size(apar.model)[0]
     ids = [n % vocabulary for n in range(slots + 1)]
-    ledger, trunk = SlotLedger(KVPool()), ParagraphTree(ids).trunk
     runtime, device = apar.runtime, apar.model.device
+    ledger, trunk = SlotLedger(runtime.pool(None)), ParagraphTree(ids).trunk
 
     def forward(stop: int, nodes: int = 0) -> float:
         tree = DraftTree.likeliest(nodes) if nodes else DraftTree([])
@@ -92,6 +91,7 @@ def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> d
         started = time.perf_counter()
         forest = Forest([[stem]], ledger, device)
         runtime.forward(forest, ledger.pool, apar.heads.taps if apar.heads else ())
+        _finish(device)
         seconds = time.perf_counter() - started
         # The pass is taken back: as if nothing had been accepted.
         ledger.pool.release(forest.slots[stop - before :].tolist())
@@ -118,7 +118,13 @@ def _draft(apar: MedusaApar, hidden: torch.Tensor, roots: torch.Tensor) -> float
     assert apar.heads is not None
     started = time.perf_counter()
     apar.heads.propose(hidden, roots, apar.draft_tree)
+    _finish(hidden.device)
     return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def least(run: Callable[[], float], repeats: int) -> float:

@@ -20,6 +20,9 @@ says where a tie in low precision fell the other way.
 --profile answers some prompts once more with `ours` and writes profile.md: what a step's time goes into, and what a
 forward pass costs by its rows.
 
+--kernels leaves prompts and systems alone and times the Triton kernels on this machine's GPU, once each of them has
+shown that it is right.
+
 DIR/judge gets the answers in FastChat's llm_judge format, for whoever has a judge. --judge asks one right away, behind
 any OpenAI-compatible endpoint (key: $OPENAI_API_KEY): a rating of every answer, and with --judge-against wins, ties and
 losses against that system, in both orders.
@@ -59,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads for torch")
     add("--check", action="store_true", help="prove the answers exact afterwards")
     add("--profile", action="store_true", help="say where a step's time goes, and what a step costs by its rows")
+    add("--kernels", action="store_true", help="check and time the GPU kernels instead")
     add("--judge", metavar="URL", help="have the answers judged; base of an endpoint, as in http://localhost:8000/v1")
     add("--judge-model", metavar="NAME", help="the model that judges (default: the only one that the endpoint lists)")
     add("--judge-against", metavar="SYSTEM", help="also compare every system's answers with this one's")
@@ -73,6 +77,12 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.job import Job
     from medusa_apar.loading import load
 
+    if args.kernels:
+        from medusa_apar.eval import kernels
+
+        kernels.run(args.out)
+        print((args.out / "kernels.md").read_text(encoding="utf-8"))
+        return 0
     for name in args.systems:
         if name not in (known := [*systems.NAMES, *peers.PEERS]):
             raise ValueError(f"system {name!r} is none of {', '.join(known)}")
