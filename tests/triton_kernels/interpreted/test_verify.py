@@ -10,7 +10,7 @@ from medusa_apar.triton_kernels.reference import Noise, Typical
 from medusa_apar.triton_kernels.verify import VerifyWorkspace, verify
 
 # The interpreter takes milliseconds a program: few examples, each of them ragged.
-few = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CHUNK = 16
 POISON = -(2**31) + 7
 
@@ -116,7 +116,7 @@ def test_typical_paths_end_in_a_sample_where_there_is_noise(data):
     assert_equals_reference(forest | {"typical": Typical(), "noise": data.draw(noises(forest))})
 
 
-@settings(few, max_examples=6)
+@settings(few, max_examples=4)
 @given(st.data(), st.integers(1, 99))
 def test_the_order_of_programs_does_not_show(shuffled_programs, data, seed):
     forest = data.draw(forests(vocabs=(40,)))
@@ -189,7 +189,7 @@ def test_a_path_is_cut_at_the_depth_asked_for(depth):
     assert verify(**forest, workspace=poisoned(forest)).lengths.tolist() == [min(depth, 5) + 1] * 2
 
 
-@settings(few, max_examples=6)
+@settings(few, max_examples=4)
 @given(st.integers(0, 2**32), st.booleans(), st.sampled_from([None, (3, 30)]))
 def test_typical_thresholds_are_float64s(seed, sampled, control):
     """With delta a hair below and above p * exp(H), entropy and probability must be right to a hair."""
@@ -268,7 +268,7 @@ def test_more_chunks_than_are_merged_at_once():
         assert torch.equal(out.packed, reference.verify(**forest, **extra).packed)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(forests(most_threads=1, vocabs=(4, 30), dtypes=(torch.float32,)), st.sampled_from([(0.09, 0.3), (0.3, 1.0)]))
 def test_reference_accepts_what_medusa_llm_accepts(forest, typical):
     evaluate_posterior = pytest.importorskip("medusa.model.utils").evaluate_posterior
