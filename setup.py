@@ -27,6 +27,7 @@ setup(
         "medusa_apar": ["py.typed", "custom_generate/*"],
         "medusa_apar.cpu": ["*.cpp", "*.h"],
         "medusa_apar.heads": ["weights/*/*", "weights/*/*/*"],
+        "medusa_apar.triton_kernels": ["resources.json"],
         "medusa_apar.eval": ["prompt_sets/*", "peers_workers/*.py"],
     },
     install_requires=[
@@ -56,7 +57,8 @@ setup(
         "vicuna": ["medusa-llm==0.1", "fschat", "sentencepiece", "protobuf"],
         # The tests also compare with medusa-llm's tree buffers and posterior: `make install` adds it without its
         # dependencies.
-        "dev": ["pytest", "hypothesis", "ruff", "mypy"],
+        # xdist: the suite on every core, or it would take longer than people wait for it.
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["medusa-apar = medusa_apar.cli:main"]},
     classifiers=[

@@ -8,8 +8,11 @@ The weights of all heads lie in one tensor per residual block, so K heads cost o
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol, TypeVar, cast
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,6 +51,44 @@ class ResidualBlock(nn.Module):
     def of(self, head: int, x: Tensor) -> Tensor:
         """One head's block alone: [..., H] -> [..., H]."""
         return x + F.silu(F.linear(x, self.weight[head], self.bias[head]))
+
+
+class LevelTensors(NamedTuple):
+    """A `draft_tree.Level`; `inner_parents` are the parents of its inner nodes."""
+
+    nodes: Tensor
+    parents: Tensor
+    ranks: Tensor
+    inner: Tensor
+    inner_parents: Tensor
+
+
+class TreeTensors(NamedTuple):
+    """A draft tree's arrays as long tensors on a device: indexing with arrays would wait for what it is doing."""
+
+    depths: Tensor
+    ranks: Tensor
+    levels: list[LevelTensors]
+
+
+_trees: weakref.WeakKeyDictionary[DraftTree, dict[torch.device, TreeTensors]] = weakref.WeakKeyDictionary()
+
+
+def tree_tensors(tree: DraftTree, device: torch.device) -> TreeTensors:
+    """Made once for each tree and device."""
+    made = _trees.setdefault(tree, {})
+    if device not in made:
+
+        def tensors(*arrays: np.ndarray) -> Iterator[Tensor]:
+            return (torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device) for array in arrays)
+
+        levels = [
+            LevelTensors(*tensors(level.nodes, level.parents, level.ranks, level.inner, level.parents[level.inner]))
+            for level in tree.levels
+        ]
+        depths, ranks = tensors(tree.depths, tree.ranks)
+        made[device] = TreeTensors(depths, ranks, levels)
+    return made[device]
 
 
 class Drafter(Protocol):

@@ -24,7 +24,7 @@ from medusa_apar.cpu.drafting import CompiledHydra, compilable
 from medusa_apar.draft_tree import DraftTree
 
 from . import checkpoints
-from .draft_heads import Drafter, DraftHeads, ResidualBlock, unembedding_size
+from .draft_heads import Drafter, DraftHeads, ResidualBlock, tree_tensors, unembedding_size
 
 
 class HydraHeads(DraftHeads):
@@ -168,14 +168,15 @@ class HydraHeads(DraftHeads):
         log_probs = torch.zeros(threads, len(tree), device=root_ids.device)
         sums = self._state_sums(hidden_states, heads)[:, None]  # [threads, parents, heads from this depth on, H]
         drafted = root_ids[:, None]  # [threads, parents]
-        for depth, level in enumerate(tree.levels):
+        levels = tree_tensors(tree, root_ids.device).levels
+        for depth, level in enumerate(levels):
             if self.sequential:
                 sums = sums + self._token_sums(depth, self.embed(drafted), heads)
             x = sums[:, :, 0]
             for block in self.blocks:
                 x = cast(ResidualBlock, block).of(depth, x)
-            ids, chances = self.likeliest(x, level.top_k)
+            ids, chances = self.likeliest(x, tree.levels[depth].top_k)
             drafted = ids[:, level.parents, level.ranks]
             token_ids[:, level.nodes], log_probs[:, level.nodes] = drafted, chances[:, level.parents, level.ranks]
-            drafted, sums = drafted[:, level.inner], sums[:, level.parents[level.inner], 1:]
+            drafted, sums = drafted[:, level.inner], sums[:, level.inner_parents, 1:]
         return token_ids, log_probs

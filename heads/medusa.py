@@ -13,7 +13,7 @@ from medusa_apar.draft_tree import DraftTree
 
 from . import checkpoints
 from .checkpoints import HeadTensors
-from .draft_heads import DraftHeads, ResidualBlock, unembedding_size
+from .draft_heads import DraftHeads, ResidualBlock, tree_tensors, unembedding_size
 
 
 class MedusaHeads(DraftHeads):
@@ -142,8 +142,8 @@ class MedusaHeads(DraftHeads):
             own = self.unembedding
             logits = self.unembed(states) if own is None else torch.bmm(states, own[: len(states)].mT)
             token_ids, log_probs = self.top(logits, tree.top_k)  # [heads, T, top_k]
-        depths, ranks = tree.depths, tree.ranks
-        return token_ids[depths, :, ranks].T, log_probs[depths, :, ranks].T
+        places = tree_tensors(tree, token_ids.device)
+        return token_ids[places.depths, :, places.ranks].T, log_probs[places.depths, :, places.ranks].T
 
     def _drafted_by_kernels(self, hidden_states: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor] | None:
         """ids and log-probabilities [heads, T, top_k] in a few launches; None where the kernels do not serve."""

@@ -1,4 +1,4 @@
-"""Forward passes over small forests as CUDA graphs: one launch instead of some hundred.
+"""Steps over small forests as CUDA graphs: forward pass, verification and drafting are one launch instead of hundreds.
 
 A graph reads its inputs where they lay when it was captured. So each has buffers of its own, as large as its size of
 forest needs, and a step only copies what the forest is into them. Whatever cannot be captured runs as it did before.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .choice import Choice
 from .forest import Forest, LayoutKind
 from .kv_pool import KVPool, KVStorage
-from .triton_kernels.layout import CHUNK, Sizes, TreeLayout
+from .triton_kernels.layout import CHUNK, Sizes, TreeLayout, power_of_two
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,11 @@ _FIRST_SLOTS = 4096  # what graphs know of the KV pool is its address: it should
 Forward = Callable[["Forest | StaticForest", KVPool, tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
+def fill(buffer: Tensor, contents: Tensor) -> None:
+    """Copies from the CPU without waiting for the device."""
+    buffer.copy_(contents.pin_memory() if buffer.is_cuda else contents, non_blocking=True)
+
+
 class StaticForest:
     """A forest's tensors in buffers that stay where they are, `sizes.queries` rows of them, all verified.
 
@@ -34,7 +40,7 @@ class StaticForest:
     """
 
     def __init__(self, forest: Forest, sizes: Sizes, device: torch.device) -> None:
-        self.sizes, self._device = sizes, device
+        self.sizes, self.device = sizes, device
         self._rows = torch.zeros(4, sizes.queries, dtype=torch.int64, device=device)
         self.input_ids, self.position_ids = self._rows[0:1], self._rows[1:2]
         self.slots, self.verified_rows = self._rows[2], self._rows[3]
@@ -43,19 +49,19 @@ class StaticForest:
 
     def become(self, forest: Forest) -> None:
         """Takes a forest's contents over; it must fit the sizes."""
-        rows = [forest.input_ids[0], forest.position_ids[0], forest.slots, forest.verified_rows]
-        queries = self.sizes.queries
-        self._rows.copy_(torch.stack([torch.cat([row, row[-1:].expand(queries - len(row))]) for row in rows]))
-        self.slots[len(forest) :] = -1
+        rows = np.zeros((4, self.sizes.queries), dtype=np.int64)
+        for row, array in zip(rows, forest.arrays, strict=True):
+            row[: len(array)], row[len(array) :] = array, array[-1]
+        rows[2, len(forest) :] = -1
+        fill(self._rows, torch.from_numpy(rows))
         self._forest = forest
         for kind, (buffer, _) in self._layouts.items():
-            flat = kind.plan(forest).padded(self.sizes).flat()
-            buffer.copy_(flat.pin_memory() if buffer.is_cuda else flat, non_blocking=True)
+            fill(buffer, kind.plan(forest).padded(self.sizes).flat())
 
     def layout(self, kind: LayoutKind) -> TreeLayout:
         if kind not in self._layouts:
             padded = kind.plan(self._forest).padded(self.sizes)
-            buffer = padded.flat().to(self._device)
+            buffer = padded.flat().to(self.device)
             self._layouts[kind] = buffer, padded.over(buffer)
         return self._layouts[kind][1]
 
@@ -63,18 +69,34 @@ class StaticForest:
         return self.sizes.queries
 
 
-@dataclass(slots=True, eq=False)
 class _Captured:
-    forest: StaticForest
-    graph: torch.cuda.CUDAGraph | None
-    logits: Tensor
-    hidden: Tensor
+    """One step of one size and kind; `outputs` are logits, hidden states and what was chosen."""
+
+    def __init__(self, forward: Forward, static: StaticForest, taps: tuple[int, ...], choice: Choice | None) -> None:
+        self.static, self._forward, self._taps, self._choice = static, forward, taps, choice
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._threads = 0 if choice is None else power_of_two(choice.threads)
+        self._inputs = None
+        if choice is not None:
+            self._inputs = choice.inputs(static.sizes.queries, self._threads).to(static.device)
+
+    def become(self, forest: Forest, choice: Choice | None) -> None:
+        self.static.become(forest)
+        if choice is not None and self._inputs is not None:
+            fill(self._inputs, choice.inputs(self.static.sizes.queries, self._threads))
+
+    def run(self, pool: KVPool) -> None:
+        logits, hidden = self._forward(self.static, pool, self._taps)
+        chosen = None
+        if self._choice is not None and self._inputs is not None:
+            chosen = self._choice.run(logits, hidden, self._inputs, self._threads)
+        self.outputs = logits, hidden, chosen
 
 
-class GraphedForward:
-    """Runs `forward` from captured graphs, a graph a size of forest.
+class GraphedSteps:
+    """Runs `forward`, and what is chosen from it, from captured graphs: one for each size of forest.
 
-    On a CPU nothing is captured: `forward` runs over the same buffers, which is how this is tested.
+    On a CPU nothing is captured: the same runs over the same buffers, which is how this is tested.
     """
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
@@ -93,46 +115,53 @@ class GraphedForward:
         self._user = weakref.ref(pool)
         return pool
 
-    def __call__(self, forest: Forest, pool: KVPool, taps: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """What `forward` returns, good until the next call; None where it has to run without a graph."""
+    def __call__(
+        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """As Runtime.step, good until the next call; None where it has to run without a graph."""
         if self._broken or len(forest) > MOST_ROWS or pool.storage is not self._storage or not self._storage.keys:
             return None
         addresses = tuple(store.data_ptr() for store in self._storage.keys.values())
         if addresses != self._addresses:
             self._captured.clear()
             self._addresses = addresses
-        sizes = Sizes.of(forest.leaves(), CHUNK, 1 << (len(forest) - 1).bit_length())
-        captured = self._captured.get((sizes, taps))
+        sizes = Sizes.of(forest.leaves(), CHUNK, power_of_two(len(forest)))
+        key = (sizes, taps, choice and (choice.operations, power_of_two(choice.threads)))
+        captured = self._captured.get(key)
         if captured is None:
             try:
-                captured = self._captured[sizes, taps] = self._capture(forest, sizes, pool, taps)
+                captured = self._captured[key] = self._capture(forest, sizes, pool, taps, choice)
             except (RuntimeError, NotImplementedError) as error:
                 logger.info("steps run without CUDA graphs: %s", error)
                 self._broken = True
                 self._captured.clear()
                 return None
         else:
-            captured.forest.become(forest)
-            if captured.graph is None:
-                captured.logits, captured.hidden = self._forward(captured.forest, pool, taps)
+            captured.become(forest, choice)
         if captured.graph is not None:
             captured.graph.replay()
-        verified = len(forest.verified_rows)
-        return captured.logits[:verified], captured.hidden[:verified]
+        else:
+            captured.run(pool)
+        logits, hidden, chosen = captured.outputs
+        verified = len(forest.arrays[3])
+        return logits[:verified], hidden[:verified], chosen
 
-    def _capture(self, forest: Forest, sizes: Sizes, pool: KVPool, taps: tuple[int, ...]) -> _Captured:
-        static = StaticForest(forest, sizes, self._device)
+    def _capture(
+        self, forest: Forest, sizes: Sizes, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
+    ) -> _Captured:
+        captured = _Captured(self._forward, StaticForest(forest, sizes, self._device), taps, choice)
         if self._device.type != "cuda":
-            return _Captured(static, None, *self._forward(static, pool, taps))
+            return captured
         # Before capture everything has to have run once: kernels are compiled then, and libraries find their buffers.
         # It writes the same keys and values to the same slots as the graph will.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._forward(static, pool, taps)
+                captured.run(pool)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits, hidden = self._forward(static, pool, taps)
-        return _Captured(static, graph, logits, hidden)
+            captured.run(pool)
+        captured.graph = graph
+        return captured

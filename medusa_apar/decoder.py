@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
+from .choice import Drafting
 from .forest import Forest, Stem
 from .fork_manager import ForkManager
 from .heads import DraftHeads
@@ -63,9 +64,17 @@ class Decoder:
         owner = {stem: request for request, stems in plan for stem in stems}
         taps = () if self.heads is None else self.heads.taps
         clock.lap("forest")
-        logits, hidden = self.runtime.forward(forest, self.scheduler.ledger.pool, taps)
+        choice = self.verifier.choice(
+            forest, self.scheduler.draft_tree.num_heads, self._drafting(running, len(forest.verified))
+        )
+        pool = self.scheduler.ledger.pool
+        logits, hidden, chosen = self.runtime.step(forest, pool, taps, choice)
         clock.lap("forward")
-        verdicts = self.verifier(forest, logits, owner)
+        guesses = None
+        if choice is None or chosen is None:
+            verdicts = self.verifier(forest, logits, owner)
+        else:
+            verdicts, guesses = choice.read(chosen)
         clock.lap("verify")
         for stem, verdict in zip(forest.verified, verdicts, strict=True):
             gained = self.fork_manager.commit(owner[stem].tree, stem, verdict)
@@ -75,7 +84,13 @@ class Decoder:
             request.publish()
             self.fork_manager.trim(request)
         clock.lap("commit")
-        self._draft([stem.thread for stem in forest.verified], verdicts, hidden)
+        threads = [stem.thread for stem in forest.verified]
+        if chosen is None:
+            guesses = self._draft(threads, verdicts, hidden)
+        for index, thread in enumerate(threads):
+            self.guesses.pop(thread, None)
+            if guesses is not None and thread.live:
+                self.guesses[thread] = guesses[index]
         clock.lap("draft")
         self._count(forest)
         clock.lap("count")
@@ -84,22 +99,29 @@ class Decoder:
         else:
             self.stats.decode_seconds += clock.total
 
-    def _draft(self, threads: list[Thread], verdicts: list[Verdict], hidden: torch.Tensor) -> None:
-        """The heads look on from where each thread's last token was chosen."""
-        for thread in threads:
-            self.guesses.pop(thread, None)
-        drafting = [(thread, verdict.row) for thread, verdict in zip(threads, verdicts, strict=True) if thread.live]
-        if self.drafter is None or not drafting:
-            return
+    def _draft(self, threads: list[Thread], verdicts: list[Verdict], hidden: torch.Tensor) -> list[list[int]] | None:
+        """The heads look on from where each live thread's last token was chosen; empty for the others."""
+        live = [index for index, thread in enumerate(threads) if thread.live]
+        if self.drafter is None or not live:
+            return None
         running = [request for request in self.requests if not request.done]
-        tree = self.scheduler.draft_tree.first(self.scheduler.most_nodes(running, len(drafting)))
-        if not len(tree):
-            return
-        rows = torch.tensor([row for _, row in drafting], device=hidden.device)
-        roots = torch.tensor([thread.tokens[-1] for thread, _ in drafting], device=hidden.device)
-        token_ids, _ = self.drafter.propose(hidden[rows], roots, tree)
-        for (thread, _), guessed in zip(drafting, token_ids.tolist(), strict=True):
-            self.guesses[thread] = guessed
+        rows = torch.tensor([verdicts[index].row for index in live], device=hidden.device)
+        roots = torch.tensor([threads[index].tokens[-1] for index in live], device=hidden.device)
+        drafting = self._drafting(running, len(live))
+        if drafting is None:
+            return None
+        drafted, _ = drafting.drafter.propose(hidden[rows], roots, drafting.tree)
+        guesses: list[list[int]] = [[] for _ in threads]
+        for index, guessed in zip(live, drafted.tolist(), strict=True):
+            guesses[index] = guessed
+        return guesses
+
+    def _drafting(self, running: list[Request], threads: int) -> Drafting | None:
+        """Who drafts, and as many nodes below each of so many threads as pay; None without heads, or if none pays."""
+        if self.drafter is None:
+            return None
+        tree = self.scheduler.draft_tree.first(self.scheduler.most_nodes(running, threads))
+        return Drafting(self.drafter, tree) if len(tree) else None
 
     def _keep_scores(self, thread: Thread, verdict: Verdict, gained: int) -> None:
         if verdict.scores:

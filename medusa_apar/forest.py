@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -131,8 +132,9 @@ class Forest:
     """N rows ready for one forward pass.
 
     Attributes: `input_ids` and `position_ids` int64 [1, N]; `slots` int64 [N]; `verified` stems in row order and
-    `verified_rows` int64 [M], the rows whose logits they need (root first, then draft nodes); `groups`, one a request,
-    for backends that want masks, and `paths` for those that want lists of slots.
+    `verified_rows` int64 [M], the rows whose logits they need (root first, then draft nodes); `arrays`, the same four
+    on the host, int64 [N] or [M]; `groups`, one a request, for backends that want masks, `paths` for those that want
+    lists of slots, and `layout` for the kernels.
     """
 
     def __init__(self, requests: list[list[Stem]], ledger: SlotLedger, device: torch.device):
@@ -142,18 +144,40 @@ class Forest:
             row += stem.size
         self.stems = [stem for stems in requests for stem in stems]
         self.verified = [stem for stem in self.stems if stem.verified]
-        rows = [np.arange(stem.row + len(stem.pending) - 1, stem.row + stem.size) for stem in self.verified]
         tokens = [token for stem in self.stems for token in (*stem.pending, *stem.draft_tokens)]
-
-        def tensor(parts: list) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate(parts)).to(device)
-
-        self.verified_rows = tensor(rows)
-        self.input_ids = torch.tensor([tokens], device=device)
-        self.position_ids = tensor([stem.positions for stem in self.stems])[None]
-        self.slots = tensor([stem.slots for stem in self.stems])
+        rows = [np.arange(stem.row + len(stem.pending) - 1, stem.row + stem.size) for stem in self.verified]
+        self.arrays = (
+            np.array(tokens, dtype=np.int64),
+            np.concatenate([cast(np.ndarray, stem.positions) for stem in self.stems]),
+            np.concatenate([cast(np.ndarray, stem.slots) for stem in self.stems]),
+            np.concatenate(rows),
+        )
         self._requests, self._ledger, self._device = requests, ledger, device
         self._layouts: dict[LayoutKind, TreeLayout] = {}
+
+    @cached_property
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        """`arrays` on the device, in one copy; made only where somebody asks."""
+        flat = torch.from_numpy(np.concatenate(self.arrays))
+        if self._device.type == "cuda":
+            flat = flat.pin_memory()
+        return flat.to(self._device, non_blocking=True).split([len(array) for array in self.arrays])
+
+    @cached_property
+    def input_ids(self) -> torch.Tensor:
+        return self._tensors[0][None]
+
+    @cached_property
+    def position_ids(self) -> torch.Tensor:
+        return self._tensors[1][None]
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        return self._tensors[2]
+
+    @cached_property
+    def verified_rows(self) -> torch.Tensor:
+        return self._tensors[3]
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -201,7 +225,7 @@ class Forest:
         return self._layouts[kind]
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return len(self.arrays[0])
 
     def mask(self, mask_function: Callable) -> ForestMask:
         """The path mask, narrowed by a layer's own pattern (a sliding window, say) taken at path positions."""

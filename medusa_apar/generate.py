@@ -301,7 +301,10 @@ def attach(
         if value is not None and value < (0 if name == "max_depth" else 1):
             raise ValueError(f"{name} must be positive, got {value}.")
     if draft_tree is None:
-        draft_tree = DraftTree.likeliest(budget, checks.expected_acceptance(heads))
+        size = budget if chosen.most_nodes is None else min(budget, chosen.most_nodes)
+        draft_tree = DraftTree.likeliest(size, checks.expected_acceptance(heads))
+    elif chosen.most_nodes is not None and len(draft_tree) > chosen.most_nodes:
+        raise ValueError(f"the draft tree has {len(draft_tree)} nodes; attention='triton' takes {chosen.most_nodes}.")
     elif heads is not None and draft_tree.num_heads > heads.num_heads:
         raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
     return MedusaApar(

@@ -15,9 +15,11 @@ from .forest import Forest
 from .heads.captured import Captured
 from .kv_pool import KVPool
 from .packed_linear import PackedLinears
+from .triton_kernels.layout import MAX_NODES
 from .triton_kernels.reference import Verified
 
 if TYPE_CHECKING:
+    from .choice import Choice
     from .cuda_graphs import StaticForest
 
 
@@ -38,8 +40,17 @@ class Runtime(Protocol):
         """Of a forest's verified rows: logits [M, vocab], and the hidden states [M, hidden * (1 + taps)] before the
         unembedding and, at unit scale, behind the tapped layers."""
 
+    def step(
+        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What `forward` returns, and what `choice` chose from it; None where there is no choice."""
+
     def argmax(self, logits: Tensor) -> Tensor:
         """[M, vocab] -> long [M]."""
+
+    @property
+    def most_nodes(self) -> int | None:
+        """Most draft nodes of a thread; None: any number."""
 
     @property
     def verify(self) -> Callable[..., Verified] | None:
@@ -55,17 +66,17 @@ class TorchRuntime:
     def __init__(self, model: PreTrainedModel, backend: str, graphs: bool = False) -> None:
         self.model, self.backend = model, backend
         self._packed = PackedLinears(model)
-        self._write = self.verify = None
+        self._write = self.verify = self.most_nodes = None
         if backend == "triton":
             from .triton_kernels.store import store_kv
             from .triton_kernels.verify import verify
 
-            self._write, self.verify = store_kv, verify
+            self._write, self.verify, self.most_nodes = store_kv, verify, MAX_NODES
         self._graphed = None
         if graphs:
-            from .cuda_graphs import GraphedForward
+            from .cuda_graphs import GraphedSteps
 
-            self._graphed = GraphedForward(self._forward, model.device)
+            self._graphed = GraphedSteps(self._forward, model.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -81,9 +92,20 @@ class TorchRuntime:
         return KVPool(max_slots) if self._graphed is None else self._graphed.pool(max_slots)
 
     def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        if self._graphed is not None and (outputs := self._graphed(forest, pool, taps)) is not None:
-            return outputs
-        return self._forward(forest, pool, taps)
+        return self.step(forest, pool, taps, None)[:2]
+
+    def step(
+        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        captured = choice if choice is None or choice.operations is not None else None
+        outputs = None if self._graphed is None else self._graphed(forest, pool, taps, captured)
+        logits, hidden, chosen = outputs or (*self._forward(forest, pool, taps), None)
+        if choice is not None and chosen is None:
+            inputs = choice.inputs()
+            if logits.is_cuda:
+                inputs = inputs.pin_memory().to(logits.device, non_blocking=True)
+            chosen = choice.run(logits, hidden, inputs)
+        return logits, hidden, chosen
 
     def _forward(self, forest: Forest | StaticForest, pool: KVPool, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         pool.slots, pool.write = forest.slots, self._write

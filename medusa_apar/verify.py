@@ -17,9 +17,9 @@ import torch
 import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
+from .choice import Choice, Drafting
 from .control_tokens import ControlTokens
 from .forest import Forest, Stem
-from .launched_verify import launch
 from .request import Request
 from .triton_kernels.reference import Verified, sample
 from .verdict import Verdict
@@ -66,13 +66,23 @@ class Verifier:
     # triton_kernels.verify, or its reference, to be used wherever a path's tokens do not change its logits.
     in_one_launch: Callable[..., Verified] | None = None
 
+    def choice(self, forest: Forest, depth: int, drafting: Drafting | None) -> Choice | None:
+        """Verification in one launch, and drafting behind it; None where a path's tokens change its logits, or scores
+        have to be kept. depth: most draft nodes that a thread can accept."""
+        by_path = any(type(processor) not in _PATH_FREE for processor in self.processors)
+        if self.in_one_launch is None or by_path or self.keep_scores or self.keep_logits:
+            return None
+
+        def process(logits: torch.Tensor) -> torch.Tensor:
+            return self.processors(_NO_IDS, self._ban(forest, logits).float())
+
+        return Choice.of(
+            *(self.in_one_launch, forest, self.control, self.fork_bans(forest), self.seed, depth, drafting),
+            process=process if self.processors else None,
+        )
+
     def __call__(self, forest: Forest, logits: torch.Tensor, requests: dict[Stem, Request]) -> list[Verdict]:
         """`logits` [M, vocab] of the forest's verified rows; a verdict per verified stem, in order."""
-        by_path = any(type(processor) not in _PATH_FREE for processor in self.processors)
-        if self.in_one_launch is not None and not (by_path or self.keep_scores or self.keep_logits):
-            if self.processors:
-                logits = self.processors(_NO_IDS, self._ban(forest, logits).float())
-            return launch(self.in_one_launch, forest, logits, self.control, self.fork_bans(forest), self.seed)
         raw = logits.float() if self.keep_logits else None
         logits = self._ban(forest, logits.clone() if self.keep_logits else logits)
         per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores

@@ -18,6 +18,7 @@ from transformers import (
 import medusa_apar
 from medusa_apar import ControlTokens, DraftTree
 from medusa_apar.heads import MedusaHeads
+from medusa_apar.triton_kernels.tree_attention import INTERPRETED
 from tests.tiny import CONTROL, VOCAB, prompts, tiny_model
 
 
@@ -181,3 +182,9 @@ def test_models_that_cannot_work():
     ):
         with pytest.raises(ValueError, match=sentence):
             medusa_apar.attach(model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="they run here")
+def test_kernels_are_refused_where_they_do_not_run():
+    with pytest.raises(ValueError, match="attention='triton' cannot be had: Triton's kernels do not run on cpu"):
+        medusa_apar.attach(tiny_model(), attention="triton")

@@ -146,10 +146,11 @@ class Sizes:
         """Rounded up to powers of two, so that few sizes serve all forests."""
         runs = [-(-len(leaf.slots) // chunk) for leaf in leaves]
         shared = sum(leaf.shared // chunk for leaf in leaves[1:])
-        return cls(queries, _power(sum(runs) - shared), _power(max(runs)))
+        return cls(queries, power_of_two(sum(runs) - shared), power_of_two(max(runs)))
 
 
-def _power(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """The least that is no less."""
     return 1 << (number - 1).bit_length()
 
 

@@ -92,7 +92,7 @@ class CpuRuntime:
         self._packed: _Packed | None = None
         self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
 
-    verify = None
+    verify = most_nodes = None
 
     def pool(self, max_slots: int | None) -> KVPool:
         return KVPool(max_slots)
@@ -140,6 +140,11 @@ class CpuRuntime:
         if library.library().mapar_step(model, step, torch.get_num_threads(), packed.unembedding.outputs):
             raise IndexError(f"a token is not one of the model's {len(packed.table)}")
         return buffers[0][:verified], hidden
+
+    def step(
+        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], choice: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *self.forward(forest, pool, taps), None
 
     def profiled(self) -> CpuRuntime:
         """Another runtime of the same packed weights, whose clocks run."""

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import medusa_apar
+from medusa_apar import DraftTree
 from medusa_apar.cuda_graphs import StaticForest
 from medusa_apar.heads import HydraHeads
 from tests.tiny import CONTROL, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
 
-FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_oss", "gpt2", "phi3")
+# Windows, soft caps, two kinds of layers, sinks, positions that are learned.
+FAMILIES = ("mistral", "gemma2", "gemma3", "gpt_oss", "gpt2")
 
 
 def run(model, attention, heads=None, rows=2, limit=16, length=6, **options):
@@ -78,3 +80,18 @@ def test_the_kernels_are_what_runs(monkeypatch):
     monkeypatch.setattr("medusa_apar.triton_attention.tree_attention", broken)
     with pytest.raises(RuntimeError, match="the kernel was called"):
         apar.generate(**prompts(1, 4), max_new_tokens=2)
+
+
+def test_trees_of_more_nodes_than_a_word_has_bits_are_refused_or_cut():
+    model = tiny_model()
+    chain = DraftTree([(0,) * (depth + 1) for depth in range(65)])
+    with pytest.raises(ValueError, match="65 nodes"):
+        medusa_apar.attach(model, attention="triton", draft_tree=chain)
+    apar = medusa_apar.attach(model, HydraHeads.random(model), attention="triton", budget=200)
+    assert len(apar.draft_tree) <= 64
+
+
+@pytest.mark.parametrize("options", [{"attention": "sdpa", "cuda_graphs": True}, {"cuda_graphs": True}])
+def test_graphs_need_the_kernels(options):
+    with pytest.raises(ValueError, match="cuda_graphs"):
+        medusa_apar.attach(tiny_model(), runtime="torch", **options)

@@ -1,0 +1,135 @@
+"""What a step chooses, without leaving the device: verification in one launch, drafting behind it, one read of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .control_tokens import ControlTokens
+from .draft_tree import DraftTree
+from .forest import Forest
+from .heads.draft_heads import Drafter
+from .triton_kernels.reference import Noise, Verified
+from .verdict import Verdict
+
+
+class Drafting(NamedTuple):
+    """Who proposes, and a tree of how many nodes below every thread."""
+
+    drafter: Drafter
+    tree: DraftTree
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One step's verification and drafting, ready to run behind its forward pass.
+
+    verify: `triton_kernels.verify.verify`, or its reference. depth: most draft nodes that a thread can accept.
+    process: what the logits go through before; with it a step is not the same operations each time.
+    """
+
+    verify: Callable[..., Verified]
+    control: ControlTokens | None
+    depth: int
+    drafting: Drafting | None
+    process: Callable[[Tensor], Tensor] | None
+    first_rows: np.ndarray  # int64 [T + 1]
+    rows: tuple[np.ndarray, ...]  # [M]: tokens, parents among the M, fork bans
+    noise: tuple[np.ndarray, ...] | None  # int64: seeds [T], keys [T], positions [M]
+
+    @classmethod
+    def of(
+        cls,
+        verify: Callable[..., Verified],
+        forest: Forest,
+        control: ControlTokens | None,
+        fork_bans: Sequence[bool],
+        seed: int | None,
+        depth: int,
+        drafting: Drafting | None,
+        process: Callable[[Tensor], Tensor] | None = None,
+    ) -> Choice:
+        """For a forest's verified stems; `fork_bans` goes by their rows, and seed None is greedy."""
+        stems = forest.verified
+        first_rows = np.cumsum([0, *(1 + len(stem.draft_tokens) for stem in stems)])
+        tokens, parents, positions = [], [], []
+        for stem, first in zip(stems, first_rows.tolist(), strict=False):
+            drafted, tree = len(stem.draft_tokens), stem.draft_tree
+            tokens += [stem.pending[-1], *stem.draft_tokens]
+            parents.append(np.concatenate([[-1], first + 1 + tree.parents[:drafted]]))
+            positions.append(stem.thread.end + np.concatenate([[0], 1 + tree.depths[:drafted]]))
+        noise = None
+        if seed is not None:
+            keys = np.array([stem.thread.key for stem in stems], dtype=np.uint64).view(np.int64)
+            noise = np.full(len(stems), seed, dtype=np.int64), keys, np.concatenate(positions)
+        rows = np.array(tokens), np.concatenate(parents), np.array(fork_bans, dtype=np.int64)
+        return cls(verify, control, depth, drafting, process, first_rows, rows, noise)
+
+    @property
+    def operations(self) -> tuple | None:
+        """What runs, as a key for captured steps; None where it cannot be captured."""
+        if self.process is not None:
+            return None
+        drafting = self.drafting and (self.drafting.drafter, self.drafting.tree)
+        return self.control, self.depth, drafting, self.noise is not None
+
+    @property
+    def threads(self) -> int:
+        return len(self.first_rows) - 1
+
+    def inputs(self, queries: int | None = None, threads: int | None = None) -> Tensor:
+        """All that `run` reads, on the CPU, int64: for exactly these stems, or padded to more rows and threads."""
+        queries = len(self.rows[0]) if queries is None else queries
+        threads = self.threads if threads is None else threads
+        parts = [*(_grown(row, queries) for row in self.rows), _grown(self.first_rows, threads + 1)]
+        if self.noise is not None:
+            seeds, keys, positions = self.noise
+            parts += [_grown(seeds, threads), _grown(keys, threads), _grown(positions, queries)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def run(self, logits: Tensor, hidden: Tensor, inputs: Tensor, threads: int | None = None) -> Tensor:
+        """logits [M, vocab], hidden [M, input_size] and `inputs` on their device -> int32 for `read`, [T, *]."""
+        queries = len(logits)
+        threads = self.threads if threads is None else threads
+        sizes = [queries, queries, queries, threads + 1]
+        if self.noise is not None:
+            sizes += [threads, threads, queries]
+        tokens, parents, bans, first_rows, *noise = inputs.split(sizes)
+        if self.process is not None:
+            logits = self.process(logits)
+        verified = self.verify(
+            *(logits, tokens.int(), parents.int(), first_rows.int(), self.depth),
+            bans=bans.int(),
+            control=self.control and (self.control.fork_id, self.control.child_id),
+            noise=Noise(*noise) if noise else None,
+        )
+        if self.drafting is None:
+            return verified.packed
+        # Threads that only fill a size up have chosen nothing: theirs may be any row and token.
+        last = (verified.lengths.long() - 1).clamp(min=0)
+        roots = verified.tokens.gather(1, last[:, None])[:, 0].long().clamp(min=0)
+        states = hidden[verified.last_rows.long().clamp(min=0)]
+        guesses, _ = self.drafting.drafter.propose(states, roots, self.drafting.tree)
+        return torch.cat([verified.packed, guesses.to(verified.packed.dtype)], dim=1)
+
+    def read(self, chosen: Tensor) -> tuple[list[Verdict], list[list[int]] | None]:
+        """A verdict per verified stem, and what was drafted behind each: the one wait for the device."""
+        read = chosen[: self.threads].cpu()
+        width = read.shape[1] - (0 if self.drafting is None else len(self.drafting.tree))
+        verified = Verified(read[:, :width])
+        columns = (part.tolist() for part in (verified.lengths, verified.last_rows, verified.tokens, verified.rows))
+        verdicts = [
+            Verdict(tokens[:length], [row - first - 1 for row in rows[: length - 1]], last)
+            for first, length, last, tokens, rows in zip(self.first_rows.tolist(), *columns, strict=False)
+        ]
+        return verdicts, None if self.drafting is None else read[:, width:].tolist()
+
+
+def _grown(array: np.ndarray, length: int) -> np.ndarray:
+    """Filled up with its last entry: for `first_rows` that is a thread without rows, elsewhere nobody looks."""
+    return np.concatenate([array, np.full(length - len(array), array[-1])])
