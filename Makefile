@@ -22,8 +22,9 @@ $(READY): setup.py constraints.txt
 demo: install
 	$(BIN)/medusa-apar demo $(ARGS)
 
+# A process a core, a file of tests to each; ARGS="-n 0 tests/test_trees.py" runs one file plainly.
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # 160 tokens keep it under ten minutes on two cores where transformers writes nine a second. Delete bench-results to
 # measure anew: what it holds is not answered again.

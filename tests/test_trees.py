@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 from medusa_apar.draft_tree import DraftTree
-from medusa_apar.forest import Forest, Stem
+from medusa_apar.forest import Forest, LayoutKind, Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree, ReadingCursor
 from medusa_apar.scheduler import StepCost
 from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.triton_kernels.layout import Sizes, Tile, power_of_two
+from medusa_apar.triton_kernels.reference import seen_slots
 from medusa_apar.verdict import Verdict
 
 FORK, CHILD, EOS = 1, 2, 0
@@ -129,6 +131,19 @@ def test_reading_order_positions_and_ends(data):
             assert live[-1][1] == total
 
 
+def seen_by_row(forest, window, draw) -> dict[int, list[int]]:
+    """What the tables of the attention kernels say, whatever the chunks."""
+    chunk = draw(st.sampled_from([1, 2, 4, 64]))
+    kind = LayoutKind(window, Tile(16, chunk, 1, 1), draw(st.integers(1, 16)), draw(st.booleans()), chunk)
+    layout = forest.layout(kind)
+    sizes = Sizes.of(forest.leaves(), chunk, power_of_two(len(forest)))
+    padded = layout.padded(sizes)
+    assert padded.over(padded.flat()).items.equal(padded.items)
+    seen = seen_slots(padded, window)
+    assert not any(seen[len(forest) :])  # padding sees nothing
+    return dict(zip(layout.order.tolist(), seen, strict=False))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_masks_show_exactly_the_path_and_slots_are_accounted(data):
@@ -140,6 +155,7 @@ def test_masks_show_exactly_the_path_and_slots_are_accounted(data):
         sliding = forest.mask(and_masks(causal_mask_function, sliding_window_overlay(window)))
         lists, runs, longest = forest.paths()
         assert longest == int(runs[..., 1].sum(1).max())
+        of_kernels = {seen: seen_by_row(forest, seen, data.draw) for seen in (None, window)}
         for stem in forest.verified:
             group = next(i for i, g in enumerate(forest.groups) if g.rows.start <= stem.row < g.rows.stop)
             rows = forest.groups[group].rows
@@ -159,6 +175,8 @@ def test_masks_show_exactly_the_path_and_slots_are_accounted(data):
                 assert sorted(seen) == sorted(path)
                 listed = [slot for start, length in runs[stem.row + offset] for slot in lists[start : start + length]]
                 assert listed == path
+                assert of_kernels[None][stem.row + offset] == path
+                assert of_kernels[window][stem.row + offset] == path[-window:]
                 # Position ids count along the path; a window takes its last tokens by position, wherever they lie.
                 assert forest.position_ids[0, stem.row + offset] == len(path) - 1
                 assert sorted(slots[sliding.masks[group][row]].tolist()) == sorted(path[-window:])

@@ -7,6 +7,7 @@ import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.cuda_graphs import StaticForest
 from medusa_apar.heads import HydraHeads
+from medusa_apar.slot_ledger import SlotLedger
 from tests.tiny import CONTROL, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
 
 # Windows, soft caps, two kinds of layers, sinks, positions that are learned.
@@ -50,6 +51,17 @@ def spied(function, calls: list):
         return function(*args)
 
     return call
+
+
+def test_what_is_fed_again_after_eviction_decodes_the_same(monkeypatch):
+    model = forking_model(1)
+    plain = run(model, "sdpa", limit=12)
+    monkeypatch.setattr("medusa_apar.checks.check_lengths", lambda *args: None)
+    evicted = []
+    monkeypatch.setattr(SlotLedger, "evict", spied(SlotLedger.evict, evicted))
+    ours = run(model, "triton", limit=12, pool_slots=24)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert plain.stats.peak_slots > 24 >= ours.stats.peak_slots and len(evicted) > 3
 
 
 def test_graphs_serve_call_after_call_and_calls_within_calls():
