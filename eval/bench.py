@@ -52,7 +52,9 @@ def run(
     device = apar.model.device
     for system in {s.name: s for _, _, s in todo}.values():
         first = {name: tensor.to(device) for name, tensor in inputs[todo[0][0].id].items()}
-        system.answer(first, min(WARM_UP_TOKENS, plan.max_new_tokens))
+        # On a GPU kernels are compiled and graphs captured for every size of step that an answer comes to.
+        tokens = plan.max_new_tokens if device.type == "cuda" else min(WARM_UP_TOKENS, plan.max_new_tokens)
+        system.answer(first, tokens)
     with job.bar("answering", len(wanted), len(wanted) - len(todo)) as bar:
         for prompt, number, system in todo:
             given = {name: tensor.to(device) for name, tensor in inputs[prompt.id].items()}

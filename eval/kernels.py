@@ -68,8 +68,7 @@ def time_attention(problem: Problem, copy: float, rate: float) -> dict[str, Any]
     row["share_of_copy"] = problem.bytes / (best * 1e-3) / copy
     row["share_of_matmul"] = problem.flops / (best * 1e-3) / rate
     row["plan_ms"] = host_ms(lambda: problem.layout(False))
-    row |= _peers(problem, device)
-    return row
+    return row | _peers(problem, device)
 
 
 def _peers(problem: Problem, device: str) -> dict[str, Any]:
@@ -103,7 +102,8 @@ def _flex(query, keys, values, mask, difference: Callable[[torch.Tensor], float]
     def blocks():
         return create_block_mask(visible, None, None, mask.shape[0], mask.shape[1], device="cuda")
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    torch._dynamo.reset()  # past eight shapes it would run uncompiled
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     block_mask = blocks()
 
     def run() -> torch.Tensor:

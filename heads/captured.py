@@ -59,15 +59,18 @@ class Captured:
         if threading.get_ident() == self._thread:
             self._tapped[index] = output[0] if isinstance(output, tuple) else output
 
-    def hidden_states(self, rows: Tensor | None = None, final: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, rows: Tensor | None = None, final: Tensor | None = None, kept: bool | None = None
+    ) -> Tensor:
         """[rows, input_size] of a pass over one sequence: the final states, then the tapped ones at unit scale.
 
         final: [rows, H] where the caller has it already; `rows` then selects from the taps alone.
+        kept: whether the model was told to keep `rows` only; None goes by how many it kept.
         """
         if final is None:
             assert self._final is not None
             final = self._final[0]
-            if rows is not None and len(final) != len(rows):  # the model keeps fewer rows than it was given
+            if rows is not None and (len(final) != len(rows) if kept is None else not kept):
                 final = final[rows]
         parts = [final]
         for tapped in self._tapped:

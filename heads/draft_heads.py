@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
@@ -259,6 +259,13 @@ class DraftHeads(nn.Module):
                 self._draft_rows = key, weight[rows], None if not isinstance(bias, Tensor) else bias[rows]
         return self._draft_rows[1:]
 
+    def weights_key(self) -> Hashable:
+        """Another one when what drafting reads lies elsewhere, or has been copied anew."""
+        rows = () if self._draft_rows is None else (self._draft_rows[0],)
+        ends = (self._base[0].get_input_embeddings(), self._base[0].get_output_embeddings()) if self._base else ()
+        weights = [*self.parameters(), *(weight for end in ends for weight in end.parameters())]
+        return *rows, *((weight.data_ptr(), weight.dtype, weight.device) for weight in weights)
+
     def _packed_unembedding(self, weight: Tensor, bias: Tensor | None) -> PackedMatrix:
         if self._in_panels is None or self._in_panels[0] is not weight or self._in_panels[1] != self.packing:
             self._in_panels = weight, cast(str, self.packing), PackedMatrix(weight, cast(str, self.packing), bias)
@@ -305,12 +312,12 @@ class DraftHeads(nn.Module):
     def likeliest(self, states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """`top` of the logits that the base's unembedding makes of states [..., H]; kernels do not write those."""
         unembedding = self.plain_unembedding() if self._draws_with_kernels(states, top_k) else None
-        if unembedding is None:
+        if unembedding is None or not unembedding[0].is_contiguous():
             return self.top(self.unembed(states), top_k)
         from medusa_apar.triton_kernels.draft import top_logits
 
         weight, bias = unembedding
-        flat = states.to(weight.dtype).reshape(-1, self.hidden_size)
+        flat = states.to(weight.dtype).reshape(-1, self.hidden_size).contiguous()
         values, index, total = top_logits(flat, weight, bias, top_k)
         log_probs, index = (values - total[:, None]), index.long()
         if self.token_map is not None:

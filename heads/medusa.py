@@ -158,7 +158,7 @@ class MedusaHeads(DraftHeads):
             return None
         from medusa_apar.triton_kernels.draft import medusa_draft
 
-        if unembedding.dtype != self.dtype:
+        if unembedding.dtype != self.dtype or not unembedding.is_contiguous():
             return None
         weights, biases = ([block.get_parameter(n)[:heads] for block in self.blocks] for n in ("weight", "bias"))
         x = hidden_states.to(self.dtype).contiguous()

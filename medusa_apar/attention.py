@@ -109,14 +109,18 @@ for _name, (_attend, _mask) in BACKENDS.items():
     AttentionMaskInterface.register(f"medusa_apar_{_name}", _mask_or_theirs(_mask))
 
 
-def pick_backend(attention: str, device: str) -> str:
+def pick_backend(attention: str, model: PreTrainedModel) -> str:
     """The backend's name; "auto" takes the kernels where they run compiled."""
+    device = model.device.type
+    devices = {parameter.device for parameter in model.parameters()}
     if attention == "auto":
-        return "triton" if device == "cuda" and "triton" in BACKENDS else "sdpa"
+        return "triton" if device == "cuda" and len(devices) == 1 and "triton" in BACKENDS else "sdpa"
     if attention not in ("sdpa", "triton"):
         raise ValueError(f"attention={attention!r} is not one of 'auto', 'sdpa', 'triton'.")
     if attention not in BACKENDS:
         raise ValueError("attention='triton' needs the package triton.")
+    if attention == "triton" and len(devices) > 1:
+        raise ValueError(f"attention='triton' needs the model on one device, and it lies on {len(devices)}.")
     if attention == "triton" and (why := why_not(device)):
         raise ValueError(f"attention='triton' cannot be had: {why}.")
     return attention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +19,11 @@ from .verdict import Verdict
 
 
 class Drafting(NamedTuple):
-    """Who proposes, and a tree of how many nodes below every thread."""
+    """Who proposes, and a tree of how many nodes below every thread; `weights` tells apart what the drafter reads."""
 
     drafter: Drafter
     tree: DraftTree
+    weights: Hashable = None
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +67,8 @@ class Choice:
         noise = None
         if seed is not None:
             keys = np.array([stem.thread.key for stem in stems], dtype=np.uint64).view(np.int64)
-            noise = np.full(len(stems), seed, dtype=np.int64), keys, np.concatenate(positions)
+            seeds = np.full(len(stems), seed & (2**64 - 1), dtype=np.uint64).view(np.int64)
+            noise = seeds, keys, np.concatenate(positions)
         rows = np.array(tokens), np.concatenate(parents), np.array(fork_bans, dtype=np.int64)
         return cls(verify, control, depth, drafting, process, first_rows, rows, noise)
 
@@ -75,8 +77,7 @@ class Choice:
         """What runs, as a key for captured steps; None where it cannot be captured."""
         if self.process is not None:
             return None
-        drafting = self.drafting and (self.drafting.drafter, self.drafting.tree)
-        return self.control, self.depth, drafting, self.noise is not None
+        return self.control, self.depth, self.drafting, self.noise is not None
 
     @property
     def threads(self) -> int:
@@ -86,27 +87,34 @@ class Choice:
         """All that `run` reads, on the CPU, int64: for exactly these stems, or padded to more rows and threads."""
         queries = len(self.rows[0]) if queries is None else queries
         threads = self.threads if threads is None else threads
-        parts = [*(_grown(row, queries) for row in self.rows), _grown(self.first_rows, threads + 1)]
+        parts = [*self.rows, self.first_rows, *(self.noise or ())]
+        sizes = self._sizes(queries, threads)
+        return torch.from_numpy(np.concatenate([_grown(*pair) for pair in zip(parts, sizes, strict=True)]))
+
+    def _sizes(self, queries: int, threads: int) -> list[int]:
+        """Even ones: Triton compiles a kernel anew for addresses that are no multiples of 16 bytes."""
+        sizes = [queries, queries, queries, threads + 1]
         if self.noise is not None:
-            seeds, keys, positions = self.noise
-            parts += [_grown(seeds, threads), _grown(keys, threads), _grown(positions, queries)]
-        return torch.from_numpy(np.concatenate(parts))
+            sizes += [threads, threads, queries]
+        return [size + size % 2 for size in sizes]
 
     def run(self, logits: Tensor, hidden: Tensor, inputs: Tensor, threads: int | None = None) -> Tensor:
         """logits [M, vocab], hidden [M, input_size] and `inputs` on their device -> int32 for `read`, [T, *]."""
         queries = len(logits)
         threads = self.threads if threads is None else threads
-        sizes = [queries, queries, queries, threads + 1]
-        if self.noise is not None:
-            sizes += [threads, threads, queries]
-        tokens, parents, bans, first_rows, *noise = inputs.split(sizes)
+        tokens, parents, bans, first_rows, *noise = inputs.split(self._sizes(queries, threads))
         if self.process is not None:
             logits = self.process(logits)
         verified = self.verify(
-            *(logits, tokens.int(), parents.int(), first_rows.int(), self.depth),
-            bans=bans.int(),
+            *(
+                logits,
+                *(part[:queries].int() for part in (tokens, parents)),
+                first_rows[: threads + 1].int(),
+                self.depth,
+            ),
+            bans=bans[:queries].int(),
             control=self.control and (self.control.fork_id, self.control.child_id),
-            noise=Noise(*noise) if noise else None,
+            noise=Noise(noise[0][:threads], noise[1][:threads], noise[2][:queries]) if noise else None,
         )
         if self.drafting is None:
             return verified.packed

@@ -7,8 +7,11 @@ forest needs, and a step only copies what the forest is into them. Whatever cann
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from .triton_kernels.layout import CHUNK, Sizes, TreeLayout, power_of_two
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 256  # a prompt's rows keep the device busy by themselves
+MOST_GRAPHS = 64  # kept at once, those used last
 _FIRST_SLOTS = 4096  # what graphs know of the KV pool is its address: it should rarely have to move
 
 # What a forward pass returns, from (forest, pool, taps): see Runtime.forward.
@@ -39,13 +43,13 @@ class StaticForest:
     Attributes as of Forest. Padding repeats the last row but has no slot: nobody sees it, and what comes of it is void.
     """
 
-    def __init__(self, forest: Forest, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes, self.device = sizes, device
         self._rows = torch.zeros(4, sizes.queries, dtype=torch.int64, device=device)
         self.input_ids, self.position_ids = self._rows[0:1], self._rows[1:2]
         self.slots, self.verified_rows = self._rows[2], self._rows[3]
         self._layouts: dict[LayoutKind, tuple[Tensor, TreeLayout]] = {}
-        self.become(forest)
+        self._forest: Forest | None = None  # while layers may still ask for a kind of layout for the first time
 
     def become(self, forest: Forest) -> None:
         """Takes a forest's contents over; it must fit the sizes."""
@@ -54,13 +58,18 @@ class StaticForest:
             row[: len(array)], row[len(array) :] = array, array[-1]
         rows[2, len(forest) :] = -1
         fill(self._rows, torch.from_numpy(rows))
-        self._forest = forest
         for kind, (buffer, _) in self._layouts.items():
-            fill(buffer, kind.plan(forest).padded(self.sizes).flat())
+            fill(buffer, kind.padded(forest, self.sizes).flat())
+        self._forest = forest
+
+    def forget(self) -> None:
+        """Lets go of the forest, and with it of the KV pool that its slots are booked in."""
+        self._forest = None
 
     def layout(self, kind: LayoutKind) -> TreeLayout:
         if kind not in self._layouts:
-            padded = kind.plan(self._forest).padded(self.sizes)
+            assert self._forest is not None, "a layer asked for tables that no layer had asked for before"
+            padded = kind.padded(self._forest, self.sizes)
             buffer = padded.flat().to(self.device)
             self._layouts[kind] = buffer, padded.over(buffer)
         return self._layouts[kind][1]
@@ -69,28 +78,40 @@ class StaticForest:
         return self.sizes.queries
 
 
-class _Captured:
-    """One step of one size and kind; `outputs` are logits, hidden states and what was chosen."""
+class _Step:
+    """One size and kind of step in buffers of its own; `outputs` are logits, hidden states and what was chosen."""
 
-    def __init__(self, forward: Forward, static: StaticForest, taps: tuple[int, ...], choice: Choice | None) -> None:
-        self.static, self._forward, self._taps, self._choice = static, forward, taps, choice
+    def __init__(self, forward: Forward, sizes: Sizes, device: torch.device, taps: tuple[int, ...]) -> None:
+        self._forward, self._taps = forward, taps
+        self._forest = StaticForest(sizes, device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._threads = 0 if choice is None else power_of_two(choice.threads)
-        self._inputs = None
-        if choice is not None:
-            self._inputs = choice.inputs(static.sizes.queries, self._threads).to(static.device)
+        self._choice: Choice | None = None
+        self._inputs: Tensor | None = None
+        self.outputs: tuple[Tensor, Tensor, Tensor | None]
 
     def become(self, forest: Forest, choice: Choice | None) -> None:
-        self.static.become(forest)
-        if choice is not None and self._inputs is not None:
-            fill(self._inputs, choice.inputs(self.static.sizes.queries, self._threads))
+        self._forest.become(forest)
+        if choice is None:
+            return
+        inputs = choice.inputs(self._forest.sizes.queries, power_of_two(choice.threads))
+        if self._inputs is None:
+            self._choice, self._inputs = choice, inputs.to(self._forest.device)
+        else:
+            fill(self._inputs, inputs)
 
     def run(self, pool: KVPool) -> None:
-        logits, hidden = self._forward(self.static, pool, self._taps)
+        logits, hidden = self._forward(self._forest, pool, self._taps)
         chosen = None
         if self._choice is not None and self._inputs is not None:
-            chosen = self._choice.run(logits, hidden, self._inputs, self._threads)
+            chosen = self._choice.run(logits, hidden, self._inputs, power_of_two(self._choice.threads))
         self.outputs = logits, hidden, chosen
+
+    def replay(self, pool: KVPool) -> None:
+        if self.graph is None:
+            self.run(pool)
+        else:
+            self.graph.replay()
+        self._forest.forget()
 
 
 class GraphedSteps:
@@ -103,17 +124,27 @@ class GraphedSteps:
         self._forward, self._device = forward, device
         self._storage = KVStorage()
         self._user: weakref.ref[KVPool] | None = None
-        self._captured: dict[tuple, _Captured] = {}
-        self._addresses: tuple[int, ...] = ()
+        self._steps: OrderedDict[tuple, _Step] = OrderedDict()
+        self._weights: Hashable = None
         self._broken = False
+        self._lock = threading.Lock()
+        self._memory: Any = None  # of all graphs, which never run at the same time
+        self._stream: torch.cuda.Stream | None = None
 
-    def pool(self, max_slots: int | None) -> KVPool:
-        """A pool where the graphs expect it, or one of its own while another call has that."""
-        if self._user is not None and self._user() is not None:
-            return KVPool(max_slots)
-        pool = KVPool(max_slots, self._storage, first=_FIRST_SLOTS)
-        self._user = weakref.ref(pool)
-        return pool
+    def pool(self, max_slots: int | None, weights: Hashable) -> KVPool:
+        """A pool where the graphs expect it, or one of its own while another call has that.
+
+        weights: tells apart where the model's weights lie; graphs and storage made over others are dropped.
+        """
+        with self._lock:
+            if self._user is not None and self._user() is not None:
+                return KVPool(max_slots)
+            if weights != self._weights:
+                self._steps.clear()
+                self._storage, self._weights = KVStorage(), weights
+            pool = KVPool(max_slots, self._storage, first=_FIRST_SLOTS)
+            self._user = weakref.ref(pool)
+            return pool
 
     def __call__(
         self, forest: Forest, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
@@ -121,47 +152,67 @@ class GraphedSteps:
         """As Runtime.step, good until the next call; None where it has to run without a graph."""
         if self._broken or len(forest) > MOST_ROWS or pool.storage is not self._storage or not self._storage.keys:
             return None
-        addresses = tuple(store.data_ptr() for store in self._storage.keys.values())
-        if addresses != self._addresses:
-            self._captured.clear()
-            self._addresses = addresses
+        stores = (self._storage.keys, self._storage.values)
+        slots = tuple(tensor.data_ptr() for store in stores for tensor in store.values())
         sizes = Sizes.of(forest.leaves(), CHUNK, power_of_two(len(forest)))
-        key = (sizes, taps, choice and (choice.operations, power_of_two(choice.threads)))
-        captured = self._captured.get(key)
-        if captured is None:
-            try:
-                captured = self._captured[key] = self._capture(forest, sizes, pool, taps, choice)
-            except (RuntimeError, NotImplementedError) as error:
-                logger.info("steps run without CUDA graphs: %s", error)
-                self._broken = True
-                self._captured.clear()
+        key = (sizes, taps, choice and (choice.operations, power_of_two(choice.threads)), slots)
+        step = self._steps.get(key)
+        if step is None:
+            step = self._made(forest, sizes, pool, taps, choice)
+            if step is None:
                 return None
+            self._steps[key] = step
+            if len(self._steps) > MOST_GRAPHS:
+                self._steps.popitem(last=False)
         else:
-            captured.become(forest, choice)
-        if captured.graph is not None:
-            captured.graph.replay()
-        else:
-            captured.run(pool)
-        logits, hidden, chosen = captured.outputs
+            step.become(forest, choice)
+        self._steps.move_to_end(key)
+        step.replay(pool)
+        logits, hidden, chosen = step.outputs
         verified = len(forest.arrays[3])
         return logits[:verified], hidden[:verified], chosen
 
-    def _capture(
+    def _made(
         self, forest: Forest, sizes: Sizes, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
-    ) -> _Captured:
-        captured = _Captured(self._forward, StaticForest(forest, sizes, self._device), taps, choice)
-        if self._device.type != "cuda":
-            return captured
-        # Before capture everything has to have run once: kernels are compiled then, and libraries find their buffers.
-        # It writes the same keys and values to the same slots as the graph will.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                captured.run(pool)
-        torch.cuda.current_stream().wait_stream(stream)
+    ) -> _Step | None:
+        before = torch.cuda.current_stream() if self._device.type == "cuda" else None
+        try:
+            # Buffers outlive a caller's inference mode, outside of which such tensors could not be filled again.
+            with self._lock, torch.inference_mode(False), torch.no_grad():
+                step = _Step(self._forward, sizes, self._device, taps)
+                step.become(forest, choice)
+                if before is not None:
+                    self._capture(step, pool)
+                return step
+        except torch.cuda.OutOfMemoryError:
+            self._steps.clear()
+            logger.info("a step runs without its CUDA graph: no memory for it")
+        except (RuntimeError, NotImplementedError) as error:
+            logger.info("steps run without CUDA graphs: %s", error)
+            self._broken = True
+            self._steps.clear()
+        finally:
+            if before is not None:  # a capture that failed leaves its own stream behind
+                torch.cuda.set_stream(before)
+        return None
+
+    def _capture(self, step: _Step, pool: KVPool) -> None:
+        """Before capture everything has to have run: kernels are compiled then, and libraries find their buffers. What
+        waits for the device is found out there too, where that harms nothing. Each run writes the same keys and values
+        to the same slots."""
+        if self._stream is None:
+            self._stream, self._memory = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            step.run(pool)
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step.run(pool)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured.run(pool)
-        captured.graph = graph
-        return captured
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+            step.run(pool)
+        step.graph = graph

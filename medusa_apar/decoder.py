@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -38,7 +38,9 @@ class Decoder:
     fork_manager: ForkManager
     requests: list[Request]
     stats: Stats = field(default_factory=Stats)
-    drafter: Drafter | None = None  # written by `run`: what drafts for the heads
+    # Written by `run`: what drafts for the heads, and what it reads.
+    drafter: Drafter | None = None
+    drafter_weights: Hashable = None
     # Tokens of the draft tree's first nodes below the thread's last token; written by `_draft`, read by the scheduler.
     guesses: dict[Thread, list[int]] = field(default_factory=dict)
     # Per thread and own token, float32 [vocab], where the caller asked for them.
@@ -50,6 +52,7 @@ class Decoder:
         with self.runtime.running():
             # Looked up once: what it is made of is asked of every weight, 0.15 ms.
             self.drafter = self.heads.drafter() if isinstance(self.heads, DraftHeads) else self.heads
+            self.drafter_weights = self.heads.weights_key() if isinstance(self.heads, DraftHeads) else None
             while any(not request.done for request in self.requests):
                 self.step()
                 yield
@@ -121,7 +124,7 @@ class Decoder:
         if self.drafter is None:
             return None
         tree = self.scheduler.draft_tree.first(self.scheduler.most_nodes(running, threads))
-        return Drafting(self.drafter, tree) if len(tree) else None
+        return Drafting(self.drafter, tree, self.drafter_weights) if len(tree) else None
 
     def _keep_scores(self, thread: Thread, verdict: Verdict, gained: int) -> None:
         if verdict.scores:

@@ -13,7 +13,7 @@ import torch
 from .draft_tree import DraftTree
 from .paragraph_tree import Thread
 from .slot_ledger import SlotLedger
-from .triton_kernels.layout import CHUNK, Leaf, Tile, TreeLayout, plan
+from .triton_kernels.layout import CHUNK, Leaf, Sizes, Tile, TreeLayout, plan
 
 _NO_TREE = DraftTree([])
 
@@ -127,6 +127,9 @@ class LayoutKind:
         """On the CPU."""
         return plan(forest.leaves(self.window), self.tile, self.group, self.chunk, self.walk)
 
+    def padded(self, forest: Forest, sizes: Sizes) -> TreeLayout:
+        return self.plan(forest).padded(sizes, self.tile.rows // self.group)
+
 
 class Forest:
     """N rows ready for one forward pass.
@@ -154,6 +157,7 @@ class Forest:
         )
         self._requests, self._ledger, self._device = requests, ledger, device
         self._layouts: dict[LayoutKind, TreeLayout] = {}
+        self._leaves: dict[int | None, list[Leaf]] = {}
 
     @cached_property
     def _tensors(self) -> tuple[torch.Tensor, ...]:
@@ -210,7 +214,9 @@ class Forest:
 
         window: path positions that a row sees; draft nodes beyond it are not among a node's ancestors.
         """
-        leaves: list[Leaf] = []
+        if window in self._leaves:
+            return self._leaves[window]
+        leaves = self._leaves[window] = []
         for stems in self._requests:
             before: Stem | None = None
             for stem in _forks_first(stems):

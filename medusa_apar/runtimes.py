@@ -26,7 +26,7 @@ def pick_runtime(
     model: PreTrainedModel, runtime: str, quantize: str | None, attention: str, cuda_graphs: bool | None = None
 ) -> Runtime:
     """ValueError, in one sentence, for what cannot be; every runtime has then shown that it agrees with the model."""
-    backend = pick_backend(attention, model.device.type)
+    backend = pick_backend(attention, model)
     graphs = backend == "triton" and model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
     if graphs and backend != "triton":
         raise ValueError(f"cuda_graphs=True needs attention='triton', not {backend!r}.")

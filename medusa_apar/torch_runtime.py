@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -85,11 +86,16 @@ class TorchRuntime:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with forest_attention(self.model, self.backend), self._packed.in_use():
+        # Triton launches on the current device, wherever its arguments lie.
+        device = self.model.device
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with on_device, forest_attention(self.model, self.backend), self._packed.in_use():
             yield
 
     def pool(self, max_slots: int | None) -> KVPool:
-        return KVPool(max_slots) if self._graphed is None else self._graphed.pool(max_slots)
+        if self._graphed is None:
+            return KVPool(max_slots)
+        return self._graphed.pool(max_slots, tuple((p.data_ptr(), p.dtype) for p in self.model.parameters()))
 
     def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         return self.step(forest, pool, taps, None)[:2]
@@ -121,7 +127,7 @@ class TorchRuntime:
             ).logits[0]
         if not keep:
             logits = logits[forest.verified_rows]
-        return logits, captured.hidden_states(forest.verified_rows)
+        return logits, captured.hidden_states(forest.verified_rows, kept=bool(keep))
 
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=-1)

@@ -1,8 +1,16 @@
 import pytest
+import setuptools  # noqa: F401  it replaces distutils, and inductor fails where that was imported before
 import torch
 
 from medusa_apar.eval import chat_endpoint
 from tests.player import Player
+
+# Files that take minutes go first, so that no process is left with one of them at the end.
+LONG = ("test_interpreted.py", "test_four_commands.py", "test_real_model.py", "test_aot.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session", autouse=True)

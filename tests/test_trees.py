@@ -137,7 +137,7 @@ def seen_by_row(forest, window, draw) -> dict[int, list[int]]:
     kind = LayoutKind(window, Tile(16, chunk, 1, 1), draw(st.integers(1, 16)), draw(st.booleans()), chunk)
     layout = forest.layout(kind)
     sizes = Sizes.of(forest.leaves(), chunk, power_of_two(len(forest)))
-    padded = layout.padded(sizes)
+    padded = kind.padded(forest, sizes)
     assert padded.over(padded.flat()).items.equal(padded.items)
     seen = seen_slots(padded, window)
     assert not any(seen[len(forest) :])  # padding sees nothing

@@ -229,7 +229,7 @@ def _load_tile(ptr, line, lines, offset, HIDDEN: tl.constexpr, DEPTH: tl.constex
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _residual_kernel(
     x_ptr,  # [rows, HIDDEN], or [heads, rows, HIDDEN] with `head_stride`
     weight_ptr,  # [heads, HIDDEN, HIDDEN]
@@ -261,7 +261,7 @@ def _residual_kernel(
     tl.store(out_ptr + head * rows * HIDDEN + at, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _tile_top_kernel(
     states_ptr,  # [batch, rows, HIDDEN], batches `batch_stride` apart
     unembedding_ptr,  # [batch, vocab, HIDDEN]
@@ -315,7 +315,7 @@ def _tile_top_kernel(
         tl.store(words_ptr + out * K + place, word, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "threads"])
 def _merge_top_kernel(
     words_ptr,  # int64 [R, tiles, K]
     sums_ptr,  # float32 [R, tiles, 2]

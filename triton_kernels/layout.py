@@ -82,15 +82,23 @@ class TreeLayout:
     partial_rows: int
 
     def flat(self) -> torch.Tensor:
-        """All tables one after the other, int32."""
-        return torch.cat([table.view(torch.int32).reshape(-1) for table in self._tables()])
+        """All tables one after the other, int32, each from an address that is a multiple of 16 bytes: Triton compiles a
+        kernel anew for pointers that are not."""
+        tables = [table.view(torch.int32).reshape(-1) for table in self._tables()]
+        flat = torch.zeros(sum(_aligned(len(table)) for table in tables), dtype=torch.int32)
+        for part, table in zip(flat.split([_aligned(len(table)) for table in tables]), tables, strict=True):
+            part[: len(table)] = table
+        return flat
 
     def over(self, flat: torch.Tensor) -> TreeLayout:
         """The same tables as views of what `flat` returned, on whatever device it is now."""
         tables = [table.view(torch.int32) for table in self._tables()]
-        parts = flat.split([table.numel() for table in tables])
-        views = {name: part.view(table.shape) for name, part, table in zip(_TABLES, parts, tables, strict=True)}
-        return replace(self, **views | {"ancestors": parts[0].view(torch.int64)})
+        parts = flat.split([_aligned(table.numel()) for table in tables])
+        views = {
+            name: part[: table.numel()].view(table.shape)
+            for name, part, table in zip(_TABLES, parts, tables, strict=True)
+        }
+        return replace(self, **views | {"ancestors": views["ancestors"].view(torch.int64)})
 
     def to(self, device: torch.device) -> TreeLayout:
         """One copy for all tables."""
@@ -98,11 +106,13 @@ class TreeLayout:
             return self
         return self.over(self.flat().pin_memory().to(device, non_blocking=True))
 
-    def padded(self, sizes: Sizes) -> TreeLayout:
-        """Tables as large as any forest of these sizes needs; what is added does nothing."""
+    def padded(self, sizes: Sizes, block: int) -> TreeLayout:
+        """Tables as large as any forest of these sizes needs, `block` queries an item; what is added does nothing."""
         queries, partial_rows = sizes.queries, sizes.queries * sizes.path_chunks
-        spans = sizes.queries * sizes.path_chunks if self.walk else sizes.chunks
-        items = sizes.chunks + partial_rows  # each chunk's last item may have one query
+        spans = partial_rows if self.walk else sizes.chunks
+        # A walk has an item for each block of a leaf, of which there are at most as many as queries; else every chunk
+        # has its blocks, full but for the last.
+        items = queries if self.walk else sizes.chunks + partial_rows // block
 
         def grown(table: torch.Tensor, length: int, fill: int = 0) -> torch.Tensor:
             return torch.cat([table, table.new_full((length - len(table), *table.shape[1:]), fill)])
@@ -147,6 +157,10 @@ class Sizes:
         runs = [-(-len(leaf.slots) // chunk) for leaf in leaves]
         shared = sum(leaf.shared // chunk for leaf in leaves[1:])
         return cls(queries, power_of_two(sum(runs) - shared), power_of_two(max(runs)))
+
+
+def _aligned(length: int) -> int:
+    return -(-length // 4) * 4
 
 
 def power_of_two(number: int) -> int:

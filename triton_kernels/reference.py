@@ -87,17 +87,20 @@ def tree_attention(
 def seen_slots(layout: TreeLayout, window: int | None = None) -> list[list[int]]:
     """Per query in `layout.order`, the slots it sees, in the order of its leaf's columns."""
     seen: list[dict[int, int]] = [{} for _ in layout.order]
+    # Lists: reading a tensor of another device value by value would take minutes.
+    chunks, all_slots, positions, lengths, ancestors = (
+        table.tolist() for table in (layout.chunks, layout.slots, layout.positions, layout.lengths, layout.ancestors)
+    )
     for entry, run, number, columns, first, count, _ in layout.items.tolist():
         for column in range(columns):
-            begin = int(layout.chunks[entry + column // layout.chunk])
-            slot = int(layout.slots[begin + column % layout.chunk])
+            slot = all_slots[chunks[entry + column // layout.chunk] + column % layout.chunk]
             at = number * layout.chunk + column
             for query in range(first, first + count):
-                position, length = int(layout.positions[query]), int(layout.lengths[query])
+                position, length = positions[query], lengths[query]
                 if at < length:
                     visible = at <= position and (window is None or at > position - window)
                 else:
-                    visible = bool(int(layout.ancestors[query]) >> (at - length) & 1)
+                    visible = bool(ancestors[query] >> (at - length) & 1)
                 if visible:
                     assert at not in seen[query], "two items hold the same column of a query"
                     seen[query][at] = slot

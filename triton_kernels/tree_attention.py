@@ -88,7 +88,8 @@ def _scores(
     SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile's scores in powers of two, and its values. Columns that are not there are only met where MASKED."""
+    """A tile's scores, which `factor` of `_attend` turns into powers of two, and its values. Columns that are not there
+    are only met where MASKED."""
     if MASKED:
         slot = tl.load(entries + column, mask=there, other=0).to(tl.int64)
         key_mask, value_mask = there[None, :] & inside[:, None], there[:, None] & value_inside[None, :]
@@ -101,20 +102,20 @@ def _scores(
     v = tl.load(values + at_head + slot[:, None] * value_slot + value_dims[None, :], mask=value_mask, other=0.0)
     if UPCAST:
         k, v = k.to(tl.float32), v.to(tl.float32)
-    scores = tl.dot(q, k, input_precision="ieee") * scale
+    scores = tl.dot(q, k, input_precision="ieee")
     if SOFTCAP:
-        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * 1.4426950408889634) / cap) + 1.0))
-    return scores * 1.4426950408889634, v
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * scale * (2.0 * 1.4426950408889634) / cap) + 1.0))
+    return scores, v
 
 
 @triton.jit
-def _add(peak, total, acc, scores, v):
-    """One tile more of a chunk."""
-    top = tl.maximum(peak, tl.max(scores, 1))
+def _add(peak, total, acc, scores, factor, v):
+    """One tile more of a chunk. Whether a tile was masked must not move a bit: as in `_fold`, all is said in full."""
+    top = tl.maximum(peak, tl.max(scores, 1) * factor)
     base = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(tl.fma(scores, factor, -base[:, None]))
     decay = tl.exp2(peak - base)
-    total = total * decay + tl.sum(weights, 1)
+    total = tl.fma(total, decay, tl.sum(weights, 1))
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return top, total, acc
 
@@ -191,6 +192,7 @@ def _attend(
     # All queries see the columns before this one, which need no mask; under a window none.
     seen_by_all = tl.min(tl.where(valid, tl.minimum(position + 1, length), 1 << 30))
     seen_by_all = tl.where(window < (1 << 30), 0, seen_by_all)
+    factor = (1.0 if SOFTCAP else scale) * 1.4426950408889634
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
@@ -209,7 +211,7 @@ def _attend(
                 *(q, keys, values, entries, column, column < stop, inside, value_inside, kv, scale, cap),
                 *(key_slot, key_head, value_slot, value_head, dims, value_dims, False, SOFTCAP, UPCAST),
             )
-            chunk_peak, chunk_total, chunk_acc = _add(chunk_peak, chunk_total, chunk_acc, scores, v)
+            chunk_peak, chunk_total, chunk_acc = _add(chunk_peak, chunk_total, chunk_acc, scores, factor, v)
         for start in range(masked, stop, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             scores, v = _scores(
@@ -222,7 +224,7 @@ def _attend(
             guessed = ((seen[:, None] >> node.to(tl.int64)) & 1) != 0
             visible = (column < stop)[None, :] & tl.where(at < length[:, None], behind, guessed)
             scores = tl.where(visible, scores, float("-inf"))
-            chunk_peak, chunk_total, chunk_acc = _add(chunk_peak, chunk_total, chunk_acc, scores, v)
+            chunk_peak, chunk_total, chunk_acc = _add(chunk_peak, chunk_total, chunk_acc, scores, factor, v)
         if WALK:
             peak, total, acc = _fold(peak, total, acc, chunk_peak, chunk_total, chunk_acc)
         else:  # folded into nothing it stays what it is
@@ -240,7 +242,7 @@ def _attend(
         tl.store(statistics + result * 2 + 1, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])
 def _merge(
     out,
     partials,

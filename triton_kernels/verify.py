@@ -156,7 +156,8 @@ def _gumbel(seed, key, position, first, BLOCK: tl.constexpr):
     return -tl.log(-tl.log(uniform))
 
 
-@triton.jit
+# What changes from step to step must not compile anew where it happens to be 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["rows", "threads", "depth", "eos_count"])
 def _verify_kernel(
     logits_ptr,  # [M, vocab], rows `stride` apart
     tokens_ptr,  # int32 [M]

@@ -33,3 +33,11 @@ def test_kernels_propose_what_torch_proposes(kind, truncated, monkeypatch):
     ids, log_probs = heads.propose(states, roots, TREE)
     assert ids.dtype == expected_ids.dtype and torch.equal(ids, expected_ids)
     torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
+
+
+def test_hydra_heads_without_residual_blocks():
+    heads = HydraHeads.random(tiny_model(), num_layers=0)
+    states, roots = torch.randn(3, heads.input_size), torch.tensor([5, 6, 7])
+    expected, _ = heads.propose(states, roots, TREE)
+    heads.kernels = True
+    assert torch.equal(heads.propose(states, roots, TREE)[0], expected)
