@@ -69,9 +69,10 @@ class StaticForest:
     def layout(self, kind: LayoutKind) -> TreeLayout:
         if kind not in self._layouts:
             assert self._forest is not None, "a layer asked for tables that no layer had asked for before"
-            padded = kind.padded(self._forest, self.sizes)
-            buffer = padded.flat().to(self.device)
-            self._layouts[kind] = buffer, padded.over(buffer)
+            with torch.inference_mode(False):  # as in `_made`
+                padded = kind.padded(self._forest, self.sizes)
+                buffer = padded.flat().to(self.device)
+                self._layouts[kind] = buffer, padded.over(buffer)
         return self._layouts[kind][1]
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 
 import triton
 
-MODULES = ("tree_attention", "verify", "draft")  # each has `variants() -> list[Variant]`
+MODULES = ("store", "tree_attention", "verify", "draft")  # each has `variants() -> list[Variant]`
 CAPABILITIES = (80, 90)
 TABLE = Path(__file__).with_name("resources.json")
 

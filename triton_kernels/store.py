@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .aot import Variant
+
 
 @triton.jit
 def _store(
@@ -58,3 +60,10 @@ def store_kv(
         DIM_BLOCK=triton.next_power_of_2(max(dim, value_dim)),
         num_warps=4,
     )
+
+
+def variants() -> list[Variant]:
+    tensors = dict.fromkeys(("key", "value", "keys", "values"), "*bf16") | {"slots": "*i64"}
+    strides = dict.fromkeys(("key_row", "key_head", "value_row", "value_head"), "i32")
+    constexprs = {"KV_HEADS": 8, "DIM": 128, "VALUE_DIM": 128, "HEAD_BLOCK": 8, "DIM_BLOCK": 128}
+    return [Variant("store bf16 d128", _store, tensors | strides, constexprs, 4, 1, (*tensors, *strides))]

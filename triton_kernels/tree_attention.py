@@ -29,7 +29,7 @@ TILES = {
     (2, 64): (Tile(16, 64, 4, 3), Tile(64, 64, 8, 3)),
     (2, 128): (Tile(16, 64, 8, 3), Tile(64, 64, 8, 2)),
     (2, 256): (Tile(16, 32, 8, 2), Tile(32, 64, 8, 2)),
-    (4, 64): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    (4, 64): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     (4, 128): (Tile(16, 16, 8, 2), Tile(32, 16, 8, 2)),
     (4, 256): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
 }
@@ -365,6 +365,10 @@ def variants() -> list[Variant]:
             for walk in (False, True):
                 name = f"attend {dtype} d{dim} {'few' if few else 'many'}{' walk' if walk else ''}"
                 found.append(_attend_variant(name, dtype, dim, tile, walk))
+    # Gemma's caps, gpt-oss's sinks, and a head that is no power of two.
+    capped, odd = {"SOFTCAP": True, "SINKS": True}, {"DIM": 80, "VALUE_DIM": 80}
+    found.append(_attend_variant("attend bf16 d64 few walk cap sinks", "bf16", 64, TILES[2, 64][0], True, capped))
+    found.append(_attend_variant("attend bf16 d80 few", "bf16", 128, TILES[2, 128][0], False, odd))
     pointers = {"out": "*bf16", "partials": "*fp32", "statistics": "*fp32", "sinks": "*bf16"}
     tables = dict.fromkeys(("order", "leaves", "merges", "deltas"), "*i32")
     signature = {**pointers, **tables, "queries": "i32", "out_row": "i32"}
@@ -372,7 +376,9 @@ def variants() -> list[Variant]:
     return [*found, Variant("merge bf16 d128", _merge, signature, constexprs, 4, 1, (*pointers, *tables, "out_row"))]
 
 
-def _attend_variant(name: str, dtype: str, dim: int, tile: Tile, walk: bool) -> Variant:
+def _attend_variant(
+    name: str, dtype: str, dim: int, tile: Tile, walk: bool, other: dict[str, int | bool] | None = None
+) -> Variant:
     heads, group = 32, 4
     tensors = dict.fromkeys(("query", "keys", "values", "out", "sinks"), f"*{dtype}")
     partial = dict.fromkeys(("partials", "statistics"), "*fp32")
@@ -396,5 +402,6 @@ def _attend_variant(name: str, dtype: str, dim: int, tile: Tile, walk: bool) -> 
         "FIELDS": ITEM_FIELDS,
         "UPCAST": False,
     }
+    constexprs |= other or {}
     divisible = (*tensors, *partial, *tables, "ancestors", *strides)
     return Variant(name, _attend, signature, constexprs, tile.warps, tile.stages, divisible)

@@ -5,7 +5,7 @@ import torch
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.cuda_graphs import StaticForest
+from medusa_apar.cuda_graphs import GraphedSteps, StaticForest
 from medusa_apar.heads import HydraHeads
 from medusa_apar.slot_ledger import SlotLedger
 from tests.tiny import CONTROL, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
@@ -47,7 +47,7 @@ def test_threads_drafts_and_batches_decode_the_same(monkeypatch, graphs):
 
 def spied(function, calls: list):
     def call(*args):
-        calls.append(args)
+        calls.append(function.__name__)  # not the arguments: a pool that is kept is a pool in use
         return function(*args)
 
     return call
@@ -64,7 +64,7 @@ def test_what_is_fed_again_after_eviction_decodes_the_same(monkeypatch):
     assert plain.stats.peak_slots > 24 >= ours.stats.peak_slots and len(evicted) > 3
 
 
-def test_graphs_serve_call_after_call_and_calls_within_calls():
+def test_graphs_serve_call_after_call_and_calls_within_calls(monkeypatch):
     """They keep the KV pool between calls; a call inside another gets a pool of its own."""
     model = forking_model(11)
     plain = [run(model, "sdpa", rows=1, length=length, limit=6).sequences for length in (5, 9)]
@@ -75,10 +75,34 @@ def test_graphs_serve_call_after_call_and_calls_within_calls():
         if stats.steps == 2 and not inner:
             inner.append(apar.generate(**prompts(1, 9, seed=1, ragged=True), max_new_tokens=6, do_sample=False))
 
-    for _ in range(2):
-        out = apar.generate(**prompts(1, 5, seed=1, ragged=True), max_new_tokens=6, do_sample=False, observer=observer)
+    made, replayed, counts = [], [], []
+    monkeypatch.setattr(GraphedSteps, "_made", spied(GraphedSteps._made, made))
+    monkeypatch.setattr(StaticForest, "become", spied(StaticForest.become, replayed))
+    for inference in (True, False):
+        # Tensors made in a caller's inference mode could not be filled by the next call.
+        with torch.inference_mode(inference):
+            out = apar.generate(
+                **prompts(1, 5, seed=1, ragged=True), max_new_tokens=6, do_sample=False, observer=observer
+            )
         assert torch.equal(out, plain[0])
+        counts.append((len(replayed), len(made)))
     assert torch.equal(inner[0], plain[1])
+    (first, made_first), (second, made_second) = counts
+    # The second call finds all its sizes, but for the prompt's: the first one met that before it had a pool.
+    assert second - first == first + 1 > 2 and made_second == made_first + 1
+
+
+def test_weights_that_moved_leave_no_graph_behind(monkeypatch):
+    model = tiny_model()
+    apar = medusa_apar.attach(model, attention="triton", cuda_graphs=True)
+    options = prompts(1, 5) | {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    apar.generate(**options)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.9
+    made = []
+    monkeypatch.setattr(GraphedSteps, "_made", spied(GraphedSteps._made, made))
+    expected = medusa_apar.attach(model, attention="sdpa", runtime="torch").generate(**options)
+    assert torch.equal(apar.generate(**options), expected) and made
 
 
 def test_the_kernels_are_what_runs(monkeypatch):

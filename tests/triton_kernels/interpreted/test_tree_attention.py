@@ -1,6 +1,7 @@
 """The attention kernels, run by Triton's interpreter, against float64 over what each query is said to see."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,22 +59,41 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", nans)
 
 
-@settings(max_examples=12, deadline=None)
-@given(forests(), st.booleans())
-def test_every_query_attends_over_its_path(drawn, walk):
+def windowed(drawn: Drawn, window: int | None) -> list[Leaf]:
+    """Leaves whose nodes see only those ancestors that are in their window."""
+    if window is None:
+        return drawn.leaves
+    leaves = []
+    for leaf in drawn.leaves:
+        pending = len(leaf.rows) - (len(leaf.slots) - leaf.length)
+        nodes = leaf.positions[pending:]
+        words = [
+            sum(1 << n for n, at in enumerate(nodes) if int(word) >> n & 1 and at > position - window)
+            for position, word in zip(leaf.positions, leaf.ancestors, strict=True)
+        ]
+        leaves.append(replace(leaf, ancestors=np.array(words, dtype=np.uint64)))
+    return leaves
+
+
+@settings(max_examples=14, deadline=None)
+@given(forests(), st.booleans(), st.sampled_from([None, 1, 3, 40]))
+def test_every_query_attends_over_its_path(drawn, walk, window):
     query, keys, values = draw_tensors(drawn)
-    layout = plan(drawn.leaves, SMALL, 2, CHUNK, walk)
-    out = tree_attention(query, keys, values, layout)
-    torch.testing.assert_close(out.double(), dense(query, keys, values, drawn), rtol=0, atol=1e-5)
+    layout = plan(windowed(drawn, window), SMALL, 2, CHUNK, walk)
+    out = tree_attention(query, keys, values, layout, window=window)
+    torch.testing.assert_close(out.double(), dense(query, keys, values, drawn, window), rtol=0, atol=1e-5)
+    twin = reference.tree_attention(query, keys, values, layout, window=window)
+    torch.testing.assert_close(out, twin, rtol=0, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
 @given(forests(), st.booleans(), st.sampled_from([None, 1, 5, 20]))
 def test_the_layout_says_what_each_query_sees(drawn, walk, window):
-    layout = plan(drawn.leaves, SMALL, 2, CHUNK, walk)
-    seen = dict(zip(layout.order.tolist(), reference.seen_slots(layout), strict=True))
+    layout = plan(windowed(drawn, window), SMALL, 2, CHUNK, walk)
+    seen = dict(zip(layout.order.tolist(), reference.seen_slots(layout, window), strict=True))
     for row, expected in enumerate(drawn.seen):
-        assert sorted(seen[row]) == sorted(slot for slot, _ in expected)
+        kept = [slot for slot, at in expected if window is None or at > drawn.positions[row] - window]
+        assert sorted(seen[row]) == sorted(kept)
 
 
 @settings(max_examples=4, deadline=None)
