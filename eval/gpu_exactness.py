@@ -23,7 +23,7 @@ from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.job import machine, write_text
 
 VOCAB, EOS, FORK, CHILD = 2000, 2, 3, 4
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 256,
     "intermediate_size": 512,

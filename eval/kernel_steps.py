@@ -20,7 +20,7 @@ from medusa_apar.eval.profile import curve
 from medusa_apar.generate import attach
 from medusa_apar.job import machine, write_text
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {
         "hidden_size": 576,
         "intermediate_size": 1536,
