@@ -11,6 +11,7 @@ program walks a whole path, in stage 2 where each chunk has a program. Both do t
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -377,7 +378,7 @@ def variants() -> list[Variant]:
 
 
 def _attend_variant(
-    name: str, dtype: str, dim: int, tile: Tile, walk: bool, other: dict[str, int | bool] | None = None
+    name: str, dtype: str, dim: int, tile: Tile, walk: bool, other: Mapping[str, int | bool] | None = None
 ) -> Variant:
     heads, group = 32, 4
     tensors = dict.fromkeys(("query", "keys", "values", "out", "sinks"), f"*{dtype}")
