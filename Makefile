@@ -24,7 +24,7 @@ demo: install
 
 # A process a core, a file of tests to each; ARGS="-n 0 tests/test_trees.py" runs one file plainly.
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # 160 tokens keep it under ten minutes on two cores where transformers writes nine a second. Delete bench-results to
 # measure anew: what it holds is not answered again.
