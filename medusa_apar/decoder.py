@@ -67,9 +67,10 @@ class Decoder:
         owner = {stem: request for request, stems in plan for stem in stems}
         taps = () if self.heads is None else self.heads.taps
         clock.lap("forest")
-        choice = self.verifier.choice(
-            forest, self.scheduler.draft_tree.num_heads, self._drafting(running, len(forest.verified))
-        )
+        choice = None
+        if self.verifier.in_one_launch is not None:
+            drafting = self._drafting(running, len(forest.verified))
+            choice = self.verifier.choice(forest, self.scheduler.draft_tree.num_heads, drafting)
         pool = self.scheduler.ledger.pool
         logits, hidden, chosen = self.runtime.step(forest, pool, taps, choice)
         clock.lap("forward")
@@ -108,11 +109,11 @@ class Decoder:
         if self.drafter is None or not live:
             return None
         running = [request for request in self.requests if not request.done]
-        rows = torch.tensor([verdicts[index].row for index in live], device=hidden.device)
-        roots = torch.tensor([threads[index].tokens[-1] for index in live], device=hidden.device)
         drafting = self._drafting(running, len(live))
         if drafting is None:
             return None
+        rows = torch.tensor([verdicts[index].row for index in live], device=hidden.device)
+        roots = torch.tensor([threads[index].tokens[-1] for index in live], device=hidden.device)
         drafted, _ = drafting.drafter.propose(hidden[rows], roots, drafting.tree)
         guesses: list[list[int]] = [[] for _ in threads]
         for index, guessed in zip(live, drafted.tolist(), strict=True):
