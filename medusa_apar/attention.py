@@ -45,9 +45,6 @@ def sdpa_forest_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Dense-mask attention, request by request: query [1, heads, N, head_dim], key and value what KVPool returns."""
-    unknown = [name for name in _NEVER_IGNORED if kwargs.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"{type(module).__name__} attends with {', '.join(unknown)}, which is not supported.")
     out = [
         dense_attention(
             query[0, :, group.rows],
@@ -96,6 +93,10 @@ def _or_theirs(backend: Callable) -> Callable:
 
     def attend(module: torch.nn.Module, *args, **kwargs):
         if _current_forest.get() is not None:
+            unknown = [name for name in _NEVER_IGNORED if kwargs.get(name) is not None]
+            if unknown:
+                name = type(module).__name__
+                raise NotImplementedError(f"{name} attends with {', '.join(unknown)}, which is not supported.")
             return backend(module, *args, **kwargs)
         eager: Any = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
         theirs = ALL_ATTENTION_FUNCTIONS.get_interface(_their_implementation(module.config), eager)

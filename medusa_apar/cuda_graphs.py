@@ -108,11 +108,13 @@ class _Step:
         self.outputs = logits, hidden, chosen
 
     def replay(self, pool: KVPool) -> None:
-        if self.graph is None:
-            self.run(pool)
-        else:
-            self.graph.replay()
-        self._forest.forget()
+        try:
+            if self.graph is None:
+                self.run(pool)
+            else:
+                self.graph.replay()
+        finally:
+            self._forest.forget()
 
 
 class GraphedSteps:

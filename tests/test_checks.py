@@ -14,9 +14,11 @@ from transformers import (
     Qwen3NextConfig,
     T5Config,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import medusa_apar
 from medusa_apar import ControlTokens, DraftTree
+from medusa_apar.attention import BACKENDS, current_forest
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.triton_kernels.tree_attention import INTERPRETED
 from tests.tiny import CONTROL, VOCAB, prompts, tiny_model
@@ -188,3 +190,12 @@ def test_models_that_cannot_work():
 def test_kernels_are_refused_where_they_do_not_run():
     with pytest.raises(ValueError, match="attention='triton' cannot be had: Triton's kernels do not run on cpu"):
         medusa_apar.attach(tiny_model(), attention="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("argument", ["position_bias", "indices", "block_indices", "sinks"])
+def test_no_backend_ignores_what_would_change_its_result(backend, argument):
+    """Whatever a layer hands over beside queries, keys and values, a forward pass of four tokens may not show it."""
+    attend = ALL_ATTENTION_FUNCTIONS[f"medusa_apar_{backend}"]
+    with current_forest(object()), pytest.raises(NotImplementedError, match=f"Linear attends with {argument}"):
+        attend(torch.nn.Linear(1, 1), None, None, None, None, **{argument: torch.zeros(1)})

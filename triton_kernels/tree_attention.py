@@ -36,9 +36,13 @@ TILES = {
 }
 
 
-def tile_for(dtype: torch.dtype, dim: int, group: int, queries: float) -> Tile:
-    """The tile for so many queries (of an average item) whose heads come `group` to a KV head."""
-    few, many = TILES[dtype.itemsize, max(64, triton.next_power_of_2(dim))]
+def tile_for(dtype: torch.dtype, dim: int, group: int, queries: int) -> Tile:
+    """The tile for a forest of so many queries whose heads come `group` to a KV head; NotImplementedError for what none
+    fits."""
+    key = (dtype.itemsize, max(64, triton.next_power_of_2(dim)))
+    if key not in TILES:
+        raise NotImplementedError(f"heads of {dim} dimensions in {dtype} have no tile: at most 256, in 32 or 16 bits.")
+    few, many = TILES[key]
     tile = many if queries * group > few.rows else few
     if group > tile.rows:
         raise NotImplementedError(f"{group} query heads to a KV head are more than the {tile.rows} rows of a tile.")
