@@ -19,14 +19,10 @@ import torch
 from medusa_apar.chat import encode
 from medusa_apar.cpu import library
 from medusa_apar.cpu.runtime import CpuRuntime
-from medusa_apar.draft_tree import DraftTree
 from medusa_apar.eval.prompts import Prompt
-from medusa_apar.forest import Forest, Stem
 from medusa_apar.generate import MedusaApar
-from medusa_apar.heads.draft_heads import unembedding_size
 from medusa_apar.job import Job, write_text
-from medusa_apar.paragraph_tree import ParagraphTree
-from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.step_cost import StepTimer, finish
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SLOTS, REPEATS = 512, 15
@@ -79,33 +75,14 @@ def _add(sums: dict[str, float], seconds: dict[str, float]) -> None:
 
 def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> dict[str, Any]:
     """Seconds of one forward pass by its rows, of prefilling `slots` tokens, and of the draft for so many threads."""
-    vocabulary = unembedding_size(apar.model)[0]
-    ids = [n % vocabulary for n in range(slots + 1)]
     runtime, device = apar.runtime, apar.model.device
-    ledger, trunk = SlotLedger(runtime.pool(None)), ParagraphTree(ids).trunk
-
-    def forward(stop: int, nodes: int = 0) -> float:
-        tree = DraftTree.likeliest(nodes) if nodes else DraftTree([])
-        stem = Stem(trunk, stop, draft_tree=tree, draft_tokens=[0] * len(tree))
-        before = ledger.cached(trunk)
-        started = time.perf_counter()
-        forest = Forest([[stem]], ledger, device)
-        runtime.forward(forest, ledger.pool, apar.heads.taps if apar.heads else ())
-        _finish(device)
-        seconds = time.perf_counter() - started
-        # The pass is taken back: as if nothing had been accepted.
-        ledger.pool.release(forest.slots[stop - before :].tolist())
-        ledger._shrink(trunk, before)
-        return seconds
-
+    timer = StepTimer(apar.model, runtime, apar.heads.taps if apar.heads else (), slots)
     found: dict[str, Any] = {"slots": slots, "rows": {}, "draft": {}}
     with torch.no_grad(), runtime.running():
-        found["prefill"] = least(partial(forward, slots), 3)
-        ledger.book(trunk, ledger.pool.allocate(torch.arange(slots).numpy()))
+        found["prefill"] = least(timer.prefill, 3)
+        timer.fill()
         for size in rows:
-            most = len(DraftTree.likeliest(size - 1)) if size > 1 else 0
-            if most == size - 1:
-                found["rows"][size] = least(partial(forward, slots + 1, most), REPEATS)
+            found["rows"][size] = least(partial(timer.rows, size), REPEATS)
         if apar.heads is not None and len(apar.draft_tree):
             for threads in (1, 2, 4, 8):
                 hidden = torch.randn(threads, apar.heads.input_size, device=device, dtype=apar.model.dtype)
@@ -118,13 +95,8 @@ def _draft(apar: MedusaApar, hidden: torch.Tensor, roots: torch.Tensor) -> float
     assert apar.heads is not None
     started = time.perf_counter()
     apar.heads.propose(hidden, roots, apar.draft_tree)
-    _finish(hidden.device)
+    finish(hidden.device)
     return time.perf_counter() - started
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def least(run: Callable[[], float], repeats: int) -> float:

@@ -32,6 +32,7 @@ class Choice:
 
     verify: `triton_kernels.verify.verify`, or its reference. depth: most draft nodes that a thread can accept.
     process: what the logits go through before; with it a step is not the same operations each time.
+    T counts threads: a stem's, and behind it each `[Child]` below a drafted `[Fork]`.
     """
 
     verify: Callable[..., Verified]
@@ -42,6 +43,7 @@ class Choice:
     first_rows: np.ndarray  # int64 [T + 1]
     rows: tuple[np.ndarray, ...]  # [M]: tokens, parents among the M, fork bans
     noise: tuple[np.ndarray, ...] | None  # int64: seeds [T], keys [T], positions [M]
+    forks: list[list[int]]  # of each stem: nodes of `[Fork]`s whose `[Child]`s are threads of their own here
 
     @classmethod
     def of(
@@ -56,21 +58,30 @@ class Choice:
         process: Callable[[Tensor], Tensor] | None = None,
     ) -> Choice:
         """For a forest's verified stems; `fork_bans` goes by their rows, and seed None is greedy."""
-        stems = forest.verified
-        first_rows = np.cumsum([0, *(1 + len(stem.draft_tokens) for stem in stems)])
+        sizes: list[int] = []
+        keys: list[int] = []
         tokens, parents, positions = [], [], []
-        for stem, first in zip(stems, first_rows.tolist(), strict=False):
+        first = 0
+        for stem in forest.verified:
             drafted, tree = len(stem.draft_tokens), stem.draft_tree
+            own = first + 1 + tree.parents[:drafted]
+            own[stem.guessed :] = -1  # a `[Child]` is the root of its own thread
             tokens += [stem.pending[-1], *stem.draft_tokens]
-            parents.append(np.concatenate([[-1], first + 1 + tree.parents[:drafted]]))
+            parents.append(np.concatenate([[-1], own]))
             positions.append(stem.thread.end + np.concatenate([[0], 1 + tree.depths[:drafted]]))
+            sizes += [1 + stem.guessed, *([1] * len(stem.forks))]
+            first += 1 + drafted
+            if seed is not None:
+                keys += [stem.thread.key, *(stem.child_key(fork) for fork in stem.forks)]
+        first_rows = np.cumsum([0, *sizes])
         noise = None
         if seed is not None:
-            keys = np.array([stem.thread.key for stem in stems], dtype=np.uint64).view(np.int64)
-            seeds = np.full(len(stems), seed & (2**64 - 1), dtype=np.uint64).view(np.int64)
-            noise = seeds, keys, np.concatenate(positions)
+            named = np.array(keys, dtype=np.uint64).view(np.int64)
+            seeds = np.full(len(keys), seed & (2**64 - 1), dtype=np.uint64).view(np.int64)
+            noise = seeds, named, np.concatenate(positions)
         rows = np.array(tokens), np.concatenate(parents), np.array(fork_bans, dtype=np.int64)
-        return cls(verify, control, depth, drafting, process, first_rows, rows, noise)
+        forks = [list(stem.forks) for stem in forest.verified]
+        return cls(verify, control, depth, drafting, process, first_rows, rows, noise, forks)
 
     @property
     def operations(self) -> tuple | None:
@@ -122,20 +133,31 @@ class Choice:
         last = (verified.lengths.long() - 1).clamp(min=0)
         roots = verified.tokens.gather(1, last[:, None])[:, 0].long().clamp(min=0)
         states = hidden[verified.last_rows.long().clamp(min=0)]
-        guesses, _ = self.drafting.drafter.propose(states, roots, self.drafting.tree)
-        return torch.cat([verified.packed, guesses.to(verified.packed.dtype)], dim=1)
+        guesses, log_probs = self.drafting.drafter.propose(states, roots, self.drafting.tree)
+        drafted = guesses.to(torch.int32), log_probs.float().contiguous().view(torch.int32)
+        return torch.cat([verified.packed, *drafted], dim=1)
 
-    def read(self, chosen: Tensor) -> tuple[list[Verdict], list[list[int]] | None]:
-        """A verdict per verified stem, and what was drafted behind each: the one wait for the device."""
+    def read(self, chosen: Tensor) -> list[Verdict]:
+        """A verdict per verified stem, with what was drafted behind each: the one wait for the device."""
         read = chosen[: self.threads].cpu()
-        width = read.shape[1] - (0 if self.drafting is None else len(self.drafting.tree))
+        nodes = 0 if self.drafting is None else len(self.drafting.tree)
+        width = read.shape[1] - 2 * nodes
         verified = Verified(read[:, :width])
         columns = (part.tolist() for part in (verified.lengths, verified.last_rows, verified.tokens, verified.rows))
-        verdicts = [
+        every = [
             Verdict(tokens[:length], [row - first - 1 for row in rows[: length - 1]], last)
             for first, length, last, tokens, rows in zip(self.first_rows.tolist(), *columns, strict=False)
         ]
-        return verdicts, None if self.drafting is None else read[:, width:].tolist()
+        if nodes:
+            guesses, log_probs = read[:, width : width + nodes].numpy(), read[:, width + nodes :].contiguous()
+            for verdict, ids, chances in zip(every, guesses, log_probs.view(torch.float32).numpy(), strict=True):
+                verdict.guessed = ids.astype(np.int64), chances
+        verdicts, place = [], 0
+        for forks in self.forks:
+            verdicts.append(every[place])
+            every[place].children = dict(zip(forks, every[place + 1 :], strict=False))
+            place += 1 + len(forks)
+        return verdicts
 
 
 def _grown(array: np.ndarray, length: int) -> np.ndarray:

@@ -7,10 +7,12 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from .choice import Drafting
+from .draft_tree import DraftTree
 from .forest import Forest, Stem
 from .fork_manager import ForkManager
 from .heads import DraftHeads
@@ -18,9 +20,12 @@ from .heads.draft_heads import Drafter
 from .kv_pool import KVPool
 from .output import Stats
 from .paragraph_tree import ParagraphTree, Thread
+from .proposals import MOST_DEPTH, Proposal, Proposer
 from .request import Request
 from .scheduler import Scheduler
+from .sibling_memory import SiblingMemory
 from .slot_ledger import SlotLedger
+from .speculation import Speculation
 from .torch_runtime import Runtime
 from .verdict import Verdict
 from .verify import Verifier
@@ -37,12 +42,16 @@ class Decoder:
     verifier: Verifier
     fork_manager: ForkManager
     requests: list[Request]
+    speculation: Speculation = field(default_factory=Speculation)
+    draft_tree: DraftTree = field(default_factory=lambda: DraftTree([]))  # of the heads' guesses below each root
+    proposer: Proposer = field(default_factory=Proposer)
     stats: Stats = field(default_factory=Stats)
     # Written by `run`: what drafts for the heads, and what it reads.
     drafter: Drafter | None = None
     drafter_weights: Hashable = None
-    # Tokens of the draft tree's first nodes below the thread's last token; written by `_draft`, read by the scheduler.
-    guesses: dict[Thread, list[int]] = field(default_factory=dict)
+    # Candidates for each thread's draft tree; written by `_propose`, read by the scheduler.
+    proposals: dict[Thread, Proposal] = field(default_factory=dict)
+    memories: dict[Request, SiblingMemory] = field(default_factory=dict)
     # Per thread and own token, float32 [vocab], where the caller asked for them.
     scores: dict[Thread, list[torch.Tensor]] = field(default_factory=dict)
     logits: dict[Thread, list[torch.Tensor]] = field(default_factory=dict)
@@ -61,40 +70,36 @@ class Decoder:
     def step(self) -> None:
         clock = Laps(self.stats.phase_seconds)
         running = [request for request in self.requests if not request.done]
-        plan = self.scheduler.plan(running, self.guesses.get)
+        plan = self.scheduler.plan(running, self.proposals.get)
         clock.lap("plan")
         forest = Forest([stems for _, stems in plan], self.scheduler.ledger, self.model.device)
         owner = {stem: request for request, stems in plan for stem in stems}
         taps = () if self.heads is None else self.heads.taps
         clock.lap("forest")
-        choice = None
+        choice, drafting = None, None
         if self.verifier.in_one_launch is not None:
             drafting = self._drafting(running, len(forest.verified))
-            choice = self.verifier.choice(forest, self.scheduler.draft_tree.num_heads, drafting)
+            choice = self.verifier.choice(forest, max(self.draft_tree.height, MOST_DEPTH), drafting)
         pool = self.scheduler.ledger.pool
         logits, hidden, chosen = self.runtime.step(forest, pool, taps, choice)
         clock.lap("forward")
-        guesses = None
-        if choice is None or chosen is None:
-            verdicts = self.verifier(forest, logits, owner)
-        else:
-            verdicts, guesses = choice.read(chosen)
+        verdicts = self.verifier(forest, logits, owner) if choice is None or chosen is None else choice.read(chosen)
         clock.lap("verify")
+        advanced: list[tuple[Request, Thread, Verdict]] = []
         for stem, verdict in zip(forest.verified, verdicts, strict=True):
-            gained = self.fork_manager.commit(owner[stem].tree, stem, verdict)
-            self.stats.accepted_lengths[gained] += 1
-            self._keep_scores(stem.thread, verdict, gained)
+            self._learn(stem, verdict)
+            for thread, its, gained in self.fork_manager.commit(owner[stem].tree, stem, verdict):
+                self.stats.accepted_lengths[gained] += 1
+                self._keep_scores(thread, its, gained)
+                advanced.append((owner[stem], thread, its))
         for request in running:
             request.publish()
             self.fork_manager.trim(request)
         clock.lap("commit")
-        threads = [stem.thread for stem in forest.verified]
-        if chosen is None:
-            guesses = self._draft(threads, verdicts, hidden)
-        for index, thread in enumerate(threads):
-            self.guesses.pop(thread, None)
-            if guesses is not None and thread.live:
-                self.guesses[thread] = guesses[index]
+        advanced = [entry for entry in advanced if entry[1].live]
+        if choice is None and advanced:
+            drafting = self._draft(advanced, hidden, running)
+        self._propose(advanced, None if drafting is None else drafting.tree)
         clock.lap("draft")
         self._count(forest)
         clock.lap("count")
@@ -103,28 +108,60 @@ class Decoder:
         else:
             self.stats.decode_seconds += clock.total
 
-    def _draft(self, threads: list[Thread], verdicts: list[Verdict], hidden: torch.Tensor) -> list[list[int]] | None:
-        """The heads look on from where each live thread's last token was chosen; empty for the others."""
-        live = [index for index, thread in enumerate(threads) if thread.live]
-        if self.drafter is None or not live:
-            return None
-        running = [request for request in self.requests if not request.done]
-        drafting = self._drafting(running, len(live))
-        if drafting is None:
-            return None
-        rows = torch.tensor([verdicts[index].row for index in live], device=hidden.device)
-        roots = torch.tensor([threads[index].tokens[-1] for index in live], device=hidden.device)
-        drafted, _ = drafting.drafter.propose(hidden[rows], roots, drafting.tree)
-        guesses: list[list[int]] = [[] for _ in threads]
-        for index, guessed in zip(live, drafted.tolist(), strict=True):
-            guesses[index] = guessed
-        return guesses
+    def _learn(self, stem: Stem, verdict: Verdict) -> None:
+        """Lets the proposer know what became of a stem's draft nodes."""
+        self.proposals.pop(stem.thread, None)
+        if stem.proposal is None:
+            return
+        accepted = stem.kept[verdict.nodes].tolist()
+        self.proposer.learn(stem.proposal, stem.kept, set(accepted))
+        of_heads = sum(node < stem.proposal.heads for node in stem.kept[: stem.guessed].tolist())
+        heads_right = sum(node < stem.proposal.heads for node in accepted)
+        self.stats.drafted.update(heads=of_heads, siblings=stem.guessed - of_heads, forks=len(stem.forks))
+        self.stats.accepted.update(heads=heads_right, siblings=len(accepted) - heads_right)
+        self.stats.accepted["forks"] += sum(node in stem.forks for node in verdict.nodes)
+
+    def _draft(
+        self, advanced: list[tuple[Request, Thread, Verdict]], hidden: torch.Tensor, running: list[Request]
+    ) -> Drafting | None:
+        """Has the heads look on from where each thread's last token was chosen."""
+        drafting = self._drafting([request for request in running if not request.done], len(advanced))
+        if drafting is not None:
+            rows = torch.tensor([verdict.row for _, _, verdict in advanced], device=hidden.device)
+            roots = torch.tensor([thread.tokens[-1] for _, thread, _ in advanced], device=hidden.device)
+            token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree)
+            guessed = zip(token_ids.cpu().numpy(), log_probs.float().cpu().numpy(), strict=True)
+            for (_, _, verdict), guess in zip(advanced, guessed, strict=True):
+                verdict.guessed = guess
+        return drafting
+
+    def _propose(self, advanced: list[tuple[Request, Thread, Verdict]], tree: DraftTree | None) -> None:
+        """Candidates for these live threads: what the heads guessed in `tree`, and what was written before behind the
+        same tokens."""
+        proposals: list[Proposal | None] = [None] * len(advanced)
+        if tree is not None and advanced:
+            guesses = zip(*(verdict.guessed for _, _, verdict in advanced if verdict.guessed is not None), strict=True)
+            proposals = list(self.proposer.of_heads(tree, *map(np.stack, guesses)))
+        for (request, thread, _), proposal in zip(advanced, proposals, strict=True):
+            if self.speculation.siblings:
+                memory = self.memories.setdefault(request, SiblingMemory(request.tree.child_id))
+                memory.learn(thread)
+                if (recall := memory.recall(thread)) is not None:
+                    proposal = self.proposer.with_recall(proposal, tree, recall)
+            if proposal is not None and self.speculation.forks:
+                proposal = self.proposer.with_children(proposal, self.verifier.may_fork(thread))
+            if proposal is not None:
+                self.proposals[thread] = proposal
 
     def _drafting(self, running: list[Request], threads: int) -> Drafting | None:
-        """Who drafts, and as many nodes below each of so many threads as pay; None without heads, or if none pays."""
+        """Who drafts, and a tree of as many nodes below each of so many threads as can be of use; None for none."""
         if self.drafter is None:
             return None
-        tree = self.scheduler.draft_tree.first(self.scheduler.most_nodes(running, threads))
+        if not self.scheduler.budget.heads_pay():
+            self.stats.undrafted_steps += 1
+            return None
+        budget, roots = self.scheduler.budget, self.scheduler.running(running)
+        tree = self.draft_tree.first(budget.nodes(roots, max(min(threads, roots), 1), budget.rows))
         return Drafting(self.drafter, tree, self.drafter_weights) if len(tree) else None
 
     def _keep_scores(self, thread: Thread, verdict: Verdict, gained: int) -> None:

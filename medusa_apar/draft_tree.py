@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -28,14 +28,72 @@ class Level:
         return int(self.ranks.max()) + 1
 
 
-class DraftTree:
+class TreeShape:
     """Nodes below a root, parents before children, so that the first n nodes are a tree for every n.
 
     Attributes (numpy, n nodes):
         parents: int [n], index of the parent node, -1 for a child of the root.
-        depths: int [n], 0 for a child of the root: the head that guesses the node's token.
-        ranks: int [n], which of that head's guesses, 0 the likeliest.
+        depths: int [n], 0 for a child of the root.
         ancestors: bool [n, n], row i true at node i and the nodes above it.
+    """
+
+    def __init__(self, parents: np.ndarray):
+        self.parents = parents
+        self.depths = np.zeros(len(parents), dtype=np.int64)
+        self.ancestors = np.eye(len(parents), dtype=bool)
+        self._words: dict[int | None, np.ndarray] = {}
+        for node, parent in enumerate(parents.tolist()):
+            if parent >= 0:
+                self.depths[node] = self.depths[parent] + 1
+                self.ancestors[node] |= self.ancestors[parent]
+
+    @staticmethod
+    def of(parents: np.ndarray) -> TreeShape:
+        """Small trees come again and again: made once for each."""
+        return _shape(parents.astype(np.int64).tobytes())
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @property
+    def height(self) -> int:
+        return int(self.depths.max()) + 1 if len(self) else 0
+
+    def lineages(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the first `size` nodes: each one's ancestors from the top, itself last, all in one list (int), and each
+        node's part of it, start and length (int32 [size, 2])."""
+        nodes, runs = self._lineages
+        return nodes[: runs[size - 1].sum() if size else 0], runs[:size]
+
+    @cached_property
+    def _lineages(self) -> tuple[np.ndarray, np.ndarray]:
+        nodes = np.nonzero(self.ancestors)[1]  # row by row in ascending order, and a parent's number is the lower
+        lengths = self.depths + 1
+        return nodes, np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype(np.int32)
+
+    def words(self, window: int | None = None) -> np.ndarray:
+        """`ancestors` as bits, uint64 [n], of at most 64 nodes; with a window, only those less than so far above."""
+        if len(self) > 64:
+            raise ValueError(f"a draft tree of {len(self)} nodes does not fit into words of 64 bits.")
+        if window not in self._words:
+            seen = self.ancestors
+            if window is not None:
+                seen = seen & (self.depths[:, None] - self.depths[None, :] < window)
+            bits = np.uint64(1) << np.arange(len(self), dtype=np.uint64)
+            self._words[window] = (seen * bits).sum(axis=1, dtype=np.uint64)
+        return self._words[window]
+
+
+@lru_cache(maxsize=1 << 14)
+def _shape(parents: bytes) -> TreeShape:
+    return TreeShape(np.frombuffer(parents, dtype=np.int64))
+
+
+class DraftTree(TreeShape):
+    """A tree of the heads' guesses: a node's depth is the head that guesses its token.
+
+    Attributes beside the shape's (numpy, n nodes):
+        ranks: int [n], which of that head's guesses, 0 the likeliest.
         chances: float [n], a node's chance of being accepted, or None where nobody said.
     """
 
@@ -51,15 +109,9 @@ class DraftTree:
                 raise ValueError(f"Draft tree node {choice} is given twice or before its parent {choice[:-1]}.")
             index[choice] = number
         self.choices = [tuple(choice) for choice in choices]
-        self.parents = np.array([index[choice[:-1]] for choice in self.choices], dtype=np.int64)
-        self.depths = np.array([len(choice) - 1 for choice in self.choices], dtype=np.int64)
+        super().__init__(np.array([index[choice[:-1]] for choice in self.choices], dtype=np.int64))
         self.ranks = np.array([choice[-1] for choice in self.choices], dtype=np.int64)
         self._prefixes: dict[int, DraftTree] = {}
-        self._words: dict[int | None, np.ndarray] = {}
-        self.ancestors = np.eye(len(self.choices), dtype=bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                self.ancestors[node] |= self.ancestors[parent]
 
     @classmethod
     def likeliest(cls, size: int, acceptance: Sequence[Sequence[float]] = DEFAULT_ACCEPTANCE) -> DraftTree:
@@ -85,12 +137,9 @@ class DraftTree:
         tree.chances = np.array(chances)
         return tree
 
-    def __len__(self) -> int:
-        return len(self.choices)
-
     @property
     def num_heads(self) -> int:
-        return int(self.depths.max()) + 1 if len(self) else 0
+        return self.height
 
     @property
     def top_k(self) -> int:
@@ -108,29 +157,23 @@ class DraftTree:
             place[nodes[inner]] = np.arange(len(inner))
         return levels
 
-    def lineages(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the first `size` nodes: each one's ancestors from the top, itself last, all in one list (int), and each
-        node's part of it, start and length (int32 [size, 2])."""
-        nodes, runs = self._lineages
-        return nodes[: runs[size - 1].sum() if size else 0], runs[:size]
+    @cached_property
+    def children(self) -> list[list[int]]:
+        """Of each node; of the root at index -1."""
+        found: list[list[int]] = [[] for _ in range(len(self) + 1)]
+        for node, parent in enumerate(self.parents.tolist()):
+            found[parent].append(node)
+        return found
+
+    def below(self, node: int) -> np.ndarray:
+        """bool [n], the nodes below one; -1 is the root."""
+        return self._below[node]
 
     @cached_property
-    def _lineages(self) -> tuple[np.ndarray, np.ndarray]:
-        nodes = np.nonzero(self.ancestors)[1]  # row by row in ascending order, and a parent's number is the lower
-        lengths = self.depths + 1
-        return nodes, np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype(np.int32)
-
-    def words(self, window: int | None = None) -> np.ndarray:
-        """`ancestors` as bits, uint64 [n], of at most 64 nodes; with a window, only those less than so far above."""
-        if len(self) > 64:
-            raise ValueError(f"a draft tree of {len(self)} nodes does not fit into words of 64 bits.")
-        if window not in self._words:
-            seen = self.ancestors
-            if window is not None:
-                seen = seen & (self.depths[:, None] - self.depths[None, :] < window)
-            bits = np.uint64(1) << np.arange(len(self), dtype=np.uint64)
-            self._words[window] = (seen * bits).sum(axis=1, dtype=np.uint64)
-        return self._words[window]
+    def _below(self) -> np.ndarray:
+        below = np.ones((len(self) + 1, len(self)), dtype=bool)
+        below[:-1] = self.ancestors.T & ~np.eye(len(self), dtype=bool)
+        return below
 
     def first(self, size: int) -> DraftTree:
         """The tree of the first `size` nodes; made once for each size."""

@@ -10,12 +10,14 @@ from typing import cast
 import numpy as np
 import torch
 
-from .draft_tree import DraftTree
-from .paragraph_tree import Thread
+from .draft_tree import TreeShape
+from .paragraph_tree import Thread, thread_key
+from .proposals import Proposal
 from .slot_ledger import SlotLedger
 from .triton_kernels.layout import CHUNK, Leaf, Sizes, Tile, TreeLayout, plan
 
-_NO_TREE = DraftTree([])
+_NO_TREE = TreeShape(np.zeros(0, dtype=np.int64))
+_NOTHING = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(slots=True, eq=False)
@@ -29,8 +31,12 @@ class Stem:
     thread: Thread
     stop: int  # feed the thread's tokens up to here
     verified: bool = True
-    draft_tree: DraftTree = _NO_TREE
+    draft_tree: TreeShape = _NO_TREE
     draft_tokens: list[int] = field(default_factory=list)  # of the tree's first nodes
+    # Node of a drafted `[Fork]` -> node of the `[Child]` below it, verified as the child's root; these are the last.
+    forks: dict[int, int] = field(default_factory=dict)
+    proposal: Proposal | None = None  # what the tree was cut from
+    kept: np.ndarray = field(default_factory=lambda: _NOTHING)  # int64 [nodes], which of its candidates they are
     # Written by Forest:
     row: int = 0  # first row in the forest
     pending: list[int] = field(default_factory=list)
@@ -41,6 +47,15 @@ class Stem:
     @property
     def size(self) -> int:
         return len(self.pending) + len(self.draft_tokens)
+
+    @property
+    def guessed(self) -> int:
+        """Draft nodes that can be a token of this thread: all but the `[Child]`s."""
+        return len(self.draft_tokens) - len(self.forks)
+
+    def child_key(self, fork: int) -> int:
+        """Of the thread that the `[Fork]` at a draft node would spawn."""
+        return thread_key(self.thread.key, len(self.thread.tokens) + int(self.draft_tree.depths[fork]))
 
     def place(self, row: int, ledger: SlotLedger) -> None:
         """Gives every row a slot. Ancestors in the same forest go first, so that this path includes their new slots."""

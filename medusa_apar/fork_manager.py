@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .forest import Stem
-from .paragraph_tree import ParagraphTree, Thread
-from .request import Request, thread_key
+from .paragraph_tree import ParagraphTree, Thread, thread_key
+from .request import Request
 from .slot_ledger import SlotLedger
 from .verdict import Verdict
 
@@ -18,32 +18,47 @@ class ForkManager:
     ledger: SlotLedger
     context_length: int | None
 
-    def commit(self, tree: ParagraphTree, stem: Stem, verdict: Verdict) -> int:
+    def commit(self, tree: ParagraphTree, stem: Stem, verdict: Verdict) -> list[tuple[Thread, Verdict, int]]:
         """Appends the verdict's tokens up to an end token, books the accepted nodes' slots, frees the rejected ones.
 
-        Returns how many tokens the thread gained.
+        Returns each thread that has gone on, with its verdict and how many tokens it gained: the stem's, then children
+        whose `[Child]` had been drafted and have begun.
         """
-        thread = stem.thread
+        thread, begun = stem.thread, []
         gained = 0
-        for token in verdict.tokens:
-            thread.tokens.append(token)
+        for place, token in enumerate(verdict.tokens):
             gained += 1
-            if token in tree.eos_ids:
-                thread.finish_reason = "stop"
-            elif token == tree.fork_id:
-                self._spawn(tree, thread)
-            if thread.live and self._at_context_end(thread):
-                thread.finish_reason = "length"
+            child = self._append(tree, thread, token)
+            node = verdict.nodes[place] if place < len(verdict.nodes) else None
+            if child is not None and child.live and node in stem.forks:
+                begun.append((child, stem.forks[node], verdict.children[node]))
             if thread.ended:
                 break
         assert stem.slots is not None
         drafted = stem.slots[len(stem.pending) :].tolist()
         kept = [drafted[node] for node in verdict.nodes[:gained]]
         self.ledger.book(thread, kept)
+        for child, node, _ in begun:
+            self.ledger.book(child, [drafted[node]])
+            kept.append(drafted[node])
         self.ledger.pool.release(set(drafted) - set(kept))
-        if thread.ended:
-            self.ledger.settle(thread)
-        return gained
+        for child, _, first in begun:
+            self._append(tree, child, first.tokens[0])
+        for ended in (member for member in (*(child for child, _, _ in begun), thread) if member.ended):
+            self.ledger.settle(ended)
+        return [(thread, verdict, gained), *((child, first, 1) for child, _, first in begun)]
+
+    def _append(self, tree: ParagraphTree, thread: Thread, token: int) -> Thread | None:
+        """One more token, and whatever it brings about: a child that it spawns is returned."""
+        child = None
+        thread.tokens.append(token)
+        if token in tree.eos_ids:
+            thread.finish_reason = "stop"
+        elif token == tree.fork_id:
+            child = self._spawn(tree, thread)
+        if thread.live and self._at_context_end(thread):
+            thread.finish_reason = "length"
+        return child
 
     def cancel(self, thread: Thread, reason: str = "cancelled") -> None:
         thread.finish_reason = reason
@@ -56,11 +71,12 @@ class ForkManager:
             if thread.live:
                 self.cancel(thread, "length" if len(request.text) >= request.max_new_tokens else "cancelled")
 
-    def _spawn(self, tree: ParagraphTree, parent: Thread) -> None:
+    def _spawn(self, tree: ParagraphTree, parent: Thread) -> Thread:
         fork_index = len(parent.tokens) - 1
         child = tree.fork(parent, fork_index, thread_key(parent.key, fork_index))
         if self._at_context_end(child):
             child.finish_reason = "length"
+        return child
 
     def _at_context_end(self, thread: Thread) -> bool:
         return self.context_length is not None and thread.end >= self.context_length

@@ -25,29 +25,28 @@ from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from .cpu.runtime import CpuRuntime
 from .decoder import Decoder
 from .draft_tree import DraftTree
+from .forest_budget import EvenBudget, ForestBudget
 from .fork_manager import ForkManager
 from .heads import DraftHeads, load_heads
 from .heads.draft_heads import unembedding_size
 from .output import MedusaAparOutput, Stats
-from .paragraph_tree import ParagraphTree
-from .request import Request, thread_key
+from .paragraph_tree import ParagraphTree, thread_key
+from .proposals import Proposer
+from .request import Request
 from .runtimes import pick_runtime
-from .scheduler import Scheduler, StepCost
+from .scheduler import Scheduler
 from .slot_ledger import SlotLedger
+from .speculation import Speculation
+from .step_cost import StepCost, known_cost
 from .streaming import TextColumns
 from .torch_runtime import Runtime, TorchRuntime
 from .verify import Verifier
 
 Observer = Callable[[list[ParagraphTree], Stats], None]
 
-# Rows of a forest: past these a step's cost grows with every row (DESIGN.md, facts).
-_BUDGET = {"cpu": 16, "cuda": 64}
-# What a step costs, as `medusa-apar bench --profile` finds it, in ms: two Zen 3 cores with int8 weights in mid-answer
-# (in float32 much the same curve, 2.3 times as high). A GPU bound by memory hardly notices a row.
-_COSTS = {
-    "cpu": StepCost(((1, 13), (2, 14.5), (4, 17.5), (6, 20.5), (16, 42), (64, 150)), level=0.5),
-    "cuda": StepCost(((1, 100), (101, 200)), level=2.0),
-}
+# Rows of a forest, at most: past these a step's cost grows with every row (DESIGN.md, facts).
+_BUDGET = {"cpu": 24, "cuda": 64}
+_CANDIDATES = 32  # guesses of the heads below each root, at most, among which a forest's nodes are chosen
 
 
 class MedusaApar:
@@ -63,17 +62,20 @@ class MedusaApar:
         control: ControlTokens | None,
         tokenizer: PreTrainedTokenizerBase | None,
         draft_tree: DraftTree,
-        budget: int,
+        budget: int | None,
         max_threads: int | None,
         max_depth: int,
         runtime: Runtime,
         pool_slots: int | None,
         cost: StepCost | None,
+        speculation: Speculation | None,
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
         self.draft_tree, self.budget = draft_tree, budget
         self.max_threads, self.max_depth = max_threads, max_depth
-        self.runtime, self.pool_slots, self.cost = runtime, pool_slots, cost
+        self.runtime, self.pool_slots = runtime, pool_slots
+        # What a step costs, None to be measured before the first that drafts; not asked where `budget` was given.
+        self.cost, self.speculation = cost, speculation
         self._streamer: Any = None
         if isinstance(heads, DraftHeads):
             heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
@@ -82,7 +84,7 @@ class MedusaApar:
     def without_heads(self) -> MedusaApar:
         """The same model, weights laid out once for both, that decodes without drafting."""
         bare = copy.copy(self)
-        bare.heads, bare.draft_tree = None, DraftTree([])
+        bare.heads, bare.draft_tree, bare.speculation = None, DraftTree([]), None
         return bare
 
     def generate(
@@ -210,16 +212,30 @@ class MedusaApar:
         return requests
 
     def _decoder(self, requests: list[Request], verifier: Verifier) -> Decoder:
+        speculation, control = self.speculation, self.control_token_ids
+        cost = self.cost
+        if cost is None and self.budget is None and speculation is not None:
+            cost = known_cost(self.model, self.runtime, self.heads, self.draft_tree)
+        rows = _BUDGET.get(self.model.device.type, _BUDGET["cpu"]) if self.budget is None else self.budget
+        if speculation is None:
+            budget: Any = EvenBudget(0, DraftTree([]))
+        elif speculation.plan == "even":
+            budget = EvenBudget(rows, self.draft_tree, cost)
+        else:
+            budget = ForestBudget(rows, cost, self.runtime.most_nodes, speculation.worths)
         ledger = SlotLedger(self.runtime.pool(self.pool_slots))
         context = checks.context_length(self.model)
         return Decoder(
             model=self.model,
             heads=self.heads,
             runtime=self.runtime,
-            scheduler=Scheduler(ledger, self.draft_tree, self.budget, self.max_threads, context, self.cost),
+            scheduler=Scheduler(ledger, budget, self.max_threads, context),
             verifier=verifier,
             fork_manager=ForkManager(ledger, context),
             requests=requests,
+            speculation=speculation or Speculation.even(),
+            draft_tree=self.draft_tree,
+            proposer=Proposer() if control is None else Proposer(control.fork_id, control.child_id),
         )
 
 
@@ -241,8 +257,10 @@ def attach(
     apar: ControlTokens | str | Path | tuple[int, int] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    speculation: Speculation | str | None = None,
     draft_tree: DraftTree | None = None,
     budget: int | None = None,
+    step_cost: StepCost | None = None,
     max_threads: int | None = None,
     max_depth: int | None = None,
     attention: str = "auto",
@@ -254,14 +272,19 @@ def attach(
     """Readies a causal language model of transformers for `custom_generate=`; the model itself is not changed.
 
     Args:
-        heads: Medusa or Hydra heads trained for this model, or where they lie; None decodes without drafting.
+        heads: Medusa or Hydra heads trained for this model, or where they lie; None drafts nothing unless `speculation`
+            asks for it.
         apar: control tokens of an APAR-tuned model, as `ControlTokens`, a directory with `apar_config.json`, or
             (fork id, child id); None never forks.
         tokenizer: only needed for `stop_strings`.
-        draft_tree: which guesses become nodes. By default the likeliest by measured acceptance, at each step as many as
-            pay beside so many threads, by a curve of step costs that was taken on one CPU (`_COSTS`).
-        budget: rows of a step's forest, threads' roots included, to be filled (default: at most 16 on a CPU and 64 on a
+        speculation: what is guessed ahead and how a step's nodes are chosen: a `Speculation`, "forest" or "even" (its
+            two plans with all, or none, of what goes with them). By default "forest" with heads, "even" where a
+            `draft_tree` is given. "forest" without heads guesses from what the prompt and the answer's threads say.
+        draft_tree: which of the heads' guesses can become nodes (default: the likeliest by measured acceptance).
+        budget: rows of a step's forest, threads' roots included, to be filled (default: at most 24 on a CPU and 64 on a
             GPU, and no more than pay).
+        step_cost: what a step costs by its rows, for judging what pays (default: measured once on this device for this
+            model and kept in the cache folder).
         max_threads: most threads of a request that run in one step; the others wait (None: no limit).
         max_depth: threads at this depth (the trunk has 0) do not fork (default: as deep as the model was tuned).
         attention: the torch runtime's, which a name asks for: "sdpa" attends with masks, "triton" with kernels; "auto"
@@ -291,22 +314,26 @@ def attach(
         apar.check_matches(unembedding_size(model)[0])
     if max_depth is None:
         max_depth = DEFAULT_MAX_DEPTH if apar is None else apar.max_depth
-    cost = None
-    if budget is None:
-        budget = _BUDGET.get(model.device.type, _BUDGET["cpu"])
-        if draft_tree is None:
-            cost = _COSTS.get(model.device.type, _COSTS["cpu"])
     limits = {"budget": budget, "max_depth": max_depth, "max_threads": max_threads, "pool_slots": pool_slots}
     for name, value in limits.items():
         if value is not None and value < (0 if name == "max_depth" else 1):
             raise ValueError(f"{name} must be positive, got {value}.")
+    if isinstance(speculation, str):
+        speculation = Speculation.even() if speculation == "even" else Speculation(speculation)
+    elif speculation is None and heads is not None:
+        speculation = Speculation() if draft_tree is None else Speculation.even()
     if draft_tree is None:
-        size = budget if chosen.most_nodes is None else min(budget, chosen.most_nodes)
+        size = budget or _BUDGET.get(model.device.type, _BUDGET["cpu"])
+        if speculation is not None and speculation.plan == "forest":
+            size = _CANDIDATES
+        size = size if chosen.most_nodes is None else min(size, chosen.most_nodes)
         draft_tree = DraftTree.likeliest(size, checks.expected_acceptance(heads))
     elif chosen.most_nodes is not None and len(draft_tree) > chosen.most_nodes:
         raise ValueError(f"the draft tree has {len(draft_tree)} nodes; attention='triton' takes {chosen.most_nodes}.")
     elif heads is not None and draft_tree.num_heads > heads.num_heads:
         raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
     return MedusaApar(
-        model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, chosen, pool_slots, cost
+        *(model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, chosen, pool_slots),
+        cost=step_cost,
+        speculation=speculation,
     )

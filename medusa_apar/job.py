@@ -121,14 +121,11 @@ def machine() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here, check=False
     ).stdout.strip()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     capability = torch.backends.cpu.get_cpu_capability()
     return {
         "date": date.today().isoformat(),
         "commit": commit,
-        "cpu": f"{processor}, {torch.get_num_threads()} threads, {capability}",
+        "cpu": f"{processor()}, {torch.get_num_threads()} threads, {capability}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {
             "python": platform.python_version(),
@@ -136,6 +133,12 @@ def machine() -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
 def fast_dtype(device: str | None = None) -> str:

@@ -19,6 +19,11 @@ class Stats:
     generated_tokens: int = 0  # visible tokens in the answers
     forward_tokens: int = 0  # rows of all forests, prompts included
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens gained by a thread in a step -> how often
+    # Draft nodes, and those that were right, by who proposed them: "heads", "siblings" (what had been written before),
+    # "forks" (a `[Child]` below a drafted `[Fork]`).
+    drafted: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)
+    undrafted_steps: int = 0  # in which the heads were not asked, since of late they did not pay
     forks: int = 0
     peak_threads: int = 0  # most threads in one forest
     peak_slots: int = 0  # most KV slots in use at once, draft nodes included

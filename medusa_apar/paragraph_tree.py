@@ -5,8 +5,14 @@ Nothing here knows of tensors, slots or models: a thread is a list of token ids 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+
+
+def thread_key(*parts: object) -> int:
+    """64 bits that name a thread by its content, never by when or beside what it runs."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(slots=True, eq=False)

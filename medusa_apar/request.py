@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import torch
 
 from .paragraph_tree import ParagraphTree, ReadingCursor, Thread
-
-
-def thread_key(*parts: object) -> int:
-    """64 bits that name a thread by its content, never by when or beside what it runs."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 class Request:

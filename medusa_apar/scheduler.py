@@ -4,67 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from .draft_tree import DraftTree
+from .draft_tree import TreeShape
 from .forest import Stem
+from .forest_budget import EvenBudget, ForestBudget, worths
 from .paragraph_tree import Thread
+from .proposals import Proposal
 from .request import Request
 from .slot_ledger import SlotLedger
 
-Guess = Callable[[Thread], list[int] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """What a step takes, in any unit of time.
-
-    curve: (rows, cost) of some sizes, rows ascending; linear in between, and beyond the last as before it.
-    level: drafting one level of the trees.
-    """
-
-    curve: tuple[tuple[float, float], ...]
-    level: float = 0.0
-
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        sizes, costs = np.array(self.curve).T
-        slope = (costs[-1] - costs[-2]) / (sizes[-1] - sizes[-2])
-        return np.interp(rows, sizes, costs) + slope * np.maximum(rows - sizes[-1], 0)
-
-    def nodes(self, threads: int, tree: DraftTree) -> int:
-        """How many nodes below each of so many roots give the most tokens for the time; those of a tree whose chances
-        nobody said are all wanted."""
-        if tree.chances is None or not len(tree):
-            return len(tree)
-        tokens = 1 + np.concatenate([[0], np.cumsum(tree.chances)])
-        costs = self.of(threads * (1 + np.arange(len(tokens))))
-        costs[1:] += self.level * np.maximum.accumulate(tree.depths + 1)
-        return int(np.argmax(tokens / costs))
+Guess = Callable[[Thread], Proposal | None]
 
 
 @dataclass(slots=True)
 class Scheduler:
     """Args:
-    budget: rows of the forest to fill with draft nodes after every thread has its root.
+    budget: which candidates become draft nodes after every thread has its root.
     max_threads: most threads of one request in a step; the others wait.
     context_length: no draft node may stand at or beyond this path position.
-    cost: what a step costs; None drafts all that the budget has room for.
     """
 
     ledger: SlotLedger
-    draft_tree: DraftTree
-    budget: int
+    budget: ForestBudget | EvenBudget
     max_threads: int | None = None
     context_length: int | None = None
-    cost: StepCost | None = None
-    _paying: dict[int, int] = field(default_factory=dict)  # threads of a forest -> nodes of each that pay
 
     def plan(self, requests: Sequence[Request], guess: Guess) -> list[tuple[Request, list[Stem]]]:
         """Stems for the next forest, for each request that runs, ancestors first.
 
-        `guess(thread)` gives the tokens of the draft tree's first nodes, or None where nothing was drafted.
+        `guess(thread)` gives candidates for its draft tree, or None where there are none.
         """
         chosen: dict[Thread, Request] = {}
         for request in requests:
@@ -74,22 +45,13 @@ class Scheduler:
                 f"The KV pool's {self.ledger.pool.max_slots} slots are too few to go on with any thread; "
                 "give `pool_slots` more room or lower `max_new_tokens`."
             )
-        nodes = self._nodes_each(chosen, guess)
-        return [(request, stems) for request in requests if (stems := self._stems(request, chosen, nodes, guess))]
+        trees = self._trees(chosen, guess)
+        return [(request, stems) for request in requests if (stems := self._stems(request, chosen, trees))]
 
-    def most_nodes(self, requests: Sequence[Request], drafting: int) -> int:
-        """Draft nodes that each of `drafting` threads can expect of the next plan; deeper guesses would be in vain."""
+    def running(self, requests: Sequence[Request]) -> int:
+        """How many threads the next plan can have."""
         limit = math.inf if self.max_threads is None else self.max_threads
-        running = int(sum(min(len(list(request.tree.live_in_reading_order())), limit) for request in requests))
-        room = max(self.budget - running, 0)
-        return min(room // max(min(drafting, running), 1), self._nodes_that_pay(running))
-
-    def _nodes_that_pay(self, threads: int) -> int:
-        if self.cost is None:
-            return len(self.draft_tree)
-        if threads not in self._paying:
-            self._paying[threads] = self.cost.nodes(threads, self.draft_tree)
-        return self._paying[threads]
+        return int(sum(min(len(list(request.tree.live_in_reading_order())), limit) for request in requests))
 
     def _choose(self, request: Request, requests: Sequence[Request], chosen: dict[Thread, Request]) -> None:
         """Adds the request's threads that run, earliest in reading order first."""
@@ -137,31 +99,59 @@ class Scheduler:
                 count[member] = max(count.get(member, 0), stop - self.ledger.cached(member))
         return count
 
-    def _nodes_each(self, chosen: dict[Thread, Request], guess: Guess) -> int:
-        """Draft nodes per thread that has guesses, from what the budget and the pool leave."""
-        drafting = sum(guess(thread) is not None for thread in chosen)
-        if not drafting:
-            return 0
-        room = self.budget - len(chosen)
-        if self.ledger.pool.available is not None:
-            room = min(room, self.ledger.pool.available - sum(self._to_feed(list(chosen)).values()))
-        return min(max(room, 0) // drafting, self._nodes_that_pay(len(chosen)))
+    def _trees(self, chosen: dict[Thread, Request], guess: Guess) -> dict[Thread, tuple[Proposal, np.ndarray]]:
+        """Which nodes of which candidates each thread drafts."""
+        threads = list(chosen)
+        proposals = [self._within_context(thread, guess(thread)) for thread in threads]
+        if not any(proposals):
+            room = 0
+        elif self.ledger.pool.available is None:
+            room = self.budget.rows
+        else:
+            room = max(0, self.ledger.pool.available - sum(self._to_feed(threads).values()))
+        worth, requests = np.ones(len(threads)), list(chosen.values())
+        first = 0
+        while first < len(threads):  # a request's threads stand side by side
+            last = first + requests.count(requests[first])
+            worth[first:last] = worths(threads[first:last])
+            first = last
+        kept = self.budget.choose(proposals, worth, room, len(set(map(id, requests))))
+        return {
+            thread: (proposal, nodes)
+            for thread, proposal, nodes in zip(threads, proposals, kept, strict=True)
+            if proposal is not None and len(nodes)
+        }
 
-    def _stems(self, request: Request, chosen: dict[Thread, Request], nodes: int, guess: Guess) -> list[Stem]:
+    def _within_context(self, thread: Thread, proposal: Proposal | None) -> Proposal | None:
+        if proposal is None or self.context_length is None:
+            return proposal
+        return proposal if thread.end + proposal.height <= self.context_length else None
+
+    def _stems(
+        self, request: Request, chosen: dict[Thread, Request], trees: dict[Thread, tuple[Proposal, np.ndarray]]
+    ) -> list[Stem]:
         mine = [thread for thread in chosen if chosen[thread] is request]
         fed = self._to_feed(mine)
         return [
-            self._verified(thread, nodes, guess)
+            _verified(thread, *trees.get(thread, (None, None)))
             if thread in chosen
             else Stem(thread, self.ledger.cached(thread) + fed[thread], verified=False)
             for thread in request.tree.depth_first()
             if thread in fed
         ]
 
-    def _verified(self, thread: Thread, nodes: int, guess: Guess) -> Stem:
-        guessed = guess(thread)
-        tree = self.draft_tree
-        beyond = self.context_length is not None and thread.end + tree.num_heads > self.context_length
-        if not guessed or not nodes or beyond:
-            return Stem(thread, len(thread.tokens))
-        return Stem(thread, len(thread.tokens), draft_tree=tree, draft_tokens=guessed[:nodes])
+
+def _verified(thread: Thread, proposal: Proposal | None, kept: np.ndarray | None) -> Stem:
+    if proposal is None or kept is None:
+        return Stem(thread, len(thread.tokens))
+    places = np.full(len(proposal.tokens) + 1, -1)  # the last entry is the root's
+    places[kept] = np.arange(len(kept))
+    return Stem(
+        thread,
+        len(thread.tokens),
+        draft_tree=TreeShape.of(places[proposal.parents[kept]]),
+        draft_tokens=proposal.tokens[kept].tolist(),
+        forks={int(places[f]): int(places[c]) for f, c in proposal.forks.items() if places[c] >= 0},
+        proposal=proposal,
+        kept=kept,
+    )

@@ -83,6 +83,10 @@ class SlotLedger:
         self.pool.release(gone)
         return len(gone)
 
+    def take_back(self, thread: Thread, length: int) -> None:
+        """Unbooks what a thread's tokens from `length` on hold: as if they had not been fed."""
+        self._shrink(thread, length)
+
     def check(self) -> None:
         """Asserts that every used slot is booked exactly once, to a thread some claiming thread needs it of."""
         booked = [slot for slots in self._slots.values() for slot in slots]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 
@@ -19,3 +20,7 @@ class Verdict:
     row: int
     scores: list[torch.Tensor] = field(default_factory=list)  # processed, float32 [vocab], if kept
     logits: list[torch.Tensor] = field(default_factory=list)  # raw, float32 [vocab], if kept
+    # Of each drafted `[Fork]`'s node that was accepted, or all of them: what the child chose at its `[Child]`.
+    children: dict[int, Verdict] = field(default_factory=dict)
+    # What the heads guess from `row`: token ids and log-probabilities [n], where they drafted on the device.
+    guessed: tuple[np.ndarray, np.ndarray] | None = None

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrained
 from .choice import Choice, Drafting
 from .control_tokens import ControlTokens
 from .forest import Forest, Stem
+from .paragraph_tree import Thread
 from .request import Request
 from .triton_kernels.reference import Verified, sample
 from .verdict import Verdict
@@ -87,29 +88,41 @@ class Verifier:
         logits = self._ban(forest, logits.clone() if self.keep_logits else logits)
         per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores
         targets = None if per_path else self.argmax(logits).tolist()
+
+        def choose(verdict: Verdict, path: list[int], request: Request, key: int, end: int) -> int:
+            """Adds the token that the verdict's row chooses behind the path and what the verdict chose so far."""
+            if targets is not None:
+                token = targets[verdict.row]
+            else:
+                scores = self._process(path + verdict.tokens, logits[verdict.row], request)
+                if self.keep_scores:
+                    verdict.scores.append(scores.clone())  # not a view that keeps the whole forest's logits
+                token = self._choose(scores, key, end + len(verdict.tokens))
+            if raw is not None:
+                verdict.logits.append(raw[verdict.row].clone())
+            verdict.tokens.append(token)
+            return token
+
         verdicts, first = [], 0
         for stem in forest.verified:
-            verdict = Verdict([], [], first)
-            path = requests[stem].path(stem.thread) if per_path else []
+            verdict, request, thread = Verdict([], [], first), requests[stem], stem.thread
+            path = request.path(thread) if per_path else []
             guesses = _guesses(stem)
             node = -1
             while True:
                 verdict.row = first + 1 + node
-                if targets is not None:
-                    token = targets[verdict.row]
-                else:
-                    scores = self._process(path + verdict.tokens, logits[verdict.row], requests[stem])
-                    if self.keep_scores:
-                        verdict.scores.append(scores.clone())  # not a view that keeps the whole forest's logits
-                    token = self._choose(scores, stem, len(verdict.tokens))
-                if raw is not None:
-                    verdict.logits.append(raw[verdict.row].clone())
-                verdict.tokens.append(token)
+                token = choose(verdict, path, request, thread.key, thread.end)
                 guess = guesses.get((node, token))
                 if guess is None:
                     break
                 verdict.nodes.append(guess)
                 node = guess
+            for fork, child in stem.forks.items():
+                if fork in verdict.nodes:
+                    ahead = verdict.nodes.index(fork) + 1
+                    begun = verdict.children[fork] = Verdict([], [], first + 1 + child)
+                    above = [*path, *verdict.tokens[:ahead], stem.draft_tokens[child]]
+                    choose(begun, above, request, stem.child_key(fork), thread.end + ahead + 1)
             verdicts.append(verdict)
             first += 1 + len(stem.draft_tokens)
         return verdicts
@@ -126,11 +139,15 @@ class Verifier:
             columns[np.flatnonzero(banned), self.control.fork_id] = -math.inf
         return logits
 
+    def may_fork(self, thread: Thread) -> bool:
+        """But for what its last token forbids."""
+        return self.fork and thread.depth < self.max_depth
+
     def fork_bans(self, forest: Forest) -> list[bool]:
         """For each verified row whether it may not choose `[Fork]`."""
         control = self.control and (self.control.fork_id, self.control.child_id)
         return [
-            not control or not self.fork or stem.thread.depth >= self.max_depth or token in control
+            not control or not self.may_fork(stem.thread) or token in control
             for stem in forest.verified
             for token in (stem.pending[-1], *stem.draft_tokens)
         ]
@@ -151,10 +168,8 @@ class Verifier:
                 scores = shown[request.row, None]
         return scores[0]
 
-    def _choose(self, scores: torch.Tensor, stem: Stem, ahead: int) -> int:
-        if self.seed is None:
-            return int(scores.argmax())
-        return sample(scores, self.seed, stem.thread.key, stem.thread.end + ahead)
+    def _choose(self, scores: torch.Tensor, key: int, position: int) -> int:
+        return int(scores.argmax()) if self.seed is None else sample(scores, self.seed, key, position)
 
 
 def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
@@ -167,5 +182,5 @@ def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
 
 def _guesses(stem: Stem) -> dict[tuple[int, int], int]:
     """(parent node, token) -> node; -1 is the root."""
-    parents = stem.draft_tree.parents[: len(stem.draft_tokens)].tolist()
-    return {(parent, token): node for node, (parent, token) in enumerate(zip(parents, stem.draft_tokens, strict=True))}
+    parents = stem.draft_tree.parents[: stem.guessed].tolist()
+    return {(parent, token): node for node, (parent, token) in enumerate(zip(parents, stem.draft_tokens, strict=False))}

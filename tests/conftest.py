@@ -3,6 +3,7 @@ import setuptools  # noqa: F401  it replaces distutils, and inductor fails where
 import torch
 
 from medusa_apar.eval import chat_endpoint
+from medusa_apar.step_cost import StepCost
 from tests.player import Player
 
 # Files that take minutes go first, so that no process is left with one of them at the end.
@@ -34,3 +35,12 @@ def slept(monkeypatch):
     waited = []
     monkeypatch.setattr(chat_endpoint, "sleep", waited.append)
     return waited
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _assumed_step_cost():
+    """What a step costs is measured in its own tests alone: elsewhere it would decide how many steps are counted."""
+    assumed = StepCost(((1, 10.0), (8, 14.0), (64, 70.0)), ((1, 0.5), (8, 1.0)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("medusa_apar.generate.known_cost", lambda *_: assumed)
+        yield

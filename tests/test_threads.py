@@ -58,7 +58,7 @@ def test_forks_inside_accepted_runs_change_nothing(forked):
     out = run(model, RecallHeads(model, plain.paragraph_tree), budget=200)
     assert torch.equal(out.sequences, plain.sequences)
     assert_threads_are_plain(model, out.paragraph_tree)
-    assert max(out.stats.accepted_lengths) == 4  # whole runs at once, [Fork] tokens among them
+    assert max(out.stats.accepted_lengths) >= 4  # whole runs at once, [Fork] tokens among them
     assert out.stats.steps < plain.stats.steps
 
 

@@ -15,8 +15,8 @@ from medusa_apar.forest import Forest, LayoutKind, Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree, ReadingCursor
-from medusa_apar.scheduler import StepCost
 from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.step_cost import StepCost
 from medusa_apar.triton_kernels.layout import Sizes, Tile, power_of_two
 from medusa_apar.triton_kernels.reference import seen_slots
 from medusa_apar.verdict import Verdict
@@ -257,12 +257,11 @@ def test_likeliest_tree_is_a_tree_and_optimal(acceptance, size):
 @given(ACCEPTANCE, st.integers(1, 12), st.floats(1, 100), st.floats(0.1, 10), st.floats(0, 2))
 def test_nodes_that_pay_are_the_best_of_all_sizes(acceptance, threads, fixed, row, level):
     tree = DraftTree.likeliest(12, acceptance)
-    cost = StepCost(((1, fixed), (9, fixed), (10, fixed + row)), level)
+    cost = StepCost(((1, fixed), (9, fixed), (10, fixed + row)), ((1, level),))
 
     def rate(nodes):
         tokens = 1 + sum(chance(choice, acceptance) for choice in tree.choices[:nodes])
-        levels = max(map(len, tree.choices[:nodes]), default=0)
-        return tokens / (fixed + row * max(threads * (1 + nodes) - 9, 0) + level * levels)
+        return tokens / (fixed + row * max(threads * (1 + nodes) - 9, 0) + level * (nodes > 0))
 
     assert rate(cost.nodes(threads, tree)) == pytest.approx(max(rate(n) for n in range(len(tree) + 1)))
     assert cost.nodes(threads, DraftTree(tree.choices)) == len(tree)  # chances that nobody said

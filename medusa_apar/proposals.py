@@ -1,0 +1,221 @@
+"""What could hang below a thread's root: the heads' guesses and what its siblings said, with a chance for each node.
+
+Chances are measured while an answer is written. What the heads claim is corrected by how often such claims came true
+(`Calibration`). Where a sibling went on from the same tokens, the next token is his with a chance that grows with the
+length of the match, and else what the heads make of it (`Trust`): two sources mixed, so that what both say is likelier,
+and what they disagree on is divided between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .draft_tree import DraftTree, TreeShape
+from .sibling_memory import MOST_MATCH, MOST_RECALLED, Recall
+
+# Chance that the token which followed a match of so many tokens follows again, beside the heads' own chance for it:
+# measured over 59 answers of the tuned SmolLM2 (`eval.speculation`), where each counts as so many observations.
+_TRUST = (0.0, 0.25, 0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.85, 0.9)
+_TRUST_WEIGHT = 20.0
+MOST_DEPTH = MOST_RECALLED  # of nodes that do not hang in the heads' tree
+_BINS, _BINS_PER_OCTAVE = 16, 2  # of what heads claim
+_CLAIMS_WEIGHT = 30.0  # observations for which a claim stands before any came in
+
+
+@dataclass(slots=True)
+class Proposal:
+    """Candidates for one thread's draft tree, parents before children; n nodes.
+
+    tokens: int64 [n]. parents: int64 [n], -1 below the root. chances: float64 [n], of being accepted.
+    heads: the first so many are the heads' guesses. claims: float64 [heads], what those claim given their parents.
+    chain: the nodes of what was recalled, from the top; matches: tokens that matched before each; others: the chance
+        that the heads alone give each, given its parent.
+    forks: node of a `[Fork]` -> node of the `[Child]` below it; these are the last.
+    """
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    chances: np.ndarray
+    heads: int = 0
+    claims: np.ndarray | None = None
+    chain: list[int] = field(default_factory=list)
+    matches: list[int] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    forks: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def height(self) -> int:
+        return TreeShape.of(self.parents).height
+
+
+class Trust:
+    """How far what was recalled can be trusted, by the length of the match: an estimate that goes on with each look."""
+
+    def __init__(self) -> None:
+        self._right = [_TRUST_WEIGHT * share for share in _TRUST]
+        self._count = [_TRUST_WEIGHT] * len(_TRUST)
+
+    def of(self, match: int) -> float:
+        match = min(match, MOST_MATCH)
+        return self._right[match] / self._count[match]
+
+    def saw(self, match: int, other: float, right: bool) -> None:
+        """Whether a recalled token was right that the heads gave the chance `other`: one step of
+        expectation-maximisation for the share of the two sources."""
+        match = min(match, MOST_MATCH)
+        if right:
+            share = self.of(match)
+            self._right[match] += share / (share + (1 - share) * other) if other > 0 else 1.0
+        self._count[match] += 1
+
+
+class Calibration:
+    """What became of the heads' claims, by octaves of the claimed probability; without any, they are believed."""
+
+    def __init__(self) -> None:
+        middle = 2.0 ** -((np.arange(_BINS) + 0.5) / _BINS_PER_OCTAVE)
+        self._right = _CLAIMS_WEIGHT * middle
+        self._claimed = self._right.copy()
+
+    def chances(self, claims: np.ndarray) -> np.ndarray:
+        """Any shape of probabilities given the parent."""
+        bins = _bins(claims)
+        return np.minimum(claims * self._right[bins] / self._claimed[bins], 1.0)
+
+    def saw(self, claims: np.ndarray, right: np.ndarray) -> None:
+        """float and bool [k], of nodes whose parents were accepted."""
+        bins = _bins(claims)
+        np.add.at(self._right, bins, right)
+        np.add.at(self._claimed, bins, claims)
+
+
+def _bins(claims: np.ndarray) -> np.ndarray:
+    octaves = -np.log2(np.maximum(claims, 1e-9)) * _BINS_PER_OCTAVE
+    return np.minimum(octaves, _BINS - 1).astype(np.intp)
+
+
+@dataclass(slots=True)
+class Proposer:
+    """Makes proposals for the threads of one generate call, and learns from what became of them.
+
+    fork_id, child_id: below a proposed `[Fork]` its `[Child]` is proposed too (DESIGN.md, speculative fork); None where
+    nothing forks.
+    """
+
+    fork_id: int | None = None
+    child_id: int | None = None
+    trust: Trust = field(default_factory=Trust)
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def of_heads(self, tree: DraftTree, tokens: np.ndarray, log_probs: np.ndarray) -> list[Proposal]:
+        """From what heads propose for T threads, [T, n] both: a proposal each."""
+        claims = np.exp(log_probs.astype(np.float64))
+        chances = self.calibration.chances(claims)
+        for level in tree.levels[1:]:
+            chances[:, level.nodes] *= chances[:, tree.parents[level.nodes]]
+        return [
+            Proposal(*(row, tree.parents, chance), heads=len(row), claims=claim)
+            for row, chance, claim in zip(tokens, chances, claims, strict=True)
+        ]
+
+    def with_recall(self, proposal: Proposal | None, tree: DraftTree | None, recall: Recall) -> Proposal:
+        """The proposal of heads, or None, and below it what was recalled."""
+        if proposal is None or tree is None:
+            trusts = [self.trust.of(recall.match + ahead) for ahead in range(len(recall.tokens))]
+            size = len(recall.tokens)
+            return Proposal(
+                *(np.array(recall.tokens, dtype=np.int64), np.arange(-1, size - 1), np.cumprod(trusts)),
+                chain=list(range(size)),
+                matches=list(range(recall.match, recall.match + size)),
+                others=[0.0] * size,
+            )
+        tokens, claimed = proposal.tokens.tolist(), proposal.chances
+        chances = claimed.copy()
+        chain, others, added, parent_of = [], [], [], []
+        node: int | None = -1  # of the heads' tree; None once the chain has left it
+        chance, last = 1.0, -1
+        for ahead, token in enumerate(recall.tokens):
+            share = self.trust.of(recall.match + ahead)
+            other, following = 0.0, None
+            if node is not None:
+                before = claimed[node] if node >= 0 else 1.0
+                following = next((child for child in tree.children[node] if tokens[child] == token), None)
+                if following is not None and before > 0:
+                    other = claimed[following] / before
+                # Whatever else hangs here: only where the sibling is not followed.
+                below = tree.below(node)
+                chances[below] = claimed[below] * ((1 - share) * chance / max(before, 1e-9))
+            chance *= share + (1 - share) * other
+            if following is None:
+                parent_of.append(last)
+                last = len(tokens) + len(added)
+                added.append((token, chance))
+            else:
+                last = following
+                chances[following] = chance
+                below = tree.below(following)
+                chances[below] = claimed[below] * (chance / max(claimed[following], 1e-9))
+            node = following
+            chain.append(last)
+            others.append(other)
+        return Proposal(
+            np.concatenate([proposal.tokens, np.array([token for token, _ in added], dtype=np.int64)]),
+            np.concatenate([proposal.parents, np.array(parent_of, dtype=np.int64)]),
+            np.concatenate([chances, np.array([chance for _, chance in added])]),
+            proposal.heads,
+            proposal.claims,
+            chain,
+            list(range(recall.match, recall.match + len(chain))),
+            others,
+        )
+
+    def with_children(self, proposal: Proposal, may_fork: bool) -> Proposal:
+        """`[Child]` below each proposed `[Fork]`; what cannot be chosen, as control tokens by their rule, gets no
+        chance."""
+        if self.fork_id is None:
+            return proposal
+        control = np.flatnonzero((proposal.tokens == self.fork_id) | (proposal.tokens == self.child_id))
+        if not len(control):
+            return proposal
+        chances, forks = proposal.chances.copy(), []
+        banned = np.zeros(len(chances), dtype=bool)
+        for node in control.tolist():
+            parent = int(proposal.parents[node])
+            again = parent >= 0 and int(proposal.tokens[parent]) in (self.fork_id, self.child_id)
+            if proposal.tokens[node] == self.child_id or not may_fork or again:
+                banned[node] = True
+            else:
+                forks.append(node)
+        for node, parent in enumerate(proposal.parents.tolist() if banned.any() else ()):
+            banned[node] |= parent >= 0 and banned[parent]
+        chances[banned] = 0.0
+        forks = [node for node in forks if not banned[node]]
+        size = len(chances)
+        proposal.tokens = np.concatenate([proposal.tokens, np.full(len(forks), self.child_id)])
+        proposal.parents = np.concatenate([proposal.parents, np.array(forks, dtype=np.int64)])
+        proposal.chances = np.concatenate([chances, chances[forks]])
+        proposal.forks = {node: size + place for place, node in enumerate(forks)}
+        return proposal
+
+    def learn(self, proposal: Proposal, kept: np.ndarray, accepted: set[int]) -> None:
+        """kept: the nodes that were in the draft tree; accepted: those among them that were right."""
+        chained = set(kept.tolist()).intersection(proposal.chain)
+        for node, match, other in zip(proposal.chain, proposal.matches, proposal.others, strict=True):
+            if node not in chained:
+                break
+            self.trust.saw(match, other, node in accepted)
+            if node not in accepted:
+                break
+        if proposal.claims is None:
+            return
+        tried = [
+            node
+            for node in kept[kept < proposal.heads].tolist()
+            if proposal.parents[node] < 0 or int(proposal.parents[node]) in accepted
+        ]
+        if tried and not chained:
+            # Where something was recalled, what the heads say besides is a choice among the rest.
+            right = np.array([node in accepted for node in tried])
+            self.calibration.saw(proposal.claims[tried], right)

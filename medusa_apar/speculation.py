@@ -1,0 +1,32 @@
+"""What may be guessed ahead, and how a step's nodes are chosen among it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """None of it changes a token, only when it is made.
+
+    plan: "forest" spends one budget on the nodes that bring the answers most, whichever thread they hang under; "even"
+        gives every thread the same tree, as Medusa does.
+    worths: with "forest", nodes of threads that the answer does not wait for earn half.
+    siblings: what the prompt and all threads of an answer have said is proposed beside the heads' guesses, and without
+        heads too.
+    forks: below a proposed `[Fork]` its `[Child]` runs in the same step, so that a fork costs none.
+    """
+
+    plan: str = "forest"
+    worths: bool = True
+    siblings: bool = True
+    forks: bool = True
+
+    def __post_init__(self) -> None:
+        if self.plan not in ("forest", "even"):
+            raise ValueError(f'speculation plans "forest" or "even", not {self.plan!r}.')
+
+    @classmethod
+    def even(cls) -> Speculation:
+        """Medusa's: the heads' guesses alone, the same tree below every thread."""
+        return cls("even", worths=False, siblings=False, forks=False)

@@ -1,0 +1,195 @@
+"""What a step costs on this device: measured once for each model, and kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from .draft_tree import DraftTree, TreeShape
+from .forest import Forest, Stem
+from .hub import cache_dir
+from .job import processor, write_text
+from .paragraph_tree import ParagraphTree
+from .slot_ledger import SlotLedger
+
+if TYPE_CHECKING:
+    from .torch_runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+ROWS = {"cpu": (1, 2, 4, 6, 8, 12, 16, 24, 32), "cuda": (1, 8, 16, 32, 64)}
+THREADS = (1, 2, 4, 8)  # that draft
+SLOTS, REPEATS = 256, 4
+FILE = "step_costs.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """In any unit of time.
+
+    curve: (rows, cost) of some sizes, rows ascending; linear in between, and beyond the last as before it.
+    drafts: (threads, cost) of drafting, likewise.
+    """
+
+    curve: tuple[tuple[float, float], ...]
+    drafts: tuple[tuple[float, float], ...] = ()
+    _known: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    def rows(self, most: int) -> np.ndarray:
+        """float64 [most]: the cost of 1 to so many rows."""
+        if most not in self._known:
+            self._known[most] = _interpolated(self.curve, np.arange(1, most + 1))
+        return self._known[most]
+
+    def drafting(self, threads: int) -> float:
+        return float(_interpolated(self.drafts, np.array([threads]))[0]) if self.drafts and threads else 0.0
+
+    def nodes(self, threads: int, tree: DraftTree) -> int:
+        """How many nodes below each of so many roots give the most tokens for the time, all threads alike; those of a
+        tree whose chances nobody said are all wanted."""
+        if tree.chances is None or not len(tree):
+            return len(tree)
+        tokens = 1 + np.concatenate([[0], np.cumsum(tree.chances)])
+        costs = self.rows(threads * len(tokens))[threads - 1 :: threads].copy()
+        costs[1:] += self.drafting(threads)
+        return int(np.argmax(tokens / costs))
+
+
+def _interpolated(curve: Sequence[tuple[float, float]], at: np.ndarray) -> np.ndarray:
+    sizes, costs = np.array(curve, dtype=np.float64).T
+    if len(sizes) == 1:
+        return np.full(len(at), costs[0])
+    slope = (costs[-1] - costs[-2]) / (sizes[-1] - sizes[-2])
+    return np.interp(at, sizes, costs) + slope * np.maximum(at - sizes[-1], 0)
+
+
+class StepTimer:
+    """Times a model's forward passes below one thread of `slots` tokens; use it inside `runtime.running()`."""
+
+    def __init__(self, model: PreTrainedModel, runtime: Runtime, taps: tuple[int, ...], slots: int = SLOTS) -> None:
+        self._runtime, self._device, self._taps = runtime, model.device, taps
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,index]
+        self._trunk = ParagraphTree([number % int(vocabulary) for number in range(slots + 1)]).trunk
+        self._ledger = SlotLedger(runtime.pool(None))
+        self.slots = slots
+
+    def prefill(self) -> float:
+        """Seconds of feeding the slots; they are given back."""
+        seconds, _ = self._forward(self.slots, 0)
+        self._ledger.take_back(self._trunk, 0)
+        return seconds
+
+    def fill(self) -> None:
+        self._forward(self.slots, 0)
+
+    def rows(self, count: int) -> float:
+        """Seconds of a root and so many nodes less one, three below each; as if nothing of it had been accepted."""
+        seconds, drafted = self._forward(self.slots + 1, count - 1)
+        self._ledger.pool.release(drafted)
+        self._ledger.take_back(self._trunk, self.slots)
+        return seconds
+
+    def _forward(self, stop: int, nodes: int) -> tuple[float, list[int]]:
+        tree = TreeShape.of((np.arange(nodes) - 3) // 3)
+        stem = Stem(self._trunk, stop, draft_tree=tree, draft_tokens=[0] * nodes)
+        started = time.perf_counter()
+        forest = Forest([[stem]], self._ledger, self._device)
+        self._runtime.step(forest, self._ledger.pool, self._taps, None)
+        finish(self._device)
+        return time.perf_counter() - started, forest.arrays[2][len(stem.pending) :].tolist()
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTree) -> StepCost:
+    """In milliseconds, the least of a few runs; sizes take turns, so that a busy moment harms no single one."""
+    sizes = [size for size in ROWS.get(model.device.type, ROWS["cpu"]) if size <= (runtime.most_nodes or size)]
+    with runtime.running():
+        timer = StepTimer(model, runtime, () if heads is None else tuple(heads.taps))
+        timer.fill()
+        runs: dict[tuple[str, int], Callable[[], float]] = {("rows", size): partial(timer.rows, size) for size in sizes}
+        if heads is not None and len(tree):
+            drafter = heads.drafter() if hasattr(heads, "drafter") else heads
+            for threads in THREADS:
+                runs["drafts", threads] = partial(_draft, model, heads, drafter, tree, threads)
+        runs_of = [[run() for run in runs.values()] for _ in range(REPEATS)]
+    least = dict(zip(runs, map(min, zip(*runs_of, strict=True)), strict=True))
+
+    def curve(kind: str) -> tuple[tuple[float, float], ...]:
+        found = [(size, 1e3 * seconds) for (name, size), seconds in least.items() if name == kind]
+        # More is never cheaper: where it was, something else ran.
+        highest = np.maximum.accumulate([cost for _, cost in found]) if found else []
+        return tuple((size, round(float(cost), 4)) for (size, _), cost in zip(found, highest, strict=True))
+
+    return StepCost(curve("rows"), curve("drafts"))
+
+
+def _draft(model: PreTrainedModel, heads: Any, drafter: Any, tree: DraftTree, threads: int) -> float:
+    size = getattr(heads, "input_size", None) or model.config.get_text_config().hidden_size
+    hidden = torch.randn(threads, size, device=model.device, dtype=model.dtype)
+    roots = torch.zeros(threads, dtype=torch.long, device=model.device)
+    started = time.perf_counter()
+    drafter.propose(hidden, roots, tree)
+    finish(model.device)
+    return time.perf_counter() - started
+
+
+_measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, StepCost]] = weakref.WeakKeyDictionary()
+
+
+def known_cost(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTree) -> StepCost:
+    """What an earlier call measured for such a model on this device, else measured now: a second on a small model."""
+    how = (runtime.kind, getattr(runtime, "backend", ""), torch.get_num_threads(), type(heads).__name__, len(tree))
+    found = _measured.setdefault(model, {})
+    if how not in found:
+        found[how] = _kept(cache_dir() / FILE, model, heads, tree, how) or measure(model, runtime, heads, tree)
+        _keep(cache_dir() / FILE, _key(model, heads, tree, how), found[how])
+    return found[how]
+
+
+def _kept(path: Path, model: PreTrainedModel, heads: Any, tree: DraftTree, how: tuple) -> StepCost | None:
+    entry = _read(path).get(_key(model, heads, tree, how))
+    return entry and StepCost(*(tuple(map(tuple, entry[name])) for name in ("curve", "drafts")))
+
+
+def _keep(path: Path, key: str, cost: StepCost) -> None:
+    known = _read(path)
+    if key in known:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(known | {key: {"curve": cost.curve, "drafts": cost.drafts}}, indent=1) + "\n")
+    except OSError as error:
+        logger.info("step costs are not kept: %s", error)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _key(model: PreTrainedModel, heads: Any, tree: DraftTree, how: tuple) -> str:
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor()
+    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    drafting = (getattr(heads, "num_heads", 0), tree.choices)
+    digest = hashlib.sha256(repr((shapes, drafting, how, torch.__version__)).encode()).hexdigest()[:16]
+    return f"{type(model).__name__} {how[0]} on {device}, {digest}"
