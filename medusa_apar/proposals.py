@@ -21,7 +21,7 @@ _TRUST = (0.0, 0.25, 0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.85, 0.
 _TRUST_WEIGHT = 20.0
 MOST_DEPTH = MOST_RECALLED  # of nodes that do not hang in the heads' tree
 _BINS, _BINS_PER_OCTAVE = 16, 2  # of what heads claim
-_CLAIMS_WEIGHT = 30.0  # observations for which a claim stands before any came in
+_CLAIMS_WEIGHT = 10.0  # observations for which a claim stands before any came in
 
 
 @dataclass(slots=True)

@@ -1,0 +1,64 @@
+"""The measured cost of a step: only that it is measured, sane and kept; no figure is asserted."""
+
+import json
+
+import pytest
+import torch
+
+import medusa_apar
+from medusa_apar import hub, step_cost
+from medusa_apar.heads import HydraHeads
+from medusa_apar.step_cost import StepCost
+from tests.tiny import prompts, tiny_model
+
+
+@pytest.fixture
+def attached(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path))
+    model = tiny_model()
+    return medusa_apar.attach(model, HydraHeads.random(model))
+
+
+def known(apar):
+    return step_cost.known_cost(apar.model, apar.runtime, apar.heads, apar.draft_tree)
+
+
+def test_more_rows_never_cost_less_and_the_model_is_left_as_it_was(attached):
+    before = attached.generate(**prompts(1, 5), max_new_tokens=6, do_sample=False)
+    cost = known(attached)
+    assert [size for size, _ in cost.curve] == list(step_cost.ROWS["cpu"])
+    assert [size for size, _ in cost.drafts] == list(step_cost.THREADS)
+    for curve in (cost.curve, cost.drafts):
+        costs = [milliseconds for _, milliseconds in curve]
+        assert costs == sorted(costs) and costs[0] > 0
+    assert torch.equal(attached.generate(**prompts(1, 5), max_new_tokens=6, do_sample=False), before)
+
+
+def test_it_is_measured_once_for_each_model(attached, monkeypatch):
+    first = known(attached)
+    monkeypatch.setattr(step_cost, "measure", lambda *_: pytest.fail("it had been measured"))
+    assert known(attached) is first
+    step_cost._measured.clear()
+    assert known(attached) == first  # from the file
+    kept = json.loads((hub.cache_dir() / step_cost.FILE).read_text())
+    assert len(kept) == 1 and next(iter(kept)).startswith("LlamaForCausalLM float32 on ")
+
+
+def test_a_damaged_file_is_measured_anew(attached):
+    path = hub.cache_dir() / step_cost.FILE
+    path.write_text("{half of a")
+    assert known(attached).curve
+    assert len(json.loads(path.read_text())) == 1
+
+
+def test_other_models_have_other_costs(attached):
+    known(attached)
+    other = tiny_model("qwen2")
+    known(medusa_apar.attach(other, HydraHeads.random(other)))
+    assert len(json.loads((hub.cache_dir() / step_cost.FILE).read_text())) == 2
+
+
+def test_costs_between_and_beyond_what_was_measured():
+    cost = StepCost(((1, 10.0), (3, 14.0), (4, 20.0)), ((1, 1.0),))
+    assert cost.rows(6).tolist() == [10.0, 12.0, 14.0, 20.0, 26.0, 32.0]
+    assert cost.drafting(5) == 1.0 and StepCost(((1, 1.0),)).drafting(5) == 0.0
