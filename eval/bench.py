@@ -29,7 +29,7 @@ WARM_UP_TOKENS = 16
 BUSY = 20.0  # per cent of the machine that others may use before it is said
 COLUMNS = (
     *("system", "weights", "tokens/s", "times the tokens/s", "times as soon done", "s per answer", "first token, s"),
-    *("tokens per answer", "tokens per step", "threads", "slots", "repeated 4-grams", "ended"),
+    *("tokens per answer", "tokens per step", "rows per step", "threads", "slots", "repeated 4-grams", "ended"),
 )
 
 
@@ -173,6 +173,7 @@ def _figures(answers: list[Median], base: list[Median]) -> dict[str, Any]:
     tokens, seconds = [m.tokens for m in answers], [m.seconds for m in answers]
     steps = [m.row["steps"] for m in answers]
     slots = [m.row["peak_slots"] for m in answers]
+    rows: list[Any] = [m.row.get("rows") for m in answers]  # of earlier versions' lines nobody knows
     repeated = [m.row["repeated_4grams"] for m in answers if m.row["repeated_4grams"] is not None]
     count = len(answers)
     return {
@@ -185,6 +186,7 @@ def _figures(answers: list[Median], base: list[Median]) -> dict[str, Any]:
         "first_token_seconds": median_of([m.first_token_seconds for m in answers]),
         "tokens_per_answer": sum(tokens) / count,
         "tokens_per_step": None if None in steps else sum(tokens) / sum(steps),
+        "rows_per_step": None if None in steps or None in rows else sum(rows) / sum(steps),
         "threads": sum(m.row["threads"] for m in answers) / count,
         "peak_slots": None if None in slots else sum(slots) / count,
         "repeated_4grams": sum(repeated) / len(repeated) if repeated else None,
@@ -222,6 +224,7 @@ def table(summary: dict[str, Any], plan: Plan) -> str:
                 f"{f['first_token_seconds']:.2f}",
                 f"{f['tokens_per_answer']:.0f}",
                 _number(f["tokens_per_step"], 2),
+                _number(f["rows_per_step"], 1),
                 f"{f['threads']:.1f}",
                 _number(f["peak_slots"], 0),
                 "-" if f["repeated_4grams"] is None else f"{f['repeated_4grams']:.0%}",

@@ -32,6 +32,7 @@ class Plan:
     threads: int
     prompts: str  # digest of ids and texts
     max_new_tokens: int
+    budget: int | None = None  # rows of every forest of ours; None: what pays
 
 
 def open_results(folder: Path, plan: Plan) -> Runs:
@@ -61,4 +62,4 @@ def plan_of(apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens:
     weights = fingerprint(apar.model)[:12]
     runtime = f"{'cpu' if isinstance(apar.runtime, CpuRuntime) else 'torch'}, {apar.runtime.kind}"
     threads = torch.get_num_threads()
-    return Plan(model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens)
+    return Plan(model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens, apar.budget)

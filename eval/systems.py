@@ -21,6 +21,7 @@ import transformers
 from transformers import CompileConfig, PreTrainedModel
 
 from medusa_apar.generate import MedusaApar
+from medusa_apar.speculation import Speculation
 
 LOOKUP_TOKENS = 10  # drafted by transformers' prompt lookup, its documentation's own choice
 BACKEND = "inductor"  # of torch.compile, its default
@@ -39,6 +40,10 @@ class Answer:
     peak_threads: int = 1
     peak_slots: int | None = None
     spans: list[list[int]] = field(default_factory=list)  # per thread: first and last step in which it got tokens
+    rows: int | None = None  # of all forests, the prompt included
+    drafted: dict[str, int] = field(default_factory=dict)  # nodes by who proposed them, and those that were right
+    accepted: dict[str, int] = field(default_factory=dict)
+    undrafted_steps: int = 0  # in which the heads were not asked, since they did not pay
 
 
 class Clock:
@@ -93,7 +98,23 @@ NAMES = {
     "ours-ar": "our decoder without threads and heads",
     "threads": "our decoder with threads",
     "heads": "our decoder with heads",
-    "ours": "our decoder with threads and heads",
+    "ours": "our decoder with threads and heads, and all else that it guesses ahead",
+    "siblings": "our decoder with threads that guess without heads, from what has been said",
+}
+# Parts of `ours`, to see what each brings; all with threads and the same heads.
+SPECULATIONS = {
+    "static": Speculation.even(),
+    "budget": Speculation(worths=False, siblings=False, forks=False),
+    "budget+worths": Speculation(siblings=False, forks=False),
+    "budget+forks": Speculation(worths=False, siblings=False),
+    "budget+siblings": Speculation(worths=False, forks=False),
+}
+NAMES |= {
+    "static": "the same draft tree below every thread, as many nodes as pay",
+    "budget": "one budget for the whole forest, of the heads' guesses alone",
+    "budget+worths": "the same, nodes of threads that the answer does not wait for earning half",
+    "budget+forks": "the same, with [Child] below every drafted [Fork]",
+    "budget+siblings": "the same, with what has been said as guesses besides",
 }
 
 
@@ -104,7 +125,8 @@ def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
     """
     if name not in NAMES:
         raise ValueError(f"system {name!r} is none of {', '.join(NAMES)}")
-    threads, heads = name in ("threads", "ours"), name in ("heads", "ours")
+    parts = name in SPECULATIONS
+    threads, heads = parts or name in ("threads", "siblings", "ours"), parts or name in ("heads", "ours")
     if threads and apar.control_token_ids is None:
         raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
     if heads and apar.heads is None:
@@ -117,6 +139,10 @@ def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
         software = f"transformers {transformers.__version__}"
         return System(name, NAMES[name], apar, partial(_transformers, apar, model, more), weights, software)
     ours = apar if heads else apar.without_heads()
+    if parts:
+        ours = ours.speculating(SPECULATIONS[name])
+    elif name == "siblings":
+        ours = ours.speculating(Speculation())
     answer = partial(_ours, ours, threads)
     return System(name, NAMES[name], ours, answer, apar.runtime.kind)
 
@@ -138,6 +164,10 @@ def _ours(apar: MedusaApar, fork: bool, inputs: dict[str, torch.Tensor], limit: 
         peak_threads=stats.peak_threads,
         peak_slots=stats.peak_slots,
         spans=[spans.spans.get(thread.index, []) for thread in tree.threads],
+        rows=stats.forward_tokens,
+        drafted=dict(stats.drafted),
+        accepted=dict(stats.accepted),
+        undrafted_steps=stats.undrafted_steps,
     )
 
 

@@ -162,8 +162,11 @@ class DraftHeads(nn.Module):
         """
         raise NotImplementedError
 
-    def drafter(self) -> Drafter:
-        """What proposes in one generate call as these heads do; a weight that is changed shows in the next call."""
+    def drafter(self, least: float = 0.0) -> Drafter:
+        """What proposes in one generate call as these heads do; a weight that is changed shows in the next call.
+
+        least: what hangs below nodes of less chance need not be looked for; it comes with log-probability -inf.
+        """
         return self
 
     @classmethod

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.cpu.drafting import CompiledHydra, compilable
+from medusa_apar.cpu.drafting import CompiledHydra, Pruned, compilable
 from medusa_apar.draft_tree import DraftTree
 
 from . import checkpoints
@@ -156,8 +156,11 @@ class HydraHeads(DraftHeads):
             self._in_code = key, made
         return self._in_code[1]
 
-    def drafter(self) -> Drafter:
-        return self._compiled() or self
+    def drafter(self, least: float = 0.0) -> Drafter:
+        compiled = self._compiled()
+        if compiled is None:
+            return self
+        return Pruned(compiled, least) if least > 0 else compiled
 
     @torch.inference_mode()
     def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:

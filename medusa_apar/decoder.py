@@ -60,7 +60,8 @@ class Decoder:
         """Steps until every request is done; yields after each step, with `requests` and `stats` up to date."""
         with self.runtime.running():
             # Looked up once: what it is made of is asked of every weight, 0.15 ms.
-            self.drafter = self.heads.drafter() if isinstance(self.heads, DraftHeads) else self.heads
+            least = self.scheduler.budget.least_chance
+            self.drafter = self.heads.drafter(least) if isinstance(self.heads, DraftHeads) else self.heads
             self.drafter_weights = self.heads.weights_key() if isinstance(self.heads, DraftHeads) else None
             while any(not request.done for request in self.requests):
                 self.step()

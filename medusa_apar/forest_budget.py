@@ -13,6 +13,8 @@ from .proposals import Proposal
 from .step_cost import StepCost
 
 LEAST_GAIN = 0.01  # tokens: no node is worth less
+# A node under this chance costs more than it brings wherever its row takes a twentieth of what a token takes: on a CPU.
+LEAST_PAYING = 0.05
 _MEMORY = 0.98  # of the running means: half of them are the last 35 steps
 _PATIENCE = 32  # steps without the heads, before they are asked again
 _ABREAST = 8  # tokens that tell two threads' progress apart
@@ -56,7 +58,7 @@ class ForestBudget:
             self._account(len(proposals), 0.0, 0, requests)
             return [_NONE] * len(proposals)
         gains = np.concatenate(
-            [self._gains(*pair) for pair in zip(proposals, worths, strict=True) if pair[0] is not None]
+            [self._gains(p, worth) for p, worth in zip(proposals, worths, strict=True) if p is not None]
         )
         order = np.argsort(-gains, kind="stable")[:room]
         order = order[gains[order] > LEAST_GAIN]
@@ -69,6 +71,11 @@ class ForestBudget:
             found.append(np.flatnonzero(kept[start : start + size]) if size else _NONE)
             start += size
         return found
+
+    @property
+    def least_chance(self) -> float:
+        """Nodes of less chance are never kept."""
+        return LEAST_GAIN if self.cost is None else LEAST_PAYING
 
     def nodes(self, roots: int, drafting: int, room: int) -> int:
         """Most candidates of each thread that drafts among so many roots: twice an even share, since shares differ."""
@@ -149,6 +156,8 @@ class EvenBudget:
 
     def heads_pay(self) -> bool:
         return True
+
+    least_chance = 0.0
 
 
 def worths(threads: Sequence[Thread]) -> np.ndarray:

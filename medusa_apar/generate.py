@@ -87,6 +87,12 @@ class MedusaApar:
         bare.heads, bare.draft_tree, bare.speculation = None, DraftTree([]), None
         return bare
 
+    def speculating(self, speculation: Speculation) -> MedusaApar:
+        """The same model and heads, weights laid out once for both, that guesses ahead otherwise."""
+        other = copy.copy(self)
+        other.speculation = speculation
+        return other
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,

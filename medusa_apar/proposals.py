@@ -133,7 +133,8 @@ class Proposer:
             )
         tokens, claimed = proposal.tokens.tolist(), proposal.chances
         chances = claimed.copy()
-        chain, others, added, parent_of = [], [], [], []
+        chain, others, parent_of = [], [], []
+        added: list[tuple[int, float]] = []
         node: int | None = -1  # of the heads' tree; None once the chain has left it
         chance, last = 1.0, -1
         for ahead, token in enumerate(recall.tokens):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class StepTimer:
 
     def __init__(self, model: PreTrainedModel, runtime: Runtime, taps: tuple[int, ...], slots: int = SLOTS) -> None:
         self._runtime, self._device, self._taps = runtime, model.device, taps
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,index]
+        vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
         self._trunk = ParagraphTree([number % int(vocabulary) for number in range(slots + 1)]).trunk
         self._ledger = SlotLedger(runtime.pool(None))
         self.slots = slots
@@ -134,8 +135,8 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTre
     def curve(kind: str) -> tuple[tuple[float, float], ...]:
         found = [(size, 1e3 * seconds) for (name, size), seconds in least.items() if name == kind]
         # More is never cheaper: where it was, something else ran.
-        highest = np.maximum.accumulate([cost for _, cost in found]) if found else []
-        return tuple((size, round(float(cost), 4)) for (size, _), cost in zip(found, highest, strict=True))
+        highest = itertools.accumulate((cost for _, cost in found), max)
+        return tuple((size, round(cost, 4)) for (size, _), cost in zip(found, highest, strict=True))
 
     return StepCost(curve("rows"), curve("drafts"))
 
@@ -165,7 +166,7 @@ def known_cost(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: Draft
 
 def _kept(path: Path, model: PreTrainedModel, heads: Any, tree: DraftTree, how: tuple) -> StepCost | None:
     entry = _read(path).get(_key(model, heads, tree, how))
-    return entry and StepCost(*(tuple(map(tuple, entry[name])) for name in ("curve", "drafts")))
+    return entry and StepCost(tuple(map(tuple, entry["curve"])), tuple(map(tuple, entry["drafts"])))
 
 
 def _keep(path: Path, key: str, cost: StepCost) -> None:

@@ -17,7 +17,17 @@ from medusa_apar.proposals import Calibration, Proposal, Proposer, Trust
 from medusa_apar.sibling_memory import LONGEST, MOST_RECALLED, SHORTEST, Recall, SiblingMemory
 from medusa_apar.speculation import Speculation
 from medusa_apar.step_cost import StepCost
-from tests.tiny import CHILD, CONTROL, FORK, VOCAB, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
+from tests.tiny import (
+    CHILD,
+    CONTROL,
+    FORK,
+    VOCAB,
+    RecallHeads,
+    assert_threads_are_plain,
+    forking_model,
+    prompts,
+    tiny_model,
+)
 
 POLICIES = {
     "all": Speculation(),

@@ -4,6 +4,9 @@
   hf-compiled  the same with a static cache and torch.compile (needs a C++ compiler; compiling takes a minute or more)
   ours-ar   our decoder without threads and heads                     threads  heads  ours (both)
 
+  static    Medusa's draft trees, one for all threads            siblings  threads that guess without heads
+  budget  budget+worths  budget+forks  budget+siblings: parts of `ours`, to see what each brings
+
 Other engines take part when they are named, each in an environment of its own under the cache folder, made the first
 time (from PyPI; llama.cpp is compiled):
 
@@ -59,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--quantize", choices=("int8",), help="round the weights of our own systems (others keep theirs)")
     add("--runtime", choices=("auto", "torch", "cpu"), default="auto", help="of our systems (default: %(default)s)")
+    add("--budget", type=number(int, 1), metavar="N", help="rows of every forest of ours (default: what pays)")
     add("--threads", type=number(int, 1), metavar="N", help="CPU threads for torch")
     add("--check", action="store_true", help="prove the answers exact afterwards")
     add("--profile", action="store_true", help="say where a step's time goes, and what a step costs by its rows")
@@ -104,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     heads = None if args.heads == "none" else args.heads
-    apar = load(args.model, heads=heads, dtype=args.dtype, quantize=args.quantize, runtime=args.runtime)
+    options = {"quantize": args.quantize, "runtime": args.runtime, "budget": args.budget}
+    apar = load(args.model, heads=heads, dtype=args.dtype, **options)
     longest = max(len(encode(apar.tokenizer, p.text)["input_ids"][0]) for p in asked) + args.max_new_tokens
     if longest > peers.CONTEXT and set(args.systems) & set(peers.PEERS):
         raise ValueError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,8 +47,11 @@ class CompiledHydra:
         )
         self._trees: weakref.WeakKeyDictionary[DraftTree, tuple[Any, list[np.ndarray]]] = weakref.WeakKeyDictionary()
 
-    def propose(self, states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        """As `DraftHeads.propose`."""
+    def propose(
+        self, states: Tensor, root_ids: Tensor, tree: DraftTree, least: float = -math.inf
+    ) -> tuple[Tensor, Tensor]:
+        """As `DraftHeads.propose`; below nodes whose path has a log-probability under `least` nothing is looked for:
+        the token is -1, its log-probability -inf."""
         states, root_ids = states.float().contiguous(), root_ids.contiguous()
         assert states.shape == (len(root_ids), self._inputs) and root_ids.dtype == torch.int64
         if tree not in self._trees:
@@ -55,9 +60,20 @@ class CompiledHydra:
         log_probs = torch.empty(len(root_ids), len(tree))
         library.library().mapar_hydra(
             *(self._struct, self._trees[tree][0], states.data_ptr(), root_ids.data_ptr(), len(root_ids)),
-            *(token_ids.data_ptr(), log_probs.data_ptr(), torch.get_num_threads()),
+            *(least, token_ids.data_ptr(), log_probs.data_ptr(), torch.get_num_threads()),
         )
         return token_ids, log_probs
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A drafter that does not look below what is less likely than `chance`."""
+
+    drafter: CompiledHydra
+    chance: float
+
+    def propose(self, states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
+        return self.drafter.propose(states, root_ids, tree, math.log(self.chance))
 
 
 def compilable(heads: Any) -> bool:

@@ -29,15 +29,17 @@ struct Tree {
     const int32_t* inner;                      // places in their level of nodes that have children
 };
 
-// What the threads of one draft share.
+// What the threads of one draft share. A level's rows are the nodes whose children are looked for.
 struct Draft {
     const Hydra& h;
     const Tree& tree;
-    int roots, most;  // most rows of a level
+    int roots, most, rows;  // most rows of a level, and those of this one
     std::vector<float> sums, next, x, y, act, scales, best;
+    std::vector<float> reach, reach_next;  // [rows], log-probability of the path down to each
+    std::vector<int> row, row_next, from;  // [roots][parents]: each parent's row, -1 where it is too unlikely; [rows]
     std::vector<int64_t> drafted, drafted_next, found;
 
-    Draft(const Hydra& h, const Tree& tree, int roots) : h(h), tree(tree), roots(roots) {
+    Draft(const Hydra& h, const Tree& tree, int roots) : h(h), tree(tree), roots(roots), rows(roots) {
         int parents = 1, ranks = 1;
         for (int l = 0; l < tree.levels; l++) {
             parents = std::max(parents, tree.inner_sizes[l]);
@@ -50,6 +52,8 @@ struct Draft {
         act.resize(most * (size_t)(std::max(h.inputs, h.hidden) + GROUP_INPUTS)), scales.resize(most);
         best.resize((size_t)most * ranks), found.resize((size_t)most * ranks);
         drafted.resize(most), drafted_next.resize(most);
+        reach.resize(most), reach_next.resize(most), row.resize(most), row_next.resize(most), from.resize(most);
+        for (int t = 0; t < roots; t++) row[t] = t;
     }
 };
 
@@ -122,31 +126,45 @@ inline void propose_level(Draft& d, int level, int rows, Barrier& barrier) {
     barrier.wait();
 }
 
-// Gives the level's nodes their tokens and readies the rows of the next.
-inline void descend(Draft& d, int level, int parents, int first, int first_inner, int64_t* ids, float* log_probs,
-                    Barrier& barrier) {
+// Gives the level's nodes their tokens and readies the rows of the next. Below a node that is less likely than `least`
+// nothing is looked for: token -1, of no probability.
+inline void descend(Draft& d, int level, int parents, int first, int first_inner, float least, int64_t* ids,
+                    float* log_probs, Barrier& barrier) {
     const Tree& tree = d.tree;
     const int width = d.h.heads * d.h.hidden, count = tree.top[level], inner = tree.inner_sizes[level];
     const Share mine = share(d.roots);
     for (int t = mine.first; t < mine.last; t++) {
         for (int n = first; n < first + tree.sizes[level]; n++) {
-            const size_t at = ((size_t)t * parents + tree.parent[n]) * count + tree.rank[n];
-            const int64_t token = d.found[at];
-            ids[(size_t)t * tree.nodes + tree.node[n]] = d.h.token_map ? d.h.token_map[token] : token;
-            log_probs[(size_t)t * tree.nodes + tree.node[n]] = d.best[at];
-        }
-        for (int i = 0; i < inner; i++) {
-            const int n = first + tree.inner[first_inner + i];
-            d.drafted_next[(size_t)t * inner + i] = ids[(size_t)t * tree.nodes + tree.node[n]];
-            std::memcpy(d.next.data() + ((size_t)t * inner + i) * width,
-                        d.sums.data() + ((size_t)t * parents + tree.parent[n]) * width, sizeof(float) * width);
+            const int row = d.row[t * parents + tree.parent[n]];
+            const size_t at = (size_t)std::max(row, 0) * count + tree.rank[n];
+            const int64_t token = row < 0 ? -1 : d.found[at];
+            ids[(size_t)t * tree.nodes + tree.node[n]] = d.h.token_map && row >= 0 ? d.h.token_map[token] : token;
+            log_probs[(size_t)t * tree.nodes + tree.node[n]] = row < 0 ? -INFINITY : d.best[at];
         }
     }
+    barrier.wait();
+    if (!omp_get_thread_num()) {
+        d.rows = 0;
+        for (int t = 0; t < d.roots; t++)
+            for (int i = 0; i < inner; i++) {
+                const int n = first + tree.inner[first_inner + i], parent = d.row[t * parents + tree.parent[n]];
+                const size_t node = (size_t)t * tree.nodes + tree.node[n];
+                const float reach = parent < 0 ? -INFINITY : d.reach[parent] + log_probs[node];
+                const bool likely = parent >= 0 && reach >= least;
+                d.row_next[t * inner + i] = likely ? d.rows : -1;
+                if (!likely) continue;
+                d.from[d.rows] = parent, d.reach_next[d.rows] = reach, d.drafted_next[d.rows++] = ids[node];
+            }
+    }
+    barrier.wait();
+    const Share rows = share(d.rows);
+    for (int r = rows.first; r < rows.last; r++)
+        std::memcpy(d.next.data() + (size_t)r * width, d.sums.data() + (size_t)d.from[r] * width, sizeof(float) * width);
     barrier.wait();
 }
 
 inline void propose(const Hydra& h, const Tree& tree, const float* states, const int64_t* roots, int count,
-                    int64_t* ids, float* log_probs, int threads) {
+                    float least, int64_t* ids, float* log_probs, int threads) {
     Draft d(h, tree, count);
     std::copy(roots, roots + count, d.drafted.begin());
     Barrier barrier;
@@ -156,13 +174,15 @@ inline void propose(const Hydra& h, const Tree& tree, const float* states, const
         product(d, first_outputs(h.states, used), states, h.inputs, h.inputs, count, d.sums.data(), width, used, barrier);
         int parents = 1, first = 0, first_inner = 0;
         for (int level = 0; level < tree.levels; level++) {
-            propose_level(d, level, count * parents, barrier);
-            descend(d, level, parents, first, first_inner, ids, log_probs, barrier);
+            if (d.rows) propose_level(d, level, d.rows, barrier);
+            descend(d, level, parents, first, first_inner, least, ids, log_probs, barrier);
             first += tree.sizes[level];
             first_inner += parents = tree.inner_sizes[level];
             if (!omp_get_thread_num()) {
                 d.sums.swap(d.next);
                 d.drafted.swap(d.drafted_next);
+                d.reach.swap(d.reach_next);
+                d.row.swap(d.row_next);
             }
             barrier.wait();
         }

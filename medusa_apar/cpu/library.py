@@ -112,7 +112,7 @@ def _open(path: Path) -> ctypes.CDLL:
     opened.mapar_linear.restype = None
     opened.mapar_hydra.argtypes = (
         *(POINTER(Hydra), POINTER(Tree), c_void_p, c_void_p, c_int),
-        *(c_void_p, c_void_p, c_int),
+        *(c_float, c_void_p, c_void_p, c_int),
     )
     opened.mapar_hydra.restype = None
     opened.mapar_top.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)

@@ -293,7 +293,7 @@ EXPORTED void mapar_top(const float* x, int rows, int width, int count, int64_t*
 
 // Tokens and their log-probabilities for the nodes of `tree` below each of `roots`: ids and log_probs [roots][nodes].
 EXPORTED void mapar_hydra(const Hydra* heads, const Tree* tree, const float* states, const int64_t* roots, int count,
-                          int64_t* ids, float* log_probs, int threads) {
-    propose(*heads, *tree, states, roots, count, ids, log_probs, threads);
+                          float least, int64_t* ids, float* log_probs, int threads) {
+    propose(*heads, *tree, states, roots, count, least, ids, log_probs, threads);
 }
 }

@@ -84,3 +84,33 @@ def test_heads_that_change_are_packed_anew_and_attach_says_how():
         assert heads.drafter() is not before
     (ids, _), (compiled_ids, _) = both(heads, [5], tree)
     assert torch.equal(compiled_ids, ids)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.booleans(),
+    st.integers(1, len(CHOICES)),
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5),
+    st.floats(0.0005, 0.9),
+    st.sampled_from([1, 2]),
+)
+def test_below_what_is_too_unlikely_nothing_is_looked_for(mapped, nodes, roots, least, threads):
+    heads, tree = heads_of("hydra", mapped=mapped), DraftTree(CHOICES[:nodes])
+    hidden = torch.randn(len(roots), heads.input_size, generator=torch.Generator().manual_seed(nodes))
+    heads.packing = "float32"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            ids, log_probs = heads.propose(hidden, torch.tensor(roots), tree)
+            pruned_ids, pruned = heads.drafter(least).propose(hidden, torch.tensor(roots), tree)
+    finally:
+        torch.set_num_threads(before)
+    reach = torch.zeros(len(roots), len(tree))
+    for node, parent in enumerate(tree.parents.tolist()):
+        above = reach[:, parent] if parent >= 0 else torch.zeros(len(roots))
+        reach[:, node] = above + log_probs[:, node]
+        looked_for = above.exp() >= least if parent >= 0 else torch.ones(len(roots), dtype=torch.bool)
+        assert torch.equal(pruned_ids[looked_for, node], ids[looked_for, node])
+        assert torch.equal(pruned[looked_for, node], log_probs[looked_for, node])
+        assert (pruned_ids[~looked_for, node] == -1).all() and (pruned[~looked_for, node] == -torch.inf).all()
