@@ -33,13 +33,13 @@ def test_phases_make_up_the_whole_and_the_compiled_code_splits_its_own(apar):
 
 def test_the_curve_gives_every_slot_back(apar, monkeypatch):
     pools = []
-    forward = type(apar.runtime).forward
+    step = type(apar.runtime).step
 
-    def watched(self, forest, pool, taps=()):
+    def watched(self, forest, pool, taps, choice):
         pools.append(pool)
-        return forward(self, forest, pool, taps)
+        return step(self, forest, pool, taps, choice)
 
-    monkeypatch.setattr(type(apar.runtime), "forward", watched)
+    monkeypatch.setattr(type(apar.runtime), "step", watched)
     profile.curve(apar, rows=(1, 6), slots=20)
     assert len(set(map(id, pools))) == 1 and pools[0].in_use == 20
 
