@@ -93,7 +93,7 @@ class Decoder:
             guesses = self._draft(threads, verdicts, hidden)
         for index, thread in enumerate(threads):
             self.guesses.pop(thread, None)
-            if guesses is not None and thread.live:
+            if guesses is not None and thread.live and not thread.awaits_insertion:
                 self.guesses[thread] = guesses[index]
         clock.lap("draft")
         self._count(forest)
@@ -105,7 +105,7 @@ class Decoder:
 
     def _draft(self, threads: list[Thread], verdicts: list[Verdict], hidden: torch.Tensor) -> list[list[int]] | None:
         """The heads look on from where each live thread's last token was chosen; empty for the others."""
-        live = [index for index, thread in enumerate(threads) if thread.live]
+        live = [index for index, thread in enumerate(threads) if thread.live and not thread.awaits_insertion]
         if self.drafter is None or not live:
             return None
         running = [request for request in self.requests if not request.done]
@@ -128,10 +128,11 @@ class Decoder:
         return Drafting(self.drafter, tree, self.drafter_weights) if len(tree) else None
 
     def _keep_scores(self, thread: Thread, verdict: Verdict, gained: int) -> None:
-        if verdict.scores:
-            self.scores.setdefault(thread, []).extend(verdict.scores[:gained])
-        if verdict.logits:
-            self.logits.setdefault(thread, []).extend(verdict.logits[:gained])
+        for kept, new in ((self.scores, verdict.scores), (self.logits, verdict.logits)):
+            if new and gained:
+                own = kept.setdefault(thread, [])
+                own += new[:gained]
+                own += [_forced(token, own[-1]) for token in thread.token_ids[len(own) :]]
 
     def _count(self, forest: Forest) -> None:
         stats = self.stats
@@ -141,6 +142,13 @@ class Decoder:
         stats.forks = sum(len(request.tree.threads) - 1 for request in self.requests)
         stats.peak_threads = max(stats.peak_threads, len(forest.verified))
         stats.peak_slots = self.scheduler.ledger.pool.peak
+
+
+def _forced(token: int, like: torch.Tensor) -> torch.Tensor:
+    """Scores of an inserted token, as transformers writes those of forced ones: nothing else was possible."""
+    scores = torch.full_like(like, -torch.inf)
+    scores[token] = 0
+    return scores
 
 
 class Laps:

@@ -1,11 +1,12 @@
-"""Accepts tokens, spawns a child at every `[Fork]`, ends threads and gives their slots back."""
+"""Accepts tokens, spawns a child wherever the fork policy says, ends threads and gives their slots back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .forest import Stem
-from .paragraph_tree import ParagraphTree, Thread
+from .fork_policy import ControlTokenForks, NoForks, Turn
+from .paragraph_tree import Fork, ParagraphTree, Thread
 from .request import Request, thread_key
 from .slot_ledger import SlotLedger
 from .verdict import Verdict
@@ -17,31 +18,31 @@ class ForkManager:
 
     ledger: SlotLedger
     context_length: int | None
+    policy: NoForks = field(default_factory=ControlTokenForks)
 
     def commit(self, tree: ParagraphTree, stem: Stem, verdict: Verdict) -> int:
-        """Appends the verdict's tokens up to an end token, books the accepted nodes' slots, frees the rejected ones.
+        """Appends the verdict's tokens up to an end token or an insertion of the fork policy, behind which the model
+        has yet to be asked; books the accepted nodes' slots, frees the rejected ones.
 
-        Returns how many tokens the thread gained.
+        Returns how many of the verdict's tokens the thread gained: none where it was cancelled within the step.
         """
         thread = stem.thread
         gained = 0
-        for token in verdict.tokens:
+        for token in verdict.tokens if thread.live else ():
             thread.tokens.append(token)
             gained += 1
-            if token in tree.eos_ids:
-                thread.finish_reason = "stop"
-            elif token == tree.fork_id:
-                self._spawn(tree, thread)
+            self._follow(tree, thread, token)
             if thread.live and self._at_context_end(thread):
                 thread.finish_reason = "length"
-            if thread.ended:
+            if thread.ended or thread.awaits_insertion:
                 break
         assert stem.slots is not None
         drafted = stem.slots[len(stem.pending) :].tolist()
         kept = [drafted[node] for node in verdict.nodes[:gained]]
         self.ledger.book(thread, kept)
         self.ledger.pool.release(set(drafted) - set(kept))
-        if thread.ended:
+        if thread.ended and gained:
+            thread.ends_line = self.policy.ends_line(thread)
             self.ledger.settle(thread)
         return gained
 
@@ -56,11 +57,29 @@ class ForkManager:
             if thread.live:
                 self.cancel(thread, "length" if len(request.text) >= request.max_new_tokens else "cancelled")
 
-    def _spawn(self, tree: ParagraphTree, parent: Thread) -> None:
+    def _follow(self, tree: ParagraphTree, thread: Thread, token: int) -> None:
+        """What a thread's new token brings about."""
+        turn = None if thread.parent is None or thread.takes_over else self.policy.turn(tree, thread)
+        if token in tree.eos_ids or turn is Turn.BACK:
+            thread.finish_reason = "stop"
+        elif (fork := self.policy.fork(tree, thread)) is not None:
+            self._spawn(tree, thread, fork)
+        if turn is Turn.OVER:
+            self._take_over(tree, thread)
+
+    def _spawn(self, tree: ParagraphTree, parent: Thread, fork: Fork) -> None:
         fork_index = len(parent.tokens) - 1
-        child = tree.fork(parent, fork_index, thread_key(parent.key, fork_index))
+        child = tree.fork(parent, fork_index, thread_key(parent.key, fork_index), fork)
         if self._at_context_end(child):
             child.finish_reason = "length"
+        room = len(fork.parent) if self.context_length is None else max(self.context_length - parent.end, 0)
+        tree.insert(parent, fork.parent[:room])
+
+    def _take_over(self, tree: ParagraphTree, child: Thread) -> None:
+        child.takes_over = True
+        for thread in tree.beyond(child):
+            if thread.live:
+                self.cancel(thread)
 
     def _at_context_end(self, thread: Thread) -> bool:
         return self.context_length is not None and thread.end >= self.context_length

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrained
 from .choice import Choice, Drafting
 from .control_tokens import ControlTokens
 from .forest import Forest, Stem
+from .fork_policy import ForkIf, fork_point
 from .request import Request
 from .triton_kernels.reference import Verified, sample
 from .verdict import Verdict
@@ -60,6 +61,7 @@ class Verifier:
     max_depth: int
     processors: LogitsProcessorList
     seed: int | None  # None: greedy
+    fork_if: ForkIf | None = None  # asked wherever the model would choose `[Fork]`; where it says no, that is banned
     keep_scores: bool = False
     keep_logits: bool = False
     argmax: Callable[[torch.Tensor], torch.Tensor] = partial(torch.argmax, dim=-1)  # of logits [M, vocab]
@@ -69,7 +71,7 @@ class Verifier:
     def choice(self, forest: Forest, depth: int, drafting: Drafting | None) -> Choice | None:
         """Verification in one launch, and drafting behind it; None where a path's tokens change its logits, or scores
         have to be kept. depth: most draft nodes that a thread can accept."""
-        by_path = any(type(processor) not in _PATH_FREE for processor in self.processors)
+        by_path = self.fork_if is not None or any(type(processor) not in _PATH_FREE for processor in self.processors)
         if self.in_one_launch is None or by_path or self.keep_scores or self.keep_logits:
             return None
 
@@ -85,7 +87,7 @@ class Verifier:
         """`logits` [M, vocab] of the forest's verified rows; a verdict per verified stem, in order."""
         raw = logits.float() if self.keep_logits else None
         logits = self._ban(forest, logits.clone() if self.keep_logits else logits)
-        per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores
+        per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores or self.fork_if is not None
         targets = None if per_path else self.argmax(logits).tolist()
         verdicts, first = [], 0
         for stem in forest.verified:
@@ -98,10 +100,9 @@ class Verifier:
                 if targets is not None:
                     token = targets[verdict.row]
                 else:
-                    scores = self._process(path + verdict.tokens, logits[verdict.row], requests[stem])
+                    scores, token = self._scored(path, verdict, logits, stem, requests[stem])
                     if self.keep_scores:
                         verdict.scores.append(scores.clone())  # not a view that keeps the whole forest's logits
-                    token = self._choose(scores, stem, len(verdict.tokens))
                 if raw is not None:
                     verdict.logits.append(raw[verdict.row].clone())
                 verdict.tokens.append(token)
@@ -150,6 +151,22 @@ class Verifier:
                 shown = processor(ids.expand(rows, -1), scores.repeat(rows, 1))
                 scores = shown[request.row, None]
         return scores[0]
+
+    def _scored(
+        self, path: list[int], verdict: Verdict, logits: torch.Tensor, stem: Stem, request: Request
+    ) -> tuple[torch.Tensor, int]:
+        """Processed scores of the verdict's row, and the token they choose."""
+        row, ahead = logits[verdict.row], verdict.tokens
+        scores = self._process(path + ahead, row, request)
+        token = self._choose(scores, stem, len(ahead))
+        asked = self.fork_if is not None and self.control is not None and token == self.control.fork_id
+        if not asked or not request.tree.eos_ids.isdisjoint(ahead):  # behind an end token nothing counts
+            return scores, token
+        if not self.fork_if(fork_point(stem.thread, ahead, ahead.count(token))):
+            row[token] = -math.inf
+            scores = self._process(path + ahead, row, request)
+            token = self._choose(scores, stem, len(ahead))
+        return scores, token
 
     def _choose(self, scores: torch.Tensor, stem: Stem, ahead: int) -> int:
         if self.seed is None:
