@@ -74,6 +74,8 @@ class ForkManager:
             child.finish_reason = "length"
         room = len(fork.parent) if self.context_length is None else max(self.context_length - parent.end, 0)
         tree.insert(parent, fork.parent[:room])
+        if fork.takes_over:
+            self._take_over(tree, child)
 
     def _take_over(self, tree: ParagraphTree, child: Thread) -> None:
         child.takes_over = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from .list_items import ListItem, begins_item, indentation, item_to_fork
+from .list_items import ListItem, begins_item, forking_item, indentation
 from .paragraph_tree import Fork, ParagraphTree, Thread
 
 FORKS = ("auto", "off", "lists")
@@ -75,10 +75,14 @@ class ControlTokenForks(NoForks):
 class ListForks(NoForks):
     """Forks the trunk at list items by rule, without control tokens or training.
 
-    Where the trunk has finished the title of an item, from the second of its list on, a child goes on behind it and
-    writes the item, and the trunk is made to write the line break and the next item's marker. A child whose next line
-    begins the next item ends there. A child that writes anything else there, or ends its answer, knows better than the
-    trunk that the list is over: it takes over, and what the trunk has listed beyond it is dropped.
+    Where the trunk has finished the title of an item, from the second of its list on, a child writes the item, and the
+    trunk is made to write the line break and the next item's marker. The child's path is the text up to the end of the
+    list's first item, then its own item's marker and title: behind titles without details, models write titles without
+    details.
+
+    A child whose next line begins the next item ends there. A child that writes anything else there, or ends its
+    answer, says that the list is over: it takes over, and what the trunk has listed beyond it is dropped. Where the
+    trunk repeats a title it has run dry, and that item's child takes over at once.
 
     All of it is read off a thread's own text, at token boundaries: a token that holds a title's end and a line break is
     still the title's end. A thread's chosen tokens are what the model writes behind its path, inserted ones included.
@@ -93,15 +97,19 @@ class ListForks(NoForks):
     def fork(self, tree: ParagraphTree, thread: Thread) -> Fork | None:
         if thread.parent is not None or not self._text(thread.tokens[-1]).rstrip().endswith((":", "*", "-", "–", "—")):
             return None
-        found = item_to_fork(self._joined(thread.token_ids))
-        if found is None or (self.fork_if is not None and not self.fork_if(fork_point(thread))):
+        found = forking_item(self._joined(thread.token_ids))
+        if found is None:
             return None
-        item, line_breaks = found
-        breaks = "\n" * line_breaks
+        second, own = (self._token_at(thread, place) for place in (found.second, found.begin))
+        if second is None or own is None or (self.fork_if is not None and not self.fork_if(fork_point(thread))):
+            return None
+        child = tuple(thread.tokens[own:])
+        if found.repeated:
+            return Fork(child, second, takes_over=True)
+        breaks = "\n" * found.line_breaks
         line_break = self._encode(breaks, "")
-        return Fork(
-            repeated=1, parent=(*line_break, *self._encode(item.next_marker, breaks)), line_break=len(line_break)
-        )
+        parent = (*line_break, *self._encode(found.item.next_marker, breaks))
+        return Fork(child, second, parent, len(line_break))
 
     def turn(self, tree: ParagraphTree, thread: Thread) -> Turn | None:
         if thread.tokens[-1] in tree.eos_ids:
@@ -112,7 +120,8 @@ class ListForks(NoForks):
         space, index = self._space_before_last(thread)
         if "\n" not in space:
             return None
-        item = self._item(thread)
+        item = ListItem.of(self._joined(thread.tokens[: thread.num_forced]))
+        assert item is not None
         if indentation(space.rsplit("\n", 1)[1]) > item.indent or item.holds(begun):
             return None
         if index < thread.num_forced and not begins_item(begun):
@@ -140,13 +149,13 @@ class ListForks(NoForks):
                 break
         return space, index
 
-    def _item(self, child: Thread) -> ListItem:
-        """The item whose title the child hangs behind."""
-        assert child.parent is not None
-        own = child.parent.tokens[child.parent.num_forced : child.fork_index + 1]
-        item = ListItem.of(self._joined(own).rstrip().rsplit("\n", 1)[-1])
-        assert item is not None
-        return item
+    def _token_at(self, thread: Thread, place: int) -> int | None:
+        """The token that begins at a place in a thread's own text; None if the place lies within one."""
+        for index in range(thread.num_forced, len(thread.tokens)):
+            if place <= 0:
+                break
+            place -= len(self._text(thread.tokens[index]))
+        return index if place == 0 else None
 
     def _joined(self, token_ids: list[int]) -> str:
         return "".join(map(self._text, token_ids))

@@ -146,8 +146,8 @@ class MedusaApar:
 
         fork: where answers split. "auto" (or True): where the model emits `[Fork]`. "off" (or False): nowhere. "lists":
             by rule, at titled items of lists that the model writes by itself; for any chat model, untuned, and needs
-            the tokenizer. Such a model has never seen items without their siblings' details: expect details that
-            repeat each other, and compare with "off" before you use it. `ListForks` says what the rule is.
+            the tokenizer. The model was never tuned for it: items cannot see each other, so they repeat each
+            other more, and lists grow longer; compare with "off" before you use it. `ListForks` has the rule.
         fork_if: asked with a `ForkPoint` wherever the answer is about to fork; False goes on there in one thread, as if
             the model could not fork. It must go by nothing but the `ForkPoint`.
         max_threads, max_depth: of this call, in place of those given to `attach`. Lists fork the trunk only.

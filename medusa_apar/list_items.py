@@ -56,31 +56,48 @@ class ListItem:
         return (self.indent, self.mark, self.number) == (other.indent, other.mark, number)
 
     def is_followed_by(self, begun: str) -> bool:
-        """Whether a line of this indentation, of which at least one character is known, begins the next item."""
+        """Whether a line of this indentation, of which at least one character is known, begins the next item.
+
+        Who wrote this item may not have seen those before it, so any number will do that begins no list anew.
+        """
         if self.number is None:
             return begun.startswith(self.mark) and not begun.startswith(2 * self.mark)
         marker = self.next_marker.strip()
-        return begun.startswith(marker) or marker.startswith(begun.rstrip())
+        return marker.startswith(begun[: len(marker)].rstrip()) or (begun[0].isdigit() and begun[0] != "1")
 
     def holds(self, begun: str) -> bool:
         """Whether such a line belongs to this item although it is not indented: a numbered item may hold bullets."""
         return self.number is not None and begun[0] in "-*+•" and begun[:2] not in ("**", "--")
 
 
-def item_to_fork(text: str) -> tuple[ListItem, int] | None:
-    """The item whose title ends the text, and how many line breaks stand before the items of its list.
+@dataclass(frozen=True, slots=True)
+class ForkingItem:
+    """An item that ends a text with its title.
 
-    None if it is the first of its list, which shows how the others are to be written; if another has the same title,
-    since a list that repeats itself does not find its end; or inside a code block.
+    line_breaks: how many stand before the items of its list, 1 or 2. begin: where its line begins in the text, and
+    second: that of the second item of its list. repeated: whether an item before it has the same title.
     """
+
+    item: ListItem
+    line_breaks: int
+    begin: int
+    second: int
+    repeated: bool
+
+
+def forking_item(text: str) -> ForkingItem | None:
+    """The item whose title ends the text; None if it is the first of its list, or inside a code block."""
     lines = text.rstrip().split("\n")
     item = ListItem.of(lines[-1])
     if item is None or not item.only_title or text.count("```") % 2:
         return None
+    begin = place = second = len(text.rstrip()) - len(lines[-1])
     line_breaks, between = 1, True
     titles: set[str] = set()
-    later = item
+    first = None  # the earliest item found so far, which begins at `place_of_first`
+    place_of_first = begin
     for line in reversed(lines[:-1]):
+        place -= len(line) + 1
         if not line.strip():
             line_breaks += between
             continue
@@ -88,13 +105,13 @@ def item_to_fork(text: str) -> tuple[ListItem, int] | None:
         earlier = ListItem.of(line)
         if indentation(line) > item.indent or (earlier is not None and item.holds(line.strip())):
             continue
-        if earlier is None or not later.follows(earlier):
+        if earlier is None or not (first or item).follows(earlier):
             break
         titles.add(earlier.title)
-        later = earlier
-    if not titles or item.title in titles:
+        first, second, place_of_first = earlier, place_of_first, place
+    if first is None:
         return None
-    return item, min(line_breaks, 2)
+    return ForkingItem(item, min(line_breaks, 2), begin, second, item.title in titles)
 
 
 def indentation(line: str) -> int:

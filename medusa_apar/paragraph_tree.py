@@ -14,22 +14,24 @@ from dataclasses import dataclass, field
 class Fork:
     """What one fork forces, on both sides.
 
-    child: the child's first tokens, behind the `repeated` last ones of its parent, which it is fed as its own: a thread
-        needs a token of its own to begin with, and the parent's last may not have run yet.
+    child: the child's first tokens, at least one. seen: how many of the parent's tokens stand before them on its path
+        (None: all).
     parent: tokens the parent goes on with, in place of what it would have chosen.
     line_break: how many of the latter, from the first, are only read where the child did not end with a line break.
+    takes_over: the child writes the rest of the parent's text, and the parent ends.
     """
 
-    child: tuple[int, ...] = ()
-    repeated: int = 0
+    child: tuple[int, ...]
+    seen: int | None = None
     parent: tuple[int, ...] = ()
     line_break: int = 0
+    takes_over: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Thread:
-    """One APAR stream. The trunk's forced tokens are the prompt, a child's is the single `[Child]`; a child forked by
-    rule begins with its parent's last token once more."""
+    """One APAR stream. The trunk's forced tokens are the prompt, a child's is the single `[Child]`; one that was forked
+    by rule begins with tokens of its parent."""
 
     index: int  # order of creation within the request
     parent: Thread | None
@@ -125,14 +127,13 @@ class ParagraphTree:
             assert parent.tokens[fork_index] == self.fork_id and self.child_id is not None
             fork = Fork((self.child_id,))
         assert not parent.children or parent.children[-1].fork_index < fork_index
-        seen = fork_index + 1 - fork.repeated
-        forced = [*parent.tokens[seen : fork_index + 1], *fork.child]
+        seen = fork_index + 1 if fork.seen is None else fork.seen
         child = Thread(
             index=len(self.threads),
             parent=parent,
             fork_index=fork_index,
-            tokens=forced,
-            num_forced=len(forced),
+            tokens=list(fork.child),
+            num_forced=len(fork.child),
             start=parent.start + seen,
             depth=parent.depth + 1,
             key=key,
