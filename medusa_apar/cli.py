@@ -13,8 +13,7 @@ from rich.console import Console
 
 from .commands import SUBCOMMANDS
 from .commands.arguments import number
-
-FORKS = ("auto", "off", "lists")  # as in fork_policy, which would import torch
+from .fork_policy import FORKS
 
 PROGRAM = "medusa-apar"
 

@@ -186,10 +186,10 @@ def fork_point(thread: Thread, ahead: Sequence[int] = (), forks_ahead: int = 0) 
 
 def fork_mode(fork: bool | str) -> str:
     """One of FORKS; True and False are "auto" and "off"."""
-    mode = {True: "auto", False: "off"}.get(fork, fork) if isinstance(fork, (bool, str)) else None
+    mode = ("auto" if fork else "off") if isinstance(fork, bool) else fork
     if mode not in FORKS:
         raise ValueError(f"fork is {fork!r}, must be {', '.join(map(repr, FORKS))}, True or False.")
-    return str(mode)
+    return mode
 
 
 def fork_policy(mode: str, fork_if: ForkIf | None, max_depth: int, tokenizer: Any) -> NoForks:

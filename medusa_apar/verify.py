@@ -159,8 +159,9 @@ class Verifier:
         row, ahead = logits[verdict.row], verdict.tokens
         scores = self._process(path + ahead, row, request)
         token = self._choose(scores, stem, len(ahead))
-        asked = self.fork_if is not None and self.control is not None and token == self.control.fork_id
-        if not asked or not request.tree.eos_ids.isdisjoint(ahead):  # behind an end token nothing counts
+        if self.fork_if is None or self.control is None or token != self.control.fork_id:
+            return scores, token
+        if not request.tree.eos_ids.isdisjoint(ahead):  # behind an end token nothing counts
             return scores, token
         if not self.fork_if(fork_point(stem.thread, ahead, ahead.count(token))):
             row[token] = -math.inf

@@ -4,15 +4,18 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.control_tokens import ControlTokensLogitsProcessor
-from medusa_apar.fork_policy import ListForks
+from medusa_apar.fork_policy import ListForks, NoForks, Turn
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.list_items import ListItem, forking_item
-from medusa_apar.paragraph_tree import ParagraphTree
+from medusa_apar.paragraph_tree import Fork, ParagraphTree, ReadingCursor
 from medusa_apar.triton_kernels.reference import sample, verify
+from tests import test_trees as trees
 from tests.list_writer import ID, PIECES, Pieces, list_prompts, list_writer
 from tests.tiny import CONTROL, FORK, RecallHeads, forking_model, prompts
 
@@ -114,6 +117,65 @@ def test_a_list_that_repeats_itself_has_run_dry():
 def test_what_follows_an_item(item, begun, verdict):
     item = ListItem.of(item)
     assert verdict == ("held" if item.holds(begun) else "next" if item.is_followed_by(begun) else "other")
+
+
+# Its consequences for paragraph trees, in random ones.
+
+
+class RandomRule(NoForks):
+    """Forks, ends and takes over like `ListForks`, but where the tokens happen to say so."""
+
+    def fork(self, tree, thread):
+        size = len(thread.tokens)
+        if thread.parent is not None or thread.tokens[-1] != trees.FORK:
+            return None
+        return Fork((8, 8), 1 + size // 2, (7, 6), 1) if size % 4 else Fork((8,), size // 2, takes_over=True)
+
+    def turn(self, tree, thread):
+        number = thread.tokens[-1] + len(thread.tokens)
+        return Turn.BACK if number % 5 == 0 else Turn.OVER if number % 7 == 0 else None
+
+    def ends_line(self, thread):
+        return len(thread.tokens) % 2 == 0
+
+
+def spliced(tree, thread=None) -> list[int]:
+    """The reading order as `Fork` and `Turn` define it."""
+    thread = thread or tree.trunk
+    shown, children, skip = [], {child.fork_index: child for child in thread.children}, 0
+    for index in range(thread.num_forced, len(thread.tokens)):
+        ends_child = thread.parent and not thread.takes_over and thread.finish_reason == "stop"
+        skip -= 1
+        if skip < 0 and thread.tokens[index] != trees.FORK and not (ends_child and index == len(thread.tokens) - 1):
+            shown.append(thread.tokens[index])
+        if (child := children.get(index)) is not None:
+            shown += spliced(tree, child)
+            if child.takes_over:
+                break
+            skip = child.line_break if child.live or child.ends_line else 0
+    return shown
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_reading_order_and_slots_where_a_rule_forks(data):
+    """`Script` checks after every step that each slot is booked once, to a thread that some live path needs it of."""
+    cursors, shown, before = {}, {}, {}
+
+    def after_step(forest, all_trees):
+        for tree in all_trees:
+            cursor = cursors.setdefault(tree, ReadingCursor(tree))
+            shown.setdefault(tree, []).extend(thread.tokens[index] for thread, index in cursor.advance())
+            assert spliced(tree)[: len(shown[tree])] == shown[tree]  # what was shown is never taken back
+            for thread, count in tree.live_in_reading_order():
+                assert before.get(thread, 0) <= count <= len(spliced(tree))
+                before[thread] = count
+
+    for tree in trees.Script(data, steps=10, policy=RandomRule()).run(after_step):
+        assert [thread.tokens[index] for thread, index in tree.reading_order()] == spliced(tree)
+        for child in tree.threads[1:]:
+            assert child.path_ids == [*child.parent.tokens[: child.seen], *child.tokens[: child.num_forced]]
+            assert child.start == len(child.ancestor_ids())
 
 
 # What comes of it.
