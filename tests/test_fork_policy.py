@@ -146,7 +146,7 @@ def spliced(tree, thread=None) -> list[int]:
     for index in range(thread.num_forced, len(thread.tokens)):
         ends_child = thread.parent and not thread.takes_over and thread.finish_reason == "stop"
         skip -= 1
-        if skip < 0 and thread.tokens[index] != trees.FORK and not (ends_child and index == len(thread.tokens) - 1):
+        if skip < 0 and not (ends_child and index == len(thread.tokens) - 1):
             shown.append(thread.tokens[index])
         if (child := children.get(index)) is not None:
             shown += spliced(tree, child)
@@ -171,7 +171,7 @@ def test_reading_order_and_slots_where_a_rule_forks(data):
                 assert before.get(thread, 0) <= count <= len(spliced(tree))
                 before[thread] = count
 
-    for tree in trees.Script(data, steps=10, policy=RandomRule()).run(after_step):
+    for tree in trees.Script(data, steps=10, policy=RandomRule(), fork_id=None).run(after_step):
         assert [thread.tokens[index] for thread, index in tree.reading_order()] == spliced(tree)
         for child in tree.threads[1:]:
             assert child.path_ids == [*child.parent.tokens[: child.seen], *child.tokens[: child.num_forced]]

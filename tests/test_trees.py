@@ -33,11 +33,12 @@ class Script:
     ledger: SlotLedger = field(default_factory=lambda: SlotLedger(KVPool()))
     steps: int = 6
     policy: NoForks = field(default_factory=ControlTokenForks)
+    fork_id: int | None = FORK
 
     def run(self, after_step=lambda forest, trees: None) -> list[ParagraphTree]:
         draw = self.data.draw
         lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-        trees = [ParagraphTree([9] * length, 7, {EOS}, FORK, CHILD) for length in lengths]
+        trees = [ParagraphTree([9] * length, 7, {EOS}, self.fork_id, CHILD) for length in lengths]
         manager = ForkManager(self.ledger, None, self.policy)
         for _ in range(self.steps):
             requests = [stems for tree in trees if (stems := self._stems(tree))]
