@@ -65,6 +65,13 @@ def expected_acceptance(heads: DraftHeads | None) -> list[tuple[float, ...]]:
     return [DEFAULT_ACCEPTANCE[min(head, len(DEFAULT_ACCEPTANCE) - 1)] for head in range(heads.num_heads)]
 
 
+def check_limits(**limits: int | None) -> None:
+    """None where there is no limit. max_depth may be 0: nothing forks."""
+    for name, value in limits.items():
+        if value is not None and value < (0 if name == "max_depth" else 1):
+            raise ValueError(f"{name} must be positive, got {value}.")
+
+
 def check_call(
     apar: MedusaApar, model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict
 ) -> None:
@@ -100,7 +107,8 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     return prompts
 
 
-def check_lengths(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork: bool) -> None:
+def check_lengths(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, hidden: int) -> None:
+    """hidden: most tokens of a path that are no part of the text."""
     longest, limit = max(map(len, prompts)), context_length(apar.model)
     context = getattr(apar.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest + 1
     if longest >= context:
@@ -112,9 +120,7 @@ def check_lengths(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: in
         )
     if apar.pool_slots is None:
         return
-    # A path may alternate text and [Fork], with a [Child] per level: the longest one must fit alone.
-    forks = max_new_tokens + 2 * apar.max_depth if fork and apar.control_token_ids is not None else 0
-    needed = longest + max_new_tokens + forks
+    needed = longest + max_new_tokens + hidden  # the longest path must fit alone
     if limit is not None:
         needed = min(needed, limit)
     if apar.pool_slots < needed:

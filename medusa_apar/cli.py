@@ -13,6 +13,7 @@ from rich.console import Console
 
 from .commands import SUBCOMMANDS
 from .commands.arguments import number
+from .fork_policy import FORKS
 
 PROGRAM = "medusa-apar"
 
@@ -43,7 +44,14 @@ def parser() -> Parser:
         add("--temperature", type=number(float, 0, open_low=True), metavar="T", help="of sampling; implies --sample")
         add("--top-p", type=number(float, 0, 1, open_low=True), metavar="P", help="of sampling; implies --sample")
         add("--seed", type=number(int, 0), default=0, metavar="N", help="of sampling (default: %(default)s)")
-        add("--no-fork", dest="fork", action="store_false", help="one thread")
+        add(
+            "--fork",
+            choices=FORKS,
+            default="auto",
+            help="where the answer splits: where the model forks, nowhere, "
+            "or by rule at list items (default: %(default)s)",
+        )
+        add("--no-fork", dest="fork", action="store_const", const="off", help="one thread, as --fork off")
         add("--no-heads", dest="heads", action="store_false", help="no drafting")
         add("--max-threads", type=number(int, 1), metavar="N", help="most threads that run in one step")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")

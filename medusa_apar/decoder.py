@@ -97,7 +97,7 @@ class Decoder:
             request.publish()
             self.fork_manager.trim(request)
         clock.lap("commit")
-        advanced = [entry for entry in advanced if entry[1].live]
+        advanced = [entry for entry in advanced if entry[1].live and not entry[1].awaits_insertion]
         if choice is None and advanced:
             drafting = self._draft(advanced, hidden, running)
         self._propose(advanced, None if drafting is None else drafting.tree)
@@ -166,10 +166,11 @@ class Decoder:
         return Drafting(self.drafter, tree, self.drafter_weights) if len(tree) else None
 
     def _keep_scores(self, thread: Thread, verdict: Verdict, gained: int) -> None:
-        if verdict.scores:
-            self.scores.setdefault(thread, []).extend(verdict.scores[:gained])
-        if verdict.logits:
-            self.logits.setdefault(thread, []).extend(verdict.logits[:gained])
+        for kept, new in ((self.scores, verdict.scores), (self.logits, verdict.logits)):
+            if new and gained:
+                own = kept.setdefault(thread, [])
+                own += new[:gained]
+                own += [_forced(token, own[-1]) for token in thread.token_ids[len(own) :]]
 
     def _count(self, forest: Forest) -> None:
         stats = self.stats
@@ -179,6 +180,13 @@ class Decoder:
         stats.forks = sum(len(request.tree.threads) - 1 for request in self.requests)
         stats.peak_threads = max(stats.peak_threads, len(forest.verified))
         stats.peak_slots = self.scheduler.ledger.pool.peak
+
+
+def _forced(token: int, like: torch.Tensor) -> torch.Tensor:
+    """Scores of an inserted token, as transformers writes those of forced ones: nothing else was possible."""
+    scores = torch.full_like(like, -torch.inf)
+    scores[token] = 0
+    return scores
 
 
 class Laps:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .chat import encode
+from .fork_policy import fork_mode
 from .generate import MedusaApar
 from .lanes import Lanes, Milestones, answer_text
 
@@ -103,7 +104,8 @@ def demo(apar: MedusaApar, question: str, options: dict, baseline: bool, console
     """Shows the threads, the answer and the table on `console`."""
     inputs = prompt(apar, question)
     console.print(Text(f"> {question}\n", style="bold"))
-    if apar.control_token_ids is None or not options["fork"]:
+    mode = fork_mode(options["fork"])
+    if mode == "off" or (mode == "auto" and apar.control_token_ids is None):
         console.print("Forking is off: the answer has one thread.\n", style="yellow")
     warm_up(run_apar, apar, inputs, options)
     with (Lanes if console.is_terminal else Milestones)(console, apar.tokenizer) as observer:

@@ -1,11 +1,12 @@
-"""Accepts tokens, spawns a child at every `[Fork]`, ends threads and gives their slots back."""
+"""Accepts tokens, spawns a child wherever the fork policy says, ends threads and gives their slots back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .forest import Stem
-from .paragraph_tree import ParagraphTree, Thread, thread_key
+from .fork_policy import ControlTokenForks, NoForks, Turn
+from .paragraph_tree import Fork, ParagraphTree, Thread, thread_key
 from .request import Request
 from .slot_ledger import SlotLedger
 from .verdict import Verdict
@@ -17,22 +18,24 @@ class ForkManager:
 
     ledger: SlotLedger
     context_length: int | None
+    policy: NoForks = field(default_factory=ControlTokenForks)
 
     def commit(self, tree: ParagraphTree, stem: Stem, verdict: Verdict) -> list[tuple[Thread, Verdict, int]]:
-        """Appends the verdict's tokens up to an end token, books the accepted nodes' slots, frees the rejected ones.
+        """Appends the verdict's tokens up to an end token or an insertion of the fork policy, behind which the model
+        has yet to be asked; books the accepted nodes' slots, frees the rejected ones.
 
-        Returns each thread that has gone on, with its verdict and how many tokens it gained: the stem's, then children
-        whose `[Child]` had been drafted and have begun.
+        Returns each thread that has gone on, with its verdict and how many of its tokens it gained: the stem's (none
+        where it was cancelled within the step), then children whose `[Child]` had been drafted and have begun.
         """
         thread, begun = stem.thread, []
         gained = 0
-        for place, token in enumerate(verdict.tokens):
+        for place, token in enumerate(verdict.tokens if thread.live else ()):
             gained += 1
             child = self._append(tree, thread, token)
             node = verdict.nodes[place] if place < len(verdict.nodes) else None
             if child is not None and child.live and node in stem.forks:
                 begun.append((child, stem.forks[node], verdict.children[node]))
-            if thread.ended:
+            if thread.ended or thread.awaits_insertion:
                 break
         assert stem.slots is not None
         drafted = stem.slots[len(stem.pending) :].tolist()
@@ -44,18 +47,24 @@ class ForkManager:
         self.ledger.pool.release(set(drafted) - set(kept))
         for child, _, first in begun:
             self._append(tree, child, first.tokens[0])
-        for ended in (member for member in (*(child for child, _, _ in begun), thread) if member.ended):
-            self.ledger.settle(ended)
-        return [(thread, verdict, gained), *((child, first, 1) for child, _, first in begun)]
+        for member in (*(child for child, _, _ in begun), thread):
+            if member.ended and (gained or member is not thread):
+                member.ends_line = self.policy.ends_line(member)
+                self.ledger.settle(member)
+        advanced = [(thread, verdict, gained)] if gained else []
+        return [*advanced, *((child, first, 1) for child, _, first in begun)]
 
     def _append(self, tree: ParagraphTree, thread: Thread, token: int) -> Thread | None:
-        """One more token, and whatever it brings about: a child that it spawns is returned."""
+        """One more token, and what it brings about; a child that it spawns is returned."""
         child = None
         thread.tokens.append(token)
-        if token in tree.eos_ids:
+        turn = None if thread.parent is None or thread.takes_over else self.policy.turn(tree, thread)
+        if token in tree.eos_ids or turn is Turn.BACK:
             thread.finish_reason = "stop"
-        elif token == tree.fork_id:
-            child = self._spawn(tree, thread)
+        elif (fork := self.policy.fork(tree, thread)) is not None:
+            child = self._spawn(tree, thread, fork)
+        if turn is Turn.OVER:
+            self._take_over(tree, thread)
         if thread.live and self._at_context_end(thread):
             thread.finish_reason = "length"
         return child
@@ -71,12 +80,22 @@ class ForkManager:
             if thread.live:
                 self.cancel(thread, "length" if len(request.text) >= request.max_new_tokens else "cancelled")
 
-    def _spawn(self, tree: ParagraphTree, parent: Thread) -> Thread:
+    def _spawn(self, tree: ParagraphTree, parent: Thread, fork: Fork) -> Thread:
         fork_index = len(parent.tokens) - 1
-        child = tree.fork(parent, fork_index, thread_key(parent.key, fork_index))
+        child = tree.fork(parent, fork_index, thread_key(parent.key, fork_index), fork)
         if self._at_context_end(child):
             child.finish_reason = "length"
+        room = len(fork.parent) if self.context_length is None else max(self.context_length - parent.end, 0)
+        tree.insert(parent, fork.parent[:room])
+        if fork.takes_over:
+            self._take_over(tree, child)
         return child
+
+    def _take_over(self, tree: ParagraphTree, child: Thread) -> None:
+        child.takes_over = True
+        for thread in tree.beyond(child):
+            if thread.live:
+                self.cancel(thread)
 
     def _at_context_end(self, thread: Thread) -> bool:
         return self.context_length is not None and thread.end >= self.context_length

@@ -27,6 +27,7 @@ from .decoder import Decoder
 from .draft_tree import DraftTree
 from .forest_budget import EvenBudget, ForestBudget
 from .fork_manager import ForkManager
+from .fork_policy import ForkIf, NoForks, fork_mode, fork_policy
 from .heads import DraftHeads, load_heads
 from .heads.draft_heads import unembedding_size
 from .output import MedusaAparOutput, Stats
@@ -102,25 +103,25 @@ class MedusaApar:
         tokenizer=None,
         **kwargs,
     ):
-        """`model.generate` with our decoder: transformers' signature, and `fork`, `seed`, `observer` of `__call__`.
+        """`model.generate` with our decoder: transformers' signature, and `fork`, `fork_if`, `max_threads`,
+        `max_depth`, `seed` and `observer` of `__call__`.
 
         It also serves `stop_strings`, which the bare hook cannot: transformers drops the tokenizer they need.
         """
         if kwargs.get("assistant_model") is not None:
             raise NotImplementedError("assistant_model is not supported: the Medusa heads are the drafter.")
         bound = copy.copy(self)
-        bound._streamer = streamer
+        bound._streamer, bound.tokenizer = streamer, tokenizer or self.tokenizer
         stop_strings = kwargs.pop("stop_strings", None)
         config = generation_config
         if stop_strings is None:
             stop_strings = (config and config.stop_strings) or self.model.generation_config.stop_strings
         if stop_strings:
-            tokenizer = tokenizer or self.tokenizer
-            if tokenizer is None:
+            if bound.tokenizer is None:
                 raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")
             criteria = kwargs.get("stopping_criteria") or StoppingCriteriaList()
             kwargs["stopping_criteria"] = StoppingCriteriaList(
-                [*criteria, StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)]
+                [*criteria, StopStringCriteria(tokenizer=bound.tokenizer, stop_strings=stop_strings)]
             )
             if config is not None:
                 config = copy.deepcopy(config)
@@ -140,7 +141,10 @@ class MedusaApar:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        fork: bool = True,
+        fork: bool | str = "auto",
+        fork_if: ForkIf | None = None,
+        max_threads: int | None = None,
+        max_depth: int | None = None,
         seed: int | None = None,
         observer: Observer | None = None,
         synced_gpus: bool = False,
@@ -148,14 +152,26 @@ class MedusaApar:
     ) -> MedusaAparOutput | torch.Tensor:
         """The hook transformers calls after preparing its inputs; further arguments of `model.generate`:
 
-        fork: False writes every answer in one thread.
+        fork: where answers split. "auto" (or True): where the model emits `[Fork]`. "off" (or False): nowhere. "lists":
+            by rule, at titled items of lists that the model writes by itself; for any chat model, untuned, and needs
+            the tokenizer. The model was never tuned for it: items cannot see each other, so they repeat each
+            other more, and lists grow longer; compare with "off" before you use it. `ListForks` has the rule.
+        fork_if: asked with a `ForkPoint` wherever the answer is about to fork; False goes on there in one thread, as if
+            the model could not fork. It must go by nothing but the `ForkPoint`.
+        max_threads, max_depth: of this call, in place of those given to `attach`. Lists fork the trunk only.
         seed: of the sampling noise; by default drawn from torch's global generator, so `torch.manual_seed` rules.
         observer: called after every step with the rows' live paragraph trees and the stats so far.
         """
         checks.check_call(self, model, input_ids, generation_config, model_kwargs)
         prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
-        checks.check_lengths(self, prompts, max_new_tokens, fork)
+        checks.check_limits(max_threads=max_threads, max_depth=max_depth)
+        max_depth = self.max_depth if max_depth is None else max_depth
+        mode = fork_mode(fork)
+        if mode == "auto" and self.control_token_ids is None:
+            mode = "off"
+        policy = fork_policy(mode, fork_if, max_depth, self.tokenizer)
+        checks.check_lengths(self, prompts, max_new_tokens, policy.hidden(max_new_tokens, max_depth))
         if generation_config.do_sample and seed is None:
             seed = int(torch.randint(2**62, ()))
         returns_dict = bool(generation_config.return_dict_in_generate)
@@ -164,15 +180,18 @@ class MedusaApar:
             requests,
             Verifier(
                 control=self.control_token_ids,
-                fork=fork,
-                max_depth=self.max_depth,
+                fork=mode == "auto",
+                max_depth=max_depth,
                 processors=logits_processor,
                 seed=seed if generation_config.do_sample else None,
                 keep_scores=returns_dict and bool(generation_config.output_scores),
                 keep_logits=returns_dict and bool(generation_config.output_logits),
                 argmax=self.runtime.argmax,
                 in_one_launch=self.runtime.verify,
+                fork_if=fork_if if mode == "auto" else None,
             ),
+            policy,
+            max_threads or self.max_threads,
         )
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
         streamer = self._streamer or _callers_streamer()
@@ -217,7 +236,9 @@ class MedusaApar:
             )
         return requests
 
-    def _decoder(self, requests: list[Request], verifier: Verifier) -> Decoder:
+    def _decoder(
+        self, requests: list[Request], verifier: Verifier, policy: NoForks, max_threads: int | None
+    ) -> Decoder:
         speculation, control = self.speculation, self.control_token_ids
         cost = self.cost
         if cost is None and self.budget is None and speculation is not None:
@@ -235,9 +256,9 @@ class MedusaApar:
             model=self.model,
             heads=self.heads,
             runtime=self.runtime,
-            scheduler=Scheduler(ledger, budget, self.max_threads, context),
+            scheduler=Scheduler(ledger, budget, max_threads, context),
             verifier=verifier,
-            fork_manager=ForkManager(ledger, context),
+            fork_manager=ForkManager(ledger, context, policy),
             requests=requests,
             speculation=speculation or Speculation.even(),
             draft_tree=self.draft_tree,
@@ -320,10 +341,7 @@ def attach(
         apar.check_matches(unembedding_size(model)[0])
     if max_depth is None:
         max_depth = DEFAULT_MAX_DEPTH if apar is None else apar.max_depth
-    limits = {"budget": budget, "max_depth": max_depth, "max_threads": max_threads, "pool_slots": pool_slots}
-    for name, value in limits.items():
-        if value is not None and value < (0 if name == "max_depth" else 1):
-            raise ValueError(f"{name} must be positive, got {value}.")
+    checks.check_limits(budget=budget, max_depth=max_depth, max_threads=max_threads, pool_slots=pool_slots)
     if isinstance(speculation, str):
         speculation = Speculation.even() if speculation == "even" else Speculation(speculation)
     elif speculation is None and heads is not None:

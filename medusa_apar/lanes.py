@@ -32,7 +32,7 @@ def thread_text(tokenizer: Any, tree: ParagraphTree, thread: Thread) -> Text:
     text, ids, shown = Text(style=colour(thread)), [], ""
     children = {child.fork_index: child for child in thread.children}
     for index in range(thread.num_forced, len(thread.tokens)):
-        if tree.is_visible(thread, thread.tokens[index]):
+        if tree.is_visible(thread, index):
             ids.append(thread.tokens[index])
         if (child := children.get(index)) is not None:
             # Decoding prefixes, not pieces: a piece alone may lose its leading space.
@@ -138,8 +138,8 @@ class Milestones:
         """The end of what its parent had written when it forked: the head of the item this thread details."""
         parent = thread.parent
         assert parent is not None
-        written = parent.tokens[parent.num_forced : thread.fork_index]
-        ids = [token for token in written if tree.is_visible(parent, token)]
+        written = range(parent.num_forced, thread.fork_index + 1)
+        ids = [parent.tokens[index] for index in written if tree.is_visible(parent, index)]
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip().rsplit("\n", 1)[-1][-60:]
 
     def _say(self, stats: Stats, line: str) -> None:

@@ -1,12 +1,13 @@
 """Threads of one request, where each was forked, and the order in which people read them.
 
-Nothing here knows of tensors, slots or models: a thread is a list of token ids hanging at a `[Fork]` of its parent.
+Nothing here knows of tensors, slots or models: a thread is a list of token ids hanging behind a token of its parent, a
+`[Fork]` or where a rule forked.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 
@@ -15,13 +16,32 @@ def thread_key(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """What one fork forces, on both sides.
+
+    child: the child's first tokens, at least one. seen: how many of the parent's tokens stand before them on its path
+        (None: all).
+    parent: tokens the parent goes on with, in place of what it would have chosen.
+    line_break: how many of the latter, from the first, are only read where the child did not end with a line break.
+    takes_over: the child writes the rest of the parent's text, and the parent ends.
+    """
+
+    child: tuple[int, ...]
+    seen: int | None = None
+    parent: tuple[int, ...] = ()
+    line_break: int = 0
+    takes_over: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class Thread:
-    """One APAR stream. The trunk's forced tokens are the prompt, a child's is the single `[Child]`."""
+    """One APAR stream. The trunk's forced tokens are the prompt, a child's is the single `[Child]`; one that was forked
+    by rule begins with tokens of its parent."""
 
     index: int  # order of creation within the request
     parent: Thread | None
-    fork_index: int  # where its [Fork] stands in parent.tokens; -1 for the trunk
+    fork_index: int  # the token of the parent it is read behind, a [Fork] or where a rule forked; -1 for the trunk
     tokens: list[int]  # forced tokens, then what the thread wrote
     num_forced: int
     start: int  # path position of tokens[0]
@@ -29,6 +49,12 @@ class Thread:
     key: int  # 64 bits naming the thread independently of scheduling (seeds its noise)
     children: list[Thread] = field(default_factory=list)  # in fork order
     finish_reason: str | None = None  # "stop" | "length" | "cancelled", written by the fork manager
+    seen: int = 0  # how many of the parent's tokens are on its path
+    line_break: int = 0  # how many of the parent's tokens behind the fork are read only if `ends_line` stays False
+    # Written by the fork manager:
+    ends_line: bool = False  # whether its text, now ended, brings the line break that follows it
+    takes_over: bool = False  # whether it writes the rest of its parent's text, which ends at the fork then
+    inserted: set[int] = field(default_factory=set)  # which of `tokens`, behind the forced ones, a fork rule wrote
 
     @property
     def live(self) -> bool:
@@ -49,6 +75,11 @@ class Thread:
         return self.ancestor_ids() + self.tokens[: self.num_forced]
 
     @property
+    def awaits_insertion(self) -> bool:
+        """Whether its last token was inserted and not chosen, so that nothing was drafted behind it."""
+        return len(self.tokens) - 1 in self.inserted
+
+    @property
     def end(self) -> int:
         """Path position behind its last token."""
         return self.start + len(self.tokens)
@@ -61,7 +92,7 @@ class Thread:
         lineage: list[tuple[Thread, int]] = []
         thread = self
         while thread.parent is not None:
-            lineage.append((thread.parent, thread.fork_index + 1))
+            lineage.append((thread.parent, thread.seen))
             thread = thread.parent
         return lineage[::-1]
 
@@ -96,29 +127,55 @@ class ParagraphTree:
     def live(self) -> bool:
         return any(thread.live for thread in self.threads)
 
-    def fork(self, parent: Thread, fork_index: int, key: int) -> Thread:
-        """Hangs a child at `parent.tokens[fork_index]`, which must be a `[Fork]` no other child hangs at."""
-        assert parent.tokens[fork_index] == self.fork_id and self.child_id is not None
+    def fork(self, parent: Thread, fork_index: int, key: int, fork: Fork | None = None) -> Thread:
+        """Hangs a child behind `parent.tokens[fork_index]`, where no other hangs; by default that is a `[Fork]`."""
+        if fork is None:
+            assert parent.tokens[fork_index] == self.fork_id and self.child_id is not None
+            fork = Fork((self.child_id,))
         assert not parent.children or parent.children[-1].fork_index < fork_index
+        seen = fork_index + 1 if fork.seen is None else fork.seen
         child = Thread(
             index=len(self.threads),
             parent=parent,
             fork_index=fork_index,
-            tokens=[self.child_id],
-            num_forced=1,
-            start=parent.start + fork_index + 1,
+            tokens=list(fork.child),
+            num_forced=len(fork.child),
+            start=parent.start + seen,
             depth=parent.depth + 1,
             key=key,
+            seen=seen,
+            line_break=fork.line_break,
         )
         parent.children.append(child)
         self.threads.append(child)
         return child
 
-    def is_visible(self, thread: Thread, token: int) -> bool:
-        """Whether a thread's own token is part of the text: control tokens and the end of a child are not."""
-        if token == self.fork_id or token == self.child_id:
+    def insert(self, thread: Thread, tokens: Sequence[int]) -> None:
+        """Appends what the thread did not choose."""
+        thread.inserted.update(range(len(thread.tokens), len(thread.tokens) + len(tokens)))
+        thread.tokens += tokens
+
+    def beyond(self, child: Thread) -> list[Thread]:
+        """The child's parent, and everything that hangs at it behind the child: what is not read if the child takes
+        over."""
+        parent = child.parent
+        assert parent is not None
+        found = [parent]
+        waiting = [later for later in parent.children if later.fork_index > child.fork_index]
+        while waiting:
+            found.append(waiting.pop())
+            waiting += found[-1].children
+        return found
+
+    def is_visible(self, thread: Thread, index: int) -> bool:
+        """Whether a thread's own token is part of the text: control tokens and what a child ends with are not.
+
+        A line break that a child brought itself is told by `skipped`.
+        """
+        if thread.tokens[index] in (self.fork_id, self.child_id):
             return False
-        return thread.parent is None or token not in self.eos_ids
+        ends_child = thread.finish_reason == "stop" and index == len(thread.tokens) - 1
+        return not ends_child or thread.parent is None or thread.takes_over
 
     def depth_first(self) -> Iterator[Thread]:
         """Threads parents first, every subtree in one run."""
@@ -135,24 +192,34 @@ class ParagraphTree:
     def live_in_reading_order(self) -> list[tuple[Thread, int]]:
         """Live threads as they are read, each with how many visible tokens now stand before its end.
 
-        Costs O(threads): a thread shows all its own tokens but one `[Fork]` per child and a child's final end token.
+        Costs O(threads): a thread shows all its own tokens but one `[Fork]` per child, line breaks that children bring,
+        and a child's final end token. The number never falls while threads write on.
         """
         found: list[tuple[Thread, int]] = []
 
         def visit(thread: Thread, before: int) -> int:
             shown = thread.num_forced
             for child in thread.children:
-                before = visit(child, before + child.fork_index - shown)
-                shown = child.fork_index + 1
-            before += len(thread.tokens) - shown
+                forked = child.fork_index + (thread.tokens[child.fork_index] != self.fork_id)
+                before = visit(child, before + forked - shown)
+                if child.takes_over:
+                    return before
+                shown = child.fork_index + 1 + skipped(child)
+            before += max(len(thread.tokens) - shown, 0)
             if thread.live:
                 found.append((thread, before))
-            elif thread.parent is not None and thread.finish_reason == "stop":
+            elif thread.finish_reason == "stop" and thread.parent is not None and not thread.takes_over:
                 before -= 1
             return before
 
         visit(self.trunk, 0)
         return found
+
+
+def skipped(child: Thread) -> int:
+    """How many of the parent's tokens behind a child are not read: the child's own line break stands for them. Until it
+    has ended nobody knows, and they count as not read."""
+    return child.line_break if child.live or child.ends_line else 0
 
 
 class ReadingCursor:
@@ -177,12 +244,16 @@ class ReadingCursor:
                 self._stack.append([thread.children[child], thread.children[child].num_forced, 0])
             elif index < len(thread.tokens):
                 frame[1] += 1
-                if self._tree.is_visible(thread, thread.tokens[index]):
+                if self._tree.is_visible(thread, index):
                     yield thread, index
             elif thread.live and self._stop_at_live:
                 return
             else:
                 self._stack.pop()
+                if thread.takes_over:
+                    self._stack.pop()
+                elif self._stack:
+                    self._stack[-1][1] += skipped(thread)
 
     @property
     def done(self) -> bool:

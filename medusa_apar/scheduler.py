@@ -71,7 +71,7 @@ class Scheduler:
     def _fork_pending(self, thread: Thread) -> bool:
         """Its `[Fork]` is the parent's root, so the child can only run in a forest the parent runs in too."""
         parent = thread.parent
-        return parent is not None and parent.live and thread.fork_index == len(parent.tokens) - 1
+        return parent is not None and parent.live and thread.seen == len(parent.tokens)
 
     def _make_room(self, thread: Thread, chosen: dict[Thread, Request], requests: Sequence[Request]) -> bool:
         """Whether the pool has slots for it beside those chosen; the first choice may evict the last in line."""

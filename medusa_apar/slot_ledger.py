@@ -71,7 +71,7 @@ class SlotLedger:
     def _needed(self, thread: Thread) -> int:
         if self.claims(thread):
             return self.cached(thread)
-        return max((child.fork_index + 1 for child in thread.children if self._claimed_below(child)), default=0)
+        return max((child.seen for child in thread.children if self._claimed_below(child)), default=0)
 
     def _claimed_below(self, thread: Thread) -> bool:
         return self.claims(thread) or any(self._claimed_below(child) for child in thread.children)

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrained
 from .choice import Choice, Drafting
 from .control_tokens import ControlTokens
 from .forest import Forest, Stem
+from .fork_policy import ForkIf, fork_point
 from .paragraph_tree import Thread
 from .request import Request
 from .triton_kernels.reference import Verified, sample
@@ -61,6 +62,7 @@ class Verifier:
     max_depth: int
     processors: LogitsProcessorList
     seed: int | None  # None: greedy
+    fork_if: ForkIf | None = None  # asked wherever the model would choose `[Fork]`; where it says no, that is banned
     keep_scores: bool = False
     keep_logits: bool = False
     argmax: Callable[[torch.Tensor], torch.Tensor] = partial(torch.argmax, dim=-1)  # of logits [M, vocab]
@@ -70,7 +72,7 @@ class Verifier:
     def choice(self, forest: Forest, depth: int, drafting: Drafting | None) -> Choice | None:
         """Verification in one launch, and drafting behind it; None where a path's tokens change its logits, or scores
         have to be kept. depth: most draft nodes that a thread can accept."""
-        by_path = any(type(processor) not in _PATH_FREE for processor in self.processors)
+        by_path = self.fork_if is not None or any(type(processor) not in _PATH_FREE for processor in self.processors)
         if self.in_one_launch is None or by_path or self.keep_scores or self.keep_logits:
             return None
 
@@ -86,18 +88,20 @@ class Verifier:
         """`logits` [M, vocab] of the forest's verified rows; a verdict per verified stem, in order."""
         raw = logits.float() if self.keep_logits else None
         logits = self._ban(forest, logits.clone() if self.keep_logits else logits)
-        per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores
+        per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores or self.fork_if is not None
         targets = None if per_path else self.argmax(logits).tolist()
 
-        def choose(verdict: Verdict, path: list[int], request: Request, key: int, end: int) -> int:
+        def choose(verdict: Verdict, path: list[int], request: Request, stem: Stem, key: int, end: int) -> int:
             """Adds the token that the verdict's row chooses behind the path and what the verdict chose so far."""
             if targets is not None:
                 token = targets[verdict.row]
             else:
-                scores = self._process(path + verdict.tokens, logits[verdict.row], request)
+                ahead = verdict.tokens
+                scores, token = self._scored(
+                    *(path + ahead, logits[verdict.row], request, (stem.thread, ahead), key, end + len(ahead))
+                )
                 if self.keep_scores:
                     verdict.scores.append(scores.clone())  # not a view that keeps the whole forest's logits
-                token = self._choose(scores, key, end + len(verdict.tokens))
             if raw is not None:
                 verdict.logits.append(raw[verdict.row].clone())
             verdict.tokens.append(token)
@@ -111,7 +115,7 @@ class Verifier:
             node = -1
             while True:
                 verdict.row = first + 1 + node
-                token = choose(verdict, path, request, thread.key, thread.end)
+                token = choose(verdict, path, request, stem, thread.key, thread.end)
                 guess = guesses.get((node, token))
                 if guess is None:
                     break
@@ -122,7 +126,7 @@ class Verifier:
                     ahead = verdict.nodes.index(fork) + 1
                     begun = verdict.children[fork] = Verdict([], [], first + 1 + child)
                     above = [*path, *verdict.tokens[:ahead], stem.draft_tokens[child]]
-                    choose(begun, above, request, stem.child_key(fork), thread.end + ahead + 1)
+                    choose(begun, above, request, stem, stem.child_key(fork), thread.end + ahead + 1)
             verdicts.append(verdict)
             first += 1 + len(stem.draft_tokens)
         return verdicts
@@ -167,6 +171,24 @@ class Verifier:
                 shown = processor(ids.expand(rows, -1), scores.repeat(rows, 1))
                 scores = shown[request.row, None]
         return scores[0]
+
+    def _scored(
+        self, path: list[int], row: torch.Tensor, request: Request, asked: tuple[Thread, list[int]], key: int, end: int
+    ) -> tuple[torch.Tensor, int]:
+        """Processed scores of a row behind the path, and the token they choose; `end` is its path position.
+        asked: the thread, and what of the path it has chosen in this step."""
+        scores = self._process(path, row, request)
+        token = self._choose(scores, key, end)
+        if self.fork_if is None or self.control is None or token != self.control.fork_id:
+            return scores, token
+        thread, ahead = asked
+        if not request.tree.eos_ids.isdisjoint(ahead):  # behind an end token nothing counts
+            return scores, token
+        if not self.fork_if(fork_point(thread, ahead, ahead.count(token))):
+            row[token] = -math.inf
+            scores = self._process(path, row, request)
+            token = self._choose(scores, key, end)
+        return scores, token
 
     def _choose(self, scores: torch.Tensor, key: int, position: int) -> int:
         return int(scores.argmax()) if self.seed is None else sample(scores, self.seed, key, position)

@@ -68,8 +68,9 @@ def test_without_a_baseline_its_numbers_are_null(run):
     assert json.loads(out)["speedup"] is None
 
 
-def test_no_fork_is_one_thread(run, apar):
-    found = json.loads(run("generate", QUESTION, "--max-new-tokens", "20", "--no-fork", "--json")[1])
+@pytest.mark.parametrize("option", [("--no-fork",), ("--fork", "off")], ids=" ".join)
+def test_no_fork_is_one_thread(run, apar, option):
+    found = json.loads(run("generate", QUESTION, "--max-new-tokens", "20", *option, "--json")[1])
     assert found["threads"] == 1 and found["forks"] == 0
     inputs = apar.tokenizer(QUESTION, return_tensors="pt")
     plain = demo.run_baseline(apar, inputs, {"max_new_tokens": 20, "do_sample": False, "fork": False})

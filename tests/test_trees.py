@@ -13,6 +13,7 @@ from transformers.masking_utils import and_masks, causal_mask_function, sliding_
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.forest import Forest, LayoutKind, Stem
 from medusa_apar.fork_manager import ForkManager
+from medusa_apar.fork_policy import ControlTokenForks, NoForks
 from medusa_apar.kv_pool import KVPool
 from medusa_apar.paragraph_tree import ParagraphTree, ReadingCursor
 from medusa_apar.slot_ledger import SlotLedger
@@ -31,12 +32,14 @@ class Script:
     data: st.DataObject
     ledger: SlotLedger = field(default_factory=lambda: SlotLedger(KVPool()))
     steps: int = 6
+    policy: NoForks = field(default_factory=ControlTokenForks)
+    fork_id: int | None = FORK
 
     def run(self, after_step=lambda forest, trees: None) -> list[ParagraphTree]:
         draw = self.data.draw
         lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-        trees = [ParagraphTree([9] * length, 7, {EOS}, FORK, CHILD) for length in lengths]
-        manager = ForkManager(self.ledger, context_length=None)
+        trees = [ParagraphTree([9] * length, 7, {EOS}, self.fork_id, CHILD) for length in lengths]
+        manager = ForkManager(self.ledger, None, self.policy)
         for _ in range(self.steps):
             requests = [stems for tree in trees if (stems := self._stems(tree))]
             if not requests:
