@@ -10,6 +10,7 @@ from transformers.generation import GenerationMode
 
 from .draft_tree import DEFAULT_ACCEPTANCE
 from .heads import DraftHeads
+from .triton_kernels.reference import TypicalAcceptance
 
 if TYPE_CHECKING:
     from .generate import MedusaApar
@@ -63,6 +64,17 @@ def expected_acceptance(heads: DraftHeads | None) -> list[tuple[float, ...]]:
     if (measured := getattr(heads, "acceptance", None)) is not None:
         return [tuple(max(share, 1e-6) for share in ranks) for ranks in measured]
     return [DEFAULT_ACCEPTANCE[min(head, len(DEFAULT_ACCEPTANCE) - 1)] for head in range(heads.num_heads)]
+
+
+def typical_acceptance(acceptance: str | TypicalAcceptance) -> TypicalAcceptance | None:
+    """What `attach(acceptance=...)` stands for; None is exact."""
+    if acceptance in ("exact", "typical"):
+        return TypicalAcceptance() if acceptance == "typical" else None
+    if not isinstance(acceptance, TypicalAcceptance):
+        raise ValueError(f"acceptance={acceptance!r} is not 'exact', 'typical' or a TypicalAcceptance.")
+    if not all(isinstance(value, (int, float)) and value >= 0 for value in acceptance):
+        raise ValueError(f"{acceptance} needs an epsilon and a delta of 0 or more.")
+    return acceptance
 
 
 def check_call(

@@ -36,6 +36,7 @@ from .scheduler import Scheduler, StepCost
 from .slot_ledger import SlotLedger
 from .streaming import TextColumns
 from .torch_runtime import Runtime, TorchRuntime
+from .triton_kernels.reference import TypicalAcceptance
 from .verify import Verifier
 
 Observer = Callable[[list[ParagraphTree], Stats], None]
@@ -69,11 +70,13 @@ class MedusaApar:
         runtime: Runtime,
         pool_slots: int | None,
         cost: StepCost | None,
+        typical: TypicalAcceptance | None = None,
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
         self.draft_tree, self.budget = draft_tree, budget
         self.max_threads, self.max_depth = max_threads, max_depth
         self.runtime, self.pool_slots, self.cost = runtime, pool_slots, cost
+        self.typical = typical
         self._streamer: Any = None
         if isinstance(heads, DraftHeads):
             heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
@@ -164,6 +167,8 @@ class MedusaApar:
                 keep_logits=returns_dict and bool(generation_config.output_logits),
                 argmax=self.runtime.argmax,
                 in_one_launch=self.runtime.verify,
+                # Greedy decoding is temperature 0, where Medusa accepts the likeliest token and no other.
+                typical=self.typical if generation_config.do_sample else None,
             ),
         )
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
@@ -250,6 +255,7 @@ def attach(
     runtime: str = "auto",
     quantize: str | None = None,
     pool_slots: int | None = None,
+    acceptance: str | TypicalAcceptance = "exact",
 ) -> MedusaApar:
     """Readies a causal language model of transformers for `custom_generate=`; the model itself is not changed.
 
@@ -273,11 +279,20 @@ def attach(
             KV pool to 16 (CPU runtime only; the model keeps its own).
         pool_slots: most KV slots ever in use (None: grows on demand). Under pressure threads wait or are evicted and
             fed again later, which never changes a token.
+        acceptance: of drafted tokens in sampling. "exact" keeps those alone that would have been sampled anyway.
+            "typical" is Medusa's lossy rule, and `TypicalAcceptance(epsilon, delta)` the same with other thresholds: of
+            the drafted paths whose every token is likely enough after temperature, top-p and the like, the longest is
+            kept, and of equally long ones the likeliest. The token behind it is sampled (Medusa takes the likeliest),
+            so that nothing drafted is plain sampling. More is accepted, but the text leans to what the heads like, is
+            no sample of the model's distribution any more, and varies with heads, budget and whatever else decides
+            what is drafted. Control tokens are banned as ever. Greedy decoding is exact in either case: Medusa treats
+            it as temperature 0, where the likeliest token alone is accepted.
 
     Raises ValueError or NotImplementedError, in one sentence, for a model this cannot work with, heads of another
     model, or control tokens the model lacks.
     """
     checks.check_model(model)
+    typical = checks.typical_acceptance(acceptance)
     chosen = pick_runtime(model, runtime, quantize, attention, cuda_graphs)
     if isinstance(heads, (str, Path)):
         heads = load_heads(heads, model)
@@ -308,5 +323,5 @@ def attach(
     elif heads is not None and draft_tree.num_heads > heads.num_heads:
         raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
     return MedusaApar(
-        model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, chosen, pool_slots, cost
+        model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, chosen, pool_slots, cost, typical
     )

@@ -2,6 +2,7 @@
 
 One rule serves greedy and sampling (DESIGN promise 2): the model's choice at a node is argmax(processed log-probs +
 noise), where the noise is zero or a function of (seed, thread, position). A draft is accepted iff it is that choice.
+Typical acceptance, for those who ask for it, takes drafts that are merely likely enough: see `TypicalAcceptance`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .choice import Choice, Drafting
 from .control_tokens import ControlTokens
 from .forest import Forest, Stem
 from .request import Request
-from .triton_kernels.reference import Verified, sample
+from .triton_kernels import reference
+from .triton_kernels.reference import TypicalAcceptance, Verified, sample
 from .verdict import Verdict
 
 
@@ -65,6 +67,7 @@ class Verifier:
     argmax: Callable[[torch.Tensor], torch.Tensor] = partial(torch.argmax, dim=-1)  # of logits [M, vocab]
     # triton_kernels.verify, or its reference, to be used wherever a path's tokens do not change its logits.
     in_one_launch: Callable[..., Verified] | None = None
+    typical: TypicalAcceptance | None = None  # None: exact
 
     def choice(self, forest: Forest, depth: int, drafting: Drafting | None) -> Choice | None:
         """Verification in one launch, and drafting behind it; None where a path's tokens change its logits, or scores
@@ -79,12 +82,15 @@ class Verifier:
         return Choice.of(
             *(self.in_one_launch, forest, self.control, self.fork_bans(forest), self.seed, depth, drafting),
             process=process if self.processors else None,
+            typical=self.typical,
         )
 
     def __call__(self, forest: Forest, logits: torch.Tensor, requests: dict[Stem, Request]) -> list[Verdict]:
         """`logits` [M, vocab] of the forest's verified rows; a verdict per verified stem, in order."""
         raw = logits.float() if self.keep_logits else None
         logits = self._ban(forest, logits.clone() if self.keep_logits else logits)
+        if self.typical is not None:
+            return self._typically(forest, logits, raw, requests)
         per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores
         targets = None if per_path else self.argmax(logits).tolist()
         verdicts, first = [], 0
@@ -113,6 +119,35 @@ class Verifier:
             verdicts.append(verdict)
             first += 1 + len(stem.draft_tokens)
         return verdicts
+
+    def _typically(
+        self, forest: Forest, logits: torch.Tensor, raw: torch.Tensor | None, requests: dict[Stem, Request]
+    ) -> list[Verdict]:
+        """By the rule's own reference, from the scores of every node: the longest path is known only in the end."""
+        scores = self._scores_of_all(forest, logits, requests)
+        depth = max(stem.draft_tree.num_heads for stem in forest.verified)
+        unbanned = [False] * len(scores)  # what is banned is impossible by now
+        choice = Choice.of(
+            reference.verify, forest, None, unbanned, self.seed, depth, drafting=None, typical=self.typical
+        )
+        verdicts, _ = choice.read(choice.run(scores, scores, choice.inputs()))
+        for verdict, first in zip(verdicts, choice.first_rows.tolist(), strict=False):
+            rows = [first, *(first + 1 + node for node in verdict.nodes)]
+            verdict.scores = [scores[row].clone() for row in rows] if self.keep_scores else []
+            verdict.logits = [raw[row].clone() for row in rows] if raw is not None else []
+        return verdicts
+
+    def _scores_of_all(self, forest: Forest, logits: torch.Tensor, requests: dict[Stem, Request]) -> torch.Tensor:
+        """What `logits` [M, vocab] are after each row's processors, float32."""
+        if not self.processors:
+            return logits.float()
+        scores: list[torch.Tensor] = []
+        for stem in forest.verified:
+            paths = [requests[stem].path(stem.thread)]
+            for parent, token in zip(stem.draft_tree.parents.tolist(), stem.draft_tokens, strict=False):
+                paths.append([*paths[parent + 1], token])
+            scores += [self._process(path, logits[len(scores) + row], requests[stem]) for row, path in enumerate(paths)]
+        return torch.stack(scores)
 
     def _ban(self, forest: Forest, logits: torch.Tensor) -> torch.Tensor:
         if self.control is None:
