@@ -101,6 +101,37 @@ def check_call(
         raise ValueError(f"input_ids hold {int(input_ids.max())}, but the model's vocabulary has {vocab_size} ids.")
 
 
+def check_verified(
+    apar: MedusaApar,
+    config: GenerationConfig,
+    verify: str | None,
+    regenerate_below: float | None,
+    fork: bool,
+    streamer: object,
+    criteria: list,
+) -> None:
+    if verify not in (None, "stitched"):
+        raise ValueError(f"verify={verify!r} is not None or 'stitched'.")
+    if regenerate_below is None:
+        if verify and not config.return_dict_in_generate:
+            raise ValueError(f"verify={verify!r} reports in the output object: pass return_dict_in_generate=True.")
+        return
+    if verify is None:
+        raise ValueError("regenerate_below needs the agreement that verify='stitched' measures.")
+    if not 0 < regenerate_below <= 1:
+        raise ValueError(
+            f"regenerate_below={regenerate_below} is no share of tokens: it must be above 0, and at most 1."
+        )
+    if config.do_sample:
+        raise ValueError("regenerate_below needs greedy decoding: a sample need not agree with the likeliest tokens.")
+    if not fork or apar.control_token_ids is None:
+        raise ValueError("regenerate_below writes threads anew, and without forking there is but one.")
+    if streamer is not None:
+        raise ValueError("regenerate_below cannot take back what a streamer has shown: leave one of them out.")
+    if criteria:
+        raise ValueError("regenerate_below changes the text behind stop strings and stopping criteria: leave them out.")
+
+
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     """Each row's tokens without masked ones. transformers leaves the mask out when it is all ones."""
     if attention_mask is None:

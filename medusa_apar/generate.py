@@ -34,6 +34,7 @@ from .request import Request, thread_key
 from .runtimes import pick_runtime
 from .scheduler import Scheduler, StepCost
 from .slot_ledger import SlotLedger
+from .stitched import Stitcher, first_limit, last_limit
 from .streaming import TextColumns
 from .torch_runtime import Runtime, TorchRuntime
 from .triton_kernels.reference import TypicalAcceptance
@@ -97,7 +98,8 @@ class MedusaApar:
         tokenizer=None,
         **kwargs,
     ):
-        """`model.generate` with our decoder: transformers' signature, and `fork`, `seed`, `observer` of `__call__`.
+        """`model.generate` with our decoder: transformers' signature, and `fork`, `seed`, `observer`, `verify` and
+        `regenerate_below` of `__call__`.
 
         It also serves `stop_strings`, which the bare hook cannot: transformers drops the tokenizer they need.
         """
@@ -138,6 +140,8 @@ class MedusaApar:
         fork: bool = True,
         seed: int | None = None,
         observer: Observer | None = None,
+        verify: str | None = None,
+        regenerate_below: float | None = None,
         synced_gpus: bool = False,
         **model_kwargs,
     ) -> MedusaAparOutput | torch.Tensor:
@@ -146,15 +150,33 @@ class MedusaApar:
         fork: False writes every answer in one thread.
         seed: of the sampling noise; by default drawn from torch's global generator, so `torch.manual_seed` rules.
         observer: called after every step with the rows' live paragraph trees and the stats so far.
+        verify: "stitched" holds the finished answer against plain decoding of the text as it is read, in one further
+            pass over prompt and answer. The output's `agreement` says for every thread which share of its tokens plain
+            greedy decoding chooses (not when sampling, where that says little) and what their mean log-probability is.
+        regenerate_below: a share of tokens (greedy only). A thread that agrees with less of its own tokens is written
+            anew, its descendants with it, by one thread that reads all text before it in reading order and `[Fork]`
+            `[Child]`, so that it knows where to end; if it does not within 128 tokens, the first version stays. Earlier
+            threads go first, as later ones read them. Judged is the text as first written, of a long thread the tokens
+            among the first 64 of its part; the trunk never is. The answer stays the unlimited one cut short; where
+            rewritten threads are much shorter it may end before `max_new_tokens`. Costs: up to 64 tokens beyond the
+            limit, as many more as rewriting has made the answer shorter, a prefill and decoding without threads for
+            every thread that is written anew, a second pass. `observer` is not shown what is rewritten.
+
+        Raises ValueError or NotImplementedError, in one sentence and before any work, for what cannot be combined.
         """
         checks.check_call(self, model, input_ids, generation_config, model_kwargs)
         prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
-        checks.check_lengths(self, prompts, max_new_tokens, fork)
+        checks.check_lengths(self, prompts, last_limit(max_new_tokens, regenerate_below), fork)
         if generation_config.do_sample and seed is None:
             seed = int(torch.randint(2**62, ()))
         returns_dict = bool(generation_config.return_dict_in_generate)
-        requests = self._requests(input_ids, prompts, max_new_tokens, stopping_criteria, generation_config)
+        streamer = self._streamer or _callers_streamer()
+        # The limit and the end tokens are ours to apply: criteria see a row, and a row has several ends here.
+        criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+        checks.check_verified(self, generation_config, verify, regenerate_below, fork, streamer, criteria)
+        first = first_limit(max_new_tokens, regenerate_below)
+        requests = self._requests(input_ids, prompts, first, criteria, generation_config)
         decoder = self._decoder(
             requests,
             Verifier(
@@ -172,7 +194,6 @@ class MedusaApar:
             ),
         )
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
-        streamer = self._streamer or _callers_streamer()
         if self._streamer is not None:
             streamer.put(input_ids.cpu())
         for _ in decoder.run():
@@ -183,6 +204,7 @@ class MedusaApar:
                 observer([request.tree for request in requests], decoder.stats)
         if streamer is not None:
             streamer.end()
+        agreement = Stitcher(decoder, max_new_tokens, regenerate_below).run() if verify else None
         sequences = torch.cat([input_ids, columns.text().to(input_ids.device)], dim=1)
         if not returns_dict:
             return sequences
@@ -192,13 +214,12 @@ class MedusaApar:
             logits=columns.gather(decoder.logits) if decoder.verifier.keep_logits else None,
             stats=decoder.stats,
             paragraph_tree=[request.tree for request in requests],
+            agreement=agreement,
         )
 
-    def _requests(self, input_ids, prompts, max_new_tokens, stopping_criteria, generation_config) -> list[Request]:
+    def _requests(self, input_ids, prompts, max_new_tokens, criteria, generation_config) -> list[Request]:
         eos = generation_config._eos_token_tensor
         eos_ids = set() if eos is None else set(eos.flatten().tolist())
-        # The limit and the end tokens are ours to apply: criteria see a row, and a row has several ends here.
-        criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         control = self.control_token_ids
         seen: Counter = Counter()
         requests = []

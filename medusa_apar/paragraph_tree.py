@@ -108,6 +108,16 @@ class ParagraphTree:
         self.threads.append(child)
         return child
 
+    def replace(self, thread: Thread, token_ids: list[int], finish_reason: str | None) -> None:
+        """Gives a finished thread other tokens of its own, without children. Its descendants leave the tree, and
+        threads are numbered anew."""
+        thread.tokens[thread.num_forced :] = token_ids
+        thread.finish_reason = finish_reason
+        thread.children.clear()
+        self.threads = sorted(self.depth_first(), key=lambda kept: kept.index)
+        for index, kept in enumerate(self.threads):
+            kept.index = index
+
     def is_visible(self, thread: Thread, token: int) -> bool:
         """Whether a thread's own token is part of the text: control tokens and the end of a child are not."""
         if token == self.fork_id or token == self.child_id:

@@ -104,7 +104,7 @@ class Verifier:
                 if targets is not None:
                     token = targets[verdict.row]
                 else:
-                    scores = self._process(path + verdict.tokens, logits[verdict.row], requests[stem])
+                    scores = self.processed(path + verdict.tokens, logits[verdict.row], requests[stem])
                     if self.keep_scores:
                         verdict.scores.append(scores.clone())  # not a view that keeps the whole forest's logits
                     token = self._choose(scores, stem, len(verdict.tokens))
@@ -146,7 +146,9 @@ class Verifier:
             paths = [requests[stem].path(stem.thread)]
             for parent, token in zip(stem.draft_tree.parents.tolist(), stem.draft_tokens, strict=False):
                 paths.append([*paths[parent + 1], token])
-            scores += [self._process(path, logits[len(scores) + row], requests[stem]) for row, path in enumerate(paths)]
+            scores += [
+                self.processed(path, logits[len(scores) + row], requests[stem]) for row, path in enumerate(paths)
+            ]
         return torch.stack(scores)
 
     def _ban(self, forest: Forest, logits: torch.Tensor) -> torch.Tensor:
@@ -170,7 +172,8 @@ class Verifier:
             for token in (stem.pending[-1], *stem.draft_tokens)
         ]
 
-    def _process(self, path: list[int], logits: torch.Tensor, request: Request) -> torch.Tensor:
+    def processed(self, path: list[int], logits: torch.Tensor, request: Request) -> torch.Tensor:
+        """float32 [vocab]: what the processors make of the logits behind a path, which is one as of `Request.path`."""
         scores = logits.float()
         if not self.processors:
             return scores
