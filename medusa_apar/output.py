@@ -15,7 +15,7 @@ from .paragraph_tree import ParagraphTree
 class Stats:
     """Counts of one generate call, over all its rows."""
 
-    steps: int = 0  # forward passes, prefill included
+    steps: int = 0  # forward passes, prefill included, and those of verify="stitched"
     generated_tokens: int = 0  # visible tokens in the answers
     forward_tokens: int = 0  # rows of all forests, prompts included
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens gained by a thread in a step -> how often

@@ -264,9 +264,8 @@ class Stitcher:
                     kept[thread] = kept.pop(new)
         request.text, request.text_ids = revision.text[: revision.limit], revision.text_ids[: revision.limit]
         if not revision.rewritten:
-            revision.scored = Scored(
-                *(part[: revision.limit] for part in (revision.scored.log_probs, revision.scored.chosen))
-            )
+            scored = revision.scored
+            revision.scored = Scored(scored.log_probs[: revision.limit], scored.chosen[: revision.limit])
 
 
 def _ended(thread: Thread) -> Thread | None:

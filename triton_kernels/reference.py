@@ -278,12 +278,13 @@ def _walk(
     first: int, stop: int, choice: Callable[[int], int], ids: list[int], above: list[int], depth: int
 ) -> list[int]:
     path: list[int] = []
-    row: int | None = first
+    row = first
     while len(path) < depth:
         token = choice(row)
-        row = next((node for node in range(first + 1, stop) if above[node] == row and ids[node] == token), None)
-        if row is None:
+        guessed = [node for node in range(first + 1, stop) if above[node] == row and ids[node] == token]
+        if not guessed:
             break
+        row = guessed[0]
         path.append(row)
     return path
 
