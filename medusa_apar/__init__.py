@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from .generate import MedusaApar as MedusaApar
     from .generate import attach as attach
     from .loading import load as load
+    from .triton_kernels.reference import TypicalAcceptance as TypicalAcceptance
 
 # Imported on first use: torch and transformers take seconds, `medusa-apar --help` should not.
 _EXPORTS = {
     "ControlTokens": "control_tokens",
     "DraftTree": "draft_tree",
     "MedusaApar": "generate",
+    "TypicalAcceptance": "triton_kernels.reference",
     "attach": "generate",
     "load": "loading",
 }

@@ -10,6 +10,7 @@ from transformers.generation import GenerationMode
 
 from .draft_tree import DEFAULT_ACCEPTANCE
 from .heads import DraftHeads
+from .triton_kernels.reference import TypicalAcceptance
 
 if TYPE_CHECKING:
     from .generate import MedusaApar
@@ -72,6 +73,22 @@ def check_limits(**limits: int | None) -> None:
             raise ValueError(f"{name} must be positive, got {value}.")
 
 
+def check_asked(apar: MedusaApar, config: GenerationConfig, fork_if: object) -> None:
+    if fork_if is not None and apar.typical is not None and config.do_sample:
+        raise NotImplementedError("fork_if is asked token by token, and typical acceptance judges whole paths at once.")
+
+
+def typical_acceptance(acceptance: str | TypicalAcceptance) -> TypicalAcceptance | None:
+    """What `attach(acceptance=...)` stands for; None is exact."""
+    if acceptance in ("exact", "typical"):
+        return TypicalAcceptance() if acceptance == "typical" else None
+    if not isinstance(acceptance, TypicalAcceptance):
+        raise ValueError(f"acceptance={acceptance!r} is not 'exact', 'typical' or a TypicalAcceptance.")
+    if not all(isinstance(value, (int, float)) and value >= 0 for value in acceptance):
+        raise ValueError(f"{acceptance} needs an epsilon and a delta of 0 or more.")
+    return acceptance
+
+
 def check_call(
     apar: MedusaApar, model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict
 ) -> None:
@@ -94,6 +111,39 @@ def check_call(
     vocab_size = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
         raise ValueError(f"input_ids hold {int(input_ids.max())}, but the model's vocabulary has {vocab_size} ids.")
+
+
+def check_verified(
+    apar: MedusaApar,
+    config: GenerationConfig,
+    verify: str | None,
+    regenerate_below: float | None,
+    mode: str,
+    streamer: object,
+    criteria: list,
+) -> None:
+    if verify not in (None, "stitched"):
+        raise ValueError(f"verify={verify!r} is not None or 'stitched'.")
+    if regenerate_below is None:
+        if verify and not config.return_dict_in_generate:
+            raise ValueError(f"verify={verify!r} reports in the output object: pass return_dict_in_generate=True.")
+        return
+    if verify is None:
+        raise ValueError("regenerate_below needs the agreement that verify='stitched' measures.")
+    if not 0 < regenerate_below <= 1:
+        raise ValueError(
+            f"regenerate_below={regenerate_below} is no share of tokens: it must be above 0, and at most 1."
+        )
+    if config.do_sample:
+        raise ValueError("regenerate_below needs greedy decoding: a sample need not agree with the likeliest tokens.")
+    if mode == "off":
+        raise ValueError("regenerate_below writes threads anew, and without forking there is but one.")
+    if mode == "lists":
+        raise ValueError("regenerate_below writes threads anew behind [Fork] [Child], which fork='lists' does without.")
+    if streamer is not None:
+        raise ValueError("regenerate_below cannot take back what a streamer has shown: leave one of them out.")
+    if criteria:
+        raise ValueError("regenerate_below changes the text behind stop strings and stopping criteria: leave them out.")
 
 
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:

@@ -14,7 +14,7 @@ from .control_tokens import ControlTokens
 from .draft_tree import DraftTree
 from .forest import Forest
 from .heads.draft_heads import Drafter
-from .triton_kernels.reference import Noise, Verified
+from .triton_kernels.reference import Noise, TypicalAcceptance, Verified
 from .verdict import Verdict
 
 
@@ -44,6 +44,7 @@ class Choice:
     rows: tuple[np.ndarray, ...]  # [M]: tokens, parents among the M, fork bans
     noise: tuple[np.ndarray, ...] | None  # int64: seeds [T], keys [T], positions [M]
     forks: list[list[int]]  # of each stem: nodes of `[Fork]`s whose `[Child]`s are threads of their own here
+    typical: TypicalAcceptance | None = None
 
     @classmethod
     def of(
@@ -56,6 +57,7 @@ class Choice:
         depth: int,
         drafting: Drafting | None,
         process: Callable[[Tensor], Tensor] | None = None,
+        typical: TypicalAcceptance | None = None,
     ) -> Choice:
         """For a forest's verified stems; `fork_bans` goes by their rows, and seed None is greedy."""
         sizes: list[int] = []
@@ -81,14 +83,14 @@ class Choice:
             noise = seeds, named, np.concatenate(positions)
         rows = np.array(tokens), np.concatenate(parents), np.array(fork_bans, dtype=np.int64)
         forks = [list(stem.forks) for stem in forest.verified]
-        return cls(verify, control, depth, drafting, process, first_rows, rows, noise, forks)
+        return cls(verify, control, depth, drafting, process, first_rows, rows, noise, forks, typical)
 
     @property
     def operations(self) -> tuple | None:
         """What runs, as a key for captured steps; None where it cannot be captured."""
         if self.process is not None:
             return None
-        return self.control, self.depth, self.drafting, self.noise is not None
+        return self.control, self.depth, self.drafting, self.noise is not None, self.typical
 
     @property
     def threads(self) -> int:
@@ -126,6 +128,7 @@ class Choice:
             bans=bans[:queries].int(),
             control=self.control and (self.control.fork_id, self.control.child_id),
             noise=Noise(noise[0][:threads], noise[1][:threads], noise[2][:queries]) if noise else None,
+            typical=self.typical,
         )
         if self.drafting is None:
             return verified.packed

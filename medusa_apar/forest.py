@@ -37,6 +37,7 @@ class Stem:
     forks: dict[int, int] = field(default_factory=dict)
     proposal: Proposal | None = None  # what the tree was cut from
     kept: np.ndarray = field(default_factory=lambda: _NOTHING)  # int64 [nodes], which of its candidates they are
+    scored: int = 1  # pending tokens, the last ones, that are verified; more than the root when a text is scored
     # Written by Forest:
     row: int = 0  # first row in the forest
     pending: list[int] = field(default_factory=list)
@@ -163,7 +164,7 @@ class Forest:
         self.stems = [stem for stems in requests for stem in stems]
         self.verified = [stem for stem in self.stems if stem.verified]
         tokens = [token for stem in self.stems for token in (*stem.pending, *stem.draft_tokens)]
-        rows = [np.arange(stem.row + len(stem.pending) - 1, stem.row + stem.size) for stem in self.verified]
+        rows = [np.arange(stem.row + len(stem.pending) - stem.scored, stem.row + stem.size) for stem in self.verified]
         self.arrays = (
             np.array(tokens, dtype=np.int64),
             np.concatenate([cast(np.ndarray, stem.positions) for stem in self.stems]),

@@ -80,6 +80,15 @@ class ForkManager:
             if thread.live:
                 self.cancel(thread, "length" if len(request.text) >= request.max_new_tokens else "cancelled")
 
+    def resume(self, request: Request, max_new_tokens: int) -> None:
+        """Goes on with a request that its limit had ended, as if this had been the limit all along."""
+        request.max_new_tokens, request.done = max_new_tokens, False
+        for thread in request.tree.threads:
+            if thread.finish_reason in ("length", "cancelled") and not self._at_context_end(thread):
+                thread.finish_reason = None
+        request.publish()
+        self.trim(request)
+
     def _spawn(self, tree: ParagraphTree, parent: Thread, fork: Fork) -> Thread:
         fork_index = len(parent.tokens) - 1
         child = tree.fork(parent, fork_index, thread_key(parent.key, fork_index), fork)

@@ -39,8 +39,10 @@ from .scheduler import Scheduler
 from .slot_ledger import SlotLedger
 from .speculation import Speculation
 from .step_cost import StepCost, known_cost
+from .stitched import Stitcher, first_limit, last_limit
 from .streaming import TextColumns
 from .torch_runtime import Runtime, TorchRuntime
+from .triton_kernels.reference import TypicalAcceptance
 from .verify import Verifier
 
 Observer = Callable[[list[ParagraphTree], Stats], None]
@@ -70,13 +72,14 @@ class MedusaApar:
         pool_slots: int | None,
         cost: StepCost | None,
         speculation: Speculation | None,
+        typical: TypicalAcceptance | None = None,
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
         self.draft_tree, self.budget = draft_tree, budget
         self.max_threads, self.max_depth = max_threads, max_depth
         self.runtime, self.pool_slots = runtime, pool_slots
         # What a step costs, None to be measured before the first that drafts; not asked where `budget` was given.
-        self.cost, self.speculation = cost, speculation
+        self.cost, self.speculation, self.typical = cost, speculation, typical
         self._streamer: Any = None
         if isinstance(heads, DraftHeads):
             heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
@@ -104,7 +107,7 @@ class MedusaApar:
         **kwargs,
     ):
         """`model.generate` with our decoder: transformers' signature, and `fork`, `fork_if`, `max_threads`,
-        `max_depth`, `seed` and `observer` of `__call__`.
+        `max_depth`, `seed`, `observer`, `verify` and `regenerate_below` of `__call__`.
 
         It also serves `stop_strings`, which the bare hook cannot: transformers drops the tokenizer they need.
         """
@@ -147,6 +150,8 @@ class MedusaApar:
         max_depth: int | None = None,
         seed: int | None = None,
         observer: Observer | None = None,
+        verify: str | None = None,
+        regenerate_below: float | None = None,
         synced_gpus: bool = False,
         **model_kwargs,
     ) -> MedusaAparOutput | torch.Tensor:
@@ -161,21 +166,41 @@ class MedusaApar:
         max_threads, max_depth: of this call, in place of those given to `attach`. Lists fork the trunk only.
         seed: of the sampling noise; by default drawn from torch's global generator, so `torch.manual_seed` rules.
         observer: called after every step with the rows' live paragraph trees and the stats so far.
+        verify: "stitched" holds the finished answer against plain decoding of the text as it is read, in one further
+            pass over prompt and answer. The output's `agreement` says for every thread which share of its tokens plain
+            greedy decoding chooses (not when sampling, where that says little) and what their mean log-probability is.
+        regenerate_below: a share of tokens (greedy only). A thread that agrees with less of its own tokens is written
+            anew, its descendants with it, by one thread that reads all text before it in reading order and `[Fork]`
+            `[Child]`, so that it knows where to end; if it does not within 128 tokens, the first version stays. Earlier
+            threads go first, as later ones read them. Judged is the text as first written, of a long thread the tokens
+            among the first 64 of its part; the trunk never is. The answer stays the unlimited one cut short; where
+            rewritten threads are much shorter it may end before `max_new_tokens`. Costs: up to 64 tokens beyond the
+            limit, as many more as rewriting has made the answer shorter, a prefill and decoding without threads for
+            every thread that is written anew, a second pass. `observer` is not shown what is rewritten.
+
+        Raises ValueError or NotImplementedError, in one sentence and before any work, for what cannot be combined.
         """
         checks.check_call(self, model, input_ids, generation_config, model_kwargs)
         prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         checks.check_limits(max_threads=max_threads, max_depth=max_depth)
         max_depth = self.max_depth if max_depth is None else max_depth
+        checks.check_asked(self, generation_config, fork_if)
         mode = fork_mode(fork)
         if mode == "auto" and self.control_token_ids is None:
             mode = "off"
         policy = fork_policy(mode, fork_if, max_depth, self.tokenizer)
-        checks.check_lengths(self, prompts, max_new_tokens, policy.hidden(max_new_tokens, max_depth))
+        last = last_limit(max_new_tokens, regenerate_below)
+        checks.check_lengths(self, prompts, last, policy.hidden(last, max_depth))
         if generation_config.do_sample and seed is None:
             seed = int(torch.randint(2**62, ()))
         returns_dict = bool(generation_config.return_dict_in_generate)
-        requests = self._requests(input_ids, prompts, max_new_tokens, stopping_criteria, generation_config)
+        streamer = self._streamer or _callers_streamer()
+        # The limit and the end tokens are ours to apply: criteria see a row, and a row has several ends here.
+        criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+        checks.check_verified(self, generation_config, verify, regenerate_below, mode, streamer, criteria)
+        first = first_limit(max_new_tokens, regenerate_below)
+        requests = self._requests(input_ids, prompts, first, criteria, generation_config)
         decoder = self._decoder(
             requests,
             Verifier(
@@ -189,12 +214,13 @@ class MedusaApar:
                 argmax=self.runtime.argmax,
                 in_one_launch=self.runtime.verify,
                 fork_if=fork_if if mode == "auto" else None,
+                # Greedy decoding is temperature 0, where Medusa accepts the likeliest token and no other.
+                typical=self.typical if generation_config.do_sample else None,
             ),
             policy,
             max_threads or self.max_threads,
         )
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
-        streamer = self._streamer or _callers_streamer()
         if self._streamer is not None:
             streamer.put(input_ids.cpu())
         for _ in decoder.run():
@@ -205,6 +231,7 @@ class MedusaApar:
                 observer([request.tree for request in requests], decoder.stats)
         if streamer is not None:
             streamer.end()
+        agreement = Stitcher(decoder, max_new_tokens, regenerate_below).run() if verify else None
         sequences = torch.cat([input_ids, columns.text().to(input_ids.device)], dim=1)
         if not returns_dict:
             return sequences
@@ -214,13 +241,12 @@ class MedusaApar:
             logits=columns.gather(decoder.logits) if decoder.verifier.keep_logits else None,
             stats=decoder.stats,
             paragraph_tree=[request.tree for request in requests],
+            agreement=agreement,
         )
 
-    def _requests(self, input_ids, prompts, max_new_tokens, stopping_criteria, generation_config) -> list[Request]:
+    def _requests(self, input_ids, prompts, max_new_tokens, criteria, generation_config) -> list[Request]:
         eos = generation_config._eos_token_tensor
         eos_ids = set() if eos is None else set(eos.flatten().tolist())
-        # The limit and the end tokens are ours to apply: criteria see a row, and a row has several ends here.
-        criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         control = self.control_token_ids
         seen: Counter = Counter()
         requests = []
@@ -295,6 +321,7 @@ def attach(
     runtime: str = "auto",
     quantize: str | None = None,
     pool_slots: int | None = None,
+    acceptance: str | TypicalAcceptance = "exact",
 ) -> MedusaApar:
     """Readies a causal language model of transformers for `custom_generate=`; the model itself is not changed.
 
@@ -323,11 +350,20 @@ def attach(
             KV pool to 16 (CPU runtime only; the model keeps its own).
         pool_slots: most KV slots ever in use (None: grows on demand). Under pressure threads wait or are evicted and
             fed again later, which never changes a token.
+        acceptance: of drafted tokens in sampling. "exact" keeps those alone that would have been sampled anyway.
+            "typical" is Medusa's lossy rule, and `TypicalAcceptance(epsilon, delta)` the same with other thresholds: of
+            the drafted paths whose every token is likely enough after temperature, top-p and the like, the longest is
+            kept, and of equally long ones the likeliest. The token behind it is sampled (Medusa takes the likeliest),
+            so that nothing drafted is plain sampling. More is accepted, but the text leans to what the heads like, is
+            no sample of the model's distribution any more, and varies with heads, budget and whatever else decides
+            what is drafted. Control tokens are banned as ever. Greedy decoding is exact in either case: Medusa treats
+            it as temperature 0, where the likeliest token alone is accepted.
 
     Raises ValueError or NotImplementedError, in one sentence, for a model this cannot work with, heads of another
     model, or control tokens the model lacks.
     """
     checks.check_model(model)
+    typical = checks.typical_acceptance(acceptance)
     chosen = pick_runtime(model, runtime, quantize, attention, cuda_graphs)
     if isinstance(heads, (str, Path)):
         heads = load_heads(heads, model)
@@ -360,4 +396,5 @@ def attach(
         *(model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, chosen, pool_slots),
         cost=step_cost,
         speculation=speculation,
+        typical=typical,
     )

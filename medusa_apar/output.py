@@ -15,7 +15,7 @@ from .paragraph_tree import ParagraphTree
 class Stats:
     """Counts of one generate call, over all its rows."""
 
-    steps: int = 0  # forward passes, prefill included
+    steps: int = 0  # forward passes, prefill included, and those of verify="stitched"
     generated_tokens: int = 0  # visible tokens in the answers
     forward_tokens: int = 0  # rows of all forests, prompts included
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens gained by a thread in a step -> how often
@@ -30,6 +30,9 @@ class Stats:
     final_slots: int = 0  # slots in use after the call: 0, or something leaked
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps
+    stitched_seconds: float = 0.0  # verify="stitched": passes over the reading order
+    agreement: float | None = None  # verify="stitched", greedy: share of the text that plain greedy decoding chooses
+    regenerated: int = 0  # threads that regenerate_below had written anew
     # What the steps' time went into: plan, forest, forward, verify, commit, draft, count.
     phase_seconds: dict[str, float] = field(default_factory=dict)
 
@@ -38,12 +41,39 @@ class Stats:
         return self.generated_tokens / max(self.steps, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class ThreadAgreement:
+    """How plain decoding, which reads everything before it in reading order, sees one thread's part of the answer.
+
+    It reads prompt and answer at ordinary positions and without control tokens, which it never writes. Counted are the
+    thread's own visible tokens in the answer, without its descendants' and what lies beyond the model's context.
+    """
+
+    thread: int  # its index in the row's paragraph tree
+    tokens: int
+    chosen: int | None  # tokens that greedy decoding under the call's logits processors chooses; None when sampling
+    # Mean natural log of the model's own probability of a token, before logits processors, temperature among them; None
+    # where there are no tokens.
+    log_prob: float | None
+    # Written anew. Such a thread's context was no path, but the prompt, the text before it, `[Fork]` and `[Child]`.
+    regenerated: bool = False
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the tokens that are chosen, from 0 to 1; None when sampling and without tokens."""
+        return self.chosen / self.tokens if self.tokens and self.chosen is not None else None
+
+
 @dataclass
 class MedusaAparOutput(GenerateDecoderOnlyOutput):
-    """transformers' own output with `stats` and one `paragraph_tree` per row."""
+    """transformers' own output with `stats` and one `paragraph_tree` per row.
+
+    agreement: with verify="stitched", per row and thread of its paragraph tree; None otherwise.
+    """
 
     sequences: torch.Tensor  # type: ignore[assignment]
     scores: tuple[torch.Tensor, ...] | None = None  # type: ignore[assignment]
     logits: tuple[torch.Tensor, ...] | None = None  # type: ignore[assignment]
     stats: Stats | None = None
     paragraph_tree: list[ParagraphTree] | None = None
+    agreement: list[list[ThreadAgreement]] | None = None

@@ -155,6 +155,16 @@ class ParagraphTree:
         thread.inserted.update(range(len(thread.tokens), len(thread.tokens) + len(tokens)))
         thread.tokens += tokens
 
+    def replace(self, thread: Thread, token_ids: list[int], finish_reason: str | None) -> None:
+        """Gives a finished thread other tokens of its own, without children. Its descendants leave the tree, and
+        threads are numbered anew."""
+        thread.tokens[thread.num_forced :] = token_ids
+        thread.finish_reason = finish_reason
+        thread.children.clear()
+        self.threads = sorted(self.depth_first(), key=lambda kept: kept.index)
+        for index, kept in enumerate(self.threads):
+            kept.index = index
+
     def beyond(self, child: Thread) -> list[Thread]:
         """The child's parent, and everything that hangs at it behind the child: what is not read if the child takes
         over."""

@@ -2,6 +2,7 @@
 
 One rule serves greedy and sampling (DESIGN promise 2): the model's choice at a node is argmax(processed log-probs +
 noise), where the noise is zero or a function of (seed, thread, position). A draft is accepted iff it is that choice.
+Typical acceptance, for those who ask for it, takes drafts that are merely likely enough: see `TypicalAcceptance`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .forest import Forest, Stem
 from .fork_policy import ForkIf, fork_point
 from .paragraph_tree import Thread
 from .request import Request
-from .triton_kernels.reference import Verified, sample
+from .triton_kernels import reference
+from .triton_kernels.reference import TypicalAcceptance, Verified, sample
 from .verdict import Verdict
 
 
@@ -68,6 +70,7 @@ class Verifier:
     argmax: Callable[[torch.Tensor], torch.Tensor] = partial(torch.argmax, dim=-1)  # of logits [M, vocab]
     # triton_kernels.verify, or its reference, to be used wherever a path's tokens do not change its logits.
     in_one_launch: Callable[..., Verified] | None = None
+    typical: TypicalAcceptance | None = None  # None: exact
 
     def choice(self, forest: Forest, depth: int, drafting: Drafting | None) -> Choice | None:
         """Verification in one launch, and drafting behind it; None where a path's tokens change its logits, or scores
@@ -82,12 +85,15 @@ class Verifier:
         return Choice.of(
             *(self.in_one_launch, forest, self.control, self.fork_bans(forest), self.seed, depth, drafting),
             process=process if self.processors else None,
+            typical=self.typical,
         )
 
     def __call__(self, forest: Forest, logits: torch.Tensor, requests: dict[Stem, Request]) -> list[Verdict]:
         """`logits` [M, vocab] of the forest's verified rows; a verdict per verified stem, in order."""
         raw = logits.float() if self.keep_logits else None
         logits = self._ban(forest, logits.clone() if self.keep_logits else logits)
+        if self.typical is not None:
+            return self._typically(forest, logits, raw, requests)
         per_path = self.seed is not None or len(self.processors) > 0 or self.keep_scores or self.fork_if is not None
         targets = None if per_path else self.argmax(logits).tolist()
 
@@ -131,6 +137,39 @@ class Verifier:
             first += 1 + len(stem.draft_tokens)
         return verdicts
 
+    def _typically(
+        self, forest: Forest, logits: torch.Tensor, raw: torch.Tensor | None, requests: dict[Stem, Request]
+    ) -> list[Verdict]:
+        """By the rule's own reference, from the scores of every node: the longest path is known only in the end."""
+        scores = self._scores_of_all(forest, logits, requests)
+        depth = max(stem.draft_tree.height for stem in forest.verified)
+        unbanned = [False] * len(scores)  # what is banned is impossible by now
+        choice = Choice.of(
+            reference.verify, forest, None, unbanned, self.seed, depth, drafting=None, typical=self.typical
+        )
+        verdicts, first = choice.read(choice.run(scores, scores, choice.inputs())), 0
+        for stem, verdict in zip(forest.verified, verdicts, strict=True):
+            kept = [(verdict, [first, *(first + 1 + node for node in verdict.nodes)])]
+            for its, rows in kept + [(begun, [begun.row]) for begun in verdict.children.values()]:
+                its.scores = [scores[row].clone() for row in rows] if self.keep_scores else []
+                its.logits = [raw[row].clone() for row in rows] if raw is not None else []
+            first += 1 + len(stem.draft_tokens)
+        return verdicts
+
+    def _scores_of_all(self, forest: Forest, logits: torch.Tensor, requests: dict[Stem, Request]) -> torch.Tensor:
+        """What `logits` [M, vocab] are after each row's processors, float32."""
+        if not self.processors:
+            return logits.float()
+        scores: list[torch.Tensor] = []
+        for stem in forest.verified:
+            paths = [requests[stem].path(stem.thread)]
+            for parent, token in zip(stem.draft_tree.parents.tolist(), stem.draft_tokens, strict=False):
+                paths.append([*paths[parent + 1], token])
+            scores += [
+                self.processed(path, logits[len(scores) + row], requests[stem]) for row, path in enumerate(paths)
+            ]
+        return torch.stack(scores)
+
     def _ban(self, forest: Forest, logits: torch.Tensor) -> torch.Tensor:
         if self.control is None:
             return logits
@@ -156,7 +195,8 @@ class Verifier:
             for token in (stem.pending[-1], *stem.draft_tokens)
         ]
 
-    def _process(self, path: list[int], logits: torch.Tensor, request: Request) -> torch.Tensor:
+    def processed(self, path: list[int], logits: torch.Tensor, request: Request) -> torch.Tensor:
+        """float32 [vocab]: what the processors make of the logits behind a path, which is one as of `Request.path`."""
         scores = logits.float()
         if not self.processors:
             return scores
@@ -177,7 +217,7 @@ class Verifier:
     ) -> tuple[torch.Tensor, int]:
         """Processed scores of a row behind the path, and the token they choose; `end` is its path position.
         asked: the thread, and what of the path it has chosen in this step."""
-        scores = self._process(path, row, request)
+        scores = self.processed(path, row, request)
         token = self._choose(scores, key, end)
         if self.fork_if is None or self.control is None or token != self.control.fork_id:
             return scores, token
@@ -186,7 +226,7 @@ class Verifier:
             return scores, token
         if not self.fork_if(fork_point(thread, ahead, ahead.count(token))):
             row[token] = -math.inf
-            scores = self._process(path, row, request)
+            scores = self.processed(path, row, request)
             token = self._choose(scores, key, end)
         return scores, token
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -156,8 +157,13 @@ class Noise(NamedTuple):
     positions: torch.Tensor  # int64 [M], of the token that the row chooses, below 2**32
 
 
-class Typical(NamedTuple):
-    """Medusa's typical acceptance (arXiv 2401.10774, section 3.3.1), with the paper's defaults."""
+class TypicalAcceptance(NamedTuple):
+    """Medusa's typical acceptance (arXiv 2401.10774, section 2.3.1), with the paper's defaults.
+
+    A drafted token is accepted where its probability is above min(epsilon, delta * exp(-entropy)): the surer the model
+    is of what comes, the likelier a token must be. Both are 0 or more: with 0 all that is possible is accepted, with an
+    epsilon of 1 and a large delta nothing.
+    """
 
     epsilon: float = 0.09
     delta: float = 0.3
@@ -209,7 +215,7 @@ def verify(
     control: tuple[int, int] | None = None,
     eos_ids: torch.Tensor | None = None,
     noise: Noise | None = None,
-    typical: Typical | None = None,
+    typical: TypicalAcceptance | None = None,
 ) -> Verified:
     """From logits to accepted tokens: each draft tree is walked for as long as it guessed what the model chooses.
 
@@ -249,38 +255,48 @@ def verify(
         if first == stop:
             packed.append([0, -1, 0] + [-1] * 2 * width)
             continue
-        choices = {}
-        for row in range(first, stop):
-            seen = scores[row]
-            if noise is not None:
-                seen = noisy(seen, int(noise.seeds[thread]), int(noise.keys[thread]), int(noise.positions[row]))
-            choices[row] = int(seen.argmax())
         if typical is None:
-            accepted = _walk(first, stop, choices, ids, above, depth)
+            accepted = _walk(first, stop, partial(_choice, scores, noise, thread), ids, above, depth)
         else:
             accepted = _likeliest_path(first, stop, scores, ids, above, depth, typical)
         last = accepted[-1] if accepted else first
-        chosen = [ids[row] for row in accepted] + [choices[last]]
+        chosen = [ids[row] for row in accepted] + [_choice(scores, noise, thread, last)]
         flags = (fork_id in chosen) | any(token in ends for token in chosen) << 1
         padding = [-1] * (width - len(chosen))
         packed.append([len(chosen), last, flags, *chosen, *padding, *accepted, -1, *padding])
     return Verified(torch.tensor(packed, dtype=torch.int32, device=logits.device).view(-1, 3 + 2 * width))
 
 
-def _walk(first: int, stop: int, choices: dict[int, int], ids: list[int], above: list[int], depth: int) -> list[int]:
+def _choice(scores: torch.Tensor, noise: Noise | None, thread: int, row: int) -> int:
+    seen = scores[row]
+    if noise is not None:
+        seen = noisy(seen, int(noise.seeds[thread]), int(noise.keys[thread]), int(noise.positions[row]))
+    return int(seen.argmax())
+
+
+def _walk(
+    first: int, stop: int, choice: Callable[[int], int], ids: list[int], above: list[int], depth: int
+) -> list[int]:
     path: list[int] = []
-    row: int | None = first
+    row = first
     while len(path) < depth:
-        guessed = (node for node in range(first + 1, stop) if above[node] == row and ids[node] == choices[row])
-        row = next(guessed, None)
-        if row is None:
+        token = choice(row)
+        guessed = [node for node in range(first + 1, stop) if above[node] == row and ids[node] == token]
+        if not guessed:
             break
+        row = guessed[0]
         path.append(row)
     return path
 
 
 def _likeliest_path(
-    first: int, stop: int, scores: torch.Tensor, ids: list[int], above: list[int], depth: int, typical: Typical
+    first: int,
+    stop: int,
+    scores: torch.Tensor,
+    ids: list[int],
+    above: list[int],
+    depth: int,
+    typical: TypicalAcceptance,
 ) -> list[int]:
     log_probs = scores[first:stop].double().log_softmax(-1)
     entropies = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)

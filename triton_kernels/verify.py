@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .aot import Variant
-from .reference import Noise, Typical, Verified
+from .reference import Noise, TypicalAcceptance, Verified
 
 # One program's share of a row. Greedy and typical hold it in registers at once: 32 values a thread, whose loads are
 # all in flight together. Noise is float64, and goes through in smaller blocks.
@@ -64,7 +64,7 @@ def verify(
     control: tuple[int, int] | None = None,
     eos_ids: torch.Tensor | None = None,
     noise: Noise | None = None,
-    typical: Typical | None = None,
+    typical: TypicalAcceptance | None = None,
     most_rows: int = 65,
     workspace: VerifyWorkspace | None = None,
 ) -> Verified:

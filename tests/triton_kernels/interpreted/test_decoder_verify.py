@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import medusa_apar
+from medusa_apar import DraftTree
 from medusa_apar.choice import Choice
 from tests.tiny import CONTROL, RecallHeads, forking_model, prompts
 
@@ -50,3 +51,22 @@ def test_what_depends_on_the_path_goes_row_by_row(launches):
         options |= {"do_sample": False}
         assert torch.equal(run(model, **options).sequences, run(model, attention="sdpa", **options).sequences)
     assert not launches
+
+
+def test_typical_acceptance_is_the_kernels_too(launches):
+    """What is drafted shows in it, so both draft alike: all of a small tree, by heads that count no calls."""
+    model = forking_model(11)
+    options = {"do_sample": True, "seed": 5, "top_k": 0, "max_new_tokens": 8, "return_dict_in_generate": True}
+    remembered = run(model, attention="sdpa", do_sample=True, seed=5, top_k=0).paragraph_tree
+    outs = []
+    for attention in ("sdpa", "triton"):
+        apar = medusa_apar.attach(
+            *(model, RecallHeads(model, remembered, wrong_every=10**9), CONTROL),
+            **{"draft_tree": DraftTree.likeliest(4), "budget": 200, "acceptance": "typical"},
+            **{"attention": attention, "runtime": "torch"},
+        )
+        outs.append(apar.generate(**prompts(2, 6, seed=2, ragged=True), **options))
+    # Row by row it is the kernel's reference that chooses, through `Choice` as well.
+    assert len(launches) == sum(out.stats.steps for out in outs)
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    assert outs[0].stats.accepted_lengths == outs[1].stats.accepted_lengths

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from medusa_apar.triton_kernels import reference
-from medusa_apar.triton_kernels.reference import Noise, Typical
+from medusa_apar.triton_kernels.reference import Noise, TypicalAcceptance
 from medusa_apar.triton_kernels.verify import VerifyWorkspace, verify
 
 # The interpreter takes milliseconds a program: few examples, each of them ragged.
@@ -106,14 +106,14 @@ def test_sampling(data):
 @few
 @given(forests(vocabs=(2, 5, 17, 40)), st.sampled_from([(0.09, 0.3), (0.3, 1.0), (0.0, 0.05), (1.0, 9.0)]))
 def test_typical(forest, typical):
-    assert_equals_reference(forest | {"typical": Typical(*typical)})
+    assert_equals_reference(forest | {"typical": TypicalAcceptance(*typical)})
 
 
 @few
 @given(st.data())
 def test_typical_paths_end_in_a_sample_where_there_is_noise(data):
     forest = data.draw(forests(most_threads=2, vocabs=(5, 17)))
-    assert_equals_reference(forest | {"typical": Typical(), "noise": data.draw(noises(forest))})
+    assert_equals_reference(forest | {"typical": TypicalAcceptance(), "noise": data.draw(noises(forest))})
 
 
 @settings(few, max_examples=4)
@@ -122,7 +122,7 @@ def test_the_order_of_programs_does_not_show(shuffled_programs, data, seed):
     forest = data.draw(forests(vocabs=(40,)))
     choosing = data.draw(st.sampled_from(["greedy", "sampling", "typical"]))
     if choosing == "typical":
-        forest["typical"] = Typical()
+        forest["typical"] = TypicalAcceptance()
     if choosing == "sampling":
         forest["noise"] = data.draw(noises(forest))
     shuffled_programs(seed)
@@ -185,7 +185,7 @@ def test_a_path_is_cut_at_the_depth_asked_for(depth):
         "depth": depth,
     }
     assert_equals_reference(forest)
-    assert_equals_reference(forest | {"typical": Typical()})
+    assert_equals_reference(forest | {"typical": TypicalAcceptance()})
     assert verify(**forest, workspace=poisoned(forest)).lengths.tolist() == [min(depth, 5) + 1] * 2
 
 
@@ -214,10 +214,12 @@ def test_typical_thresholds_are_float64s(seed, sampled, control):
     for delta, length in ((edge * (1 - 2e-5), 2), (edge * (1 + 2e-5), 1)):
         # Sampling goes through a chunk in two blocks; without it, chunks are too many to be merged at once.
         out = verify(
-            **forest, typical=Typical(1.0, delta), workspace=poisoned(forest, CHUNK if sampled else CHUNK // 2)
+            **forest,
+            typical=TypicalAcceptance(1.0, delta),
+            workspace=poisoned(forest, CHUNK if sampled else CHUNK // 2),
         )
         assert out.lengths.tolist() == [length]
-        assert torch.equal(out.packed, reference.verify(**forest, typical=Typical(1.0, delta)).packed)
+        assert torch.equal(out.packed, reference.verify(**forest, typical=TypicalAcceptance(1.0, delta)).packed)
 
 
 def test_of_equally_long_typical_paths_the_likeliest_wins():
@@ -227,7 +229,7 @@ def test_of_equally_long_typical_paths_the_likeliest_wins():
         "parents": torch.tensor([-1, 0, 0, 0], dtype=torch.int32),
         "first_rows": torch.tensor([0, 4], dtype=torch.int32),
         "depth": 2,
-        "typical": Typical(),
+        "typical": TypicalAcceptance(),
     }
     assert_equals_reference(forest)
     assert reference.verify(**forest).rows.tolist() == [[2, -1, -1]]
@@ -246,7 +248,7 @@ def test_a_long_vocabulary_and_rows_far_apart(monkeypatch):
         "depth": 1,
     }
     noise = Noise(*(torch.tensor(ids) for ids in ([1, 2], [3, -4], [5, 6, 7])))
-    for extra in ({}, {"noise": noise}, {"typical": Typical()}):
+    for extra in ({}, {"noise": noise}, {"typical": TypicalAcceptance()}):
         out = verify(**forest, **extra)
         assert torch.equal(out.packed, reference.verify(**forest, **extra).packed)
     assert out.lengths.tolist()[1] == 1
@@ -262,7 +264,7 @@ def test_more_chunks_than_are_merged_at_once():
         "first_rows": torch.tensor([0, 2], dtype=torch.int32),
         "depth": 1,
     }
-    for extra in ({}, {"typical": Typical()}):
+    for extra in ({}, {"typical": TypicalAcceptance()}):
         out = verify(**forest, **extra, most_rows=128, workspace=poisoned(forest, 64))
         assert out.tokens.tolist() == [[1029, 500]] and out.rows.tolist() == [[1, -1]]
         assert torch.equal(out.packed, reference.verify(**forest, **extra).packed)
@@ -299,7 +301,7 @@ def test_reference_accepts_what_medusa_llm_accepts(forest, typical):
     padded = torch.stack([impossible[path[:-1] + [-1] * (longest - len(path) + 1)] for path in paths])
     best, length = evaluate_posterior(padded, candidates, 1.0, *typical)
     options = {"tokens": forest["tokens"], "parents": forest["parents"], "first_rows": forest["first_rows"]}
-    out = reference.verify(logits, **options, depth=8, typical=Typical(*typical))
+    out = reference.verify(logits, **options, depth=8, typical=TypicalAcceptance(*typical))
     expected = paths[int(best)][: int(length) + 1]
     assert [0, *out.rows[0].tolist()][: int(out.lengths[0])] == expected
     assert int(out.tokens[0, int(length)]) == int(logits[expected[-1]].argmax())
