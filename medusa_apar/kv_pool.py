@@ -21,11 +21,13 @@ class KVStorage:
     """Where a pool's keys and values lie: layer -> [capacity, kv_heads, head_dim], a tensor of its own each.
 
     scales: of those that are int16 steps: layer -> float32 [capacity, kv_heads, 2], a key's step and a value's.
+    chunks: int32 [chunks, columns], which slots a path's tokens lie in; written by PathTable, which says more.
     """
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     scales: dict[int, torch.Tensor] = field(default_factory=dict)
+    chunks: torch.Tensor | None = None
 
     @property
     def capacity(self) -> int:
