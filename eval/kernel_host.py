@@ -2,11 +2,10 @@
 
   python -m medusa_apar.eval.kernel_host
 
-Threads that forked at the end of one prefix go on step by step, each with a chain of draft nodes of which one is
-accepted, through the decoder's own ledger; a child is forked off now and then and cancelled later. Milliseconds, medians
-of steps, for Llama-8B's heads in bfloat16: slots booked and rows placed (`forest`); what the device must be told, in
-buffers as a CUDA graph has them (`tables for a graph`); tokens accepted and slots taken back (`commit`). `pack` itself
-runs on the device: here it does not run.
+Threads that forked at the end of one prefix go on step by step through the decoder's own ledger, each with a chain of
+draft nodes of which one is accepted. Milliseconds, medians of steps, for Llama-8B's heads in bfloat16: rows placed and
+slots booked (`forest`), what the device must be told, in buffers as a CUDA graph has them (`tables for a graph`), tokens
+accepted and slots taken back (`commit`). `pack` is the device's, so it does not run here.
 """
 
 from __future__ import annotations

@@ -124,12 +124,17 @@ class Forest:
     def __init__(self, requests: list[list[Stem]], ledger: SlotLedger, device: torch.device):
         self.stems = [stem for stems in requests for stem in stems]
         row = 0
+        tokens: list[int] = []
         for stem in self.stems:
             stem.start(row, ledger)
-            row += stem.size
+            tokens += stem.pending
+            tokens += stem.draft_tokens
+            row = len(tokens)
         self.verified = [stem for stem in self.stems if stem.verified]
-        tokens = [token for stem in self.stems for token in (*stem.pending, *stem.draft_tokens)]
-        positions = _positions(self.stems, row)
+        self._drafting = [stem for stem in self.stems if stem.draft_tokens]
+        fields = [(stem.row, len(stem.pending), stem.length, len(stem.draft_tokens)) for stem in self.stems]
+        self._fields = np.array(fields)
+        positions, self._draft_rows = _positions(self._fields, self._drafting)
         slots = ledger.pool.allocate(positions)
         for stem in self.stems:
             rows = slice(stem.row, stem.row + stem.size)
@@ -205,25 +210,22 @@ class Forest:
     def leaves(self) -> Leaves:
         """The stems as the tree attention kernels see them, threads that share a beginning side by side."""
         assert self.changes
+        place = {stem: index for index, stem in enumerate(self.stems)}
         stems = [stem for stems in self._requests for stem in _forks_first(stems)]
-        numbers = [self._ledger.table.numbers(stem.thread) for stem in stems]
-        fields = [
-            (s.row, len(s.pending), s.length, len(s.draft_tokens), len(n)) for s, n in zip(stems, numbers, strict=True)
-        ]
-        rows, pending, lengths, drafted, counts = np.array(fields).T
-        dense = np.full((len(stems), counts.max()), -1, dtype=np.int32)
-        dense[np.arange(dense.shape[1]) < counts[:, None]] = np.frombuffer(b"".join(numbers), dtype=np.int32)
-        queries = np.concatenate([[0], np.cumsum(pending + drafted)])
-        return Leaves(dense, rows, pending, lengths, lengths + drafted, queries)
+        paths = [self._ledger.table.numbers(stem.thread) for stem in stems]
+        counts = np.array([len(path) for path in paths])
+        numbers = np.full((len(stems), counts.max()), -1, dtype=np.int32)
+        numbers[np.arange(numbers.shape[1]) < counts[:, None]] = np.frombuffer(b"".join(paths), dtype=np.int32)
+        fields = self._fields[[place[stem] for stem in stems]]
+        return Leaves(numbers, fields[:, :3], fields[:, 3])
 
     @cached_property
     def words(self) -> np.ndarray:
         """Of each row the draft nodes that it sees, bit by bit, int64 [N]."""
         words = np.zeros(len(self), dtype=np.uint64)
-        drafting = [stem for stem in self.stems if stem.draft_tokens]
-        for stem in drafting:
-            drafted = len(stem.draft_tokens)
-            words[stem.row + len(stem.pending) : stem.row + stem.size] = stem.draft_tree.words()[:drafted]
+        if self._drafting:
+            drafted = [stem.draft_tree.words()[: len(stem.draft_tokens)] for stem in self._drafting]
+            words[self._draft_rows] = np.concatenate(drafted)
         return words.view(np.int64)
 
     def plan(self, kind: LayoutKind) -> Plan:
@@ -271,15 +273,19 @@ def _group(stems: list[Stem], ledger: SlotLedger, device: torch.device) -> Group
     )
 
 
-def _positions(stems: list[Stem], rows: int) -> np.ndarray:
-    """Path positions, int64 [rows]: pending tokens behind what is cached, each draft node by its depth."""
-    starts = np.array([stem.cached - stem.row for stem in stems])
-    positions = np.arange(rows) + np.repeat(starts, [stem.size for stem in stems])
-    for stem in stems:
-        if drafted := len(stem.draft_tokens):
-            first = stem.row + len(stem.pending)
-            positions[first : first + drafted] = stem.length + stem.draft_tree.depths[:drafted]
-    return positions
+def _positions(fields: np.ndarray, drafting: list[Stem]) -> tuple[np.ndarray, np.ndarray]:
+    """Path positions, int64 [rows]: pending tokens behind what is cached, each draft node by its depth; and which rows
+    are draft nodes'."""
+    first, pending, lengths, drafted = fields.T
+    sizes = pending + drafted
+    behind = lengths.repeat(sizes)
+    positions = (lengths - pending - first).repeat(sizes)
+    positions += np.arange(len(positions))
+    draft_rows = (positions >= behind).nonzero()[0]
+    if drafting:
+        depths = [stem.draft_tree.depths[: len(stem.draft_tokens)] for stem in drafting]
+        positions[draft_rows] = behind.take(draft_rows) + np.concatenate(depths)
+    return positions, draft_rows
 
 
 def _forks_first(stems: list[Stem]) -> Iterator[Stem]:

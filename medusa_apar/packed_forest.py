@@ -35,8 +35,8 @@ def fill(buffer: Tensor, contents: Tensor) -> None:
 class PackedForest:
     """Buffers for forests of some sizes.
 
-    roomy: they serve every forest of these sizes, and stay where they are; else this one alone. What rows there are
-    beyond a forest's repeat the last, but have no slot: nobody sees them, and what comes of them is void.
+    roomy: they serve every forest of these sizes, and stay where they are; else this one alone. Rows beyond a forest's
+    have no slot: nobody sees them, and what comes of them is void.
 
     Attributes: `rows` int64 [4, queries]: input ids, position ids, slots, verified rows.
     """
@@ -44,7 +44,7 @@ class PackedForest:
     def __init__(self, sizes: Sizes, device: torch.device, roomy: bool, commits: int) -> None:
         self.sizes, self.device, self._roomy = sizes, device, roomy
         self._width = width = aligned(sizes.queries)
-        self._sections = Sections(
+        sections = Sections(
             rows=(4, width),
             words=(2 * width,),
             queries=(sizes.leaves + 2,),  # one leaf more: the rows that only fill up
@@ -53,15 +53,17 @@ class PackedForest:
             windows=(MOST_WINDOWS,),
         )
         with torch.inference_mode(False):  # buffers outlive a caller's inference mode
-            self._buffer = torch.empty(self._sections.size, dtype=torch.int32, device=device)
-            self._descriptor = _descriptor(self._sections, self._buffer)
+            self._buffer = torch.empty(sections.size, dtype=torch.int32, device=device)
+            self._descriptor = _descriptor(sections, self._buffer)
             wide = torch.empty(4, width, dtype=torch.int64, device=device)
             per_query = torch.empty(4, width, dtype=torch.int32, device=device)
             words = torch.empty(MOST_WINDOWS, width, dtype=torch.int64, device=device)
             self._packed = Packed(wide, per_query, words)
             self.rows = wide[:, : sizes.queries]
+        self._host = np.zeros(sections.size, dtype=np.int32)
+        self._contents = _descriptor(sections, self._host)
         self._windows: list[int] = []
-        self._plans: dict[LayoutKind, tuple[Sections, Tensor]] = {}  # of kinds without their windows
+        self._plans: dict[LayoutKind, _PlanBuffer] = {}  # of kinds without their windows
         self._layouts: dict[LayoutKind, TreeLayout] = {}
         self._table: Tensor | None = None
         self._forest: Forest | None = None  # while layers may still ask for a kind of layout for the first time
@@ -69,34 +71,33 @@ class PackedForest:
     def become(self, forest: Forest) -> None:
         """Takes a forest's contents over; it must fit the sizes. `pack` has to follow."""
         self._table = forest.table
-        host = np.zeros(self._sections.size, dtype=np.int32)
-        rows, words, queries, fields, commits, windows = _descriptor(self._sections, host)
+        rows, words, queries, fields, commits, windows = self._contents
+        self._host[:] = 0
         for row, array in zip(rows, forest.arrays, strict=True):
-            row[: len(array)], row[len(array) :] = array, array[-1]
+            row[: len(array)] = array
         rows[2, len(forest) :] = -1
         words[: len(forest)] = forest.words
         leaves = forest.leaves
-        count = len(leaves.rows)
+        count = len(leaves)
         queries[: count + 1], queries[count + 1 :] = leaves.queries, self._width
-        fields[:count].T[:] = leaves.rows, leaves.pending, leaves.lengths
-        fields[count, :2] = len(forest), self._width
+        fields[:count], fields[count] = leaves.fields, (len(forest), self._width, 0)
+        windows[: len(self._windows)] = self._windows
         entries, slots = forest.changes
-        commits[0] = -1
-        if len(entries) <= commits.shape[1]:
-            commits[:, : len(entries)] = entries, slots
-        else:  # several forks at once, each with a copy of a chunk
+        if len(entries) > commits.shape[1]:  # several forks at once, each with a copy of a chunk
             both = torch.from_numpy(np.stack([entries, slots])).to(self.device)
             self._table.view(-1)[both[0]] = both[1].int()
-        windows[: len(self._windows)] = self._windows
-        fill(self._buffer, torch.from_numpy(host))
-        for kind, (sections, buffer) in self._plans.items():
-            fill(buffer, self._plan(forest, kind, sections))
+            entries = slots = entries[:0]
+        commits[0, : len(entries)], commits[0, len(entries) :] = entries, -1
+        commits[1, : len(entries)] = slots
+        fill(self._buffer, torch.from_numpy(self._host))
+        for kind, buffer in self._plans.items():
+            buffer.become(forest.plan(kind))
         self._forest = forest
 
     @property
     def sent(self) -> int:
         """Bytes that a step copies to the device."""
-        return self._buffer.nbytes + sum(buffer.nbytes for _, buffer in self._plans.values())
+        return self._buffer.nbytes + sum(plan.buffer.nbytes for plan in self._plans.values())
 
     def forget(self) -> None:
         """Lets go of the forest, and with it of the KV pool that its slots are booked in."""
@@ -126,13 +127,9 @@ class PackedForest:
         plan = replace(kind, window=None)
         if plan not in self._plans:
             made = forest.plan(plan)
-            sizes = self.sizes.most(plan) if self._roomy else {n: len(t) for n, t in _tables(made).items()}
-            sections = Sections(**{n: (sizes[n], ITEM_FIELDS) if n == "items" else (sizes[n],) for n in _tables(made)})
-            self._plans[plan] = sections, torch.empty(sections.size, dtype=torch.int32, device=self.device)
-            fill(self._plans[plan][1], self._plan(forest, plan, sections))
-        sections, buffer = self._plans[plan]
+            self._plans[plan] = _PlanBuffer(self.sizes.most(plan) if self._roomy else made.sizes, self.device)
+            self._plans[plan].become(made)
         order, positions, lengths, leaves = self._packed.queries[:, : self.sizes.queries]
-        partial_rows = self.sizes.most(plan)["partial_rows"] if self._roomy else forest.plan(plan).partial_rows
         return TreeLayout(
             ancestors=self._packed.ancestors[self._windows.index(window), : self.sizes.queries],
             order=order,
@@ -140,32 +137,38 @@ class PackedForest:
             lengths=lengths,
             leaves=leaves,
             slots=table.view(-1),
-            **sections.views(buffer),
+            **self._plans[plan].views,
             chunk=table.shape[1],
             tile=kind.tile,
             walk=kind.walk,
-            partial_rows=partial_rows,
+            partial_rows=self._plans[plan].partial_rows,
         )
 
-    def _plan(self, forest: Forest, kind: LayoutKind, sections: Sections) -> Tensor:
-        """A plan's tables in one buffer; what is added to them does nothing."""
-        made = forest.plan(kind)
-        host = np.zeros(sections.size, dtype=np.int32)
-        views = sections.views(host)
-        for name, table in _tables(made).items():
-            views[name][: len(table)] = table
-        views["merges"][len(made.merges) :] = len(made.deltas)
-        return torch.from_numpy(host)
+
+class _PlanBuffer:
+    """The tables of a plan of chunks in one buffer; what it has room for beyond them does nothing."""
+
+    def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
+        self.partial_rows = sizes["partial_rows"]
+        shapes = {name: (size,) for name, size in sizes.items() if name != "partial_rows"}
+        sections = Sections(**shapes | {"items": (sizes["items"], ITEM_FIELDS)})
+        self.buffer = torch.empty(sections.size, dtype=torch.int32, device=device)
+        self.views = sections.views(self.buffer)
+        self._host = np.zeros(sections.size, dtype=np.int32)
+        self._contents = sections.views(self._host)
+
+    def become(self, plan: Plan) -> None:
+        chunks, items, merges, deltas = (self._contents[name] for name in ("chunks", "items", "merges", "deltas"))
+        chunks[: len(plan.chunks)], deltas[: len(plan.deltas)] = plan.chunks, plan.deltas
+        items[: len(plan.items)], items[len(plan.items) :] = plan.items, 0
+        merges[: len(plan.merges)], merges[len(plan.merges) :] = plan.merges, len(plan.deltas)
+        fill(self.buffer, torch.from_numpy(self._host))
 
 
 def _descriptor(sections: Sections, buffer: Any) -> Descriptor:
     views = sections.views(buffer)
     words = views["words"].view(torch.int64 if isinstance(buffer, Tensor) else np.int64)
     return Descriptor(**views | {"words": words})
-
-
-def _tables(plan: Plan) -> dict[str, np.ndarray]:
-    return {"chunks": plan.chunks, "items": plan.items, "merges": plan.merges, "deltas": plan.deltas}
 
 
 def _packing(device: torch.device) -> Any:

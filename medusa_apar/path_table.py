@@ -57,8 +57,9 @@ class PathTable:
         self.slots = np.zeros((_FIRST_CHUNKS, self.chunk), dtype=np.int32)
         self._free = list(range(_FIRST_CHUNKS))  # a heap
         self._paths: dict[Thread, _Path] = {}
-        # Of the `place` that runs: what is to be written (path, first column, last), from where, and the rows to copy.
-        self._spans: list[tuple[_Path, int, int]] = []
+        # Of the `place` that runs: whose columns are written (first, last), with what, and which rows are copied.
+        self._writing: list[_Path] = []
+        self._spans: list[tuple[int, int]] = []
         self._parts: list[array[int] | np.ndarray] = []
         self._copies: list[tuple[int, int, int]] = []
 
@@ -88,14 +89,17 @@ class PathTable:
             self.slots[target, :columns] = self.slots[source, :columns]
             copied = target * self.chunk + np.arange(columns)
             parts.append((copied, flat[copied]))
-        self._spans, self._parts, self._copies = [], [], []
+        self._writing, self._spans, self._parts, self._copies = [], [], [], []
+        if len(parts) == 1:
+            return Changes(entries, slots)
         return Changes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
-    def shrink(self, thread: Thread, length: int) -> None:
-        """The thread keeps no more than this many slots of its own tokens."""
+    def shrink(self, thread: Thread) -> None:
+        """The thread has lost slots, or will not write on."""
         path = self._paths.get(thread)
         if path is None:
             return
+        length = len(self._booked[thread])
         path.written = min(path.written, length)
         self._cover(path, min(len(path.numbers), self._chunks(thread.start + length)) if length else path.own)
         if not length:
@@ -115,7 +119,8 @@ class PathTable:
         if chunks != len(path.numbers):
             self._cover(path, chunks)
         path.written = len(booked)
-        self._spans.append((path, first, last))
+        self._writing.append(path)
+        self._spans.append((first, last))
 
     def _begun(self, thread: Thread) -> _Path:
         parent = thread.parent
@@ -135,14 +140,14 @@ class PathTable:
 
     def _entries(self) -> np.ndarray:
         """Of every column to be written, its place in the flat table."""
-        first, last = (np.array([span[index] for span in self._spans]) for index in (1, 2))
-        numbers = np.frombuffer(b"".join(path.numbers for path, *_ in self._spans), dtype=np.int32)
-        ends = np.cumsum([len(path.numbers) for path, *_ in self._spans])
+        first, last = np.array(self._spans).T
+        numbers = np.frombuffer(b"".join([path.numbers for path in self._writing]), dtype=np.int32)
+        chunks = np.array([len(path.numbers) for path in self._writing])
         counts = last - first
         span = np.repeat(np.arange(len(counts)), counts)
         column = np.arange(len(span)) - (np.cumsum(counts) - counts - first)[span]
-        begins = np.concatenate([[0], ends[:-1]])
-        return numbers[begins[span] + column // self.chunk].astype(np.int64) * self.chunk + column % self.chunk
+        chunk, place = np.divmod(column, self.chunk)
+        return numbers[(np.cumsum(chunks) - chunks)[span] + chunk] * np.int64(self.chunk) + place
 
     def _chunks(self, columns: int) -> int:
         return -(-columns // self.chunk)

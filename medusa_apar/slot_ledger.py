@@ -88,10 +88,10 @@ class SlotLedger:
 
     def _shrink(self, thread: Thread, length: int) -> int:
         slots = self._slots.get(thread, _NONE)
-        if self._table is not None:
-            self._table.shrink(thread, length)
         gone = slots[length:]
         del slots[length:]
+        if self._table is not None:
+            self._table.shrink(thread)
         self.pool.release(gone)
         return len(gone)
 

@@ -74,23 +74,27 @@ class Leaf:
     shared: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Leaves:
-    """A forest's S leaves in order, as far as `tables` must know them. int64 [S] unless said."""
+    """A forest's S leaves in order, as far as `tables` must know them.
 
-    numbers: np.ndarray  # int [S, J], each leaf's chunks; -1 behind its last
-    rows: np.ndarray  # the first, of queries whose rows are side by side
-    pending: np.ndarray  # queries on the path
-    lengths: np.ndarray  # of the path
-    columns: np.ndarray  # path and draft nodes
-    queries: np.ndarray  # int64 [S + 1], where each leaf's begin
+    numbers: int [S, J], each leaf's chunks; -1 behind its last.
+    fields: int64 [S, 3], of each leaf the first of its rows, which are side by side, its queries that are on the path,
+        and the length of the path.
+    drafted: int64 [S], draft nodes, whose queries come behind those.
+    """
 
-    @property
-    def fresh(self) -> np.ndarray:
-        """bool [S, J]: a chunk that the leaf before does not have at this place."""
-        there = self.numbers >= 0
-        there[1:] &= self.numbers[1:] != self.numbers[:-1]
-        return there
+    def __init__(self, numbers: np.ndarray, fields: np.ndarray, drafted: np.ndarray) -> None:
+        self.numbers, self.fields = numbers, fields
+        _, self.pending, self.lengths = fields.T
+        self.columns = self.lengths + drafted
+        self.queries = _starts(self.pending + drafted)  # [S + 1], where each leaf's begin
+        self.there = numbers >= 0  # [S, J]
+        # [S, J]: a chunk that the leaf before does not have at this place.
+        self.fresh = self.there.copy()
+        self.fresh[1:] &= numbers[1:] != numbers[:-1]
+
+    def __len__(self) -> int:
+        return len(self.fields)
 
 
 class Plan(NamedTuple):
@@ -101,6 +105,11 @@ class Plan(NamedTuple):
     merges: np.ndarray
     deltas: np.ndarray
     partial_rows: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As of Sizes.most."""
+        return {name: part if isinstance(part, int) else len(part) for name, part in self._asdict().items()}
 
 
 @dataclass(slots=True, eq=False)
@@ -149,11 +158,13 @@ class Sizes:
 
     @classmethod
     def of(cls, leaves: Leaves) -> Sizes:
-        return cls(int(leaves.queries[-1]), len(leaves.rows), int(leaves.fresh.sum()), leaves.numbers.shape[1])
+        chunks = int(np.count_nonzero(leaves.fresh))
+        return cls(int(leaves.queries[-1]), len(leaves), chunks, leaves.numbers.shape[1])
 
     def rounded(self) -> Sizes:
         """Up to powers of two, so that few sizes serve all forests."""
-        return Sizes(*(power_of_two(getattr(self, field.name)) for field in fields(self)))
+        sizes = self.queries, self.leaves, self.chunks, self.path_chunks
+        return Sizes(*map(power_of_two, sizes))
 
     def most(self, kind: LayoutKind) -> dict[str, int]:
         """Entries of the tables of any forest of these sizes."""
@@ -204,8 +215,7 @@ def tables(leaves: Leaves, block: int, chunk: int, walk: bool) -> Plan:
 
 
 def _walks(leaves: Leaves, block: int, chunk: int) -> Plan:
-    there = leaves.numbers >= 0
-    entries = _starts(there.sum(axis=1))
+    entries = _starts(np.count_nonzero(leaves.there, axis=1))
     counts = np.diff(leaves.queries)
     leaf, first = _blocks(counts, block)
     stop = np.minimum(first + block, counts[leaf])
@@ -214,54 +224,57 @@ def _walks(leaves: Leaves, block: int, chunk: int) -> Plan:
     columns = np.where(stop > pending, leaves.columns[leaf], leaves.lengths[leaf] - pending + stop)
     runs = -(-columns // chunk)
     items = _items(entries[leaf], runs, 0, columns, leaves.queries[leaf] + first, stop - first, -1)
-    merges = np.zeros(len(counts) + 1, dtype=np.int64)
-    return Plan(leaves.numbers[there].astype(np.int64) * chunk, items, merges, merges[:0], 0)
+    merges = np.zeros(len(leaves) + 1, dtype=np.int64)
+    return Plan(leaves.numbers[leaves.there] * chunk, items, merges, merges[:0], 0)
 
 
 def _splits(leaves: Leaves, block: int, chunk: int) -> Plan:
-    there, fresh = leaves.numbers >= 0, leaves.fresh
-    first, place = np.nonzero(fresh)  # of each distinct chunk: the first leaf that has it, and where on the path
+    there, fresh = leaves.there, leaves.fresh
+    first, place = fresh.nonzero()  # of each distinct chunk: the first leaf that has it, and where on the path
     # Which of them a leaf has at a place: the last that began there, in this leaf or one before.
-    numbered = np.maximum.accumulate(np.where(fresh, np.cumsum(fresh).reshape(fresh.shape) - 1, -1), axis=0)
-    last = first + np.bincount(numbered[there], minlength=len(first))
-    start = leaves.queries[first]
-    counts = leaves.queries[last] - start
+    numbered = np.zeros(fresh.shape, dtype=np.int64)
+    numbered[fresh] = np.arange(len(first))
+    np.maximum.accumulate(numbered, axis=0, out=numbered)
+    last = first + np.bincount(numbered[there])
+    start = leaves.queries.take(first)
+    counts = leaves.queries.take(last) - start
     # The result is whole where no leaf that has the chunk has another.
-    several = there.sum(axis=1) > 1
     merged = place > 0
-    merged[numbered[several, 0]] = True
-    partial = np.where(merged, counts, 0)
+    merged[numbered[np.count_nonzero(there, axis=1) > 1, 0]] = True
+    partial = counts * merged
     delta = _starts(partial)[:-1] - start  # from a query to its partial row
 
     number, offset = _blocks(counts, block)
-    query = start[number] + offset
-    columns = np.minimum(leaves.columns[first] - place * chunk, chunk)[number]
-    rows = np.where(merged[number], query + delta[number], -1)
-    items = _items(number, 1, place[number], columns, query, np.minimum(counts[number] - offset, block), rows)
-    merges = there & merged[numbered[:, 0]][:, None]
-    chunks = leaves.numbers[fresh].astype(np.int64) * chunk
-    return Plan(chunks, items, _starts(merges.sum(axis=1)), delta[numbered[merges]], int(partial.sum()))
+    query = start.take(number) + offset
+    columns = np.minimum(leaves.columns.take(first) - place * chunk, chunk).take(number)
+    rows = np.where(merged.take(number), query + delta.take(number), -1)
+    rest = np.minimum(counts.take(number) - offset, block)
+    items = _items(number, 1, place.take(number), columns, query, rest, rows)
+    merges = there & merged.take(numbered[:, :1])
+    deltas = delta.take(numbered[merges])
+    starts = _starts(np.count_nonzero(merges, axis=1))
+    return Plan(leaves.numbers[fresh] * chunk, items, starts, deltas, int(partial.sum()))
 
 
 def _items(entries: np.ndarray, *others: np.ndarray | int) -> np.ndarray:
-    items = np.empty((len(entries), ITEM_FIELDS), dtype=np.int64)
-    for field, values in zip(items.T, (entries, *others), strict=True):
+    items = np.empty((ITEM_FIELDS, len(entries)), dtype=np.int32)
+    for field, values in zip(items, (entries, *others), strict=True):
         field[:] = values
-    return items
+    return items.T
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
     """Where each run begins, and where the last ends."""
     starts = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=starts[1:])
+    counts.cumsum(out=starts[1:])
     return starts
 
 
 def _blocks(counts: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Runs cut into blocks: the run that each is of, and where in it it begins."""
     blocks = -(-counts // block)
-    run = np.repeat(np.arange(len(counts)), blocks)
-    return run, (np.arange(len(run)) - _starts(blocks)[run]) * block
+    run = np.arange(len(counts)).repeat(blocks)
+    return run, (np.arange(len(run)) - _starts(blocks).take(run)) * block
 
 
 def plan(leaves: Sequence[Leaf], tile: Tile, group: int, chunk: int = CHUNK, walk: bool = False) -> TreeLayout:
@@ -284,10 +297,10 @@ def plan(leaves: Sequence[Leaf], tile: Tile, group: int, chunk: int = CHUNK, wal
         own[: len(leaf.slots) - whole * chunk] = leaf.slots[whole * chunk :]
         slots.extend(own.reshape(-1, chunk))
     counts = np.array([len(leaf.rows) for leaf in leaves])
-    columns = np.array([len(leaf.slots) for leaf in leaves])
     lengths = np.array([leaf.length for leaf in leaves])
-    rows, pending = np.zeros(len(leaves), dtype=np.int64), counts - (columns - lengths)
-    made = tables(Leaves(numbers, rows, pending, lengths, columns, _starts(counts)), block, chunk, walk)
+    drafted = np.array([len(leaf.slots) for leaf in leaves]) - lengths
+    fields = np.stack([np.zeros_like(counts), counts - drafted, lengths], axis=1)
+    made = tables(Leaves(numbers, fields, drafted), block, chunk, walk)
     return TreeLayout(
         ancestors=torch.from_numpy(np.concatenate([leaf.ancestors.astype(np.int64) for leaf in leaves])),
         order=_tensor(np.concatenate([leaf.rows for leaf in leaves])),
