@@ -210,14 +210,16 @@ class Forest:
     def leaves(self) -> Leaves:
         """The stems as the tree attention kernels see them, threads that share a beginning side by side."""
         assert self.changes
-        place = {stem: index for index, stem in enumerate(self.stems)}
-        stems = [stem for stems in self._requests for stem in _forks_first(stems)]
-        paths = [self._ledger.table.numbers(stem.thread) for stem in stems]
+        order: list[int] = []
+        for stems in self._requests:
+            order += _forks_first(stems, len(order))
+        numbers = self._ledger.table.numbers
+        paths = [numbers(self.stems[index].thread) for index in order]
         counts = np.array([len(path) for path in paths])
-        numbers = np.full((len(stems), counts.max()), -1, dtype=np.int32)
-        numbers[np.arange(numbers.shape[1]) < counts[:, None]] = np.frombuffer(b"".join(paths), dtype=np.int32)
-        fields = self._fields[[place[stem] for stem in stems]]
-        return Leaves(numbers, fields[:, :3], fields[:, 3])
+        chunks = np.full((len(paths), counts.max()), -1, dtype=np.int32)
+        chunks[np.arange(chunks.shape[1]) < counts[:, None]] = np.frombuffer(b"".join(paths), dtype=np.int32)
+        fields = self._fields[order]
+        return Leaves(chunks, fields[:, :3], fields[:, 3])
 
     @cached_property
     def words(self) -> np.ndarray:
@@ -288,14 +290,15 @@ def _positions(fields: np.ndarray, drafting: list[Stem]) -> tuple[np.ndarray, np
     return positions, draft_rows
 
 
-def _forks_first(stems: list[Stem]) -> Iterator[Stem]:
-    """A request's stems, parents first, as each thread's children in the order of their forks and before itself."""
-    waiting: list[Stem] = []
-    for stem in stems:
-        while waiting and not _descends(stem.thread, waiting[-1].thread):
-            yield waiting.pop()
-        waiting.append(stem)
-    yield from reversed(waiting)
+def _forks_first(stems: list[Stem], first: int) -> Iterator[int]:
+    """The places from `first` of a request's stems, parents first, as each thread's children in the order of their
+    forks and before itself."""
+    waiting: list[tuple[Thread, int]] = []
+    for place, stem in enumerate(stems, first):
+        while waiting and not _descends(stem.thread, waiting[-1][0]):
+            yield waiting.pop()[1]
+        waiting.append((stem.thread, place))
+    yield from (place for _, place in reversed(waiting))
 
 
 def _descends(thread: Thread, ancestor: Thread) -> bool:

@@ -80,8 +80,10 @@ class KVPool(Cache):
             raise MemoryError(f"{count} slots were asked of a KV pool with {self.max_slots - self.in_use} left.")
         if count > len(self._free):
             self._grow(max(2 * self.capacity, self.in_use + count))
-        slots = np.array([heapq.heappop(self._free) for _ in range(count)], dtype=np.int64)
-        self._used.update(slots.tolist())
+        free, pop = self._free, heapq.heappop
+        taken = [pop(free) for _ in range(count)]
+        self._used.update(taken)
+        slots = np.array(taken, dtype=np.int64)
         self.positions[slots] = positions
         self.peak = max(self.peak, self.in_use)
         return slots

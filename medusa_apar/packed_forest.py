@@ -38,7 +38,8 @@ class PackedForest:
     roomy: they serve every forest of these sizes, and stay where they are; else this one alone. Rows beyond a forest's
     have no slot: nobody sees them, and what comes of them is void.
 
-    Attributes: `rows` int64 [4, queries]: input ids, position ids, slots, verified rows.
+    Attributes: `descriptor` and `packed`, what the kernel reads and writes; `rows`, int64 [4, queries] of that: input
+    ids, position ids, slots, verified rows.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device, roomy: bool, commits: int) -> None:
@@ -54,11 +55,11 @@ class PackedForest:
         )
         with torch.inference_mode(False):  # buffers outlive a caller's inference mode
             self._buffer = torch.empty(sections.size, dtype=torch.int32, device=device)
-            self._descriptor = _descriptor(sections, self._buffer)
+            self.descriptor = _descriptor(sections, self._buffer)
             wide = torch.empty(4, width, dtype=torch.int64, device=device)
             per_query = torch.empty(4, width, dtype=torch.int32, device=device)
             words = torch.empty(MOST_WINDOWS, width, dtype=torch.int64, device=device)
-            self._packed = Packed(wide, per_query, words)
+            self.packed = Packed(wide, per_query, words)
             self.rows = wide[:, : sizes.queries]
         self._host = np.zeros(sections.size, dtype=np.int32)
         self._contents = _descriptor(sections, self._host)
@@ -84,15 +85,22 @@ class PackedForest:
         windows[: len(self._windows)] = self._windows
         entries, slots = forest.changes
         if len(entries) > commits.shape[1]:  # several forks at once, each with a copy of a chunk
-            both = torch.from_numpy(np.stack([entries, slots])).to(self.device)
+            both = torch.empty(2, len(entries), dtype=torch.int64, device=self.device)
+            fill(both, torch.from_numpy(np.stack([entries, slots])))
             self._table.view(-1)[both[0]] = both[1].int()
             entries = slots = entries[:0]
         commits[0, : len(entries)], commits[0, len(entries) :] = entries, -1
         commits[1, : len(entries)] = slots
-        fill(self._buffer, torch.from_numpy(self._host))
         for kind, buffer in self._plans.items():
             buffer.become(forest.plan(kind))
         self._forest = forest
+        self.send()
+
+    def send(self) -> None:
+        """Host to device, without waiting."""
+        fill(self._buffer, torch.from_numpy(self._host))
+        for buffer in self._plans.values():
+            buffer.send()
 
     @property
     def sent(self) -> int:
@@ -106,7 +114,7 @@ class PackedForest:
     def pack(self) -> None:
         """One launch: slots into the table, and what else goes by rows and queries."""
         assert self._table is not None, "`become` goes first"
-        _packing(self.device)(self._descriptor, self._table, self._packed)
+        _packing(self.device)(self.descriptor, self._table, self.packed)
 
     def layout(self, kind: LayoutKind) -> TreeLayout:
         """What `pack` has written, and the plan of chunks, made for the first layer of the kind."""
@@ -121,7 +129,7 @@ class PackedForest:
         if window not in self._windows:
             if len(self._windows) == MOST_WINDOWS:
                 raise NotImplementedError(f"its layers have more than {MOST_WINDOWS} different windows")
-            self._descriptor.windows[len(self._windows)] = window
+            self.descriptor.windows[len(self._windows)] = window
             self._windows.append(window)
             self.pack()
         plan = replace(kind, window=None)
@@ -129,9 +137,10 @@ class PackedForest:
             made = forest.plan(plan)
             self._plans[plan] = _PlanBuffer(self.sizes.most(plan) if self._roomy else made.sizes, self.device)
             self._plans[plan].become(made)
-        order, positions, lengths, leaves = self._packed.queries[:, : self.sizes.queries]
+            self._plans[plan].send()
+        order, positions, lengths, leaves = self.packed.queries[:, : self.sizes.queries]
         return TreeLayout(
-            ancestors=self._packed.ancestors[self._windows.index(window), : self.sizes.queries],
+            ancestors=self.packed.ancestors[self._windows.index(window), : self.sizes.queries],
             order=order,
             positions=positions,
             lengths=lengths,
@@ -162,6 +171,8 @@ class _PlanBuffer:
         chunks[: len(plan.chunks)], deltas[: len(plan.deltas)] = plan.chunks, plan.deltas
         items[: len(plan.items)], items[len(plan.items) :] = plan.items, 0
         merges[: len(plan.merges)], merges[len(plan.merges) :] = plan.merges, len(plan.deltas)
+
+    def send(self) -> None:
         fill(self.buffer, torch.from_numpy(self._host))
 
 

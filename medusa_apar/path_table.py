@@ -25,10 +25,12 @@ from .paragraph_tree import Thread
 from .triton_kernels.layout import CHUNK, MAX_NODES
 
 _FIRST_CHUNKS = 256
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(slots=True, eq=False)
 class _Path:
+    start: int  # the thread's first column
     numbers: array[int]  # of its chunks, from the trunk's first on
     own: int  # the first that is its own
     written: int = 0  # of the thread's own tokens, how many have their slot in the table
@@ -57,22 +59,19 @@ class PathTable:
         self.slots = np.zeros((_FIRST_CHUNKS, self.chunk), dtype=np.int32)
         self._free = list(range(_FIRST_CHUNKS))  # a heap
         self._paths: dict[Thread, _Path] = {}
-        # Of the `place` that runs: whose columns are written (first, last), with what, and which rows are copied.
-        self._writing: list[_Path] = []
+        # Of the `place` that runs: which columns are written (first, last) of which path, with what, and rows to copy.
+        self._numbers: list[array[int]] = []
         self._spans: list[tuple[int, int]] = []
         self._parts: list[array[int] | np.ndarray] = []
         self._copies: list[tuple[int, int, int]] = []
 
     def on(self, device: torch.device) -> torch.Tensor:
         """int32 [capacity, chunk]; where it lies changes only when the table has grown."""
-        old = self._storage.chunks
-        if old is None or old.device != device or len(old) < len(self.slots) or old.shape[1] != self.chunk:
+        table = self._storage.chunks
+        if table is None or len(table) < len(self.slots) or table.shape[1] != self.chunk or not _on(table, device):
             with torch.inference_mode(False):  # it outlives a caller's inference mode, and is written to outside of it
-                self._storage.chunks = torch.zeros(self.slots.shape, dtype=torch.int32, device=device)
-                if old is not None and old.device == device and old.shape[1] == self.chunk:
-                    self._storage.chunks[: len(old)] = old
-        assert self._storage.chunks is not None
-        return self._storage.chunks
+                table = self._storage.chunks = torch.from_numpy(self.slots.copy()).to(device)
+        return table
 
     def numbers(self, thread: Thread) -> array[int]:
         return self._paths[thread].numbers
@@ -89,7 +88,7 @@ class PathTable:
             self.slots[target, :columns] = self.slots[source, :columns]
             copied = target * self.chunk + np.arange(columns)
             parts.append((copied, flat[copied]))
-        self._writing, self._spans, self._parts, self._copies = [], [], [], []
+        self._numbers, self._spans, self._parts, self._copies = [], [], [], []
         if len(parts) == 1:
             return Changes(entries, slots)
         return Changes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
@@ -105,34 +104,30 @@ class PathTable:
         if not length:
             del self._paths[thread]
 
-    def _write(self, thread: Thread, drafted: np.ndarray | None = None) -> None:
+    def _write(self, thread: Thread, drafted: np.ndarray = _NONE) -> None:
         path = self._paths.get(thread)
         if path is None:
             path = self._paths[thread] = self._begun(thread)
         booked = self._booked[thread]
-        first, last = thread.start + path.written, thread.start + len(booked)
-        self._parts.append(booked[path.written :])
-        if drafted is not None and len(drafted):
-            last += len(drafted)
-            self._parts.append(drafted)
-        chunks = self._chunks(last)
-        if chunks != len(path.numbers):
-            self._cover(path, chunks)
-        path.written = len(booked)
-        self._writing.append(path)
-        self._spans.append((first, last))
+        length = len(booked)
+        self._spans.append((path.start + path.written, last := path.start + length + len(drafted)))
+        self._parts += booked[path.written :], drafted
+        self._numbers.append(path.numbers)
+        path.written = length
+        if not 0 <= len(path.numbers) * self.chunk - last < self.chunk:
+            self._cover(path, self._chunks(last))
 
     def _begun(self, thread: Thread) -> _Path:
         parent = thread.parent
         if parent is None:
-            return _Path(array("i"), 0)
+            return _Path(0, array("i"), 0)
         above = self._paths.get(parent)
         if above is None or above.written <= thread.fork_index:  # what it accepted last, or all of it
             self._write(parent)
             above = self._paths[parent]
         assert above.written > thread.fork_index, f"{thread} has a path that is not cached"
         whole, columns = divmod(thread.start, self.chunk)
-        path = _Path(above.numbers[:whole], whole)
+        path = _Path(thread.start, above.numbers[:whole], whole)
         if columns:
             self._cover(path, whole + 1)
             self._copies.append((above.numbers[whole], path.numbers[whole], columns))
@@ -141,8 +136,8 @@ class PathTable:
     def _entries(self) -> np.ndarray:
         """Of every column to be written, its place in the flat table."""
         first, last = np.array(self._spans).T
-        numbers = np.frombuffer(b"".join([path.numbers for path in self._writing]), dtype=np.int32)
-        chunks = np.array([len(path.numbers) for path in self._writing])
+        numbers = np.frombuffer(b"".join(self._numbers), dtype=np.int32)
+        chunks = np.array([len(numbers) for numbers in self._numbers])
         counts = last - first
         span = np.repeat(np.arange(len(counts)), counts)
         column = np.arange(len(span)) - (np.cumsum(counts) - counts - first)[span]
@@ -177,3 +172,7 @@ class PathTable:
             lineage = [*thread.ancestors(), (thread, path.written)]
             expected = [slot for member, stop in lineage for slot in self._booked[member][:stop]]
             assert self.slots[path.numbers].reshape(-1)[: len(expected)].tolist() == expected, f"{thread} has moved"
+
+
+def _on(tensor: torch.Tensor, device: torch.device) -> bool:
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,9 +142,9 @@ class TreeLayout:
     partial_rows: int
 
     def to(self, device: torch.device) -> TreeLayout:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved)
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: part.to(device) for name, part in parts.items() if isinstance(part, torch.Tensor)}
+        return TreeLayout(**parts | moved)
 
 
 @dataclass(frozen=True, slots=True)

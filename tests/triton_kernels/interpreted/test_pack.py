@@ -46,7 +46,7 @@ def test_it_writes_what_its_twin_writes(shuffled_programs, data, chunk, window, 
         packed._windows += [1 << 30, window]
         table = forest.table.clone()
         packed.become(forest)
-        same(packed._descriptor, table)
+        same(packed.descriptor, table)
         packed.pack()  # for the steps that follow
 
     with patch.object(PathTable, "chunk", chunk):
