@@ -68,7 +68,7 @@ class Steps:
         else:
             buffer = self.buffers[sizes] = PackedForest(sizes, self.device, True, commits=sizes.queries + CHUNK)
             buffer.become(forest)
-            buffer.layout(self.kind)
+            buffer.layout(self.kind, forest)
         return self.buffers[sizes]
 
     def step(self, written: list[int] | None = None) -> Seconds:

@@ -42,22 +42,24 @@ class StaticForest:
         self.sizes, self.device = sizes, device
         # Of a step's forks one can hand over a chunk of slots; more go another way.
         self._packed = PackedForest(sizes, device, roomy=True, commits=sizes.queries + CHUNK)
+        self._forest: Forest | None = None  # while layers may still ask for a kind of layout for the first time
         rows = self._packed.rows
         self.input_ids, self.position_ids, self.slots, self.verified_rows = rows[0:1], rows[1:2], rows[2], rows[3]
 
     def become(self, forest: Forest) -> None:
         """Takes a forest's contents over; it must fit the sizes."""
         self._packed.become(forest)
+        self._forest = forest
 
     def pack(self) -> None:
         self._packed.pack()
 
     def forget(self) -> None:
         """Lets go of the forest, and with it of the KV pool that its slots are booked in."""
-        self._packed.forget()
+        self._forest = None
 
     def layout(self, kind: LayoutKind) -> TreeLayout:
-        return self._packed.layout(kind)
+        return self._packed.layout(kind, self._forest)
 
     def __len__(self) -> int:
         return self.sizes.queries

@@ -242,7 +242,7 @@ class Forest:
             sizes = Sizes.of(self.leaves)
             self._packed = PackedForest(sizes, self._device, roomy=False, commits=len(self.changes.entries))
             self._packed.become(self)
-        return self._packed.layout(kind)
+        return self._packed.layout(kind, self)
 
     def __len__(self) -> int:
         return len(self.arrays[0])

@@ -67,7 +67,6 @@ class PackedForest:
         self._plans: dict[LayoutKind, _PlanBuffer] = {}  # of kinds without their windows
         self._layouts: dict[LayoutKind, TreeLayout] = {}
         self._table: Tensor | None = None
-        self._forest: Forest | None = None  # while layers may still ask for a kind of layout for the first time
 
     def become(self, forest: Forest) -> None:
         """Takes a forest's contents over; it must fit the sizes. `pack` has to follow."""
@@ -93,7 +92,6 @@ class PackedForest:
         commits[1, : len(entries)] = slots
         for kind, buffer in self._plans.items():
             buffer.become(forest.plan(kind))
-        self._forest = forest
         self.send()
 
     def send(self) -> None:
@@ -107,21 +105,18 @@ class PackedForest:
         """Bytes that a step copies to the device."""
         return self._buffer.nbytes + sum(plan.buffer.nbytes for plan in self._plans.values())
 
-    def forget(self) -> None:
-        """Lets go of the forest, and with it of the KV pool that its slots are booked in."""
-        self._forest = None
-
     def pack(self) -> None:
         """One launch: slots into the table, and what else goes by rows and queries."""
         assert self._table is not None, "`become` goes first"
         _packing(self.device)(self.descriptor, self._table, self.packed)
 
-    def layout(self, kind: LayoutKind) -> TreeLayout:
-        """What `pack` has written, and the plan of chunks, made for the first layer of the kind."""
+    def layout(self, kind: LayoutKind, forest: Forest | None) -> TreeLayout:
+        """What `pack` has written, and the plan of chunks. A kind's first layer must say of which forest: nothing here
+        keeps one, and with it the KV pool that its slots are booked in."""
         if kind not in self._layouts:
-            assert self._forest is not None and self._table is not None, "a kind of layers that no forest has met"
+            assert forest is not None and self._table is not None, "a kind of layers that no forest has met"
             with torch.inference_mode(False):  # as above
-                self._layouts[kind] = self._laid(kind, self._forest, self._table)
+                self._layouts[kind] = self._laid(kind, forest, self._table)
         return self._layouts[kind]
 
     def _laid(self, kind: LayoutKind, forest: Forest, table: Tensor) -> TreeLayout:

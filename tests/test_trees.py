@@ -144,7 +144,7 @@ def seen_by_row(forest, window, draw) -> dict[int, list[int]]:
     roomy.pack()
     assert roomy.rows[0, : len(forest)].equal(forest.input_ids[0]) and roomy.rows[2, : len(forest)].equal(forest.slots)
     assert (roomy.rows[2, len(forest) :] == -1).all()
-    padded = roomy.layout(kind)
+    padded = roomy.layout(kind, forest)
     seen = seen_slots(padded, window)
     assert seen[: len(forest)] == seen_slots(layout, window)
     assert not any(seen[len(forest) :])  # padding sees nothing
