@@ -55,7 +55,7 @@ class PackedForest:
         )
         with torch.inference_mode(False):  # buffers outlive a caller's inference mode
             self._buffer = torch.empty(sections.size, dtype=torch.int32, device=device)
-            self.descriptor = _descriptor(sections, self._buffer)
+            self.descriptor: Descriptor = _descriptor(sections, self._buffer)
             wide = torch.empty(4, width, dtype=torch.int64, device=device)
             per_query = torch.empty(4, width, dtype=torch.int32, device=device)
             words = torch.empty(MOST_WINDOWS, width, dtype=torch.int64, device=device)
@@ -171,7 +171,7 @@ class _PlanBuffer:
         fill(self.buffer, torch.from_numpy(self._host))
 
 
-def _descriptor(sections: Sections, buffer: Any) -> Descriptor:
+def _descriptor(sections: Sections, buffer: Any) -> Any:  # of either kind
     views = sections.views(buffer)
     words = views["words"].view(torch.int64 if isinstance(buffer, Tensor) else np.int64)
     return Descriptor(**views | {"words": words})
