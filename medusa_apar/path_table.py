@@ -15,7 +15,7 @@ import heapq
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class PathTable:
         # Of the `place` that runs: which columns are written (first, last) of which path, with what, and rows to copy.
         self._numbers: list[array[int]] = []
         self._spans: list[tuple[int, int]] = []
-        self._parts: list[array[int] | np.ndarray] = []
+        self._parts: list[Any] = []  # arrays of 64 bits, of either kind
         self._copies: list[tuple[int, int, int]] = []
 
     def on(self, device: torch.device) -> torch.Tensor:
@@ -83,7 +83,7 @@ class PathTable:
         entries, slots = self._entries(), np.frombuffer(b"".join(self._parts), dtype=np.int64)
         flat = self.slots.reshape(-1)
         flat[entries] = slots
-        parts = [(entries, slots)]
+        parts: list[tuple[np.ndarray, np.ndarray]] = [(entries, slots)]
         for source, target, columns in self._copies:  # parents before children
             self.slots[target, :columns] = self.slots[source, :columns]
             copied = target * self.chunk + np.arange(columns)
