@@ -15,7 +15,7 @@ from medusa_apar.triton_kernels.verify import VerifyWorkspace, verify
 
 
 def check_verify(device: str, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
-    """Threads of 1 to 64 rows, greedy and sampled, kernel against reference."""
+    """Threads of 1 to 64 rows, greedy and sampled, with bans and without, kernel against reference."""
     generator = torch.Generator().manual_seed(0)
     sizes = [1, 5, 33, 64] if device == "cuda" else [1, 3]
     first_rows = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
@@ -29,14 +29,21 @@ def check_verify(device: str, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
         torch.full((len(sizes),), 7), torch.arange(len(sizes)), torch.arange(rows, dtype=torch.int64)
     )
     agree = True
+    # The likeliest token of some rows is a fork, which half of those may not choose; of others a child.
+    control = int(tokens[0]), int(tokens[-1])
+    logits[::4, control[0]], logits[1::8, control[1]] = 20.0, 30.0
+    bans = torch.arange(rows, dtype=torch.int32) // 4 % 2
     for one in (None, noise):
         on_device = one and reference.Noise(*(tensor.to(device) for tensor in one))
-        ours = verify(
-            *(logits.to(device), tokens.to(device), parents.to(device), first_rows.to(device), 8), noise=on_device
-        )
-        agree &= torch.equal(
-            ours.packed.cpu(), reference.verify(logits, tokens, parents, first_rows, 8, noise=one).packed
-        )
+        for ids in (None, control):
+            ours = verify(
+                *(logits.to(device), tokens.to(device), parents.to(device), first_rows.to(device), 8),
+                bans=bans.to(device),
+                control=ids,
+                noise=on_device,
+            )
+            theirs = reference.verify(logits, tokens, parents, first_rows, 8, bans=bans, control=ids, noise=one)
+            agree &= torch.equal(ours.packed.cpu(), theirs.packed)
     return {
         "kernel": "verify",
         "dtype": str(dtype).removeprefix("torch."),

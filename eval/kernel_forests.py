@@ -93,6 +93,9 @@ class Problem:
         query = normal(case.rows, shape.heads, shape.dim)
         return cls(shape, case, query, normal(*pool), normal(*pool), leaves(case))
 
+    def doubles(self) -> list[torch.Tensor]:
+        return [tensor.double() for tensor in (self.query, self.keys, self.values)]
+
     def layout(self, walk: bool) -> TreeLayout:
         group = self.shape.heads // self.shape.kv_heads
         tile = tile_for(self.query.dtype, self.shape.dim, group, self.case.rows)

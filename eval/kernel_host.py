@@ -1,38 +1,38 @@
-"""What the tables of tree attention cost the host, needing no GPU.
+"""What a step's forest costs the host before its kernels can run, needing no GPU.
 
   python -m medusa_apar.eval.kernel_host
 
-For Llama-8B's heads in bfloat16: milliseconds for the tables alone, and padded and joined as a CUDA graph takes them.
+Threads that forked at the end of one prefix go on step by step through the decoder's own ledger, each with a chain of
+draft nodes of which one is accepted. Milliseconds, medians of steps, for Llama-8B's heads in bfloat16: rows placed and
+slots booked (`forest`); what the device must be told, in the buffers of a CUDA graph (`tables`); tokens accepted and
+slots taken back (`commit`). `pack` is the device's, so it does not run here.
 """
 
 from __future__ import annotations
 
-import torch
+import statistics
 
-from medusa_apar.eval.kernel_forests import SHAPES, Case, leaves
-from medusa_apar.eval.kernel_timing import host_ms, table
-from medusa_apar.triton_kernels.layout import CHUNK, Sizes, plan, power_of_two
-from medusa_apar.triton_kernels.tree_attention import tile_for
+from medusa_apar.eval.kernel_forests import Case
+from medusa_apar.eval.kernel_packing import Steps
+from medusa_apar.eval.kernel_timing import table
 
 CASES = (Case(1, 64, 4096), Case(16, 8, 512), Case(16, 8, 4096), Case(16, 4, 32768), Case(64, 8, 4096))
 
 
-def measure(case: Case) -> dict[str, object]:
-    shape, made = SHAPES[0], leaves(case)
-    group = shape.heads // shape.kv_heads
-    tile = tile_for(torch.bfloat16, shape.dim, group, case.rows)
-
-    def joined() -> torch.Tensor:
-        sizes = Sizes.of(made, CHUNK, power_of_two(case.rows))
-        return plan(made, tile, group).padded(sizes, tile.rows // group).flat()
-
+def measure(case: Case, times: int = 60) -> dict[str, object]:
+    steps = Steps(case)
+    rows = [steps.step() for _ in range(times)][times // 4 :]
+    forest, tables, commit = (1e3 * statistics.median(column) for column in zip(*rows, strict=True))
+    sent = steps.buffer(steps.forest()).sent
     return {
         "threads": case.threads,
         "rows each": case.nodes,
         "shared prefix": case.prefix,
-        "tables, ms": host_ms(lambda: plan(made, tile, group)),
-        "for a graph, ms": host_ms(joined),
-        "KB": joined().nbytes // 1024,
+        "forest, ms": forest,
+        "tables, ms": tables,
+        "commit, ms": commit,
+        "all, ms": forest + tables + commit,
+        "KB": sent // 1024,
     }
 
 

@@ -22,7 +22,8 @@ import torch
 from torch.nn import functional as F
 
 from medusa_apar.eval.kernel_choices import check_draft, check_verify, time_draft, time_verify
-from medusa_apar.eval.kernel_forests import SHAPES, Case, Problem, Shape
+from medusa_apar.eval.kernel_forests import OWN_TOKENS, SHAPES, Case, Problem, Shape
+from medusa_apar.eval.kernel_packing import check_pack, time_pack
 from medusa_apar.eval.kernel_timing import copy_bandwidth, host_ms, matmul_rate, measure, table
 from medusa_apar.job import machine, write_text
 from medusa_apar.triton_kernels import reference
@@ -48,14 +49,26 @@ def check_attention(device: str, shapes: Sequence[Shape], cases: Sequence[Case])
             for dtype in BOUNDS:
                 problem = Problem.make(shape, case, dtype, device)
                 layouts = [problem.layout(walk) for walk in (False, True)]
-                split, walked = (tree_attention(problem.query, problem.keys, problem.values, one) for one in layouts)
-                q, k, v = problem.query.double(), problem.keys.double(), problem.values.double()
-                error = float((split.double() - reference.tree_attention(q, k, v, layouts[0])).abs().max())
-                found.append(
-                    problem.describe()
-                    | {"error": error, "bound": BOUNDS[dtype], "same_bits": bool(torch.equal(split, walked))}
-                )
+                tensors, q, k, v = ((problem.query, problem.keys, problem.values), *problem.doubles())
+                for name, more in _options(problem).items():
+                    split, walked = (tree_attention(*tensors, one, **more) for one in layouts)
+                    error = float((split.double() - reference.tree_attention(q, k, v, layouts[0], **more)).abs().max())
+                    found.append(
+                        problem.describe()
+                        | {"error": error, "bound": BOUNDS[dtype], "same_bits": bool(torch.equal(split, walked))}
+                        | {"options": name}
+                    )
     return found
+
+
+def _options(problem: Problem) -> dict[str, dict[str, Any]]:
+    """What families ask for beside the plain softmax. A window takes every draft node that `ancestors` says is seen."""
+    sinks = torch.linspace(-1, 3, problem.shape.heads, device=problem.query.device).to(problem.query.dtype)
+    return {
+        "": {},
+        "window": {"window": max(problem.case.prefix // 3, 1)},
+        "cap, sinks": {"softcap": 2.0, "sinks": sinks, "window": problem.case.prefix + OWN_TOKENS},
+    }
 
 
 def time_attention(problem: Problem, copy: float, rate: float, flex: bool) -> dict[str, Any]:
@@ -140,7 +153,8 @@ def run(out: Path, smoke: bool = False) -> dict[str, Any]:
     wrong = [check for check in checks if not check["error"] <= check["bound"]]
     vocab = 49_152 if device == "cuda" else 200
     others = [check(device, dtype, vocab) for check in (check_verify, check_draft) for dtype in BOUNDS]
-    sections.append(("Verification and drafting: against their references", others))
+    others += [check_pack(device, case) for case in (SMOKE if smoke else [*CHECKED, Case(64, 8, 4096)])]
+    sections.append(("Verification, drafting, packing: against their references", others))
     write()
     wrong += [check for check in others if not check.get("equal", True) or not check.get("error", 0.0) <= 5e-2]
     if wrong:
@@ -161,6 +175,8 @@ def run(out: Path, smoke: bool = False) -> dict[str, Any]:
     sections.append(("Verification: milliseconds", [time_verify(*size, copy, device) for size in sizes]))
     sizes = [(1, 32_768), (16, 32_768), (16, 128_256)] if not smoke else [(2, 200)]
     sections.append(("Four Medusa heads: milliseconds", [time_draft(*size, device) for size in sizes]))
+    packed = SMOKE[:1] if smoke else [Case(1, 64, 4096), Case(16, 4, 32768), Case(32, 8, 4096)]
+    sections.append(("Packing a step's forest: milliseconds", [time_pack(case, device) for case in packed]))
     write()
     return report
 

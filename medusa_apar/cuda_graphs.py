@@ -13,14 +13,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .choice import Choice
-from .forest import Forest, LayoutKind
+from .forest import Forest
 from .kv_pool import KVPool, KVStorage
-from .triton_kernels.layout import CHUNK, Sizes, TreeLayout, power_of_two
+from .packed_forest import PackedForest, fill
+from .triton_kernels.layout import CHUNK, LayoutKind, Sizes, TreeLayout, power_of_two
 
 logger = logging.getLogger(__name__)
 
@@ -32,48 +32,34 @@ _FIRST_SLOTS = 4096  # what graphs know of the KV pool is its address: it should
 Forward = Callable[["Forest | StaticForest", KVPool, tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
-def fill(buffer: Tensor, contents: Tensor) -> None:
-    """Copies from the CPU without waiting for the device."""
-    buffer.copy_(contents.pin_memory() if buffer.is_cuda else contents, non_blocking=True)
-
-
 class StaticForest:
     """A forest's tensors in buffers that stay where they are, `sizes.queries` rows of them, all verified.
 
-    Attributes as of Forest. Padding repeats the last row but has no slot: nobody sees it, and what comes of it is void.
+    Attributes as of Forest. `pack` fills them from what `become` has sent, so it is part of what a graph does.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes, self.device = sizes, device
-        self._rows = torch.zeros(4, sizes.queries, dtype=torch.int64, device=device)
-        self.input_ids, self.position_ids = self._rows[0:1], self._rows[1:2]
-        self.slots, self.verified_rows = self._rows[2], self._rows[3]
-        self._layouts: dict[LayoutKind, tuple[Tensor, TreeLayout]] = {}
+        # Of a step's forks one can hand over a chunk of slots; more go another way.
+        self._packed = PackedForest(sizes, device, roomy=True, commits=sizes.queries + CHUNK)
         self._forest: Forest | None = None  # while layers may still ask for a kind of layout for the first time
+        rows = self._packed.rows
+        self.input_ids, self.position_ids, self.slots, self.verified_rows = rows[0:1], rows[1:2], rows[2], rows[3]
 
     def become(self, forest: Forest) -> None:
         """Takes a forest's contents over; it must fit the sizes."""
-        rows = np.zeros((4, self.sizes.queries), dtype=np.int64)
-        for row, array in zip(rows, forest.arrays, strict=True):
-            row[: len(array)], row[len(array) :] = array, array[-1]
-        rows[2, len(forest) :] = -1
-        fill(self._rows, torch.from_numpy(rows))
-        for kind, (buffer, _) in self._layouts.items():
-            fill(buffer, kind.padded(forest, self.sizes).flat())
+        self._packed.become(forest)
         self._forest = forest
+
+    def pack(self) -> None:
+        self._packed.pack()
 
     def forget(self) -> None:
         """Lets go of the forest, and with it of the KV pool that its slots are booked in."""
         self._forest = None
 
     def layout(self, kind: LayoutKind) -> TreeLayout:
-        if kind not in self._layouts:
-            assert self._forest is not None, "a layer asked for tables that no layer had asked for before"
-            with torch.inference_mode(False):  # as in `_made`
-                padded = kind.padded(self._forest, self.sizes)
-                buffer = padded.flat().to(self.device)
-                self._layouts[kind] = buffer, padded.over(buffer)
-        return self._layouts[kind][1]
+        return self._packed.layout(kind, self._forest)
 
     def __len__(self) -> int:
         return self.sizes.queries
@@ -101,6 +87,7 @@ class _Step:
             fill(self._inputs, inputs)
 
     def run(self, pool: KVPool) -> None:
+        self._forest.pack()
         logits, hidden = self._forward(self._forest, pool, self._taps)
         chosen = None
         if self._choice is not None and self._inputs is not None:
@@ -156,8 +143,8 @@ class GraphedSteps:
         if self._broken or len(forest) > MOST_ROWS or pool.storage is not self._storage or not self._storage.keys:
             return None
         stores = (self._storage.keys, self._storage.values)
-        slots = tuple(tensor.data_ptr() for store in stores for tensor in store.values())
-        sizes = Sizes.of(forest.leaves(), CHUNK, power_of_two(len(forest)))
+        slots = (forest.table.data_ptr(), *(tensor.data_ptr() for store in stores for tensor in store.values()))
+        sizes = Sizes.of(forest.leaves).rounded()
         key = (sizes, taps, choice and (choice.operations, power_of_two(choice.threads)), slots)
         step = self._steps.get(key)
         if step is None:

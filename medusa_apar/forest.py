@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 import torch
 
 from .draft_tree import TreeShape
+from .packed_forest import PackedForest
 from .paragraph_tree import Thread, thread_key
+from .path_table import Changes
 from .proposals import Proposal
 from .slot_ledger import SlotLedger
-from .triton_kernels.layout import CHUNK, Leaf, Sizes, Tile, TreeLayout, plan
+from .triton_kernels.layout import LayoutKind, Leaves, Plan, Sizes, TreeLayout, tables
 
 _NO_TREE = TreeShape(np.zeros(0, dtype=np.int64))
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -41,9 +42,10 @@ class Stem:
     # Written by Forest:
     row: int = 0  # first row in the forest
     pending: list[int] = field(default_factory=list)
-    path_slots: np.ndarray | None = None  # int64, of the path cached before this step
+    cached: int = 0  # length of the path cached before this step
     slots: np.ndarray | None = None  # int64 [size]
     positions: np.ndarray | None = None  # int64 [size], path positions
+    _ledger: SlotLedger | None = None
 
     @property
     def size(self) -> int:
@@ -58,18 +60,34 @@ class Stem:
         """Of the thread that the `[Fork]` at a draft node would spawn."""
         return thread_key(self.thread.key, len(self.thread.tokens) + int(self.draft_tree.depths[fork]))
 
-    def place(self, row: int, ledger: SlotLedger) -> None:
-        """Gives every row a slot. Ancestors in the same forest go first, so that this path includes their new slots."""
-        self.row = row
-        self.pending = self.thread.tokens[ledger.cached(self.thread) : self.stop]
+    @property
+    def length(self) -> int:
+        """Of the path, pending tokens included."""
+        return self.cached + len(self.pending)
+
+    @property
+    def path_slots(self) -> np.ndarray:
+        """Slots of the path cached before this step, int64."""
+        assert self._ledger is not None
+        return self._ledger.path_slots(self.thread)[: self.cached]
+
+    @property
+    def drafted_slots(self) -> np.ndarray:
+        assert self.slots is not None
+        return self.slots[len(self.pending) :]
+
+    def start(self, row: int, ledger: SlotLedger) -> None:
+        self.row, self._ledger = row, ledger
+        cached = ledger.cached(self.thread)
+        self.cached = self.thread.start + cached
+        self.pending = self.thread.tokens[cached : self.stop]
         assert self.pending, f"{self.thread} was planned with nothing to feed"
-        self.path_slots = ledger.path_slots(self.thread)
-        first = len(self.path_slots)
-        root = first + len(self.pending) - 1
-        drafted = root + 1 + self.draft_tree.depths[: len(self.draft_tokens)]
-        self.positions = np.concatenate([np.arange(first, root + 1), drafted])
-        self.slots = ledger.pool.allocate(self.positions)
-        ledger.book(self.thread, self.slots[: len(self.pending)])
+
+    def place(self, slots: np.ndarray, positions: np.ndarray) -> None:
+        """A slot and a position for every row."""
+        assert self._ledger is not None
+        self.slots, self.positions = slots, positions
+        self._ledger.book(self.thread, slots[: len(self.pending)])
 
     def fill_visible(self, visible: np.ndarray) -> None:
         """Sets bool [size, capacity]: the path, pending tokens in their order, each draft node's ancestors."""
@@ -79,25 +97,6 @@ class Stem:
         visible[:pending, self.slots[:pending]] = np.tri(pending, dtype=bool)
         visible[pending:, self.slots[:pending]] = True
         visible[pending:, self.slots[pending:]] = self.draft_tree.ancestors[:drafted, :drafted]
-
-    def leaf(self, before: Stem | None, window: int | None) -> Leaf:
-        """`before`: the stem whose leaf comes first, of the same request."""
-        assert self.path_slots is not None and self.slots is not None and self.positions is not None
-        pending, drafted = len(self.pending), len(self.draft_tokens)
-        length = len(self.path_slots) + pending
-        return Leaf(
-            slots=np.concatenate([self.path_slots, self.slots]),
-            length=length,
-            rows=np.arange(self.row, self.row + self.size),
-            positions=self.positions,
-            ancestors=np.concatenate([np.zeros(pending, dtype=np.uint64), self.draft_tree.words(window)[:drafted]]),
-            shared=0 if before is None else min(_common(before.thread, self.thread), length, before.path_length),
-        )
-
-    @property
-    def path_length(self) -> int:
-        assert self.path_slots is not None
-        return len(self.path_slots) + len(self.pending)
 
 
 @dataclass(slots=True, eq=False)
@@ -129,24 +128,6 @@ class ForestMask:
         return self._biases[key]
 
 
-@dataclass(frozen=True, slots=True)
-class LayoutKind:
-    """What the tables of the tree attention kernels depend on beside the forest."""
-
-    window: int | None
-    tile: Tile
-    group: int  # query heads of a KV head
-    walk: bool
-    chunk: int = CHUNK
-
-    def plan(self, forest: Forest) -> TreeLayout:
-        """On the CPU."""
-        return plan(forest.leaves(self.window), self.tile, self.group, self.chunk, self.walk)
-
-    def padded(self, forest: Forest, sizes: Sizes) -> TreeLayout:
-        return self.plan(forest).padded(sizes, self.tile.rows // self.group)
-
-
 class Forest:
     """N rows ready for one forward pass.
 
@@ -157,23 +138,30 @@ class Forest:
     """
 
     def __init__(self, requests: list[list[Stem]], ledger: SlotLedger, device: torch.device):
-        row = 0
-        for stem in (stem for stems in requests for stem in stems):
-            stem.place(row, ledger)
-            row += stem.size
         self.stems = [stem for stems in requests for stem in stems]
+        row = 0
+        tokens: list[int] = []
+        for stem in self.stems:
+            stem.start(row, ledger)
+            tokens += stem.pending
+            tokens += stem.draft_tokens
+            row = len(tokens)
         self.verified = [stem for stem in self.stems if stem.verified]
-        tokens = [token for stem in self.stems for token in (*stem.pending, *stem.draft_tokens)]
-        rows = [np.arange(stem.row + len(stem.pending) - stem.scored, stem.row + stem.size) for stem in self.verified]
-        self.arrays = (
-            np.array(tokens, dtype=np.int64),
-            np.concatenate([cast(np.ndarray, stem.positions) for stem in self.stems]),
-            np.concatenate([cast(np.ndarray, stem.slots) for stem in self.stems]),
-            np.concatenate(rows),
-        )
+        self._drafting = [stem for stem in self.stems if stem.draft_tokens]
+        fields = [(stem.row, len(stem.pending), stem.length, len(stem.draft_tokens)) for stem in self.stems]
+        self._fields = np.array(fields)
+        positions, self._draft_rows = _positions(self._fields, self._drafting)
+        slots = ledger.pool.allocate(positions)
+        for stem in self.stems:
+            rows = slice(stem.row, stem.row + stem.size)
+            stem.place(slots[rows], positions[rows])
+        verified = [
+            np.arange(stem.row + len(stem.pending) - stem.scored, stem.row + stem.size) for stem in self.verified
+        ]
+        self.arrays = np.array(tokens, dtype=np.int64), positions, slots, np.concatenate(verified)
         self._requests, self._ledger, self._device = requests, ledger, device
-        self._layouts: dict[LayoutKind, TreeLayout] = {}
-        self._leaves: dict[int | None, list[Leaf]] = {}
+        self._plans: dict[LayoutKind, Plan] = {}
+        self._packed: PackedForest | None = None
 
     @cached_property
     def _tensors(self) -> tuple[torch.Tensor, ...]:
@@ -213,38 +201,67 @@ class Forest:
         runs = np.zeros((len(self), 3, 2), dtype=np.int32)
         start = 0
         for stem in self.stems:
-            assert stem.path_slots is not None and stem.slots is not None
-            cached, pending, drafted = len(stem.path_slots), len(stem.pending), len(stem.draft_tokens)
+            assert stem.slots is not None
+            path, pending, drafted = stem.path_slots, len(stem.pending), len(stem.draft_tokens)
+            cached = len(path)
             lineages, parts = stem.draft_tree.lineages(drafted)
             rows = runs[stem.row : stem.row + stem.size]
             rows[:, :2] = (start, cached), (start + cached, pending)
             if pending > 1:
                 rows[:pending, 1, 1] = np.arange(1, pending + 1)
             rows[pending:, 2] = parts + (start + cached + pending, 0)
-            lists += [stem.path_slots, stem.slots[:pending], stem.slots[pending:][lineages]]
+            lists += [path, stem.slots[:pending], stem.slots[pending:][lineages]]
             start += cached + pending + len(lineages)
         return np.concatenate(lists, dtype=np.int32, casting="same_kind"), runs, int(runs[:, :, 1].sum(axis=1).max())
 
-    def leaves(self, window: int | None = None) -> list[Leaf]:
-        """The stems as the tree attention kernels see them, threads that share a beginning side by side.
+    @cached_property
+    def changes(self) -> Changes:
+        """What this step adds to the table of paths; asked for, the forest has to run over it."""
+        return self._ledger.table.place((stem.thread, stem.drafted_slots) for stem in self.stems)
 
-        window: path positions that a row sees; draft nodes beyond it are not among a node's ancestors.
-        """
-        if window in self._leaves:
-            return self._leaves[window]
-        leaves = self._leaves[window] = []
+    @property
+    def table(self) -> torch.Tensor:
+        """Where paths lie on the device, int32 [chunks, columns], once `changes` are committed."""
+        assert self.changes
+        return self._ledger.table.on(self._device)
+
+    @cached_property
+    def leaves(self) -> Leaves:
+        """The stems as the tree attention kernels see them, threads that share a beginning side by side."""
+        assert self.changes
+        order: list[int] = []
         for stems in self._requests:
-            before: Stem | None = None
-            for stem in _forks_first(stems):
-                leaves.append(stem.leaf(before, window))
-                before = stem
-        return leaves
+            order += _forks_first(stems, len(order))
+        numbers = self._ledger.table.numbers
+        paths = [numbers(self.stems[index].thread) for index in order]
+        counts = np.array([len(path) for path in paths])
+        chunks = np.full((len(paths), counts.max()), -1, dtype=np.int32)
+        chunks[np.arange(chunks.shape[1]) < counts[:, None]] = np.frombuffer(b"".join(paths), dtype=np.int32)
+        fields = self._fields[order]
+        return Leaves(chunks, fields[:, :3], fields[:, 3])
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """Of each row the draft nodes that it sees, bit by bit, int64 [N]."""
+        words = np.zeros(len(self), dtype=np.uint64)
+        if self._drafting:
+            drafted = [stem.draft_tree.words()[: len(stem.draft_tokens)] for stem in self._drafting]
+            words[self._draft_rows] = np.concatenate(drafted)
+        return words.view(np.int64)
+
+    def plan(self, kind: LayoutKind) -> Plan:
+        """The chunks of one kind of layers, whatever their window."""
+        if kind not in self._plans:
+            self._plans[kind] = tables(self.leaves, kind.block, self._ledger.table.chunk, kind.walk)
+        return self._plans[kind]
 
     def layout(self, kind: LayoutKind) -> TreeLayout:
         """The tables of one kind of layers, made for the first of them."""
-        if kind not in self._layouts:
-            self._layouts[kind] = kind.plan(self).to(self._device)
-        return self._layouts[kind]
+        if self._packed is None:
+            sizes = Sizes.of(self.leaves)
+            self._packed = PackedForest(sizes, self._device, roomy=False, commits=len(self.changes.entries))
+            self._packed.become(self)
+        return self._packed.layout(kind, self)
 
     def __len__(self) -> int:
         return len(self.arrays[0])
@@ -277,27 +294,33 @@ def _group(stems: list[Stem], ledger: SlotLedger, device: torch.device) -> Group
     )
 
 
-def _forks_first(stems: list[Stem]) -> Iterator[Stem]:
-    """A request's stems, each thread's children in the order of their forks and before itself."""
-    of_thread = {stem.thread: stem for stem in stems}
+def _positions(fields: np.ndarray, drafting: list[Stem]) -> tuple[np.ndarray, np.ndarray]:
+    """Path positions, int64 [rows]: pending tokens behind what is cached, each draft node by its depth; and which rows
+    are draft nodes'."""
+    first, pending, lengths, drafted = fields.T
+    sizes = pending + drafted
+    behind = lengths.repeat(sizes)
+    positions = (lengths - pending - first).repeat(sizes)
+    positions += np.arange(len(positions))
+    draft_rows = (positions >= behind).nonzero()[0]
+    if drafting:
+        depths = [stem.draft_tree.depths[: len(stem.draft_tokens)] for stem in drafting]
+        positions[draft_rows] = behind.take(draft_rows) + np.concatenate(depths)
+    return positions, draft_rows
 
-    def visit(thread: Thread) -> Iterator[Stem]:
-        for child in thread.children:
-            yield from visit(child)
-        if thread in of_thread:
-            yield of_thread[thread]
 
-    trunk = stems[0].thread
-    while trunk.parent is not None:
-        trunk = trunk.parent
-    return visit(trunk)
+def _forks_first(stems: list[Stem], first: int) -> Iterator[int]:
+    """The places from `first` of a request's stems, parents first, as each thread's children in the order of their
+    forks and before itself."""
+    waiting: list[tuple[Thread, int]] = []
+    for place, stem in enumerate(stems, first):
+        while waiting and not _descends(stem.thread, waiting[-1][0]):
+            yield waiting.pop()[1]
+        waiting.append((stem.thread, place))
+    yield from (place for _, place in reversed(waiting))
 
 
-def _common(thread: Thread, other: Thread) -> int:
-    """Path positions up to which two threads of a request are the same."""
-    lineage = [*(member for member, _ in thread.ancestors()), thread]
-    others = [*(member for member, _ in other.ancestors()), other]
-    depth = next((d for d, (a, b) in enumerate(zip(lineage, others, strict=False)) if a is not b), None)
-    if depth is None:  # one descends from the other
-        depth = min(len(lineage), len(others))
-    return min([members[depth].start for members in (lineage, others) if depth < len(members)], default=thread.end)
+def _descends(thread: Thread, ancestor: Thread) -> bool:
+    while thread.depth > ancestor.depth and thread.parent is not None:
+        thread = thread.parent
+    return thread is ancestor

@@ -21,11 +21,13 @@ class KVStorage:
     """Where a pool's keys and values lie: layer -> [capacity, kv_heads, head_dim], a tensor of its own each.
 
     scales: of those that are int16 steps: layer -> float32 [capacity, kv_heads, 2], a key's step and a value's.
+    chunks: int32 [chunks, columns], which slots a path's tokens lie in; written by PathTable, which says more.
     """
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     scales: dict[int, torch.Tensor] = field(default_factory=dict)
+    chunks: torch.Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -78,8 +80,10 @@ class KVPool(Cache):
             raise MemoryError(f"{count} slots were asked of a KV pool with {self.max_slots - self.in_use} left.")
         if count > len(self._free):
             self._grow(max(2 * self.capacity, self.in_use + count))
-        slots = np.array([heapq.heappop(self._free) for _ in range(count)], dtype=np.int64)
-        self._used.update(slots.tolist())
+        free, pop = self._free, heapq.heappop
+        taken = [pop(free) for _ in range(count)]
+        self._used.update(taken)
+        slots = np.array(taken, dtype=np.int64)
         self.positions[slots] = positions
         self.peak = max(self.peak, self.in_use)
         return slots

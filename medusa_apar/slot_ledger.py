@@ -8,6 +8,7 @@ import numpy as np
 
 from .kv_pool import KVPool
 from .paragraph_tree import Thread
+from .path_table import PathTable
 
 _NONE = array("q")
 
@@ -26,6 +27,14 @@ class SlotLedger:
         self.pool = pool
         self._slots: dict[Thread, array[int]] = {}  # arrays, which numpy reads as they are
         self._evicted: set[Thread] = set()
+        self._table: PathTable | None = None
+
+    @property
+    def table(self) -> PathTable:
+        """Where paths lie on the device; kept from when it is first asked for."""
+        if self._table is None:
+            self._table = PathTable(self._slots, self.pool.storage)
+        return self._table
 
     def cached(self, thread: Thread) -> int:
         """How many of the thread's own tokens have a slot."""
@@ -46,7 +55,8 @@ class SlotLedger:
 
     def book(self, thread: Thread, slots: np.ndarray | list[int]) -> None:
         """The thread's next tokens lie in these slots."""
-        self._slots.setdefault(thread, array("q")).extend(slots)
+        booked = self._slots.setdefault(thread, array("q"))
+        booked.extend(slots.tolist() if isinstance(slots, np.ndarray) else slots)
 
     def settle(self, thread: Thread) -> int:
         """Returns what nobody needs any more of the thread and its ancestors; call when it ended. Counts the slots."""
@@ -80,6 +90,8 @@ class SlotLedger:
         slots = self._slots.get(thread, _NONE)
         gone = slots[length:]
         del slots[length:]
+        if self._table is not None:
+            self._table.shrink(thread)
         self.pool.release(gone)
         return len(gone)
 
@@ -93,3 +105,5 @@ class SlotLedger:
         assert len(booked) == len(set(booked)) == self.pool.in_use, "a slot is leaked or booked twice"
         for thread, slots in self._slots.items():
             assert len(slots) <= self._needed(thread), f"{thread} holds slots that no live path needs"
+        if self._table is not None:
+            self._table.check(self.claims)

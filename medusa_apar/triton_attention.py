@@ -9,8 +9,7 @@ from typing import Protocol
 
 import torch
 
-from .forest import LayoutKind
-from .triton_kernels.layout import CHUNK, TreeLayout
+from .triton_kernels.layout import LayoutKind, TreeLayout
 from .triton_kernels.tree_attention import INTERPRETED, tile_for, tree_attention
 
 # Programs that fill an H100 twice over. A forest with as many query tiles walks its paths: partial results would weigh
@@ -75,7 +74,7 @@ def _layout(mask: TreeMask, query: torch.Tensor, kv_heads: int) -> TreeLayout:
     group = heads // kv_heads
     tile = tile_for(query.dtype, dim, group, rows)
     blocks = -(-rows // (tile.rows // group))
-    return mask.forest.layout(LayoutKind(mask.window, tile, group, walk=blocks * kv_heads >= _PROGRAMS, chunk=CHUNK))
+    return mask.forest.layout(LayoutKind(mask.window, tile, group, walk=blocks * kv_heads >= _PROGRAMS))
 
 
 @cache

@@ -291,7 +291,7 @@ def drafters(out):
         {"budget": 60, "draft_tree": DraftTree([(0,), (0, 0), (0, 0, 0)])},
         {"pool_slots": 3 + ROWS + 2 + 2 * LIMIT + 16},
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_drafts_and_schedules_never_show(listed, options):
     for heads in (None, *drafters(listed)):

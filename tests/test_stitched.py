@@ -287,7 +287,7 @@ def test_text_beyond_the_context_is_not_scored():
         ({"regenerate_below": 0.5, "stop_strings": ["x"], "tokenizer": tiny_tokenizer()}, "stop strings"),
         ({"regenerate_below": 0.5, "max_time": 3.0}, "stopping criteria"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_what_makes_no_sense_is_refused_before_any_work(options, sentence):
     model = forking_model(1)

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ from hypothesis import strategies as st
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 from medusa_apar.draft_tree import DraftTree
-from medusa_apar.forest import Forest, LayoutKind, Stem
+from medusa_apar.forest import Forest, Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.fork_policy import ControlTokenForks, NoForks
 from medusa_apar.kv_pool import KVPool
+from medusa_apar.packed_forest import PackedForest
 from medusa_apar.paragraph_tree import ParagraphTree, ReadingCursor
+from medusa_apar.path_table import PathTable
 from medusa_apar.slot_ledger import SlotLedger
 from medusa_apar.step_cost import StepCost
-from medusa_apar.triton_kernels.layout import Sizes, Tile, power_of_two
+from medusa_apar.triton_kernels.layout import LayoutKind, Sizes, Tile
 from medusa_apar.triton_kernels.reference import seen_slots
 from medusa_apar.verdict import Verdict
 
@@ -135,14 +138,18 @@ def test_reading_order_positions_and_ends(data):
 
 
 def seen_by_row(forest, window, draw) -> dict[int, list[int]]:
-    """What the tables of the attention kernels say, whatever the chunks."""
-    chunk = draw(st.sampled_from([1, 2, 4, 64]))
-    kind = LayoutKind(window, Tile(16, chunk, 1, 1), draw(st.integers(1, 16)), draw(st.booleans()), chunk)
+    """What the tables of the attention kernels say, whatever the chunks and however large the buffers."""
+    kind = LayoutKind(window, Tile(16, 1, 1, 1), draw(st.integers(1, 16)), draw(st.booleans()))
     layout = forest.layout(kind)
-    sizes = Sizes.of(forest.leaves(), chunk, power_of_two(len(forest)))
-    padded = kind.padded(forest, sizes)
-    assert padded.over(padded.flat()).items.equal(padded.items)
+    sizes = Sizes.of(forest.leaves).rounded()
+    roomy = PackedForest(sizes, torch.device("cpu"), roomy=True, commits=sizes.queries)
+    roomy.become(forest)
+    roomy.pack()
+    assert roomy.rows[0, : len(forest)].equal(forest.input_ids[0]) and roomy.rows[2, : len(forest)].equal(forest.slots)
+    assert (roomy.rows[2, len(forest) :] == -1).all()
+    padded = roomy.layout(kind, forest)
     seen = seen_slots(padded, window)
+    assert seen[: len(forest)] == seen_slots(layout, window)
     assert not any(seen[len(forest) :])  # padding sees nothing
     return dict(zip(layout.order.tolist(), seen, strict=False))
 
@@ -150,6 +157,11 @@ def seen_by_row(forest, window, draw) -> dict[int, list[int]]:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_masks_show_exactly_the_path_and_slots_are_accounted(data):
+    with patch.object(PathTable, "chunk", data.draw(st.sampled_from([1, 2, 4, 64]))):
+        _show_exactly_the_path(data)
+
+
+def _show_exactly_the_path(data):
     script = Script(data)
 
     def after_step(forest, trees):

@@ -23,7 +23,7 @@ from typing import Any
 
 import triton
 
-MODULES = ("store", "tree_attention", "verify", "draft")  # each has `variants() -> list[Variant]`
+MODULES = ("pack", "store", "tree_attention", "verify", "draft")  # each has `variants() -> list[Variant]`
 CAPABILITIES = (80, 90)
 TABLE = Path(__file__).with_name("resources.json")
 

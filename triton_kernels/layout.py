@@ -4,12 +4,16 @@ A *leaf* is the queries of one thread. Its columns are its path in path order, t
 into chunks of one fixed size, counted from the path's first token. Leaves that have all columns of a chunk in common
 are side by side and read it together; a chunk in which they part is read by each alone. So what a query sums up, and
 in which order, is settled by its own path: not by who else is in the forest, nor by where a fork is.
+
+A chunk has a number: its row of the table of slots. Leaves that have the same number at the same place share it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +22,9 @@ MAX_NODES = 64  # of a leaf: the bits of an ancestor word
 ITEM_FIELDS = 7
 # Columns of a chunk. Partial results weigh 2 * rows / chunk of the keys and values that were read for them.
 CHUNK = 256
+MOST_WINDOWS = 8  # that layers of one model may have
+NO_WINDOW = 1 << 30
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton when it is imported, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +37,24 @@ class Tile:
     stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class LayoutKind:
+    """What the tables depend on beside the forest: the same for all layers of a kind."""
+
+    window: int | None
+    tile: Tile
+    group: int  # query heads of a KV head; so many rows of a tile are one query
+    walk: bool
+
+    @property
+    def block(self) -> int:
+        """Queries of a tile."""
+        return self.tile.rows // self.group
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Leaf:
-    """Queries of one thread.
+    """Queries of one thread: first those on the path, in its order, then its draft nodes.
 
     slots: int [length + nodes], where the path's tokens lie, then the draft nodes.
     length: tokens of the path, those whose queries these are included.
@@ -52,14 +74,52 @@ class Leaf:
     shared: int = 0
 
 
+class Leaves:
+    """A forest's S leaves in order, as far as `tables` must know them.
+
+    numbers: int [S, J], each leaf's chunks; -1 behind its last.
+    fields: int64 [S, 3], of each leaf the first of its rows, which are side by side, its queries that are on the path,
+        and the length of the path.
+    drafted: int64 [S], draft nodes, whose queries come behind those.
+    """
+
+    def __init__(self, numbers: np.ndarray, fields: np.ndarray, drafted: np.ndarray) -> None:
+        self.numbers, self.fields = numbers, fields
+        _, self.pending, self.lengths = fields.T
+        self.columns = self.lengths + drafted
+        self.queries = _starts(self.pending + drafted)  # [S + 1], where each leaf's begin
+        self.there = numbers >= 0  # [S, J]
+        # [S, J]: a chunk that the leaf before does not have at this place.
+        self.fresh = self.there.copy()
+        self.fresh[1:] &= numbers[1:] != numbers[:-1]
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+
+class Plan(NamedTuple):
+    """The tables of TreeLayout that go by chunks; numpy, any integers."""
+
+    chunks: np.ndarray
+    items: np.ndarray
+    merges: np.ndarray
+    deltas: np.ndarray
+    partial_rows: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As of Sizes.most."""
+        return {name: part if isinstance(part, int) else len(part) for name, part in self._asdict().items()}
+
+
 @dataclass(slots=True, eq=False)
 class TreeLayout:
-    """Tables of one step, the same for all layers. int32 unless said; N queries, S leaves, I items, P partial rows.
+    """Tables of one step, the same for all layers of a kind. int32 unless said; N queries, S leaves, I items.
 
     order [N]: rows in the order of leaves. The next four go by that order:
     positions, lengths, leaves [N]: path position, columns that are path, leaf of each query.
     ancestors int64 [N]: draft nodes that a query sees, bit by bit.
-    slots [*]: chunks' columns, one after the other.
+    slots [*]: of chunks' columns.
     chunks [*]: where in `slots` a chunk begins; a run of chunks is side by side.
     items [I, 7]: a run of chunks for up to `tile.rows // group` queries: first entry of `chunks`, how many, the number
         of the first on the path, columns, first query in `order`, queries, first partial row (-1: the result is whole).
@@ -81,86 +141,42 @@ class TreeLayout:
     walk: bool
     partial_rows: int
 
-    def flat(self) -> torch.Tensor:
-        """All tables one after the other, int32, each from an address that is a multiple of 16 bytes: Triton compiles a
-        kernel anew for pointers that are not."""
-        tables = [table.view(torch.int32).reshape(-1) for table in self._tables()]
-        flat = torch.zeros(sum(_aligned(len(table)) for table in tables), dtype=torch.int32)
-        for part, table in zip(flat.split([_aligned(len(table)) for table in tables]), tables, strict=True):
-            part[: len(table)] = table
-        return flat
-
-    def over(self, flat: torch.Tensor) -> TreeLayout:
-        """The same tables as views of what `flat` returned, on whatever device it is now."""
-        tables = [table.view(torch.int32) for table in self._tables()]
-        parts = flat.split([_aligned(table.numel()) for table in tables])
-        views = {
-            name: part[: table.numel()].view(table.shape)
-            for name, part, table in zip(_TABLES, parts, tables, strict=True)
-        }
-        return replace(self, **views | {"ancestors": views["ancestors"].view(torch.int64)})
-
     def to(self, device: torch.device) -> TreeLayout:
-        """One copy for all tables."""
-        if device.type == "cpu":
-            return self
-        return self.over(self.flat().pin_memory().to(device, non_blocking=True))
-
-    def padded(self, sizes: Sizes, block: int) -> TreeLayout:
-        """Tables as large as any forest of these sizes needs, `block` queries an item; what is added does nothing."""
-        queries, partial_rows = sizes.queries, sizes.queries * sizes.path_chunks
-        spans = partial_rows if self.walk else sizes.chunks
-        # A walk has an item for each block of a leaf, of which there are at most as many as queries; else every chunk
-        # has its blocks, full but for the last.
-        items = queries if self.walk else sizes.chunks + partial_rows // block
-
-        def grown(table: torch.Tensor, length: int, fill: int = 0) -> torch.Tensor:
-            return torch.cat([table, table.new_full((length - len(table), *table.shape[1:]), fill)])
-
-        return replace(
-            self,
-            ancestors=grown(self.ancestors, queries),
-            order=grown(self.order, queries),
-            positions=grown(self.positions, queries),
-            lengths=grown(self.lengths, queries),
-            leaves=grown(self.leaves, queries, len(self.merges) - 1),  # behind the last leaf: nothing to merge
-            slots=grown(self.slots, sizes.chunks * self.chunk),
-            chunks=grown(self.chunks, spans),
-            items=grown(self.items, items),
-            merges=grown(self.merges, queries + 1, len(self.deltas)),
-            deltas=grown(self.deltas, partial_rows),
-            partial_rows=0 if self.walk else partial_rows,
-        )
-
-    def _tables(self) -> list[torch.Tensor]:
-        return [getattr(self, name) for name in _TABLES]
-
-
-# ancestors first: 64 bits want to lie on an even place of a buffer of 32.
-_TABLES = (
-    *("ancestors", "order", "positions", "lengths", "leaves"),
-    *("slots", "chunks", "items", "merges", "deltas"),
-)
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: part.to(device) for name, part in parts.items() if isinstance(part, torch.Tensor)}
+        return TreeLayout(**parts | moved)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large a forest may be: its queries, its chunks in all, and the chunks of its longest path."""
+    """How large a forest may be: queries, leaves, chunks in all, and the chunks of its longest path."""
 
     queries: int
+    leaves: int
     chunks: int
     path_chunks: int
 
     @classmethod
-    def of(cls, leaves: Sequence[Leaf], chunk: int, queries: int) -> Sizes:
-        """Rounded up to powers of two, so that few sizes serve all forests."""
-        runs = [-(-len(leaf.slots) // chunk) for leaf in leaves]
-        shared = sum(leaf.shared // chunk for leaf in leaves[1:])
-        return cls(queries, power_of_two(sum(runs) - shared), power_of_two(max(runs)))
+    def of(cls, leaves: Leaves) -> Sizes:
+        chunks = int(np.count_nonzero(leaves.fresh))
+        return cls(int(leaves.queries[-1]), len(leaves), chunks, leaves.numbers.shape[1])
 
+    def rounded(self) -> Sizes:
+        """Up to powers of two, so that few sizes serve all forests."""
+        sizes = self.queries, self.leaves, self.chunks, self.path_chunks
+        return Sizes(*map(power_of_two, sizes))
 
-def _aligned(length: int) -> int:
-    return -(-length // 4) * 4
+    def most(self, kind: LayoutKind) -> dict[str, int]:
+        """Entries of the tables of any forest of these sizes."""
+        queries, leaf_chunks = self.queries, self.leaves * self.path_chunks
+        merges = self.leaves + 2  # one more: the queries that only fill the tables up have a leaf too
+        if kind.walk:
+            items = min(queries, self.leaves + queries // kind.block)
+            return {"chunks": leaf_chunks, "items": items, "merges": merges, "deltas": 0, "partial_rows": 0}
+        partial_rows = queries * self.path_chunks
+        items = self.chunks + partial_rows // kind.block  # every chunk has its blocks, full but for the last
+        sizes = {"chunks": self.chunks, "items": items, "merges": merges, "deltas": leaf_chunks}
+        return sizes | {"partial_rows": partial_rows}
 
 
 def power_of_two(number: int) -> int:
@@ -168,101 +184,136 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def plan(leaves: Sequence[Leaf], tile: Tile, group: int, chunk: int = CHUNK, walk: bool = False) -> TreeLayout:
-    """Tables for a forest's leaves, on the CPU.
+class Sections:
+    """Tables one after the other in one buffer of int32, each from an address that is a multiple of 16 bytes: Triton
+    compiles a kernel anew for pointers that are not."""
 
-    group: query heads of a KV head; so many rows of a tile are one query.
-    chunk: columns of a chunk, a multiple of the tile's.
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        self._places: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        self.size = 0
+        for name, shape in shapes.items():
+            length = int(np.prod(shape))
+            self._places[name] = self.size, self.size + length, shape
+            self.size += aligned(length)
+
+    def views(self, flat: Any) -> dict[str, Any]:
+        """Of a numpy array or a tensor."""
+        return {name: flat[start:stop].reshape(shape) for name, (start, stop, shape) in self._places.items()}
+
+
+def aligned(length: int) -> int:
+    return -(-length // 4) * 4
+
+
+def tables(leaves: Leaves, block: int, chunk: int, walk: bool) -> Plan:
+    """The tables of chunks, `block` queries an item. What it costs goes by leaves times chunks, not by columns.
+
     walk: every leaf's queries go over their whole path in one program, which leaves no partial results to merge; for
         forests whose queries fill the device by themselves. The results are the same bits.
+    """
+    return _walks(leaves, block, chunk) if walk else _splits(leaves, block, chunk)
 
+
+def _walks(leaves: Leaves, block: int, chunk: int) -> Plan:
+    entries = _starts(np.count_nonzero(leaves.there, axis=1))
+    counts = np.diff(leaves.queries)
+    leaf, first = _blocks(counts, block)
+    stop = np.minimum(first + block, counts[leaf])
+    # A prompt's queries do not see what comes behind them.
+    pending = leaves.pending[leaf]
+    columns = np.where(stop > pending, leaves.columns[leaf], leaves.lengths[leaf] - pending + stop)
+    runs = -(-columns // chunk)
+    items = _items(entries[leaf], runs, 0, columns, leaves.queries[leaf] + first, stop - first, -1)
+    merges = np.zeros(len(leaves) + 1, dtype=np.int64)
+    return Plan(leaves.numbers[leaves.there] * chunk, items, merges, merges[:0], 0)
+
+
+def _splits(leaves: Leaves, block: int, chunk: int) -> Plan:
+    there, fresh = leaves.there, leaves.fresh
+    first, place = fresh.nonzero()  # of each distinct chunk: the first leaf that has it, and where on the path
+    # Which of them a leaf has at a place: the last that began there, in this leaf or one before.
+    numbered = np.zeros(fresh.shape, dtype=np.int64)
+    numbered[fresh] = np.arange(len(first))
+    np.maximum.accumulate(numbered, axis=0, out=numbered)
+    last = first + np.bincount(numbered[there])
+    start = leaves.queries.take(first)
+    counts = leaves.queries.take(last) - start
+    # The result is whole where no leaf that has the chunk has another.
+    merged = place > 0
+    merged[numbered[np.count_nonzero(there, axis=1) > 1, 0]] = True
+    partial = counts * merged
+    delta = _starts(partial)[:-1] - start  # from a query to its partial row
+
+    number, offset = _blocks(counts, block)
+    query = start.take(number) + offset
+    columns = np.minimum(leaves.columns.take(first) - place * chunk, chunk).take(number)
+    rows = np.where(merged.take(number), query + delta.take(number), -1)
+    rest = np.minimum(counts.take(number) - offset, block)
+    items = _items(number, 1, place.take(number), columns, query, rest, rows)
+    merges = there & merged.take(numbered[:, :1])
+    deltas = delta.take(numbered[merges])
+    starts = _starts(np.count_nonzero(merges, axis=1))
+    return Plan(leaves.numbers[fresh] * chunk, items, starts, deltas, int(partial.sum()))
+
+
+def _items(entries: np.ndarray, *others: np.ndarray | int) -> np.ndarray:
+    items = np.empty((ITEM_FIELDS, len(entries)), dtype=np.int32)
+    for field, values in zip(items, (entries, *others), strict=True):
+        field[:] = values
+    return items.T
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Where each run begins, and where the last ends."""
+    starts = np.zeros(len(counts) + 1, dtype=np.int64)
+    counts.cumsum(out=starts[1:])
+    return starts
+
+
+def _blocks(counts: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Runs cut into blocks: the run that each is of, and where in it it begins."""
+    blocks = -(-counts // block)
+    run = np.arange(len(counts)).repeat(blocks)
+    return run, (np.arange(len(run)) - _starts(blocks).take(run)) * block
+
+
+def plan(leaves: Sequence[Leaf], tile: Tile, group: int, chunk: int = CHUNK, walk: bool = False) -> TreeLayout:
+    """Tables for leaves that say all their slots, on the CPU: what kernels are tested and timed with.
+
+    The decoder's forests find their chunks on the device (`path_table.py`, `pack.py`).
+    chunk: columns of a chunk, a multiple of the tile's.
     ValueError for a leaf of more than 64 draft nodes, or one that shares columns it does not have.
     """
     _check(leaves)
     block = tile.rows // group
     assert block and chunk % tile.columns == 0
-    chunks = _Chunks(leaves, chunk)
-    queries = np.cumsum([0, *(len(leaf.rows) for leaf in leaves)])
-    items, partial_rows, merges, deltas = (_walks if walk else _splits)(leaves, chunks, queries, block)
-    counts = np.diff(queries)
-    runs = chunks.of_leaf if walk else [list(range(len(chunks.begins)))]
+    numbers = np.full((len(leaves), max(-(-len(leaf.slots) // chunk) for leaf in leaves)), -1)
+    slots: list[np.ndarray] = []
+    for index, leaf in enumerate(leaves):
+        whole, count = leaf.shared // chunk if index else 0, -(-len(leaf.slots) // chunk)
+        numbers[index, :whole] = numbers[index - 1, :whole]
+        numbers[index, whole:count] = len(slots) + np.arange(count - whole)
+        own = np.zeros((count - whole) * chunk, dtype=np.int64)
+        own[: len(leaf.slots) - whole * chunk] = leaf.slots[whole * chunk :]
+        slots.extend(own.reshape(-1, chunk))
+    counts = np.array([len(leaf.rows) for leaf in leaves])
+    lengths = np.array([leaf.length for leaf in leaves])
+    drafted = np.array([len(leaf.slots) for leaf in leaves]) - lengths
+    fields = np.stack([np.zeros_like(counts), counts - drafted, lengths], axis=1)
+    made = tables(Leaves(numbers, fields, drafted), block, chunk, walk)
     return TreeLayout(
-        ancestors=_tensor([leaf.ancestors.astype(np.int64) for leaf in leaves], np.int64),
-        order=_tensor([leaf.rows for leaf in leaves]),
-        positions=_tensor([leaf.positions for leaf in leaves]),
-        lengths=_tensor([np.repeat([leaf.length for leaf in leaves], counts)]),
-        leaves=_tensor([np.repeat(np.arange(len(leaves)), counts)]),
-        slots=_tensor(chunks.slots),
-        chunks=_tensor([[chunks.begins[number] for number in run] for run in runs]),
-        items=_tensor(items).view(-1, ITEM_FIELDS),
-        merges=_tensor([merges]),
-        deltas=_tensor([deltas]),
+        ancestors=torch.from_numpy(np.concatenate([leaf.ancestors.astype(np.int64) for leaf in leaves])),
+        order=_tensor(np.concatenate([leaf.rows for leaf in leaves])),
+        positions=_tensor(np.concatenate([leaf.positions for leaf in leaves])),
+        lengths=_tensor(np.repeat(lengths, counts)),
+        leaves=_tensor(np.repeat(np.arange(len(leaves)), counts)),
+        slots=_tensor(np.concatenate(slots)),
+        **{name: _tensor(table) for name, table in made._asdict().items() if name != "partial_rows"},
         chunk=chunk,
         tile=tile,
         walk=walk,
-        partial_rows=partial_rows,
+        partial_rows=made.partial_rows,
     )
-
-
-class _Chunks:
-    """The chunks of a forest, numbered: those of a leaf that the leaf before has too keep their numbers."""
-
-    def __init__(self, leaves: Sequence[Leaf], size: int) -> None:
-        self.size = size
-        self.slots: list[np.ndarray] = []
-        self.begins: list[int] = []  # of each, in the joined `slots`
-        self.columns: list[int] = []
-        self.leaves: list[list[int]] = []  # first and last of those that have it
-        self.of_leaf: list[list[int]] = []
-        end = 0
-        for index, leaf in enumerate(leaves):
-            common = leaf.shared // size if index else 0
-            mine = self.of_leaf[-1][:common] if index else []
-            for number in mine:
-                self.leaves[number][1] = index
-            own = leaf.slots[common * size :]
-            for start in range(0, len(own), size):
-                mine.append(len(self.begins))
-                self.begins.append(end + start)
-                self.columns.append(min(size, len(own) - start))
-                self.leaves.append([index, index])
-            self.slots.append(own)
-            self.of_leaf.append(mine)
-            end += len(own)
-
-
-def _walks(leaves: Sequence[Leaf], chunks: _Chunks, queries: np.ndarray, block: int) -> tuple:
-    items, entry = [], 0
-    for leaf, mine, first in zip(leaves, chunks.of_leaf, queries.tolist(), strict=False):
-        for start in range(0, len(leaf.rows), block):
-            positions, ancestors = leaf.positions[start : start + block], leaf.ancestors[start : start + block]
-            # A prompt's queries do not see what comes behind them.
-            columns = len(leaf.slots) if ancestors.any() else int(positions.max()) + 1
-            run = -(-columns // chunks.size)
-            items.append((entry, run, 0, columns, first + start, len(positions), -1))
-        entry += len(mine)
-    return items, 0, [0] * (len(leaves) + 1), []
-
-
-def _splits(leaves: Sequence[Leaf], chunks: _Chunks, queries: np.ndarray, block: int) -> tuple:
-    items, partial = [], 0
-    merged = {mine[0] for mine in chunks.of_leaf if len(mine) > 1}
-    place = {number: index for mine in chunks.of_leaf for index, number in enumerate(mine)}
-    delta = []  # of each chunk: from a query to its partial row
-    for number, (first, last) in enumerate(chunks.leaves):
-        start, stop = int(queries[first]), int(queries[last + 1])
-        whole = place[number] == 0 and number not in merged
-        delta.append(partial - start)
-        for query in range(start, stop, block):
-            row = -1 if whole else query + delta[number]
-            items.append((number, 1, place[number], chunks.columns[number], query, min(block, stop - query), row))
-        partial += 0 if whole else stop - start
-    merges, deltas = [0], []
-    for mine in chunks.of_leaf:
-        if len(mine) > 1 or mine[0] in merged:
-            deltas += [delta[number] for number in mine]
-        merges.append(len(deltas))
-    return items, partial, merges, deltas
 
 
 def _check(leaves: Sequence[Leaf]) -> None:
@@ -276,6 +327,5 @@ def _check(leaves: Sequence[Leaf]) -> None:
             raise ValueError(f"two paths of {before.length} and {leaf.length} tokens cannot share {leaf.shared}.")
 
 
-def _tensor(parts: Sequence, dtype: type = np.int32) -> torch.Tensor:
-    flat = np.concatenate([np.asarray(part).reshape(-1) for part in parts]) if len(parts) else np.zeros(0)
-    return torch.from_numpy(np.ascontiguousarray(flat, dtype=dtype))
+def _tensor(table: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32))

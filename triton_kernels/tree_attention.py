@@ -10,7 +10,6 @@ program walks a whole path, in stage 2 where each chunk has a program. Both do t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -18,11 +17,7 @@ import triton
 import triton.language as tl
 
 from .aot import Variant
-from .layout import CHUNK, ITEM_FIELDS, Tile, TreeLayout
-
-NO_WINDOW = 1 << 30
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton at import too
-
+from .layout import CHUNK, INTERPRETED, ITEM_FIELDS, NO_WINDOW, Tile, TreeLayout
 
 # By bytes of an element and head dimension (the least power of two that holds it), for few and for many queries.
 # Registers and shared memory of each row: resources.json.

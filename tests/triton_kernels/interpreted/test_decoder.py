@@ -7,6 +7,7 @@ import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.cuda_graphs import GraphedSteps, StaticForest
 from medusa_apar.heads import HydraHeads
+from medusa_apar.path_table import PathTable
 from medusa_apar.slot_ledger import SlotLedger
 from tests.tiny import CONTROL, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
 
@@ -34,8 +35,7 @@ def test_threads_drafts_and_batches_decode_the_same(monkeypatch, graphs):
     model = forking_model(24)
     plain = run(model, "sdpa", rows=1, length=66, limit=6)
     heads = RecallHeads(model, plain.paragraph_tree)
-    monkeypatch.setattr("medusa_apar.triton_attention.CHUNK", 64)
-    monkeypatch.setattr("medusa_apar.cuda_graphs.CHUNK", 64)
+    monkeypatch.setattr(PathTable, "chunk", 64)
     used = []
     monkeypatch.setattr(StaticForest, "layout", spied(StaticForest.layout, used))
     ours = run(model, "triton", heads, rows=1, length=66, limit=6, budget=12, cuda_graphs=graphs)

@@ -1,0 +1,147 @@
+"""The table of paths on the device: what it says is what the ledger has booked, through any history."""
+
+import heapq
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medusa_apar.draft_tree import DraftTree
+from medusa_apar.forest import Stem
+from medusa_apar.fork_manager import ForkManager
+from medusa_apar.packed_forest import PackedForest
+from medusa_apar.path_table import PathTable
+from medusa_apar.triton_kernels.layout import Sizes
+
+from .test_trees import Script
+
+
+class Evicting(Script):
+    """Threads wait, are evicted, and are fed again with all that they and their ancestors have lost."""
+
+    def _stems(self, tree) -> list[Stem]:
+        draw = self.data.draw
+        live = [thread for thread in tree.depth_first() if thread.live]
+        for thread in live:
+            if draw(st.integers(0, 3)) == 0:
+                self.ledger.evict(thread)
+        self.ledger.check()
+        chosen: dict = {}
+        for thread in live:
+            parent = thread.parent
+            pending = parent is not None and parent.live and thread.fork_index == len(parent.tokens) - 1
+            if draw(st.integers(0, 3)) and not (pending and parent not in chosen):
+                chosen[thread] = draw(st.integers(0, 6))
+                self.ledger.resume(thread)
+        fed: dict = {}
+        for thread in chosen:
+            for member, stop in self.ledger.missing(thread):
+                fed[member] = max(fed.get(member, 0), stop)
+        return [
+            Stem(thread, len(thread.tokens), True, DraftTree.likeliest(8), [20 + n for n in range(chosen[thread])])
+            if thread in chosen
+            else Stem(thread, fed[thread], verified=False)
+            for thread in tree.depth_first()
+            if thread in fed
+        ]
+
+
+def on_device(forest, draw) -> torch.Tensor:
+    """The table after a step ran, over buffers of its own or those of a graph; in these, several forks do not fit."""
+    sizes = Sizes.of(forest.leaves)
+    roomy = draw(st.booleans())
+    commits = sizes.queries if roomy else len(forest.changes.entries)
+    packed = PackedForest(sizes.rounded() if roomy else sizes, torch.device("cpu"), roomy, commits)
+    packed.become(forest)
+    packed.pack()
+    return forest.table
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from([1, 2, 3, 8]), st.integers(0, 3))
+def test_it_has_every_live_path_through_any_history(data, chunk, unasked):
+    """unasked: steps before anybody wants the table, as with another backend."""
+    with patch.object(PathTable, "chunk", chunk), patch("medusa_apar.path_table._FIRST_CHUNKS", 2):
+        script = Evicting(data, steps=7)
+        steps = 0
+
+        def after_step(forest, trees):
+            nonlocal steps
+            steps += 1
+            if steps <= unasked:
+                return
+            device, table = on_device(forest, data.draw), script.ledger.table
+            for stem in forest.stems:
+                path = device[list(table.numbers(stem.thread))].flatten().tolist()
+                expected = [*script.cached_path(stem.thread), *stem.drafted_slots.tolist()]
+                assert path[: len(expected)] == expected == [*stem.path_slots, *stem.slots]
+            for thread, path in table._paths.items():  # those that wait, too
+                columns = thread.start + path.written
+                said = device[list(path.numbers)].flatten()[:columns].tolist()
+                assert said == script.cached_path(thread)[:columns]
+
+        trees = script.run(after_step)
+        manager = ForkManager(script.ledger, context_length=None)
+        for thread in [thread for tree in trees for thread in tree.threads if thread.live]:
+            manager.cancel(thread)
+            script.ledger.check()
+        table = script.ledger.table
+        assert not table._paths and sorted(table._free) == list(range(len(table.slots)))
+
+
+def placed(data) -> Script:
+    script = Script(data, steps=3)
+    trees = script.run(lambda forest, trees: forest.changes)
+    for tree in trees:  # somebody must be left
+        for thread in tree.threads:
+            if thread.live and script.ledger.cached(thread):
+                return script
+    return placed(data)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.sampled_from(["lost", "returned", "moved"]))
+def test_a_chunk_that_is_lost_or_given_twice_is_found(data, harm):
+    with patch.object(PathTable, "chunk", 2):
+        script = placed(data)
+        table = script.ledger.table
+        script.ledger.check()
+        thread = data.draw(st.sampled_from([thread for thread, path in table._paths.items() if path.written]))
+        path = table._paths[thread]
+        if harm == "lost":
+            del table._paths[thread]
+        elif harm == "returned":
+            heapq.heappush(table._free, path.numbers[-1])
+        else:
+            table.slots[path.numbers[0], 0] += 1
+        with pytest.raises(AssertionError):
+            script.ledger.check()
+
+
+def test_chunks_that_are_complete_before_a_fork_are_shared_and_the_others_copied():
+    """Two children forked at different tokens of the third chunk, and one at a chunk's very edge."""
+    from medusa_apar.forest import Forest
+    from medusa_apar.kv_pool import KVPool
+    from medusa_apar.paragraph_tree import ParagraphTree
+    from medusa_apar.slot_ledger import SlotLedger
+
+    with patch.object(PathTable, "chunk", 4):
+        ledger = SlotLedger(KVPool())
+        tree = ParagraphTree([9] * 6 + [1, 1, 9, 1], 7, {0}, 1, 2)
+        children = [tree.fork(tree.trunk, place, place) for place in (6, 7, 9)]
+        threads = [tree.trunk, *children]
+        forest = Forest([[Stem(thread, len(thread.tokens)) for thread in threads]], ledger, torch.device("cpu"))
+        first = len(forest.changes.entries)
+        paths = [list(ledger.table.numbers(thread)) for thread in threads]
+        assert [len(path) for path in paths] == [3, 2, 3, 3]
+        assert len({path[0] for path in paths}) == 1
+        assert paths[2][1] == paths[0][1] == paths[3][1] != paths[1][1]
+        assert len({paths[0][2], paths[2][2], paths[3][2]}) == 3
+        assert first == 10 + 3 + 3 + 0 + 2  # the trunk, three children's tokens, and two copies
+        # From then on a step says what is new.
+        for thread in threads:
+            thread.tokens.append(9)
+        forest = Forest([[Stem(thread, len(thread.tokens)) for thread in threads]], ledger, torch.device("cpu"))
+        assert len(forest.changes.entries) == 4
