@@ -164,8 +164,8 @@ def worths(threads: Sequence[Thread]) -> np.ndarray:
     """float64 [T]: what a token of each of a request's running threads brings its answer.
 
     The answer waits for the thread that the others hang from, since it has children yet to fork; where those that are
-    left hang alike, for those that have written least. Over 59 answers a token of any other thread came to about half
-    of one of these (`eval.speculation`).
+    left hang alike, for those that have written least. One half for all others did best in a simulation over 59
+    recorded answers (three per cent over equal worths; knowing who ends last would bring six).
     """
     depths = np.array([thread.depth for thread in threads])
     written = np.array([len(thread.tokens) - thread.num_forced for thread in threads])

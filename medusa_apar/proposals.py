@@ -16,7 +16,7 @@ from .draft_tree import DraftTree, TreeShape
 from .sibling_memory import MOST_MATCH, MOST_RECALLED, Recall
 
 # Chance that the token which followed a match of so many tokens follows again, beside the heads' own chance for it:
-# measured over 59 answers of the tuned SmolLM2 (`eval.speculation`), where each counts as so many observations.
+# about what 59 answers of the tuned SmolLM2 showed, counted as so many observations each.
 _TRUST = (0.0, 0.25, 0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.85, 0.9)
 _TRUST_WEIGHT = 20.0
 MOST_DEPTH = MOST_RECALLED  # of nodes that do not hang in the heads' tree
