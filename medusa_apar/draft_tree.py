@@ -165,16 +165,6 @@ class DraftTree(TreeShape):
             found[parent].append(node)
         return found
 
-    def below(self, node: int) -> np.ndarray:
-        """bool [n], the nodes below one; -1 is the root."""
-        return self._below[node]
-
-    @cached_property
-    def _below(self) -> np.ndarray:
-        below = np.ones((len(self) + 1, len(self)), dtype=bool)
-        below[:-1] = self.ancestors.T & ~np.eye(len(self), dtype=bool)
-        return below
-
     def first(self, size: int) -> DraftTree:
         """The tree of the first `size` nodes; made once for each size."""
         if size >= len(self):

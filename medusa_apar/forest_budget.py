@@ -11,6 +11,7 @@ from .draft_tree import DraftTree
 from .paragraph_tree import Thread
 from .proposals import Proposal
 from .step_cost import StepCost
+from .triton_kernels.layout import power_of_two
 
 LEAST_GAIN = 0.01  # tokens: no node is worth less
 # A node under this chance costs more than it brings wherever its row takes a twentieth of what a token takes: on a CPU.
@@ -78,8 +79,10 @@ class ForestBudget:
         return LEAST_GAIN if self.cost is None else LEAST_PAYING
 
     def nodes(self, roots: int, drafting: int, room: int) -> int:
-        """Most candidates of each thread that drafts among so many roots: twice an even share, since shares differ."""
-        return 2 * max(min(room, self.rows - roots), 0) // drafting
+        """Most candidates of each thread that drafts among so many roots: twice an even share, since shares differ, and
+        rounded up to a power of two, since a CUDA graph is captured for each number."""
+        each = 2 * max(min(room, self.rows - roots), 0) // drafting
+        return power_of_two(each) if each else 0
 
     def heads_pay(self) -> bool:
         """Whether the heads should draft for the next step: where their guesses have saved less than drafting costs,

@@ -20,6 +20,7 @@ from .sibling_memory import MOST_MATCH, MOST_RECALLED, Recall
 _TRUST = (0.0, 0.25, 0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.85, 0.9)
 _TRUST_WEIGHT = 20.0
 MOST_DEPTH = MOST_RECALLED  # of nodes that do not hang in the heads' tree
+_TINY = 1e-9
 _BINS, _BINS_PER_OCTAVE = 16, 2  # of what heads claim
 _CLAIMS_WEIGHT = 10.0  # observations for which a claim stands before any came in
 
@@ -131,11 +132,15 @@ class Proposer:
                 matches=list(range(recall.match, recall.match + size)),
                 others=[0.0] * size,
             )
-        tokens, claimed = proposal.tokens.tolist(), proposal.chances
-        chances = claimed.copy()
-        chain, others, parent_of = [], [], []
-        added: list[tuple[int, float]] = []
+        tokens, claimed = proposal.tokens.tolist(), proposal.chances.tolist()
+        chain: list[int] = []
+        others: list[float] = []
+        parents: list[int] = []  # of what hangs below the tree, and the chance of each
+        added: list[float] = []
+        factors: list[float] = []  # of what hangs beside the chain, by how many of its nodes are above
         node: int | None = -1  # of the heads' tree; None once the chain has left it
+        on_tree: list[int] = []  # nodes of the chain, and the chance of each
+        reached: list[float] = []
         chance, last = 1.0, -1
         for ahead, token in enumerate(recall.tokens):
             share = self.trust.of(recall.match + ahead)
@@ -145,26 +150,28 @@ class Proposer:
                 following = next((child for child in tree.children[node] if tokens[child] == token), None)
                 if following is not None and before > 0:
                     other = claimed[following] / before
-                # Whatever else hangs here: only where the sibling is not followed.
-                below = tree.below(node)
-                chances[below] = claimed[below] * ((1 - share) * chance / max(before, 1e-9))
+                # Only where the sibling is not followed.
+                factors.append((1 - share) * chance / max(before, _TINY))
             chance *= share + (1 - share) * other
             if following is None:
-                parent_of.append(last)
+                parents.append(last)
                 last = len(tokens) + len(added)
-                added.append((token, chance))
+                added.append(chance)
             else:
                 last = following
-                chances[following] = chance
-                below = tree.below(following)
-                chances[below] = claimed[below] * (chance / max(claimed[following], 1e-9))
+                on_tree.append(following)
+                reached.append(chance)
             node = following
             chain.append(last)
             others.append(other)
+        if node is not None:  # what was recalled ends within the heads' tree, which goes on below
+            factors.append(chance / max(claimed[node], _TINY))
+        chances = proposal.chances * np.array(factors)[tree.ancestors[:, on_tree].sum(axis=1)]
+        chances[on_tree] = reached
         return Proposal(
-            np.concatenate([proposal.tokens, np.array([token for token, _ in added], dtype=np.int64)]),
-            np.concatenate([proposal.parents, np.array(parent_of, dtype=np.int64)]),
-            np.concatenate([chances, np.array([chance for _, chance in added])]),
+            np.concatenate([proposal.tokens, recall.tokens[len(on_tree) :]]),
+            np.concatenate([proposal.parents, parents]).astype(np.int64),
+            np.concatenate([chances, added]),
             proposal.heads,
             proposal.claims,
             chain,
