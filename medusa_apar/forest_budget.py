@@ -53,25 +53,15 @@ class ForestBudget:
         more than the time they take would have brought at the rate of the steps so far.
         """
         room = min(room, self.rows - len(proposals))
-        worths = worths if self.weighs else np.ones_like(worths)
-        sizes = [0 if proposal is None else len(proposal.tokens) for proposal in proposals]
-        if room <= 0 or not any(sizes):
+        drawn = _Candidates.of(proposals, worths if self.weighs else np.ones_like(worths), self.most_nodes)
+        if room <= 0 or drawn is None:
             self._account(len(proposals), 0.0, 0, requests)
             return [_NONE] * len(proposals)
-        gains = np.concatenate(
-            [self._gains(p, worth) for p, worth in zip(proposals, worths, strict=True) if p is not None]
-        )
-        order = np.argsort(-gains, kind="stable")[:room]
-        order = order[gains[order] > LEAST_GAIN]
+        order = np.argsort(-drawn.gains, kind="stable")[:room]
+        order = order[drawn.gains[order] > LEAST_GAIN]
         if self.cost is not None:
-            order = order[: self._pays(len(proposals), gains, order, proposals, requests)]
-        kept = np.zeros(len(gains), dtype=bool)
-        kept[order] = True
-        found, start = [], 0
-        for size in sizes:
-            found.append(np.flatnonzero(kept[start : start + size]) if size else _NONE)
-            start += size
-        return found
+            order = order[: self._pays(len(proposals), drawn, order, requests)]
+        return drawn.of_threads(np.sort(order))
 
     @property
     def least_chance(self) -> float:
@@ -93,28 +83,19 @@ class ForestBudget:
         self._paused += 1
         return self._paused % _PATIENCE == 0
 
-    def _gains(self, proposal: Proposal, worth: float) -> np.ndarray:
-        gains = proposal.chances * worth
-        if proposal.forks:
-            gains[list(proposal.forks.values())] *= 0.5
-        if self.most_nodes is not None and len(gains) > self.most_nodes:
-            gains[np.argsort(-gains, kind="stable")[self.most_nodes :]] = 0.0
-        return gains
-
-    def _pays(self, roots: int, gains: np.ndarray, order: np.ndarray, proposals: Sequence, requests: int) -> int:
-        """How many of the nodes in `order` pay."""
+    def _pays(self, roots: int, drawn: _Candidates, order: np.ndarray, requests: int) -> int:
+        """How many of the candidates in `order` pay."""
         assert self.cost is not None
-        rate = self._rate(roots, requests)
-        scores = self._scores(roots, gains[order], rate)
+        rate, gains = self._rate(roots, requests), drawn.gains[order]
+        scores = self._scores(roots, gains, rate)
         best = int(scores.argmax())
-        guessed = np.concatenate([_guessed(proposal) for proposal in proposals if proposal is not None])
         drafted = 0.0
-        if guessed.any():
-            without = self._scores(roots, gains[order[~guessed[order]]], rate).max()
-            drafted = self.cost.drafting(sum(proposal is not None and proposal.heads > 0 for proposal in proposals))
-            self._saved = _MEMORY * self._saved + (scores[best] - without) / rate
+        if drawn.drafting:
+            without = self._scores(roots, gains[~drawn.guessed[order]], rate).max()
+            drafted = self.cost.drafting(drawn.drafting)
+            self._saved = _MEMORY * self._saved + float(scores[best] - without) / rate
             self._drafts = _MEMORY * self._drafts + drafted
-        self._account(roots, float(gains[order[:best]].sum()), best, requests, drafted)
+        self._account(roots, float(gains[:best].sum()), best, requests, drafted)
         return best
 
     def _scores(self, roots: int, gains: np.ndarray, rate: float) -> np.ndarray:
@@ -177,8 +158,42 @@ def worths(threads: Sequence[Thread]) -> np.ndarray:
     return np.where(waited_for, 1.0, 0.5)
 
 
-def _guessed(proposal: Proposal) -> np.ndarray:
-    """bool [n], candidates that only the heads propose."""
-    guessed = np.arange(len(proposal.tokens)) < proposal.heads
-    guessed[proposal.chain] = False
-    return guessed
+@dataclass(slots=True)
+class _Candidates:
+    """All threads' candidates side by side, n of them."""
+
+    gains: np.ndarray  # float64 [n], expected tokens, times the worth of their thread
+    guessed: np.ndarray  # bool [n], what only the heads propose
+    bounds: np.ndarray  # int64 [T + 1], where each thread's begin
+    drafting: int  # threads for which the heads guessed
+
+    @classmethod
+    def of(cls, proposals: Sequence[Proposal | None], worths: np.ndarray, most_nodes: int | None) -> _Candidates | None:
+        """None where there are none."""
+        sizes = np.array([0 if proposal is None else len(proposal.tokens) for proposal in proposals])
+        if not sizes.any():
+            return None
+        heads = np.array([0 if proposal is None else proposal.heads for proposal in proposals])
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        gains = np.concatenate([p.chances for p in proposals if p is not None]) * np.repeat(worths, sizes)
+        guessed = np.arange(len(gains)) < np.repeat(bounds[:-1] + heads, sizes)
+        recalled: list[int] = []
+        children: list[int] = []
+        for first, proposal in zip(bounds.tolist(), proposals, strict=False):
+            if proposal is None:
+                continue
+            recalled += [first + node for node in proposal.chain]
+            children += [first + node for node in proposal.forks.values()]
+            if most_nodes is not None and len(proposal.tokens) > most_nodes:
+                own = gains[first : first + len(proposal.tokens)]
+                own[np.argsort(-own, kind="stable")[most_nodes:]] = 0.0
+        guessed[recalled] = False
+        gains[children] *= 0.5
+        return cls(gains, guessed, bounds, int(np.count_nonzero(heads)))
+
+    def of_threads(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """Ascending places among all -> each thread's own, among its candidates."""
+        ends = np.searchsorted(chosen, self.bounds).tolist()
+        return [
+            chosen[first:last] - begin for first, last, begin in zip(ends, ends[1:], self.bounds.tolist(), strict=False)
+        ]

@@ -46,6 +46,7 @@ class StepCost:
 
     curve: tuple[tuple[float, float], ...]
     drafts: tuple[tuple[float, float], ...] = ()
+    # Of so many rows, and under negative numbers of so many threads: asked in every step.
     _known: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, most: int) -> np.ndarray:
@@ -55,7 +56,11 @@ class StepCost:
         return self._known[most]
 
     def drafting(self, threads: int) -> float:
-        return float(_interpolated(self.drafts, np.array([threads]))[0]) if self.drafts and threads else 0.0
+        if not self.drafts or not threads:
+            return 0.0
+        if -threads not in self._known:
+            self._known[-threads] = _interpolated(self.drafts, np.array([threads]))
+        return float(self._known[-threads][0])
 
     def nodes(self, threads: int, tree: DraftTree) -> int:
         """How many nodes below each of so many roots give the most tokens for the time, all threads alike; those of a
