@@ -25,7 +25,7 @@ def plot(folder: Path, results: Runs, summary: dict[str, Any]) -> None:
         _timeline(folder / "timeline.png", max(rows, key=lambda row: row["threads"]))
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def axes_of(width: float, height: float) -> tuple[Any, Any]:
     figure: Any = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
@@ -34,7 +34,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
@@ -42,7 +42,7 @@ def _save(figure: Any, path: Path) -> None:
 def _by_category(path: Path, summary: dict[str, Any], key: str, title: str) -> None:
     names = summary["systems"]
     parts = list(summary["parts"])
-    figure, axes = _axes(2 + 0.28 * len(parts) * (len(names) + 1), 3.6)
+    figure, axes = axes_of(2 + 0.28 * len(parts) * (len(names) + 1), 3.6)
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         values = [summary["parts"][part][name][key] for part in parts]
@@ -58,11 +58,11 @@ def _by_category(path: Path, summary: dict[str, Any], key: str, title: str) -> N
     axes.set_xticks(range(len(parts)), labels, fontsize=8)
     axes.set_ylabel(title)
     axes.legend(frameon=False, fontsize=8, ncols=len(names))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _against_length(path: Path, results: Runs, summary: dict[str, Any]) -> None:
-    figure, axes = _axes(6.4, 3.8)
+    figure, axes = axes_of(6.4, 3.8)
     for index, name in enumerate(summary["systems"]):
         rows = [row for row in results.rows.values() if row["system"] == name]
         lengths, speeds = [row["tokens"] for row in rows], [row["tokens"] / row["seconds"] for row in rows]
@@ -72,17 +72,17 @@ def _against_length(path: Path, results: Runs, summary: dict[str, Any]) -> None:
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _timeline(path: Path, row: dict[str, Any]) -> None:
     """A bar per thread, from its first to its last step."""
     spans = [(index, span) for index, span in enumerate(row["spans"]) if span]
-    figure, axes = _axes(7.0, 1.2 + 0.24 * len(spans))
+    figure, axes = axes_of(7.0, 1.2 + 0.24 * len(spans))
     for place, (index, (first, last)) in enumerate(spans):
         axes.barh(place, last - first + 1, left=first - 1, color=COLOURS[2] if index else COLOURS[0], edgecolor="white")
     axes.set_yticks(range(len(spans)), ["trunk" if not index else f"thread {index}" for index, _ in spans], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(f"step ({row['steps']} in all for {row['tokens']} tokens; prompt {row['prompt']}, {row['system']})")
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.7)
-    _save(figure, path)
+    save(figure, path)

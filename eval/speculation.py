@@ -26,7 +26,7 @@ SOURCES = ("heads", "siblings", "forks")
 
 def read(folder: Path) -> dict[str, list[Median]]:
     rows = list(Runs(folder / RESULTS, ("system", "prompt", "repeat")).rows.values())
-    names = list(dict.fromkeys(row["system"] for row in rows))
+    names = list(dict.fromkeys(row["system"] for row in rows if row.get("rows") is not None))
     return medians(rows, names)
 
 
@@ -87,9 +87,9 @@ def sentence(ratios: list[tuple[str, float]], ours: str, plain: str) -> str:
 
 
 def plot(path: Path, ratios: list[tuple[str, float]], ours: str, plain: str) -> None:
-    from medusa_apar.eval.bench_plots import COLOURS, _axes, _save
+    from medusa_apar.eval.bench_plots import COLOURS, axes_of, save
 
-    figure, axes = _axes(max(4.0, 1.5 + 0.14 * len(ratios)), 3.2)
+    figure, axes = axes_of(max(4.0, 1.5 + 0.14 * len(ratios)), 3.2)
     bars = axes.bar([prompt for prompt, _ in ratios], [ratio for _, ratio in ratios], color=COLOURS[2])
     for bar, (_, ratio) in zip(bars, ratios, strict=True):
         if ratio > 1 + SLOWER:
@@ -99,7 +99,7 @@ def plot(path: Path, ratios: list[tuple[str, float]], ours: str, plain: str) -> 
     axes.set_ylabel(f"time with {ours} / with {plain}")
     axes.set_xlabel("prompt")
     axes.tick_params(axis="x", rotation=90, labelsize=6)
-    _save(figure, path)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,7 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.folder / RESULTS).is_file():
         parser.error(f"{args.folder} holds no {RESULTS}")
-    found: dict[str, Any] = read(args.folder)
+    try:
+        found: dict[str, Any] = read(args.folder)
+    except (ValueError, IndexError) as error:
+        parser.error(f"{args.folder}: {error}")
     if missing := [name for name in (args.against, args.system) if name not in found]:
         parser.error(f"{args.folder} has no answers of {missing[0]}: there are {', '.join(found)}")
     lines = ablation(found, args.against)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .generate import MedusaApar as MedusaApar
     from .generate import attach as attach
     from .loading import load as load
+    from .speculation import Speculation as Speculation
+    from .step_cost import StepCost as StepCost
     from .triton_kernels.reference import TypicalAcceptance as TypicalAcceptance
 
 # Imported on first use: torch and transformers take seconds, `medusa-apar --help` should not.
@@ -30,6 +32,8 @@ _EXPORTS = {
     "ControlTokens": "control_tokens",
     "DraftTree": "draft_tree",
     "MedusaApar": "generate",
+    "Speculation": "speculation",
+    "StepCost": "step_cost",
     "TypicalAcceptance": "triton_kernels.reference",
     "attach": "generate",
     "load": "loading",

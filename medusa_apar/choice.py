@@ -81,7 +81,7 @@ class Choice:
             named = np.array(keys, dtype=np.uint64).view(np.int64)
             seeds = np.full(len(keys), seed & (2**64 - 1), dtype=np.uint64).view(np.int64)
             noise = seeds, named, np.concatenate(positions)
-        rows = np.array(tokens), np.concatenate(parents), np.array(fork_bans, dtype=np.int64)
+        rows = np.array(tokens, dtype=np.int64), np.concatenate(parents), np.array(fork_bans, dtype=np.int64)
         forks = [list(stem.forks) for stem in forest.verified]
         return cls(verify, control, depth, drafting, process, first_rows, rows, noise, forks, typical)
 

@@ -78,8 +78,9 @@ class Decoder:
         taps = () if self.heads is None else self.heads.taps
         clock.lap("forest")
         choice, drafting = None, None
+        asked = self._asks_heads()
         if self.verifier.in_one_launch is not None:
-            drafting = self._drafting(running, len(forest.verified))
+            drafting = self._drafting(running, len(forest.verified)) if asked else None
             choice = self.verifier.choice(forest, max(self.draft_tree.height, MOST_DEPTH), drafting)
         pool = self.scheduler.ledger.pool
         logits, hidden, chosen = self.runtime.step(forest, pool, taps, choice)
@@ -88,18 +89,22 @@ class Decoder:
         clock.lap("verify")
         advanced: list[tuple[Request, Thread, Verdict]] = []
         for stem, verdict in zip(forest.verified, verdicts, strict=True):
-            self._learn(stem, verdict)
+            self.proposals.pop(stem.thread, None)
             for thread, its, gained in self.fork_manager.commit(owner[stem].tree, stem, verdict):
+                if thread is stem.thread:
+                    self._learn(stem, verdict.nodes[:gained])
                 self.stats.accepted_lengths[gained] += 1
                 self._keep_scores(thread, its, gained)
                 advanced.append((owner[stem], thread, its))
         for request in running:
             request.publish()
             self.fork_manager.trim(request)
+            if request.done:
+                self.memories.pop(request, None)
         clock.lap("commit")
         advanced = [entry for entry in advanced if entry[1].live and not entry[1].awaits_insertion]
-        if choice is None and advanced:
-            drafting = self._draft(advanced, hidden, running)
+        if choice is None:
+            drafting = self._draft(advanced, hidden, running) if asked and advanced else None
         self._propose(advanced, None if drafting is None else drafting.tree)
         clock.lap("draft")
         self._count(forest)
@@ -109,18 +114,18 @@ class Decoder:
         else:
             self.stats.decode_seconds += clock.total
 
-    def _learn(self, stem: Stem, verdict: Verdict) -> None:
-        """Lets the proposer know what became of a stem's draft nodes."""
-        self.proposals.pop(stem.thread, None)
+    def _learn(self, stem: Stem, nodes: list[int]) -> None:
+        """Lets the proposer know which of a stem's draft nodes the thread gained, and counts them."""
         if stem.proposal is None:
             return
-        accepted = stem.kept[verdict.nodes].tolist()
-        self.proposer.learn(stem.proposal, stem.kept, set(accepted))
+        accepted = stem.kept[nodes].tolist()
+        if stem.thread.live and not stem.thread.awaits_insertion:  # else nobody knows what would have come next
+            self.proposer.learn(stem.proposal, stem.kept, set(accepted))
         of_heads = sum(node < stem.proposal.heads for node in stem.kept[: stem.guessed].tolist())
         heads_right = sum(node < stem.proposal.heads for node in accepted)
         self.stats.drafted.update(heads=of_heads, siblings=stem.guessed - of_heads, forks=len(stem.forks))
         self.stats.accepted.update(heads=heads_right, siblings=len(accepted) - heads_right)
-        self.stats.accepted["forks"] += sum(node in stem.forks for node in verdict.nodes)
+        self.stats.accepted["forks"] += sum(node in stem.forks for node in nodes)
 
     def _draft(
         self, advanced: list[tuple[Request, Thread, Verdict]], hidden: torch.Tensor, running: list[Request]
@@ -150,16 +155,21 @@ class Decoder:
                 if (recall := memory.recall(thread)) is not None:
                     proposal = self.proposer.with_recall(proposal, tree, recall)
             if proposal is not None and self.speculation.forks:
-                proposal = self.proposer.with_children(proposal, self.verifier.may_fork(thread))
+                proposal = self.proposer.with_children(proposal, self.verifier.may_fork(thread), thread.tokens[-1])
             if proposal is not None:
                 self.proposals[thread] = proposal
+
+    def _asks_heads(self) -> bool:
+        """Once a step: not without heads, nor while they do not pay."""
+        if self.drafter is None:
+            return False
+        pays = self.scheduler.budget.heads_pay()
+        self.stats.undrafted_steps += not pays
+        return pays
 
     def _drafting(self, running: list[Request], threads: int) -> Drafting | None:
         """Who drafts, and a tree of as many nodes below each of so many threads as can be of use; None for none."""
         if self.drafter is None:
-            return None
-        if not self.scheduler.budget.heads_pay():
-            self.stats.undrafted_steps += 1
             return None
         budget, roots = self.scheduler.budget, self.scheduler.running(running)
         tree = self.draft_tree.first(budget.nodes(roots, max(min(threads, roots), 1), budget.rows))

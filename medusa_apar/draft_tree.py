@@ -84,7 +84,7 @@ class TreeShape:
         return self._words[window]
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 10)
 def _shape(parents: bytes) -> TreeShape:
     return TreeShape(np.frombuffer(parents, dtype=np.int64))
 

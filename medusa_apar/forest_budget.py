@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,10 +14,12 @@ from .step_cost import StepCost
 from .triton_kernels.layout import power_of_two
 
 LEAST_GAIN = 0.01  # tokens: no node is worth less
-# A node under this chance costs more than it brings wherever its row takes a twentieth of what a token takes: on a CPU.
+# A node of this chance brings less than its row costs wherever that is a twentieth of what a token takes: on a CPU.
 LEAST_PAYING = 0.05
 _MEMORY = 0.98  # of the running means: half of them are the last 35 steps
-_PATIENCE = 32  # steps without the heads, before they are asked again
+_TRIALS = 12  # steps that the heads have before they are judged
+_FIRST_PAUSE, _LONGEST_PAUSE = 4, 32  # steps without the heads, before they are asked again
+_RECENT = 0.8  # of the means that judge the heads: half of them are the last three steps that asked
 _ABREAST = 8  # tokens that tell two threads' progress apart
 _NONE = np.zeros(0, dtype=np.int64)
 
@@ -38,10 +40,13 @@ class ForestBudget:
     # Of the steps so far: tokens that a thread gains, and what a step costs.
     _tokens: float = 0.0
     _spent: float = 0.0
-    # What the heads' guesses save in a step, beside what they cost; in units of cost.
+    # What the heads' guesses save, beside what drafting costs, summed over the steps that asked them, in units of cost;
+    # older ones count less. Steps for which they have not been asked, and how often they did not pay in a row.
     _saved: float = 0.0
     _drafts: float = 0.0
-    _paused: int = field(default=0)
+    _asked: int = 0
+    _paused: int = 0
+    _failures: int = 0
 
     def choose(
         self, proposals: Sequence[Proposal | None], worths: np.ndarray, room: int, requests: int = 1
@@ -65,7 +70,7 @@ class ForestBudget:
 
     @property
     def least_chance(self) -> float:
-        """Nodes of less chance are never kept."""
+        """Below nodes to which the heads give less, looking on is not worth it."""
         return LEAST_GAIN if self.cost is None else LEAST_PAYING
 
     def nodes(self, roots: int, drafting: int, room: int) -> int:
@@ -75,13 +80,17 @@ class ForestBudget:
         return power_of_two(each) if each else 0
 
     def heads_pay(self) -> bool:
-        """Whether the heads should draft for the next step: where their guesses have saved less than drafting costs,
-        only now and then, to see whether that has changed."""
-        if self.cost is None or self._saved >= self._drafts:
-            self._paused = 0
+        """Whether the heads should draft for the next step. Where their guesses have saved less than drafting costs,
+        over several steps, they are only asked after pauses of 4 steps, 8, 16 and then 32, to see whether that has
+        changed."""
+        if self.cost is None or self._asked < _TRIALS or self._saved >= self._drafts:
+            self._paused = self._failures = 0
             return True
         self._paused += 1
-        return self._paused % _PATIENCE == 0
+        if self._paused < min(_FIRST_PAUSE << self._failures, _LONGEST_PAUSE):
+            return False
+        self._paused, self._failures = 0, self._failures + 1
+        return True
 
     def _pays(self, roots: int, drawn: _Candidates, order: np.ndarray, requests: int) -> int:
         """How many of the candidates in `order` pay."""
@@ -93,8 +102,10 @@ class ForestBudget:
         if drawn.drafting:
             without = self._scores(roots, gains[~drawn.guessed[order]], rate).max()
             drafted = self.cost.drafting(drawn.drafting)
-            self._saved = _MEMORY * self._saved + float(scores[best] - without) / rate
-            self._drafts = _MEMORY * self._drafts + drafted
+            fading = _MEMORY if not self._failures else _RECENT  # looking again, old failures should not count for long
+            self._saved = fading * self._saved + float(scores[best] - without) / rate
+            self._drafts = fading * self._drafts + drafted
+            self._asked += 1
         self._account(roots, float(gains[:best].sum()), best, requests, drafted)
         return best
 
@@ -131,7 +142,11 @@ class EvenBudget:
         """As ForestBudget.choose."""
         drafting = sum(proposal is not None for proposal in proposals)
         each = self.nodes(len(proposals), max(drafting, 1), room)
-        return [_NONE if proposal is None else np.arange(min(each, proposal.heads)) for proposal in proposals]
+        kept = [_NONE if proposal is None else np.arange(min(each, proposal.heads)) for proposal in proposals]
+        return [
+            nodes if proposal is None else nodes[proposal.chances[nodes] > 0]
+            for nodes, proposal in zip(kept, proposals, strict=True)
+        ]
 
     def nodes(self, roots: int, drafting: int, room: int) -> int:
         """Of each thread that drafts."""

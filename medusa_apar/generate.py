@@ -185,8 +185,8 @@ class MedusaApar:
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         checks.check_limits(max_threads=max_threads, max_depth=max_depth)
         max_depth = self.max_depth if max_depth is None else max_depth
-        checks.check_asked(self, generation_config, fork_if)
         mode = fork_mode(fork)
+        checks.check_asked(self, generation_config, fork_if, mode)
         if mode == "auto" and self.control_token_ids is None:
             mode = "off"
         policy = fork_policy(mode, fork_if, max_depth, self.tokenizer)
@@ -330,7 +330,7 @@ def attach(
             asks for it.
         apar: control tokens of an APAR-tuned model, as `ControlTokens`, a directory with `apar_config.json`, or
             (fork id, child id); None never forks.
-        tokenizer: only needed for `stop_strings`.
+        tokenizer: only needed for `stop_strings` and `fork="lists"`.
         speculation: what is guessed ahead and how a step's nodes are chosen: a `Speculation`, "forest" or "even" (its
             two plans with all, or none, of what goes with them). By default "forest" with heads, "even" where a
             `draft_tree` is given. "forest" without heads guesses from what the prompt and the answer's threads say.

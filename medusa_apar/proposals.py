@@ -8,11 +8,11 @@ and what they disagree on is divided between them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .draft_tree import DraftTree, TreeShape
+from .draft_tree import DraftTree
 from .sibling_memory import MOST_MATCH, MOST_RECALLED, Recall
 
 # Chance that the token which followed a match of so many tokens follows again, beside the heads' own chance for it:
@@ -46,9 +46,13 @@ class Proposal:
     others: list[float] = field(default_factory=list)
     forks: dict[int, int] = field(default_factory=dict)
 
-    @property
-    def height(self) -> int:
-        return TreeShape.of(self.parents).height
+    def within(self, room: int) -> Proposal:
+        """Without chances for nodes that stand `room` path positions or more behind the root."""
+        depths: list[int] = []
+        for parent in self.parents.tolist():
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        beyond = np.array(depths) >= room
+        return replace(self, chances=np.where(beyond, 0.0, self.chances)) if beyond.any() else self
 
 
 class Trust:
@@ -111,8 +115,12 @@ class Proposer:
     calibration: Calibration = field(default_factory=Calibration)
 
     def of_heads(self, tree: DraftTree, tokens: np.ndarray, log_probs: np.ndarray) -> list[Proposal]:
-        """From what heads propose for T threads, [T, n] both: a proposal each."""
-        claims = np.exp(log_probs.astype(np.float64))
+        """From what heads propose for T threads, [T, n] both: a proposal each.
+
+        What is no probability, as damaged heads or float16 may claim, is no chance either.
+        """
+        claims = np.exp(np.minimum(log_probs.astype(np.float64), 0.0))
+        claims[np.isnan(claims)] = 0.0
         chances = self.calibration.chances(claims)
         for level in tree.levels[1:]:
             chances[:, level.nodes] *= chances[:, tree.parents[level.nodes]]
@@ -169,8 +177,9 @@ class Proposer:
         chances = proposal.chances * np.array(factors)[tree.ancestors[:, on_tree].sum(axis=1)]
         chances[on_tree] = reached
         return Proposal(
-            np.concatenate([proposal.tokens, recall.tokens[len(on_tree) :]]),
-            np.concatenate([proposal.parents, parents]).astype(np.int64),
+            # An empty list by itself would be one of floats.
+            np.concatenate([proposal.tokens, np.array(recall.tokens[len(on_tree) :], dtype=np.int64)]),
+            np.concatenate([proposal.parents, np.array(parents, dtype=np.int64)]),
             np.concatenate([chances, added]),
             proposal.heads,
             proposal.claims,
@@ -179,9 +188,9 @@ class Proposer:
             others,
         )
 
-    def with_children(self, proposal: Proposal, may_fork: bool) -> Proposal:
-        """`[Child]` below each proposed `[Fork]`; what cannot be chosen, as control tokens by their rule, gets no
-        chance."""
+    def with_children(self, proposal: Proposal, may_fork: bool, root: int = -1) -> Proposal:
+        """`[Child]` below each proposed `[Fork]`; what cannot be chosen behind the token `root`, as control tokens by
+        their rule, gets no chance."""
         if self.fork_id is None:
             return proposal
         control = np.flatnonzero((proposal.tokens == self.fork_id) | (proposal.tokens == self.child_id))
@@ -191,7 +200,7 @@ class Proposer:
         banned = np.zeros(len(chances), dtype=bool)
         for node in control.tolist():
             parent = int(proposal.parents[node])
-            again = parent >= 0 and int(proposal.tokens[parent]) in (self.fork_id, self.child_id)
+            again = (int(proposal.tokens[parent]) if parent >= 0 else root) in (self.fork_id, self.child_id)
             if proposal.tokens[node] == self.child_id or not may_fork or again:
                 banned[node] = True
             else:

@@ -115,7 +115,7 @@ class Scheduler:
             last = first + requests.count(requests[first])
             worth[first:last] = worths(threads[first:last])
             first = last
-        kept = self.budget.choose(proposals, worth, room, len(set(map(id, requests))))
+        kept = self.budget.choose(proposals, worth, room, len(set(requests)))
         return {
             thread: (proposal, nodes)
             for thread, proposal, nodes in zip(threads, proposals, kept, strict=True)
@@ -125,7 +125,8 @@ class Scheduler:
     def _within_context(self, thread: Thread, proposal: Proposal | None) -> Proposal | None:
         if proposal is None or self.context_length is None:
             return proposal
-        return proposal if thread.end + proposal.height <= self.context_length else None
+        room = self.context_length - thread.end
+        return proposal if len(proposal.tokens) <= room else proposal.within(room)
 
     def _stems(
         self, request: Request, chosen: dict[Thread, Request], trees: dict[Thread, tuple[Proposal, np.ndarray]]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from .paragraph_tree import Thread
 
 LONGEST, SHORTEST = 4, 2  # tokens of the n-grams that are looked up, the longest first
+MOST_PROMPT = 2048  # tokens of a prompt that are indexed, its last: 4 µs each, before the first token can be shown
 MOST_MATCH = 12  # tokens up to which a match is followed back: beyond, it means the same
 MOST_RECALLED = 10  # tokens
 
@@ -37,9 +38,11 @@ class SiblingMemory:
     _known: dict[Thread, int] = field(default_factory=dict)  # how many of its tokens
 
     def learn(self, thread: Thread) -> None:
-        """Takes in what the thread has written since the last time; a trunk's prompt counts as written."""
+        """Takes in what the thread has written since the last time; the end of a trunk's prompt counts as written."""
         tokens, places = thread.tokens, self._places
-        for end in range(self._known.get(thread, 0), len(tokens)):
+        known = self._known.get(thread)
+        first = max(0, thread.num_forced - MOST_PROMPT) if known is None else known
+        for end in range(first, len(tokens)):
             for length in range(SHORTEST, min(LONGEST, end) + 1):
                 places[tuple(tokens[end - length : end])] = tokens, end
         if thread.parent is not None and len(tokens) > 1:

@@ -25,6 +25,8 @@ class Speculation:
     def __post_init__(self) -> None:
         if self.plan not in ("forest", "even"):
             raise ValueError(f'speculation plans "forest" or "even", not {self.plan!r}.')
+        if self.plan == "even" and (self.worths or self.siblings or self.forks):
+            raise ValueError("an even plan takes the heads' guesses alone: use Speculation.even().")
 
     @classmethod
     def even(cls) -> Speculation:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 ROWS = {"cpu": (1, 2, 4, 6, 8, 12, 16, 24, 32), "cuda": (1, 8, 16, 32, 64)}
 THREADS = (1, 2, 4, 8)  # that draft
 SLOTS, REPEATS = 256, 4
+LEAST_LOOKED_FOR = 0.05  # as drafting is pruned where a budget asks what pays (`forest_budget.LEAST_PAYING`)
 FILE = "step_costs.json"
 
 
@@ -126,14 +127,19 @@ def finish(device: torch.device) -> None:
 def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTree) -> StepCost:
     """In milliseconds, the least of a few runs; sizes take turns, so that a busy moment harms no single one."""
     sizes = [size for size in ROWS.get(model.device.type, ROWS["cpu"]) if size <= (runtime.most_nodes or size)]
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * SLOTS
     with runtime.running():
-        timer = StepTimer(model, runtime, () if heads is None else tuple(heads.taps))
+        slots = max(1, min(SLOTS, positions - max(sizes)))
+        timer = StepTimer(model, runtime, () if heads is None else tuple(heads.taps), slots)
         timer.fill()
         runs: dict[tuple[str, int], Callable[[], float]] = {("rows", size): partial(timer.rows, size) for size in sizes}
-        if heads is not None and len(tree):
-            drafter = heads.drafter() if hasattr(heads, "drafter") else heads
+        # Where steps are captured so is drafting, and costs far less than its kernels one by one.
+        if heads is not None and len(tree) and not getattr(runtime, "graphs", False):
+            drafter = heads.drafter(LEAST_LOOKED_FOR) if hasattr(heads, "drafter") else heads
             for threads in THREADS:
-                runs["drafts", threads] = partial(_draft, model, heads, drafter, tree, threads)
+                # Beside more threads each has fewer candidates: see ForestBudget.nodes.
+                share = tree.first(max(4, len(tree) // threads))
+                runs["drafts", threads] = partial(_draft, model, heads, drafter, share, threads)
         runs_of = [[run() for run in runs.values()] for _ in range(REPEATS)]
     least = dict(zip(runs, map(min, zip(*runs_of, strict=True)), strict=True))
 
@@ -161,23 +167,33 @@ _measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, StepCost]] 
 
 def known_cost(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTree) -> StepCost:
     """What an earlier call measured for such a model on this device, else measured now: a second on a small model."""
-    how = (runtime.kind, getattr(runtime, "backend", ""), torch.get_num_threads(), type(heads).__name__, len(tree))
+    shapes = None if heads is None else tuple(p.shape for p in getattr(heads, "parameters", list)())
+    how = (
+        *(runtime.kind, getattr(runtime, "backend", ""), getattr(runtime, "graphs", False), str(model.device)),
+        *(torch.get_num_threads(), type(heads).__name__, shapes, getattr(heads, "draft_vocab_size", 0), len(tree)),
+    )
     found = _measured.setdefault(model, {})
     if how not in found:
-        found[how] = _kept(cache_dir() / FILE, model, heads, tree, how) or measure(model, runtime, heads, tree)
-        _keep(cache_dir() / FILE, _key(model, heads, tree, how), found[how])
+        path = cache_dir() / FILE
+        cost = _kept(path, model, heads, tree, how)
+        if cost is None:
+            logger.info("measuring what a step costs on this device, for %s", path)
+            cost = measure(model, runtime, heads, tree)
+            _keep(path, _key(model, heads, tree, how), cost)
+        found[how] = cost
     return found[how]
 
 
 def _kept(path: Path, model: PreTrainedModel, heads: Any, tree: DraftTree, how: tuple) -> StepCost | None:
     entry = _read(path).get(_key(model, heads, tree, how))
-    return entry and StepCost(tuple(map(tuple, entry["curve"])), tuple(map(tuple, entry["drafts"])))
+    try:
+        return entry and StepCost(tuple(map(tuple, entry["curve"])), tuple(map(tuple, entry["drafts"])))
+    except (KeyError, TypeError):  # damaged
+        return None
 
 
 def _keep(path: Path, key: str, cost: StepCost) -> None:
     known = _read(path)
-    if key in known:
-        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(known | {key: {"curve": cost.curve, "drafts": cost.drafts}}, indent=1) + "\n")

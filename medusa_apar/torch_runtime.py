@@ -73,7 +73,7 @@ class TorchRuntime:
             from .triton_kernels.verify import verify
 
             self._write, self.verify, self.most_nodes = store_kv, verify, MAX_NODES
-        self._graphed = None
+        self._graphed, self.graphs = None, graphs
         if graphs:
             from .cuda_graphs import GraphedSteps
 

@@ -17,6 +17,7 @@ from medusa_apar.proposals import Calibration, Proposal, Proposer, Trust
 from medusa_apar.sibling_memory import LONGEST, MOST_RECALLED, SHORTEST, Recall, SiblingMemory
 from medusa_apar.speculation import Speculation
 from medusa_apar.step_cost import StepCost
+from medusa_apar.triton_kernels import reference
 from tests.tiny import (
     CHILD,
     CONTROL,
@@ -106,6 +107,8 @@ def test_threads_speculate_without_heads():
 def test_plans_are_two():
     with pytest.raises(ValueError, match="forest"):
         Speculation(plan="sideways")
+    with pytest.raises(ValueError, match="even"):
+        Speculation("even")
 
 
 # ---- speculative fork
@@ -169,6 +172,64 @@ def test_heads_that_do_not_pay_are_no_longer_asked():
     assert torch.equal(out.sequences, plain.sequences)
     assert out.stats.undrafted_steps > 60
     assert rows[-1] - rows[60] <= 60 + 10  # the second half is plain decoding, but for a look now and then
+
+
+def test_heads_are_not_given_up_for_one_weak_step():
+    budget = ForestBudget(24, StepCost(((1, 4.0), (4, 7.0), (24, 30.0)), ((1, 2.0),)))
+    asked = []
+    for step in range(40):
+        asked.append(budget.heads_pay())
+        claim = 0.2 if step == 0 else 0.9
+        proposal = Proposal(np.array([5]), np.array([-1]), np.array([claim]), heads=1) if asked[-1] else None
+        budget.choose([proposal], np.ones(1), 99)
+    assert all(asked)
+
+
+class BrokenHeads(WrongHeads):
+    """Half of what they claim is no number."""
+
+    def propose(self, hidden, root_ids, tree):
+        token_ids, log_probs = super().propose(hidden, root_ids, tree)
+        log_probs[:, ::2] = torch.nan
+        log_probs[:, 1::4] = torch.inf
+        return token_ids, log_probs
+
+
+def test_claims_that_are_no_probabilities_do_no_harm(forked):
+    model, plain = forked
+    out = run(model, BrokenHeads(), speculation="forest", budget=30)
+    assert torch.equal(out.sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("seed", [1, 6, 18])
+def test_a_recall_inside_the_heads_tree_leaves_ids_whole(seed):
+    """Ids that had become floats cost seeds and keys their low bits: other samples in one launch."""
+    model = tiny_model(seed=seed)
+    sampled = {"do_sample": True, "temperature": 0.15, "seed": 5}
+    plain = run(model, rows=1, limit=120, generate=sampled, runtime="torch")
+    apar = medusa_apar.attach(model, RecallHeads(model, plain.paragraph_tree), CONTROL, runtime="torch", budget=30)
+    apar.runtime.verify = reference.verify
+    inputs = prompts(1, 6, seed=1, ragged=True)
+    out = apar.generate(**inputs, **sampled, max_new_tokens=120, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, plain.sequences) and out.stats.drafted["siblings"] > 0
+
+
+def test_heads_are_asked_once_a_step_however_tokens_are_chosen():
+    model, cost = tiny_model(), StepCost(((1, 10.0), (2, 12.0), (64, 140.0)), ((1, 4.0),))
+    apar = medusa_apar.attach(model, WrongHeads(), CONTROL, runtime="torch", step_cost=cost)
+    apar.runtime.verify = reference.verify  # which scores cannot go through
+    options = {"max_new_tokens": 60, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    stats = apar.generate(**prompts(1, 6), **options).stats
+    assert 0 < stats.undrafted_steps < stats.steps
+
+
+def test_no_node_stands_beyond_the_positions_that_a_model_has():
+    model = tiny_model("gpt2")
+    for speculation in ("forest", "even"):
+        apar = medusa_apar.attach(model, HydraHeads.random(model), speculation=speculation, budget=60)
+        inputs = prompts(1, 200)
+        out = apar.generate(**inputs, max_new_tokens=70, do_sample=False)
+        assert torch.equal(out, model.generate(**inputs, max_new_tokens=56, do_sample=False))
 
 
 # ---- sibling memory

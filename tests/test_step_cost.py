@@ -62,3 +62,16 @@ def test_costs_between_and_beyond_what_was_measured():
     cost = StepCost(((1, 10.0), (3, 14.0), (4, 20.0)), ((1, 1.0),))
     assert cost.rows(6).tolist() == [10.0, 12.0, 14.0, 20.0, 26.0, 32.0]
     assert cost.drafting(5) == 1.0 and StepCost(((1, 1.0),)).drafting(5) == 0.0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_first_call_measures_by_itself(monkeypatch, tmp_path, family):
+    """Models with few positions too."""
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path))
+    monkeypatch.setattr("medusa_apar.generate.known_cost", step_cost.known_cost)
+    model = tiny_model(family)
+    apar = medusa_apar.attach(model, HydraHeads.random(model))
+    inputs = prompts(1, 5)
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert torch.equal(apar.generate(**inputs, max_new_tokens=12, do_sample=False), expected)
+    assert (tmp_path / step_cost.FILE).exists()

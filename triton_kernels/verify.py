@@ -491,7 +491,7 @@ def variants() -> list[Variant]:
                     "NODE_BLOCK": nodes,
                     "CHUNK_BLOCK": _chunk_block(triton.cdiv(128256, CHUNK), nodes),
                     "EOS_BLOCK": 4,
-                    "WIDTH_BLOCK": 8,
+                    "WIDTH_BLOCK": 16,
                 },
                 num_warps=_NUM_WARPS,
                 num_stages=3,
