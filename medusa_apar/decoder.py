@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import cast
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .choice import Drafting
+from .cpu.drafting import Pruned
 from .draft_tree import DraftTree
 from .forest import Forest, Stem
 from .fork_manager import ForkManager
@@ -23,12 +26,14 @@ from .paragraph_tree import ParagraphTree, Thread
 from .proposals import MOST_DEPTH, Proposal, Proposer
 from .request import Request
 from .scheduler import Scheduler
-from .sibling_memory import SiblingMemory
+from .sibling_memory import Recall, SiblingMemory
 from .slot_ledger import SlotLedger
 from .speculation import Speculation
 from .torch_runtime import Runtime
 from .verdict import Verdict
 from .verify import Verifier
+
+Advanced = tuple[Request, Thread, Verdict]  # a thread that has gone on in this step, and by what
 
 
 @dataclass(slots=True)
@@ -87,7 +92,7 @@ class Decoder:
         clock.lap("forward")
         verdicts = self.verifier(forest, logits, owner) if choice is None or chosen is None else choice.read(chosen)
         clock.lap("verify")
-        advanced: list[tuple[Request, Thread, Verdict]] = []
+        advanced: list[Advanced] = []
         for stem, verdict in zip(forest.verified, verdicts, strict=True):
             self.proposals.pop(stem.thread, None)
             for thread, its, gained in self.fork_manager.commit(owner[stem].tree, stem, verdict):
@@ -103,9 +108,10 @@ class Decoder:
                 self.memories.pop(request, None)
         clock.lap("commit")
         advanced = [entry for entry in advanced if entry[1].live and not entry[1].awaits_insertion]
+        recalls = self._recall(advanced) if self.speculation.siblings else {}
         if choice is None:
-            drafting = self._draft(advanced, hidden, running) if asked and advanced else None
-        self._propose(advanced, None if drafting is None else drafting.tree)
+            drafting = self._draft(advanced, hidden, running, recalls) if asked and advanced else None
+        self._propose(advanced, None if drafting is None else drafting.tree, recalls)
         clock.lap("draft")
         self._count(forest)
         clock.lap("count")
@@ -127,12 +133,37 @@ class Decoder:
         self.stats.accepted.update(heads=heads_right, siblings=len(accepted) - heads_right)
         self.stats.accepted["forks"] += sum(node in stem.forks for node in nodes)
 
+    def _recall(self, advanced: list[Advanced]) -> dict[Thread, Recall]:
+        """What followed where these threads' last tokens were written before."""
+        found = {}
+        for request, thread, _ in advanced:
+            memory = self.memories.setdefault(request, SiblingMemory(request.tree.child_id))
+            memory.learn(thread)
+            if (recall := memory.recall(thread)) is not None:
+                found[thread] = recall
+        return found
+
     def _draft(
-        self, advanced: list[tuple[Request, Thread, Verdict]], hidden: torch.Tensor, running: list[Request]
+        self, advanced: list[Advanced], hidden: torch.Tensor, running: list[Request], recalls: dict[Thread, Recall]
     ) -> Drafting | None:
-        """Has the heads look on from where each thread's last token was chosen."""
-        drafting = self._drafting([request for request in running if not request.done], len(advanced))
+        """Has the heads look on from where the last token of each thread that is worth it was chosen."""
+        asking: set[Thread] = set()
+        for _, group in groupby(advanced, itemgetter(0)):
+            trusts = {
+                thread: self.proposer.trust.of(recalls[thread].match) if thread in recalls else 0.0
+                for _, thread, _ in group
+            }
+            asking |= self.scheduler.budget.asking(trusts)
+        advanced = [entry for entry in advanced if entry[1] in asking]
+        drafting, running = None, [request for request in running if not request.done]
+        if advanced:
+            drafting = self._drafting(running, len(advanced))
         if drafting is not None:
+            if isinstance(self.drafter, Pruned):
+                threads = max(self.scheduler.running(running), 1)
+                # Of several threads of a request the one that the answer waits for counts about half.
+                worth = 1.0 if threads <= len(running) else 0.5
+                self.drafter.chance = self.scheduler.budget.bar(threads, len(running), worth)
             rows = torch.tensor([verdict.row for _, _, verdict in advanced], device=hidden.device)
             roots = torch.tensor([thread.tokens[-1] for _, thread, _ in advanced], device=hidden.device)
             token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree)
@@ -141,19 +172,17 @@ class Decoder:
                 verdict.guessed = guess
         return drafting
 
-    def _propose(self, advanced: list[tuple[Request, Thread, Verdict]], tree: DraftTree | None) -> None:
+    def _propose(self, advanced: list[Advanced], tree: DraftTree | None, recalls: dict[Thread, Recall]) -> None:
         """Candidates for these live threads: what the heads guessed in `tree`, and what was written before behind the
         same tokens."""
-        proposals: list[Proposal | None] = [None] * len(advanced)
-        if tree is not None and advanced:
-            guesses = zip(*(verdict.guessed for _, _, verdict in advanced if verdict.guessed is not None), strict=True)
-            proposals = list(self.proposer.of_heads(tree, *map(np.stack, guesses)))
-        for (request, thread, _), proposal in zip(advanced, proposals, strict=True):
-            if self.speculation.siblings:
-                memory = self.memories.setdefault(request, SiblingMemory(request.tree.child_id))
-                memory.learn(thread)
-                if (recall := memory.recall(thread)) is not None:
-                    proposal = self.proposer.with_recall(proposal, tree, recall)
+        guesses = [verdict.guessed for _, _, verdict in advanced if verdict.guessed is not None]
+        made: Iterator[Proposal] = iter(())
+        if tree is not None and guesses:
+            made = iter(self.proposer.of_heads(tree, *map(np.stack, zip(*guesses, strict=True))))
+        for _, thread, verdict in advanced:
+            proposal = None if verdict.guessed is None else next(made)
+            if thread in recalls:
+                proposal = self.proposer.with_recall(proposal, tree, recalls[thread])
             if proposal is not None and self.speculation.forks:
                 proposal = self.proposer.with_children(proposal, self.verifier.may_fork(thread), thread.tokens[-1])
             if proposal is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,10 @@ from .proposals import Proposal
 from .step_cost import StepCost
 from .triton_kernels.layout import power_of_two
 
-LEAST_GAIN = 0.01  # tokens: no node is worth less
-# A node of this chance brings less than its row costs wherever that is a twentieth of what a token takes: on a CPU.
-LEAST_PAYING = 0.05
+LEAST_CHANCE = 0.01  # of being accepted: no node has less
+_SMALL = 6  # rows more, of which the cheapest counts
+MOST_ASKED = 0.5  # chance that is asked of a node before the heads look on below it
+_TRUSTED = 0.7  # from here on what the heads say besides has too little chance to pay
 _MEMORY = 0.98  # of the running means: half of them are the last 35 steps
 _TRIALS = 12  # steps that the heads have before they are judged
 _FIRST_PAUSE, _LONGEST_PAUSE = 4, 32  # steps without the heads, before they are asked again
@@ -58,20 +59,41 @@ class ForestBudget:
         more than the time they take would have brought at the rate of the steps so far.
         """
         room = min(room, self.rows - len(proposals))
-        drawn = _Candidates.of(proposals, worths if self.weighs else np.ones_like(worths), self.most_nodes)
+        drawn = _Candidates.of(proposals, worths, self.most_nodes)
         if room <= 0 or drawn is None:
             self._account(len(proposals), 0.0, 0, requests)
             return [_NONE] * len(proposals)
         order = np.argsort(-drawn.gains, kind="stable")[:room]
-        order = order[drawn.gains[order] > LEAST_GAIN]
+        order = order[drawn.chances[order] > LEAST_CHANCE]
         if self.cost is not None:
             order = order[: self._pays(len(proposals), drawn, order, requests)]
         return drawn.of_threads(np.sort(order))
 
     @property
     def least_chance(self) -> float:
-        """Below nodes to which the heads give less, looking on is not worth it."""
-        return LEAST_GAIN if self.cost is None else LEAST_PAYING
+        """Below nodes to which the heads give less, looking on is in vain: they would not be kept at any time."""
+        return LEAST_CHANCE
+
+    def bar(self, roots: int, requests: int, worth: float) -> float:
+        """The chance with which a node would pay beside so many roots, the thread's tokens being worth so much."""
+        if self.cost is None:
+            return LEAST_CHANCE
+        row = float(np.diff(self.cost.rows(roots + _SMALL)[roots - 1 :]).min())
+        return min(max(LEAST_CHANCE, self._rate(roots, requests) * row / worth), MOST_ASKED)
+
+    def asking(self, trusts: Mapping[Thread, float]) -> set[Thread]:
+        """For which of a request's live threads the heads should draft, given how far what was recalled for each can be
+        trusted. Drafting for a thread that the answer does not wait for, or that a sibling leads anyway, costs what it
+        is worth."""
+        if self.cost is None:
+            return set(trusts)
+        found = worths(list(trusts)) if self.weighs else np.ones(len(trusts))
+        waited_for = (found == found.max()).tolist()
+        return {
+            thread
+            for (thread, trust), waits in zip(trusts.items(), waited_for, strict=True)
+            if waits and trust < _TRUSTED
+        }
 
     def nodes(self, roots: int, drafting: int, room: int) -> int:
         """Most candidates of each thread that drafts among so many roots: twice an even share, since shares differ, and
@@ -106,7 +128,7 @@ class ForestBudget:
             self._saved = fading * self._saved + float(scores[best] - without) / rate
             self._drafts = fading * self._drafts + drafted
             self._asked += 1
-        self._account(roots, float(gains[:best].sum()), best, requests, drafted)
+        self._account(roots, float(drawn.chances[order[:best]].sum()), best, requests, drafted)
         return best
 
     def _scores(self, roots: int, gains: np.ndarray, rate: float) -> np.ndarray:
@@ -135,6 +157,7 @@ class EvenBudget:
     rows: int
     tree: DraftTree
     cost: StepCost | None = None
+    weighs = False
 
     def choose(
         self, proposals: Sequence[Proposal | None], worths: np.ndarray, room: int, requests: int = 1
@@ -156,28 +179,37 @@ class EvenBudget:
     def heads_pay(self) -> bool:
         return True
 
+    def asking(self, trusts: Mapping[Thread, float]) -> set[Thread]:
+        return set(trusts)
+
+    def bar(self, roots: int, requests: int, worth: float) -> float:
+        return 0.0
+
     least_chance = 0.0
 
 
 def worths(threads: Sequence[Thread]) -> np.ndarray:
-    """float64 [T]: what a token of each of a request's running threads brings its answer.
+    """float64 [T]: what a token of each of a request's running threads brings its answer, 1 in all: the chance that
+    this is the thread which the answer waits for.
 
-    The answer waits for the thread that the others hang from, since it has children yet to fork; where those that are
-    left hang alike, for those that have written least. One half for all others did best in a simulation over 59
-    recorded answers (three per cent over equal worths; knowing who ends last would bring six).
+    That is likeliest the thread that the others hang from, since it has children yet to fork; where those that are left
+    hang alike, those that have written least. One half for all others did best in a simulation over 59 recorded
+    answers.
     """
     depths = np.array([thread.depth for thread in threads])
     written = np.array([len(thread.tokens) - thread.num_forced for thread in threads])
     first = depths == depths.min()
     waited_for = first if not first.all() else written <= written.min() + _ABREAST
-    return np.where(waited_for, 1.0, 0.5)
+    found = np.where(waited_for, 1.0, 0.5)
+    return found / found.sum()
 
 
 @dataclass(slots=True)
 class _Candidates:
     """All threads' candidates side by side, n of them."""
 
-    gains: np.ndarray  # float64 [n], expected tokens, times the worth of their thread
+    chances: np.ndarray  # float64 [n]
+    gains: np.ndarray  # float64 [n], those times the worth of their thread
     guessed: np.ndarray  # bool [n], what only the heads propose
     bounds: np.ndarray  # int64 [T + 1], where each thread's begin
     drafting: int  # threads for which the heads guessed
@@ -190,7 +222,8 @@ class _Candidates:
             return None
         heads = np.array([0 if proposal is None else proposal.heads for proposal in proposals])
         bounds = np.concatenate([[0], np.cumsum(sizes)])
-        gains = np.concatenate([p.chances for p in proposals if p is not None]) * np.repeat(worths, sizes)
+        chances = np.concatenate([p.chances for p in proposals if p is not None])
+        gains = chances * np.repeat(worths, sizes)
         guessed = np.arange(len(gains)) < np.repeat(bounds[:-1] + heads, sizes)
         recalled: list[int] = []
         children: list[int] = []
@@ -201,10 +234,10 @@ class _Candidates:
             children += [first + node for node in proposal.forks.values()]
             if most_nodes is not None and len(proposal.tokens) > most_nodes:
                 own = gains[first : first + len(proposal.tokens)]
-                own[np.argsort(-own, kind="stable")[most_nodes:]] = 0.0
+                chances[first : first + len(own)][np.argsort(-own, kind="stable")[most_nodes:]] = 0.0
         guessed[recalled] = False
         gains[children] *= 0.5
-        return cls(gains, guessed, bounds, int(np.count_nonzero(heads)))
+        return cls(chances, gains, guessed, bounds, int(np.count_nonzero(heads)))
 
     def of_threads(self, chosen: np.ndarray) -> list[np.ndarray]:
         """Ascending places among all -> each thread's own, among its candidates."""

@@ -113,7 +113,8 @@ class Scheduler:
         first = 0
         while first < len(threads):  # a request's threads stand side by side
             last = first + requests.count(requests[first])
-            worth[first:last] = worths(threads[first:last])
+            alike = np.full(last - first, 1 / (last - first))
+            worth[first:last] = worths(threads[first:last]) if self.budget.weighs else alike
             first = last
         kept = self.budget.choose(proposals, worth, room, len(set(requests)))
         return {

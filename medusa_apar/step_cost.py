@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 ROWS = {"cpu": (1, 2, 4, 6, 8, 12, 16, 24, 32), "cuda": (1, 8, 16, 32, 64)}
 THREADS = (1, 2, 4, 8)  # that draft
 SLOTS, REPEATS = 256, 4
-LEAST_LOOKED_FOR = 0.05  # as drafting is pruned where a budget asks what pays (`forest_budget.LEAST_PAYING`)
+NODES = 8  # of a draft that is timed: a whole tree, pruned as it is in decoding, takes about as long
 FILE = "step_costs.json"
 
 
@@ -135,11 +135,9 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTre
         runs: dict[tuple[str, int], Callable[[], float]] = {("rows", size): partial(timer.rows, size) for size in sizes}
         # Where steps are captured so is drafting, and costs far less than its kernels one by one.
         if heads is not None and len(tree) and not getattr(runtime, "graphs", False):
-            drafter = heads.drafter(LEAST_LOOKED_FOR) if hasattr(heads, "drafter") else heads
+            drafter = heads.drafter() if hasattr(heads, "drafter") else heads
             for threads in THREADS:
-                # Beside more threads each has fewer candidates: see ForestBudget.nodes.
-                share = tree.first(max(4, len(tree) // threads))
-                runs["drafts", threads] = partial(_draft, model, heads, drafter, share, threads)
+                runs["drafts", threads] = partial(_draft, model, heads, drafter, tree.first(NODES), threads)
         runs_of = [[run() for run in runs.values()] for _ in range(REPEATS)]
     least = dict(zip(runs, map(min, zip(*runs_of, strict=True)), strict=True))
 

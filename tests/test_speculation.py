@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import medusa_apar
 from medusa_apar.draft_tree import DraftTree
-from medusa_apar.forest_budget import LEAST_GAIN, ForestBudget, worths
+from medusa_apar.forest_budget import LEAST_CHANCE, ForestBudget, worths
 from medusa_apar.heads import HydraHeads
 from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.proposals import Calibration, Proposal, Proposer, Trust
@@ -384,9 +384,10 @@ def test_the_budget_keeps_the_best_nodes_with_their_parents(forest, rows, room):
     kept = ForestBudget(rows).choose(proposals, worth, room)
     count = sum(map(len, kept))
     assert count <= max(0, min(room, rows - len(proposals)))
-    gains = np.concatenate([[], *(p.chances * w for p, w in zip(proposals, worth, strict=True) if p is not None)])
+    some = [(p.chances, w) for p, w in zip(proposals, worth, strict=True) if p is not None]
+    gains = np.concatenate([[], *(np.where(chances > LEAST_CHANCE, chances * w, 0) for chances, w in some)])
     got = sum(float((p.chances[k] * w).sum()) for p, w, k in zip(proposals, worth, kept, strict=True) if p is not None)
-    worthwhile = np.sort(gains[gains > LEAST_GAIN])[::-1]
+    worthwhile = np.sort(gains[gains > 0])[::-1]
     assert got == pytest.approx(worthwhile[:count].sum())
     assert count == min(len(worthwhile), max(0, min(room, rows - len(proposals))))
     for proposal, nodes in zip(proposals, kept, strict=True):
@@ -404,7 +405,8 @@ def test_the_budget_stops_where_nodes_cost_more_than_they_bring(forest, fixed, r
     rate = 1.5 / (fixed + row * (len(proposals) - 1))  # of a first step: what is assumed of it
     for proposal, nodes, weight in zip(proposals, budget.choose(proposals, worth, 99), worth, strict=True):
         if proposal is not None:
-            pays = np.flatnonzero(proposal.chances * weight > max(rate * row, LEAST_GAIN) + 1e-9)
+            likely = proposal.chances > LEAST_CHANCE
+            pays = np.flatnonzero((proposal.chances * weight > rate * row + 1e-9) & likely)
             assert set(pays.tolist()) <= set(nodes.tolist())
             assert (proposal.chances[nodes] * weight > rate * row - 1e-9).all()
 
@@ -420,8 +422,8 @@ def test_the_answer_waits_for_who_can_fork_then_for_who_wrote_least():
     tree.trunk.tokens += [5, FORK, 6, FORK]
     children = [tree.fork(tree.trunk, index, 0) for index in (3, 5)]
     children[0].tokens += [7] * 30
-    assert worths([tree.trunk, *children]).tolist() == [1.0, 0.5, 0.5]
-    assert worths(children).tolist() == [0.5, 1.0]
+    assert worths([tree.trunk, *children]).tolist() == [0.5, 0.25, 0.25]
+    np.testing.assert_allclose(worths(children), [1 / 3, 2 / 3])
     assert worths(children[:1]).tolist() == [1.0]
 
 

@@ -65,9 +65,9 @@ class CompiledHydra:
         return token_ids, log_probs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pruned:
-    """A drafter that does not look below what is less likely than `chance`."""
+    """A drafter that does not look below what is less likely than `chance`, which may change from step to step."""
 
     drafter: CompiledHydra
     chance: float
