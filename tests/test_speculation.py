@@ -216,7 +216,8 @@ def test_a_recall_inside_the_heads_tree_leaves_ids_whole(seed):
 
 def test_heads_are_asked_once_a_step_however_tokens_are_chosen():
     model, cost = tiny_model(), StepCost(((1, 10.0), (2, 12.0), (64, 140.0)), ((1, 4.0),))
-    apar = medusa_apar.attach(model, WrongHeads(), CONTROL, runtime="torch", step_cost=cost)
+    policy = Speculation(siblings=False)
+    apar = medusa_apar.attach(model, WrongHeads(), CONTROL, runtime="torch", step_cost=cost, speculation=policy)
     apar.runtime.verify = reference.verify  # which scores cannot go through
     options = {"max_new_tokens": 60, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     stats = apar.generate(**prompts(1, 6), **options).stats
