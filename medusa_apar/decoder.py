@@ -108,9 +108,12 @@ class Decoder:
                 self.memories.pop(request, None)
         clock.lap("commit")
         advanced = [entry for entry in advanced if entry[1].live and not entry[1].awaits_insertion]
+        going_on = [request for request in running if not request.done]
+        guesses = self.drafter is not None or self.speculation.siblings
+        advanced = self._worth_guessing(advanced, going_on) if guesses else []
         recalls = self._recall(advanced) if self.speculation.siblings else {}
         if choice is None:
-            drafting = self._draft(advanced, hidden, running, recalls) if asked and advanced else None
+            drafting = self._draft(advanced, hidden, going_on, recalls) if asked and advanced else None
         self._propose(advanced, None if drafting is None else drafting.tree, recalls)
         clock.lap("draft")
         self._count(forest)
@@ -133,15 +136,22 @@ class Decoder:
         self.stats.accepted.update(heads=heads_right, siblings=len(accepted) - heads_right)
         self.stats.accepted["forks"] += sum(node in stem.forks for node in nodes)
 
+    def _worth_guessing(self, advanced: list[Advanced], running: list[Request]) -> list[Advanced]:
+        """Those for which guesses can pay; all are remembered."""
+        roots, paying = max(self.scheduler.running(running), 1), set()
+        for request, group in groupby(advanced, itemgetter(0)):
+            threads = [thread for _, thread, _ in group]
+            paying |= self.scheduler.budget.paying(threads, roots, len(running))
+            if self.speculation.siblings:
+                memory = self.memories.setdefault(request, SiblingMemory(request.tree.child_id))
+                for thread in threads:
+                    memory.learn(thread)
+        return [entry for entry in advanced if entry[1] in paying]
+
     def _recall(self, advanced: list[Advanced]) -> dict[Thread, Recall]:
         """What followed where these threads' last tokens were written before."""
-        found = {}
-        for request, thread, _ in advanced:
-            memory = self.memories.setdefault(request, SiblingMemory(request.tree.child_id))
-            memory.learn(thread)
-            if (recall := memory.recall(thread)) is not None:
-                found[thread] = recall
-        return found
+        found = ((thread, self.memories[request].recall(thread)) for request, thread, _ in advanced)
+        return {thread: recall for thread, recall in found if recall is not None}
 
     def _draft(
         self, advanced: list[Advanced], hidden: torch.Tensor, running: list[Request], recalls: dict[Thread, Recall]
@@ -155,9 +165,7 @@ class Decoder:
             }
             asking |= self.scheduler.budget.asking(trusts)
         advanced = [entry for entry in advanced if entry[1] in asking]
-        drafting, running = None, [request for request in running if not request.done]
-        if advanced:
-            drafting = self._drafting(running, len(advanced))
+        drafting = self._drafting(running, len(advanced)) if advanced else None
         if drafting is not None:
             if isinstance(self.drafter, Pruned):
                 threads = max(self.scheduler.running(running), 1)

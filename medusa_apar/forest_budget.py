@@ -78,8 +78,21 @@ class ForestBudget:
         """The chance with which a node would pay beside so many roots, the thread's tokens being worth so much."""
         if self.cost is None:
             return LEAST_CHANCE
+        return min(max(LEAST_CHANCE, self._least_gain(roots, requests) / worth), MOST_ASKED)
+
+    def paying(self, threads: Sequence[Thread], roots: int, requests: int) -> set[Thread]:
+        """Those of a request's live threads for which a guess could pay, were it certain to be right: beside many
+        others none does, and looking for it would cost time."""
+        if self.cost is None or not self.weighs:
+            return set(threads)
+        least = self._least_gain(roots, requests)
+        return {thread for thread, worth in zip(threads, worths(threads).tolist(), strict=True) if worth > least}
+
+    def _least_gain(self, roots: int, requests: int) -> float:
+        """Tokens that a row has to bring."""
+        assert self.cost is not None
         row = float(np.diff(self.cost.rows(roots + _SMALL)[roots - 1 :]).min())
-        return min(max(LEAST_CHANCE, self._rate(roots, requests) * row / worth), MOST_ASKED)
+        return self._rate(roots, requests) * row
 
     def asking(self, trusts: Mapping[Thread, float]) -> set[Thread]:
         """For which of a request's live threads the heads should draft, given how far what was recalled for each can be
@@ -184,6 +197,9 @@ class EvenBudget:
 
     def bar(self, roots: int, requests: int, worth: float) -> float:
         return 0.0
+
+    def paying(self, threads: Sequence[Thread], roots: int, requests: int) -> set[Thread]:
+        return set(threads)
 
     least_chance = 0.0
 
