@@ -85,7 +85,7 @@ class Decoder:
         choice, drafting = None, None
         asked = self._asks_heads()
         if self.verifier.in_one_launch is not None:
-            drafting = self._drafting(running, len(forest.verified)) if asked else None
+            drafting = self._drafting(self.scheduler.running(running), len(forest.verified)) if asked else None
             choice = self.verifier.choice(forest, max(self.draft_tree.height, MOST_DEPTH), drafting)
         pool = self.scheduler.ledger.pool
         logits, hidden, chosen = self.runtime.step(forest, pool, taps, choice)
@@ -110,10 +110,12 @@ class Decoder:
         advanced = [entry for entry in advanced if entry[1].live and not entry[1].awaits_insertion]
         going_on = [request for request in running if not request.done]
         guesses = self.drafter is not None or self.speculation.siblings
-        advanced = self._worth_guessing(advanced, going_on) if guesses else []
+        roots = max(self.scheduler.running(going_on), 1) if guesses else 0
+        advanced = self._worth_guessing(advanced, roots, len(going_on)) if guesses else []
         recalls = self._recall(advanced) if self.speculation.siblings else {}
         if choice is None:
-            drafting = self._draft(advanced, hidden, going_on, recalls) if asked and advanced else None
+            crowd = roots, len(going_on)
+            drafting = self._draft(advanced, hidden, crowd, recalls) if asked and advanced else None
         self._propose(advanced, None if drafting is None else drafting.tree, recalls)
         clock.lap("draft")
         self._count(forest)
@@ -136,12 +138,12 @@ class Decoder:
         self.stats.accepted.update(heads=heads_right, siblings=len(accepted) - heads_right)
         self.stats.accepted["forks"] += sum(node in stem.forks for node in nodes)
 
-    def _worth_guessing(self, advanced: list[Advanced], running: list[Request]) -> list[Advanced]:
-        """Those for which guesses can pay; all are remembered."""
-        roots, paying = max(self.scheduler.running(running), 1), set()
+    def _worth_guessing(self, advanced: list[Advanced], roots: int, requests: int) -> list[Advanced]:
+        """Those for which guesses can pay in a step of so many roots; all are remembered."""
+        paying: set[Thread] = set()
         for request, group in groupby(advanced, itemgetter(0)):
             threads = [thread for _, thread, _ in group]
-            paying |= self.scheduler.budget.paying(threads, roots, len(running))
+            paying |= self.scheduler.budget.paying(threads, roots, requests)
             if self.speculation.siblings:
                 memory = self.memories.setdefault(request, SiblingMemory(request.tree.child_id))
                 for thread in threads:
@@ -154,9 +156,12 @@ class Decoder:
         return {thread: recall for thread, recall in found if recall is not None}
 
     def _draft(
-        self, advanced: list[Advanced], hidden: torch.Tensor, running: list[Request], recalls: dict[Thread, Recall]
+        self, advanced: list[Advanced], hidden: torch.Tensor, crowd: tuple[int, int], recalls: dict[Thread, Recall]
     ) -> Drafting | None:
-        """Has the heads look on from where the last token of each thread that is worth it was chosen."""
+        """Has the heads look on from where the last token of each thread that is worth it was chosen.
+
+        crowd: roots of the next step, and requests.
+        """
         asking: set[Thread] = set()
         for _, group in groupby(advanced, itemgetter(0)):
             trusts = {
@@ -165,13 +170,13 @@ class Decoder:
             }
             asking |= self.scheduler.budget.asking(trusts)
         advanced = [entry for entry in advanced if entry[1] in asking]
-        drafting = self._drafting(running, len(advanced)) if advanced else None
+        threads, requests = crowd
+        drafting = self._drafting(threads, len(advanced)) if advanced else None
         if drafting is not None:
             if isinstance(self.drafter, Pruned):
-                threads = max(self.scheduler.running(running), 1)
                 # Of several threads of a request the one that the answer waits for counts about half.
-                worth = 1.0 if threads <= len(running) else 0.5
-                self.drafter.chance = self.scheduler.budget.bar(threads, len(running), worth)
+                worth = 1.0 if threads <= requests else 0.5
+                self.drafter.chance = self.scheduler.budget.bar(threads, requests, worth)
             rows = torch.tensor([verdict.row for _, _, verdict in advanced], device=hidden.device)
             roots = torch.tensor([thread.tokens[-1] for _, thread, _ in advanced], device=hidden.device)
             token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree)
@@ -204,11 +209,11 @@ class Decoder:
         self.stats.undrafted_steps += not pays
         return pays
 
-    def _drafting(self, running: list[Request], threads: int) -> Drafting | None:
+    def _drafting(self, roots: int, threads: int) -> Drafting | None:
         """Who drafts, and a tree of as many nodes below each of so many threads as can be of use; None for none."""
         if self.drafter is None:
             return None
-        budget, roots = self.scheduler.budget, self.scheduler.running(running)
+        budget = self.scheduler.budget
         tree = self.draft_tree.first(budget.nodes(roots, max(min(threads, roots), 1), budget.rows))
         return Drafting(self.drafter, tree, self.drafter_weights) if len(tree) else None
 

@@ -42,7 +42,7 @@ class ForestBudget:
     _tokens: float = 0.0
     _spent: float = 0.0
     # What the heads' guesses save, beside what drafting costs, summed over the steps that asked them, in units of cost;
-    # older ones count less. Steps for which they have not been asked, and how often they did not pay in a row.
+    # older ones count less. How many steps those were, steps of the pause that goes on, and pauses in a row.
     _saved: float = 0.0
     _drafts: float = 0.0
     _asked: int = 0
