@@ -8,39 +8,48 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from medusa_apar.events import (
+    Event,
+    RequestStarted,
+    StepStarted,
+    ThreadFinished,
+    ThreadStarted,
+    TokensAccepted,
+    TokensInserted,
+)
 from medusa_apar.generate import MedusaApar
-from medusa_apar.output import Stats
-from medusa_apar.paragraph_tree import ParagraphTree, Thread
+from medusa_apar.paragraph_tree import Thread
 
 
 @dataclass(slots=True)
 class StepCounter:
-    """An observer of `generate` that counts steps row by row.
+    """A consumer of `generate`'s events that counts steps row by row.
 
-    A batch's `Stats` count until its last row is done; a row's own steps end when its tree has no live thread left.
+    A batch's `Stats` count until its last row is done; a row's own steps end when none of its threads is left.
     """
 
     steps: list[int] = field(default_factory=list)  # [rows] steps in which the row was not yet done
     thread_steps: list[int] = field(default_factory=list)  # [rows] times a thread of the row gained tokens in a step
     gained: list[int] = field(default_factory=list)  # [rows] tokens gained so, those behind the limit included
-    _live: list[bool] = field(default_factory=list)
-    _lengths: dict[Thread, int] = field(default_factory=dict)
+    _live: list[int] = field(default_factory=list)  # [rows] threads
 
-    def __call__(self, trees: list[ParagraphTree], stats: Stats) -> None:
-        if not self._live:
-            self._live = [True] * len(trees)
-            self.steps, self.thread_steps, self.gained = ([0] * len(trees) for _ in range(3))
-        for row, tree in enumerate(trees):
-            if not self._live[row]:
-                continue
-            self.steps[row] += 1
-            self._live[row] = tree.live
-            for thread in tree.threads:
-                gained = len(thread.token_ids) - self._lengths.get(thread, 0)
-                if gained:
-                    self._lengths[thread] = len(thread.token_ids)
-                    self.thread_steps[row] += 1
-                    self.gained[row] += gained
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RequestStarted():
+                for counts in (self.steps, self.thread_steps, self.gained, self._live):
+                    counts.append(0)
+            case ThreadStarted():
+                self._live[event.row] += 1
+            case StepStarted():
+                for row, live in enumerate(self._live):
+                    self.steps[row] += live > 0
+            case TokensAccepted():
+                self.thread_steps[event.row] += 1
+                self.gained[event.row] += len(event.token_ids)
+            case TokensInserted():  # in the step of what was accepted before them
+                self.gained[event.row] += len(event.token_ids)
+            case ThreadFinished():
+                self._live[event.row] -= 1
 
 
 def answer(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork: bool) -> list[dict[str, Any]]:
@@ -59,7 +68,7 @@ def answer(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork
         max_new_tokens=max_new_tokens,
         do_sample=False,
         fork=fork,
-        observer=counter,
+        events=counter,
         return_dict_in_generate=True,
     )
     records = []

@@ -21,6 +21,7 @@ import transformers
 from transformers import CompileConfig, PreTrainedModel
 
 from medusa_apar.generate import MedusaApar
+from medusa_apar.recording import Recording
 from medusa_apar.speculation import Speculation
 
 LOOKUP_TOKENS = 10  # drafted by transformers' prompt lookup, its documentation's own choice
@@ -61,21 +62,6 @@ class Clock:
             self.first = time.perf_counter() - self.started
 
     def end(self) -> None: ...
-
-
-class Spans:
-    """An observer of `generate`: between which steps each thread of the first row got tokens."""
-
-    def __init__(self) -> None:
-        self.spans: dict[int, list[int]] = {}
-        self._lengths: dict[int, int] = {}
-
-    def __call__(self, trees: Any, stats: Any) -> None:
-        for thread in trees[0].threads:
-            length = len(thread.token_ids)
-            if length > self._lengths.get(thread.index, 0):
-                self._lengths[thread.index] = length
-                self.spans.setdefault(thread.index, [stats.steps, stats.steps])[1] = stats.steps
 
 
 @dataclass(slots=True)
@@ -149,8 +135,8 @@ def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
 
 def _ours(apar: MedusaApar, fork: bool, inputs: dict[str, torch.Tensor], limit: int) -> Answer:
     options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "fork": fork}
-    spans, clock = Spans(), Clock()
-    output = apar.generate(**{**inputs, **options}, streamer=clock, observer=spans, return_dict_in_generate=True)
+    clock = Clock()
+    output = apar.generate(**{**inputs, **options}, streamer=clock, return_dict_in_generate=True)
     seconds = time.perf_counter() - clock.started
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     tree, stats = output.paragraph_tree[0], output.stats
@@ -163,12 +149,18 @@ def _ours(apar: MedusaApar, fork: bool, inputs: dict[str, torch.Tensor], limit: 
         threads=len(tree.threads),
         peak_threads=stats.peak_threads,
         peak_slots=stats.peak_slots,
-        spans=[spans.spans.get(thread.index, []) for thread in tree.threads],
+        spans=_spans(output.recording),
         rows=stats.forward_tokens,
         drafted=dict(stats.drafted),
         accepted=dict(stats.accepted),
         undrafted_steps=stats.undrafted_steps,
     )
+
+
+def _spans(recording: Recording) -> list[list[int]]:
+    """The first and the last step in which each thread of the first row got tokens; [] for none."""
+    steps = [[origin.step for origin in recording.origins[thread]] for thread in recording.trees[0].threads]
+    return [[min(own), max(own)] if own else [] for own in steps]
 
 
 def _compiled(model: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -24,6 +24,7 @@ from .kv_pool import KVPool
 from .output import Stats
 from .paragraph_tree import ParagraphTree, Thread
 from .proposals import MOST_DEPTH, Proposal, Proposer
+from .reporting import Reporter
 from .request import Request
 from .scheduler import Scheduler
 from .sibling_memory import Recall, SiblingMemory
@@ -51,6 +52,7 @@ class Decoder:
     draft_tree: DraftTree = field(default_factory=lambda: DraftTree([]))  # of the heads' guesses below each root
     proposer: Proposer = field(default_factory=Proposer)
     stats: Stats = field(default_factory=Stats)
+    reporter: Reporter | None = None  # None where nobody wants to know
     # Written by `run`: what drafts for the heads, and what it reads.
     drafter: Drafter | None = None
     drafter_weights: Hashable = None
@@ -88,6 +90,8 @@ class Decoder:
             drafting = self._drafting(self.scheduler.running(running), len(forest.verified)) if asked else None
             choice = self.verifier.choice(forest, max(self.draft_tree.height, MOST_DEPTH), drafting)
         pool = self.scheduler.ledger.pool
+        if self.reporter is not None:
+            clock.skip(self.reporter.plans(forest, owner, pool))
         logits, hidden, chosen = self.runtime.step(forest, pool, taps, choice)
         clock.lap("forward")
         verdicts = self.verifier(forest, logits, owner) if choice is None or chosen is None else choice.read(chosen)
@@ -95,7 +99,10 @@ class Decoder:
         advanced: list[Advanced] = []
         for stem, verdict in zip(forest.verified, verdicts, strict=True):
             self.proposals.pop(stem.thread, None)
-            for thread, its, gained in self.fork_manager.commit(owner[stem].tree, stem, verdict):
+            gains = self.fork_manager.commit(owner[stem].tree, stem, verdict)
+            if self.reporter is not None:
+                self.reporter.commits(owner[stem], stem, gains)
+            for thread, its, gained in gains:
                 if thread is stem.thread:
                     self._learn(stem, verdict.nodes[:gained])
                 self.stats.accepted_lengths[gained] += 1
@@ -119,6 +126,8 @@ class Decoder:
         self._propose(advanced, None if drafting is None else drafting.tree, recalls)
         clock.lap("draft")
         self._count(forest)
+        if self.reporter is not None:
+            self.reporter.finishes(running, forest, pool)
         clock.lap("count")
         if any(stem.thread.parent is None and len(stem.pending) >= stem.thread.num_forced for stem in forest.stems):
             self.stats.prefill_seconds += clock.total
@@ -252,6 +261,11 @@ class Laps:
         now = time.perf_counter()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
+
+    def skip(self, seconds: float) -> None:
+        """As if they had not passed."""
+        self._started += seconds
+        self._last += seconds
 
     @property
     def total(self) -> float:

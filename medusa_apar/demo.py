@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .chat import encode
+from .display.terminal import Lanes, Milestones, answer_text
+from .events import Consumer, Event
 from .fork_policy import fork_mode
 from .generate import MedusaApar
-from .lanes import Lanes, Milestones, answer_text
 
 QUESTION = "What are the key skills of a good leader?"
 WARM_UP_TOKENS = 8
@@ -39,21 +40,24 @@ class Run:
         return len(self.ids) / self.seconds
 
 
-def run_apar(apar: MedusaApar, inputs: dict, options: dict, observer: Any = None, streamer: Any = None) -> Run:
+def run_apar(
+    apar: MedusaApar, inputs: dict, options: dict, events: Consumer | None = None, streamer: Any = None
+) -> Run:
     """`options`: of `apar.generate`."""
     drawing = 0.0
 
-    def timed(trees, stats):
+    def timed(event: Event) -> None:
         nonlocal drawing
+        assert events is not None
         started = time.perf_counter()
-        observer(trees, stats)
+        events(event)
         drawing += time.perf_counter() - started
 
     started = time.perf_counter()
     output = apar.generate(
         **inputs,
         **options,
-        observer=timed if observer else None,
+        events=timed if events else None,
         streamer=streamer,
         return_dict_in_generate=True,
     )
@@ -108,8 +112,8 @@ def demo(apar: MedusaApar, question: str, options: dict, baseline: bool, console
     if mode == "off" or (mode == "auto" and apar.control_token_ids is None):
         console.print("Forking is off: the answer has one thread.\n", style="yellow")
     warm_up(run_apar, apar, inputs, options)
-    with (Lanes if console.is_terminal else Milestones)(console, apar.tokenizer) as observer:
-        ours, plain = run_apar(apar, inputs, options, observer), None
+    with (Lanes if console.is_terminal else Milestones)(console, apar.tokenizer) as watching:
+        ours, plain = run_apar(apar, inputs, options, watching), None
     answer = answer_text(apar.tokenizer, ours.output.paragraph_tree[0], ours.ids)
     console.print("\n", answer, "\n", sep="", soft_wrap=not console.is_terminal)
     if baseline:

@@ -6,7 +6,6 @@ import copy
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,14 +24,16 @@ from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from .cpu.runtime import CpuRuntime
 from .decoder import Decoder
 from .draft_tree import DraftTree
+from .events import Consumer
 from .forest_budget import EvenBudget, ForestBudget
 from .fork_manager import ForkManager
 from .fork_policy import ForkIf, NoForks, fork_mode, fork_policy
 from .heads import DraftHeads, load_heads
 from .heads.draft_heads import unembedding_size
-from .output import MedusaAparOutput, Stats
+from .output import MedusaAparOutput
 from .paragraph_tree import ParagraphTree, thread_key
 from .proposals import Proposer
+from .reporting import Reporter
 from .request import Request
 from .runtimes import pick_runtime
 from .scheduler import Scheduler
@@ -44,8 +45,6 @@ from .streaming import TextColumns
 from .torch_runtime import Runtime, TorchRuntime
 from .triton_kernels.reference import TypicalAcceptance
 from .verify import Verifier
-
-Observer = Callable[[list[ParagraphTree], Stats], None]
 
 # Rows of a forest, at most: past these a step's cost grows with every row (DESIGN.md, facts).
 _BUDGET = {"cpu": 24, "cuda": 64}
@@ -107,7 +106,7 @@ class MedusaApar:
         **kwargs,
     ):
         """`model.generate` with our decoder: transformers' signature, and `fork`, `fork_if`, `max_threads`,
-        `max_depth`, `seed`, `observer`, `verify` and `regenerate_below` of `__call__`.
+        `max_depth`, `seed`, `events`, `verify` and `regenerate_below` of `__call__`.
 
         It also serves `stop_strings`, which the bare hook cannot: transformers drops the tokenizer they need.
         """
@@ -149,7 +148,7 @@ class MedusaApar:
         max_threads: int | None = None,
         max_depth: int | None = None,
         seed: int | None = None,
-        observer: Observer | None = None,
+        events: Consumer | None = None,
         verify: str | None = None,
         regenerate_below: float | None = None,
         synced_gpus: bool = False,
@@ -165,7 +164,7 @@ class MedusaApar:
             the model could not fork. It must go by nothing but the `ForkPoint`.
         max_threads, max_depth: of this call, in place of those given to `attach`. Lists fork the trunk only.
         seed: of the sampling noise; by default drawn from torch's global generator, so `torch.manual_seed` rules.
-        observer: called after every step with the rows' live paragraph trees and the stats so far.
+        events: called with everything that happens, as it happens: `medusa_apar.events` has what and in which order.
         verify: "stitched" holds the finished answer against plain decoding of the text as it is read, in one further
             pass over prompt and answer. The output's `agreement` says for every thread which share of its tokens plain
             greedy decoding chooses (not when sampling, where that says little) and what their mean log-probability is.
@@ -176,7 +175,7 @@ class MedusaApar:
             among the first 64 of its part; the trunk never is. The answer stays the unlimited one cut short; where
             rewritten threads are much shorter it may end before `max_new_tokens`. Costs: up to 64 tokens beyond the
             limit, as many more as rewriting has made the answer shorter, a prefill and decoding without threads for
-            every thread that is written anew, a second pass. `observer` is not shown what is rewritten.
+            every thread that is written anew, a second pass. `events` do not tell of what is rewritten.
 
         Raises ValueError or NotImplementedError, in one sentence and before any work, for what cannot be combined.
         """
@@ -221,28 +220,35 @@ class MedusaApar:
             max_threads or self.max_threads,
         )
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
+        reporter = Reporter(requests, events, keep=returns_dict) if returns_dict or events is not None else None
+        decoder.reporter = reporter
         if self._streamer is not None:
             streamer.put(input_ids.cpu())
         for _ in decoder.run():
             if streamer is not None:
                 for column in columns.new():
                     streamer.put(column)
-            if observer is not None:
-                observer([request.tree for request in requests], decoder.stats)
+            if reporter is not None:
+                reporter.deliver()
         if streamer is not None:
             streamer.end()
+        decoder.reporter = None  # what the stitcher decodes is no part of the call's own steps
         agreement = Stitcher(decoder, max_new_tokens, regenerate_below).run() if verify else None
         sequences = torch.cat([input_ids, columns.text().to(input_ids.device)], dim=1)
         if not returns_dict:
             return sequences
-        return MedusaAparOutput(
+        assert reporter is not None
+        output = MedusaAparOutput(
             sequences=sequences,
             scores=columns.gather(decoder.scores) if decoder.verifier.keep_scores else None,
             logits=columns.gather(decoder.logits) if decoder.verifier.keep_logits else None,
             stats=decoder.stats,
             paragraph_tree=[request.tree for request in requests],
             agreement=agreement,
+            events=reporter.events,
         )
+        output.tokenizer = self.tokenizer
+        return output
 
     def _requests(self, input_ids, prompts, max_new_tokens, criteria, generation_config) -> list[Request]:
         eos = generation_config._eos_token_tensor

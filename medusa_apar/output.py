@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .events import Event
 from .paragraph_tree import ParagraphTree
+from .recording import Recording
 
 
 @dataclass(slots=True)
@@ -66,9 +70,10 @@ class ThreadAgreement:
 
 @dataclass
 class MedusaAparOutput(GenerateDecoderOnlyOutput):
-    """transformers' own output with `stats` and one `paragraph_tree` per row.
+    """transformers' own output with `stats` and one `paragraph_tree` per row; notebooks show it as a picture.
 
     agreement: with verify="stitched", per row and thread of its paragraph tree; None otherwise.
+    events: everything that happened, step by step; `recording` is what it adds up to.
     """
 
     sequences: torch.Tensor  # type: ignore[assignment]
@@ -77,3 +82,14 @@ class MedusaAparOutput(GenerateDecoderOnlyOutput):
     stats: Stats | None = None
     paragraph_tree: list[ParagraphTree] | None = None
     agreement: list[list[ThreadAgreement]] | None = None
+    events: list[Event] | None = None
+    tokenizer: ClassVar[Any] = None  # the model's where it is known, set on each output; not one of its entries
+
+    @cached_property
+    def recording(self) -> Recording:
+        return Recording.of(self.events or ())
+
+    def _repr_html_(self) -> str | None:
+        from .display import answer
+
+        return answer(self).html if self.events else None

@@ -10,9 +10,10 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from medusa_apar import cli, demo
+from medusa_apar.display.terminal import Lanes
+from medusa_apar.events import StepFinished
 from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.lanes import Lanes
 from tests.test_loading import save_tokenizer
 from tests.tiny import CONTROL, VOCAB, forking_model
 
@@ -105,11 +106,12 @@ def test_lanes_fit_the_terminal(apar, width, height):
     inputs = demo.prompt(apar, QUESTION)
     lanes = Lanes(console, apar.tokenizer)
 
-    def observer(trees, stats):
-        frame = lanes._frame(trees[0], stats)
-        frames.append(["".join(part.text for part in line) for line in console.render_lines(frame)])
+    def draw(event):
+        lanes(event)
+        if isinstance(event, StepFinished):
+            frames.append(["".join(part.text for part in line) for line in console.render_lines(lanes.frame())])
 
-    run = demo.run_apar(apar, inputs, {"max_new_tokens": 60, "do_sample": False, "fork": True}, observer)
+    run = demo.run_apar(apar, inputs, {"max_new_tokens": 60, "do_sample": False, "fork": True}, draw)
     assert run.threads >= 3
     assert all(len(frame) < max(height, 7) for frame in frames)
     assert "thread 1" in "\n".join(frames[-1]) or width * height < 500

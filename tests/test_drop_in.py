@@ -7,6 +7,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 import medusa_apar
+from medusa_apar.events import StepFinished
 from medusa_apar.heads import MedusaHeads
 from tests.tiny import CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model, tiny_tokenizer
 
@@ -112,17 +113,17 @@ def test_num_return_sequences_of_a_batch(model):
 
 
 def test_overlapping_calls_and_plain_calls_beside_them(model):
-    """An observer runs other generate calls in the middle of a step loop: none disturbs another."""
+    """A consumer of events runs other generate calls in the middle of a step loop: none disturbs another."""
     inputs, others = prompts(1, 6), prompts(2, 5, seed=9)
     expected, expected_others = model.generate(**inputs, **GREEDY), model.generate(**others, **GREEDY)
     apar, before = medusa_apar.attach(model), model.config._attn_implementation
 
-    def interrupt(trees, stats):
-        if stats.steps == 3:
+    def interrupt(event):
+        if isinstance(event, StepFinished) and event.step == 3:
             assert torch.equal(model.generate(**others, **GREEDY), expected_others)
             assert torch.equal(apar.generate(**others, **GREEDY), expected_others)
 
-    assert torch.equal(apar.generate(**inputs, **GREEDY, observer=interrupt), expected)
+    assert torch.equal(apar.generate(**inputs, **GREEDY, events=interrupt), expected)
     assert model.config._attn_implementation == before
     assert not model.get_output_embeddings()._forward_pre_hooks
 

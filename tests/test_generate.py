@@ -6,6 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import medusa_apar
 from medusa_apar import DraftTree
+from medusa_apar.events import StepFinished
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from tests.tiny import CONFIGS, CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model
 
@@ -136,11 +137,12 @@ def test_an_exception_in_mid_run_leaves_the_model_usable():
     apar = medusa_apar.attach(model)
     expected = model.generate(**prompts(1, 5), max_new_tokens=6, do_sample=False)
 
-    def explode(trees, stats):
-        raise RuntimeError("observer failed")
+    def explode(event):
+        if isinstance(event, StepFinished):
+            raise RuntimeError("consumer failed")
 
-    with pytest.raises(RuntimeError, match="observer failed"):
-        apar.generate(**prompts(1, 5), max_new_tokens=6, do_sample=False, observer=explode)
+    with pytest.raises(RuntimeError, match="consumer failed"):
+        apar.generate(**prompts(1, 5), max_new_tokens=6, do_sample=False, events=explode)
     assert torch.equal(model.generate(**prompts(1, 5), max_new_tokens=6, do_sample=False), expected)
 
 

@@ -115,29 +115,16 @@ def test_plans_are_two():
 # ---- speculative fork
 
 
-class Birthdays:
-    """An observer: the step in which each thread's `[Fork]` was written, and that of its first own token."""
-
-    def __init__(self):
-        self.forked, self.began = {}, {}
-
-    def __call__(self, trees, stats):
-        for tree in trees:
-            for thread in tree.threads[1:]:
-                self.forked.setdefault(thread, stats.steps)
-                if thread.token_ids:
-                    self.began.setdefault(thread, stats.steps)
-
-
 def test_a_drafted_fork_costs_no_step(forked):
     model, plain = forked
     heads = RecallHeads(model, plain.paragraph_tree, wrong_every=10**9)  # guesses all
     steps = {}
     for forks in (True, False):
-        seen = Birthdays()
         policy = Speculation(siblings=False, forks=forks)
-        out = run(model, heads, speculation=policy, budget=120, generate={"observer": seen})
-        waits = [seen.began[thread] - seen.forked[thread] for thread in seen.began]
+        out = run(model, heads, speculation=policy, budget=120)
+        seen = out.recording
+        children = [thread for tree in seen.trees for thread in tree.threads[1:] if seen.origins[thread]]
+        waits = [seen.origins[thread][0].step - seen.started[thread] for thread in children]
         steps[forks] = waits
         assert out.stats.accepted["forks"] == (waits.count(0) if forks else 0)
     assert set(steps[False]) == {1}  # a child's [Child] runs in the step behind its [Fork]'s
@@ -167,12 +154,12 @@ def test_heads_that_do_not_pay_are_no_longer_asked():
     policy, cost = Speculation(siblings=False), StepCost(((1, 10.0), (2, 12.0), (64, 140.0)), ((1, 4.0),))
     plain = run(model, rows=1, limit=120, generate={"min_new_tokens": 120})
     assert plain.stats.steps == 120
-    rows = []
-    generate = {"min_new_tokens": 120, "observer": lambda trees, stats: rows.append(stats.forward_tokens)}
-    out = run(model, WrongHeads(), 1, 120, generate, speculation=policy, step_cost=cost)
+    out = run(model, WrongHeads(), 1, 120, {"min_new_tokens": 120}, speculation=policy, step_cost=cost)
     assert torch.equal(out.sequences, plain.sequences)
     assert out.stats.undrafted_steps > 60
-    assert rows[-1] - rows[60] <= 60 + 10  # the second half is plain decoding, but for a look now and then
+    assert (
+        sum(step.rows for step in out.recording.steps[61:]) <= 60 + 10
+    )  # the second half is plain decoding, but for a look now and then
 
 
 def test_heads_are_not_given_up_for_one_weak_step():

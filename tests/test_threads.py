@@ -155,7 +155,7 @@ def test_streaming_is_the_reading_order():
         out = run(
             model,
             rows=rows,
-            generate={"streamer": collector, "observer": lambda *_, c=collector, a=arrived: a.append(len(c.columns))},
+            generate={"streamer": collector, "events": lambda _, c=collector, a=arrived: a.append(len(c.columns))},
         )
         assert len(set(arrived)) > 5  # as they become final, not all at the end
         prompt, *columns = collector.columns

@@ -6,6 +6,7 @@ import torch
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.cuda_graphs import GraphedSteps, StaticForest
+from medusa_apar.events import StepFinished
 from medusa_apar.heads import HydraHeads
 from medusa_apar.path_table import PathTable
 from medusa_apar.slot_ledger import SlotLedger
@@ -71,8 +72,8 @@ def test_graphs_serve_call_after_call_and_calls_within_calls(monkeypatch):
     apar = medusa_apar.attach(model, None, CONTROL, attention="triton", cuda_graphs=True)
     inner = []
 
-    def observer(trees, stats):
-        if stats.steps == 2 and not inner:
+    def within(event):
+        if isinstance(event, StepFinished) and event.step == 2 and not inner:
             inner.append(apar.generate(**prompts(1, 9, seed=1, ragged=True), max_new_tokens=6, do_sample=False))
 
     made, replayed, counts = [], [], []
@@ -81,9 +82,7 @@ def test_graphs_serve_call_after_call_and_calls_within_calls(monkeypatch):
     for inference in (True, False):
         # Tensors made in a caller's inference mode could not be filled by the next call.
         with torch.inference_mode(inference):
-            out = apar.generate(
-                **prompts(1, 5, seed=1, ragged=True), max_new_tokens=6, do_sample=False, observer=observer
-            )
+            out = apar.generate(**prompts(1, 5, seed=1, ragged=True), max_new_tokens=6, do_sample=False, events=within)
         assert torch.equal(out, plain[0])
         counts.append((len(replayed), len(made)))
     assert torch.equal(inner[0], plain[1])

@@ -11,8 +11,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .output import Stats
-from .paragraph_tree import ParagraphTree, Thread
+from ..events import Event, StepFinished, ThreadFinished, ThreadStarted
+from ..paragraph_tree import ParagraphTree, Thread
+from ..recording import Recording
+from .names import hue, name
 
 COLOURS = ("white", "cyan", "green", "yellow", "magenta", "blue", "red")
 LANE_WIDTH, LANE_HEIGHT = 32, 5  # characters, at least
@@ -20,11 +22,7 @@ FRAME_SECONDS = 0.1  # between two frames: drawing one costs about as much as a 
 
 
 def colour(thread: Thread) -> str:
-    return COLOURS[0] if thread.parent is None else COLOURS[1 + (thread.index - 1) % (len(COLOURS) - 1)]
-
-
-def name(thread: Thread) -> str:
-    return "trunk" if thread.parent is None else f"thread {thread.index}"
+    return COLOURS[hue(thread, len(COLOURS) - 1)]
 
 
 def thread_text(tokenizer: Any, tree: ParagraphTree, thread: Thread) -> Text:
@@ -57,10 +55,14 @@ def answer_text(tokenizer: Any, tree: ParagraphTree, ids: list[int]) -> Text:
 
 
 class Lanes:
-    """An observer of `generate` that draws one panel per thread; a context manager, as the terminal needs restoring."""
+    """A consumer of events that draws a panel for each thread of the first row.
+
+    A context manager, since the terminal needs restoring.
+    """
 
     def __init__(self, console: Console, tokenizer: Any):
         self._console, self._tokenizer = console, tokenizer
+        self._recording = Recording()
         self._live = Live(console=console, auto_refresh=False)
         self._drawn = 0.0
 
@@ -71,13 +73,17 @@ class Lanes:
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
 
-    def __call__(self, trees: list[ParagraphTree], stats: Stats) -> None:
-        if time.perf_counter() - self._drawn < FRAME_SECONDS and trees[0].live:
+    def __call__(self, event: Event) -> None:
+        self._recording(event)
+        if not isinstance(event, StepFinished):
             return
-        self._live.update(self._frame(trees[0], stats), refresh=True)
+        if time.perf_counter() - self._drawn < FRAME_SECONDS and self._recording.trees[0].live:
+            return
+        self._live.update(self.frame(), refresh=True)
         self._drawn = time.perf_counter()
 
-    def _frame(self, tree: ParagraphTree, stats: Stats) -> Group:
+    def frame(self) -> Group:
+        tree, step = self._recording.trees[0], self._recording.step
         height = max(self._console.height - 2, LANE_HEIGHT)
         widest = max(1, self._console.width // LANE_WIDTH)
         threads = _shown(tree, widest * (height // LANE_HEIGHT))
@@ -92,7 +98,7 @@ class Lanes:
             grid.add_row(*panels[row * columns : (row + 1) * columns])
         writing = sum(thread.live for thread in tree.threads)
         tokens = sum(len(thread.token_ids) for thread in tree.threads)
-        line = f"step {stats.steps} · {tokens} tokens · {len(tree.threads)} threads, {writing} writing"
+        line = f"step {step} · {tokens} tokens · {len(tree.threads)} threads, {writing} writing"
         return Group(grid, Text(line, style="dim", no_wrap=True, overflow="ellipsis"))
 
     def _lane(self, tree: ParagraphTree, thread: Thread, width: int, height: int) -> Panel:
@@ -113,34 +119,34 @@ def _shown(tree: ParagraphTree, most: int) -> list[Thread]:
 
 
 class Milestones:
-    """An observer that prints a line whenever a thread is forked or ends: for logs and pipes."""
+    """A consumer of events that prints a line when a thread of the first row is forked or ends: for logs and pipes."""
 
     def __init__(self, console: Console, tokenizer: Any):
         self._console, self._tokenizer = console, tokenizer
-        self._started: set[Thread] = set()
-        self._ended: set[Thread] = set()
+        self._recording = Recording()
 
     def __enter__(self) -> Milestones:
         return self
 
     def __exit__(self, *exception: object) -> None: ...
 
-    def __call__(self, trees: list[ParagraphTree], stats: Stats) -> None:
-        for thread in trees[0].threads:
-            if thread.parent is not None and thread not in self._started:
-                self._started.add(thread)
-                self._say(stats, f"{name(thread)} leaves {name(thread.parent)} after {self._head(trees[0], thread)!r}")
-            if thread.ended and thread not in self._ended:
-                self._ended.add(thread)
-                self._say(stats, f"{name(thread)} ends with {len(thread.token_ids)} tokens")
+    def __call__(self, event: Event) -> None:
+        self._recording(event)
+        if not isinstance(event, (ThreadStarted, ThreadFinished)) or event.row:
+            return
+        thread = self._recording.trees[0].threads[event.thread]
+        if isinstance(event, ThreadFinished):
+            self._say(event.step, f"{name(thread)} ends with {len(thread.token_ids)} tokens")
+        elif thread.parent is not None:
+            self._say(event.step, f"{name(thread)} leaves {name(thread.parent)} after {self._head(thread)!r}")
 
-    def _head(self, tree: ParagraphTree, thread: Thread) -> str:
+    def _head(self, thread: Thread) -> str:
         """The end of what its parent had written when it forked: the head of the item this thread details."""
         parent = thread.parent
         assert parent is not None
         written = range(parent.num_forced, thread.fork_index + 1)
-        ids = [parent.tokens[index] for index in written if tree.is_visible(parent, index)]
+        ids = [parent.tokens[index] for index in written if self._recording.trees[0].is_visible(parent, index)]
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip().rsplit("\n", 1)[-1][-60:]
 
-    def _say(self, stats: Stats, line: str) -> None:
-        self._console.print(f"step {stats.steps:3}: {line}", highlight=False, markup=False, soft_wrap=True)
+    def _say(self, step: int, line: str) -> None:
+        self._console.print(f"step {step:3}: {line}", highlight=False, markup=False, soft_wrap=True)
