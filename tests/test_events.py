@@ -33,7 +33,7 @@ def fork_freely(**options):
     """By control tokens, with guesses that are often right, so that several tokens, forks and children come at once."""
     generate = {"max_new_tokens": 40, "do_sample": False} | options.pop("generate", {})
     model = forking_model(options.pop("seed", 5))
-    inputs = prompts(2, 6, seed=2, ragged=True)
+    inputs = prompts(options.pop("rows", 2), 6, seed=3, ragged=True)
     plain = medusa_apar.attach(model, None, CONTROL).generate(
         **inputs, max_new_tokens=40, do_sample=False, return_dict_in_generate=True
     )
@@ -56,7 +56,7 @@ CALLS = {
     "a forest": lambda: fork_freely(seed=24),
     "the same tree for all": lambda: fork_freely(speculation="even"),
     "few threads at once": lambda: fork_freely(max_threads=2),
-    "under memory pressure": lambda: fork_freely(pool_slots=36, budget=12, generate={"max_new_tokens": 12}),
+    "under memory pressure": lambda: fork_freely(rows=3, seed=11, pool_slots=92),
     "verified in one launch": lambda: fork_freely(in_one_launch=True),
     "cut short": lambda: fork_freely(generate={"max_new_tokens": 9}),
     "lists": fork_lists,
@@ -173,6 +173,12 @@ def test_all_kinds_occur():
     recording = fork_freely().recording
     at_once = [thread for thread, own in recording.origins.items() if own and own[0].step == recording.started[thread]]
     assert at_once  # threads whose [Child] had been guessed
+
+
+def test_what_is_fed_again_is_told():
+    """Under memory pressure threads lose their slots, and later their ancestors run beside them."""
+    events = CALLS["under memory pressure"]().events
+    assert any(not drafted.verified for event in events if isinstance(event, StepStarted) for drafted in event.drafted)
 
 
 def test_guesses_are_told_of_before_they_are_checked():
