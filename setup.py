@@ -25,6 +25,7 @@ setup(
     package_dir=MAPPED,
     package_data={
         "medusa_apar": ["py.typed", "custom_generate/*"],
+        "medusa_apar.display": ["*.css"],
         "medusa_apar.cpu": ["*.cpp", "*.h"],
         "medusa_apar.heads": ["weights/*/*", "weights/*/*/*"],
         "medusa_apar.triton_kernels": ["resources.json"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -83,7 +83,7 @@ class MedusaAparOutput(GenerateDecoderOnlyOutput):
     paragraph_tree: list[ParagraphTree] | None = None
     agreement: list[list[ThreadAgreement]] | None = None
     events: list[Event] | None = None
-    tokenizer: ClassVar[Any] = None  # the model's where it is known, set on each output; not one of its entries
+    tokenizer = cast(Any, None)  # the model's, where it is known; without annotation it is not one of the entries
 
     @cached_property
     def recording(self) -> Recording:

@@ -43,7 +43,7 @@ class Recording:
         origins: of each thread's own tokens.
         started: in which step a thread was forked; finished: in which it ended.
         drafted: each live thread's part of the latest forest, with what is guessed for it while that is being checked.
-        rejected: guesses that proved wrong in the latest step.
+        accepted: what it brought each thread; rejected: guesses that proved wrong.
         steps: what each finished step cost.
     """
 
@@ -52,6 +52,7 @@ class Recording:
     started: dict[Thread, int] = field(default_factory=dict)
     finished: dict[Thread, int] = field(default_factory=dict)
     drafted: dict[Thread, Drafted] = field(default_factory=dict)
+    accepted: dict[Thread, TokensAccepted] = field(default_factory=dict)
     rejected: dict[Thread, TokensRejected] = field(default_factory=dict)
     steps: list[StepFinished] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
@@ -96,14 +97,16 @@ class Recording:
             case ThreadStarted():
                 self._start(event)
             case StepStarted():
+                self.accepted.clear()
                 self.rejected.clear()
                 self.drafted = {self._thread(drafted): drafted for drafted in event.drafted}
                 self.checking = True
             case TokensAccepted():
                 thread = self._thread(event)
-                sources = [self.drafted[thread].sources[node] for node in event.nodes]
+                sources: list[str] = [self.drafted[thread].sources[node] for node in event.nodes]
                 sources += ["model"] * (len(event.token_ids) - len(sources))
                 thread.tokens += event.token_ids
+                self.accepted[thread] = event
                 self.origins[thread] += [Origin(event.step, source) for source in sources]
             case TokensInserted():
                 thread = self._thread(event)

@@ -142,6 +142,6 @@ def _drafted(row: int, stem: Stem) -> Drafted:
         return Drafted(row, thread.index, *start, verified=stem.verified)
     heads = 0 if stem.proposal is None else int((stem.kept < stem.proposal.heads).sum())
     siblings = stem.guessed - heads
-    sources: tuple[Source, ...] = ("heads",) * heads + ("siblings",) * siblings + ("fork",) * len(stem.forks)
+    sources: list[Source] = ["heads"] * heads + ["siblings"] * siblings + ["fork"] * len(stem.forks)
     parents = tuple(stem.draft_tree.parents[:nodes].tolist())
-    return Drafted(row, thread.index, *start, tuple(stem.draft_tokens), parents, sources)
+    return Drafted(row, thread.index, *start, tuple(stem.draft_tokens), parents, tuple(sources))

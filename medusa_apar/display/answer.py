@@ -1,0 +1,134 @@
+"""A finished answer: every thread's part as a lane within the text, with where each token came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from itertools import groupby
+from typing import Any
+
+from ..output import MedusaAparOutput
+from ..paragraph_tree import Thread
+from ..recording import Origin, Recording
+from .guesses import all_wrong_guesses
+from .names import HUES, SOURCES, hue, name
+from .picture import Picture, sources
+from .pieces import Pieces
+from .timeline import timeline_svg
+
+ROWS_SHOWN = 8
+WrongGuesses = dict[tuple[Thread, int], list[tuple[int, list[int]]]]
+
+
+def answer(output: MedusaAparOutput | Recording, tokenizer: Any = None) -> Picture:
+    """The rows of an output, or of a recording: figures, a timeline of threads and slots, and the text.
+
+    The text is in reading order, a thread's part indented below the place where it was forked. A hover over a token
+    tells the step in which it came and who guessed it; dotted underlines are guesses of the heads, dashed ones what had
+    been written before. Opening "Replay" shows the text growing step by step.
+    """
+    recording, tokenizer = sources(output, tokenizer)
+    pieces = Pieces(tokenizer)
+    rows = range(min(len(recording.trees), ROWS_SHOWN))
+    stats = None if isinstance(output, Recording) else output.stats
+    parts = [_row(recording, row, pieces) for row in rows]
+    if len(recording.trees) > 1:
+        parts = [f"<h4>row {row}</h4>{part}" for row, part in zip(rows, parts, strict=True)]
+    if len(recording.trees) > ROWS_SHOWN:
+        parts.append(f"<p>and {len(recording.trees) - ROWS_SHOWN} more rows</p>")
+    if stats is not None and stats.regenerated:
+        note = "Threads that were written anew afterwards are shown as first written:"
+        parts.append(f'<p class="ma-note">{note} {stats.regenerated}.</p>')
+    text = "\n\n".join(f"{facts(recording, row)}\n{_plain(recording, row, pieces)}" for row in rows)
+    return Picture("".join(parts) + _KEY, text)
+
+
+def facts(recording: Recording, row: int) -> str:
+    tree, tokens = recording.trees[row], recording.readable(row)
+    last = max((recording.finished.get(thread, recording.step) for thread in tree.threads), default=0)
+    steps = recording.steps[:last]
+    at_once = [0] * (len(steps) + 1)
+    for thread in tree.threads:
+        for step in {origin.step for origin in recording.origins[thread]}:
+            at_once[step] += 1
+    peak = max((step.slots_used for step in steps), default=0)
+    found = f"{tokens} tokens in {len(steps)} steps · {tokens / max(len(steps), 1):.2f} per step"
+    if len(tree.threads) > 1:
+        found += f" · {len(tree.threads)} threads, at most {max(at_once)} in a step"
+    return found + f" · at most {peak} KV slots"
+
+
+def _row(recording: Recording, row: int, pieces: Pieces) -> str:
+    return (
+        f'<p class="ma-facts">{facts(recording, row)}</p>'
+        f"{timeline_svg(recording, row)}"
+        '<details class="ma-replay"><summary>Replay</summary></details>'
+        f'<div class="ma-answer">{_text(recording, row, pieces)}</div>'
+    )
+
+
+def _text(recording: Recording, row: int, pieces: Pieces) -> str:
+    html: list[str] = []
+    lineage: list[Thread] = []
+    wrong = all_wrong_guesses(recording, row)
+    for thread, group in groupby(recording.text(row), key=lambda entry: entry[0]):
+        above = [ancestor for ancestor, _ in thread.ancestors()][1:] + [thread][: thread.depth]
+        begins = bool(lineage) or bool(above)  # a lane above or around it has begun a new line already
+        while lineage and lineage[-1] not in above:
+            lineage.pop()
+            html.append("</section>")
+        for member in above[len(lineage) :]:
+            html.append(_open(recording, member))
+            lineage.append(member)
+        html += _tokens(recording, thread, [index for _, index in group], pieces, wrong, begins)
+    return "".join(html) + "</section>" * len(lineage)
+
+
+def _tokens(
+    recording: Recording, thread: Thread, places: list[int], pieces: Pieces, wrong: WrongGuesses, begins: bool
+) -> Iterator[str]:
+    """A run of a thread's tokens, those of a step and a source in one element, and what was guessed wrongly between."""
+    texts, origins, first = pieces.of(thread), recording.origins[thread], thread.num_forced
+    run, last = "", None
+    for own in (place - first for place in places):
+        struck = wrong.get((thread, own), [])
+        if last is not None and (struck or origins[own] != last):
+            yield _element(thread, last, run)
+            run = ""
+        for step, token_ids in struck:
+            text = escape("".join(pieces.at(thread, own, token_ids)).replace("\n", "⏎"))
+            yield f'<s class="ma-r" style="--s:{step}" aria-hidden="true">{text}</s>'
+        run, last = run + texts[own], origins[own]
+        if begins:
+            run = run.removeprefix("\n").lstrip(" ")
+            begins = not run
+    if last is not None:
+        yield _element(thread, last, run)
+
+
+def _element(thread: Thread, origin: Origin, text: str) -> str:
+    title = f"step {origin.step}, {name(thread)}: {SOURCES[origin.source]}"
+    return (
+        f'<span class="ma-t ma-{origin.source}" style="--s:{origin.step}" title="{title}">{escape(text)}</span>'
+        if text
+        else ""
+    )
+
+
+def _open(recording: Recording, thread: Thread) -> str:
+    origins = recording.origins[thread]
+    steps = f"steps {origins[0].step} to {origins[-1].step}" if origins else "nothing written"
+    label = f"{name(thread)} · {steps} · {len(origins)} tokens"
+    return f'<section class="ma-thread ma-h{hue(thread, HUES)}"><small class="ma-label">{label}</small>'
+
+
+def _plain(recording: Recording, row: int, pieces: Pieces) -> str:
+    return "".join(pieces.of(thread)[index - thread.num_forced] for thread, index in recording.text(row)).strip()
+
+
+_KEY = (
+    '<p class="ma-key"><span class="ma-heads">guessed by the heads</span> · '
+    '<span class="ma-siblings">guessed, since it had been written before</span> · chosen by the model itself · '
+    "hover over a word for the step in which it came · a box above: a step in which the thread wrote, "
+    "with the number of tokens if more than one</p>"
+)
