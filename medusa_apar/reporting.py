@@ -141,7 +141,11 @@ def _drafted(row: int, stem: Stem) -> Drafted:
     if not nodes:
         return Drafted(row, thread.index, *start, verified=stem.verified)
     heads = 0 if stem.proposal is None else int((stem.kept < stem.proposal.heads).sum())
-    siblings = stem.guessed - heads
-    sources: list[Source] = ["heads"] * heads + ["siblings"] * siblings + ["fork"] * len(stem.forks)
+    counts: tuple[tuple[Source, int], ...] = (
+        ("heads", heads),
+        ("siblings", stem.guessed - heads),
+        ("fork", len(stem.forks)),
+    )
+    sources = tuple(source for source, count in counts for _ in range(count))
     parents = tuple(stem.draft_tree.parents[:nodes].tolist())
-    return Drafted(row, thread.index, *start, tuple(stem.draft_tokens), parents, tuple(sources))
+    return Drafted(row, thread.index, *start, tuple(stem.draft_tokens), parents, sources)
