@@ -51,8 +51,8 @@ setup(
         "train": ["accelerate>=1.0", "datasets", "matplotlib"],
         "eval": ["matplotlib"],
         "serve": ["fastapi", "uvicorn"],
-        # jupyterlab brings the kernel and IPython; the notebooks draw with matplotlib.
-        "notebooks": ["jupyterlab", "matplotlib"],
+        # jupyterlab brings the kernel and IPython; transformers' progress bars are ipywidgets there.
+        "notebooks": ["jupyterlab", "ipywidgets", "matplotlib"],
         # fschat's conversation templates (which medusa-llm brings) render prompts of Vicuna-based APAR checkpoints.
         # Their tokenizers are SentencePiece files.
         "vicuna": ["medusa-llm==0.1", "fschat", "sentencepiece", "protobuf"],
