@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
 TORCH_INDEX ?=
 
-.PHONY: install demo test bench lint clean
+.PHONY: install demo test bench notebooks notebooks-run lint clean
 
 install: $(READY)
 
@@ -30,6 +30,19 @@ test: install
 # measure anew: what it holds is not answered again.
 bench: install
 	$(BIN)/medusa-apar bench --limit 10 --max-new-tokens 160 --systems hf threads ours --out bench-results $(ARGS)
+
+# JupyterLab is fifty packages more, for which `make demo` should not wait.
+LAB := .venv/.installed-notebooks
+$(LAB): $(READY)
+	$(PIP) --editable '.[notebooks]'
+	touch $(LAB)
+
+notebooks: $(LAB)
+	$(BIN)/jupyter lab $(ARGS) notebooks
+
+# Executes them all and stores what they give; ARGS="notebooks/1_drop_in_generate.ipynb" only that one, ARGS=--check none.
+notebooks-run: install
+	$(BIN)/python notebooks/execute.py $(ARGS)
 
 # mypy cannot follow the editable install's import hook to heads/, triton_kernels/ and eval/: it checks a built copy.
 lint: install

@@ -52,14 +52,16 @@ setup(
         "train": ["accelerate>=1.0", "datasets", "matplotlib"],
         "eval": ["matplotlib"],
         "serve": ["fastapi", "uvicorn"],
-        "notebooks": ["jupyterlab", "nbclient", "matplotlib"],
+        # jupyterlab brings the kernel and IPython; transformers' progress bars are ipywidgets there.
+        "notebooks": ["jupyterlab", "ipywidgets", "matplotlib"],
         # fschat's conversation templates (which medusa-llm brings) render prompts of Vicuna-based APAR checkpoints.
         # Their tokenizers are SentencePiece files.
         "vicuna": ["medusa-llm==0.1", "fschat", "sentencepiece", "protobuf"],
         # The tests also compare with medusa-llm's tree buffers and posterior: `make install` adds it without its
         # dependencies.
         # xdist: the suite on every core, or it would take longer than people wait for it.
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+        # nbclient, nbformat and ipykernel execute the notebooks in the suite, without JupyterLab's fifty packages.
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"],
     },
     entry_points={"console_scripts": ["medusa-apar = medusa_apar.cli:main"]},
     classifiers=[

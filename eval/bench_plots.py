@@ -11,8 +11,10 @@ from medusa_apar.eval.runs import Runs
 from medusa_apar.job import replacing
 
 # Distinguishable in grey and by people who do not see red and green apart; hatches say the same again.
-COLOURS = ("#9aa0a6", "#c5c9cc", "#1b6ca8", "#2a9d6f", "#e07b39", "#a23b72")
-HATCHES = ("", "..", "", "//", "", "\\\\")
+COLOURS = ("#9aa0a6", "#c5c9cc", "#1b6ca8", "#2a9d6f", "#e07b39", "#a23b72", "#d9b44a", "#5b5f97")
+HATCHES = ("", "..", "", "//", "", "\\\\", "xx", "--")
+# These have the first styles wherever they are drawn, the others those that follow.
+FIRST = ("hf", "ours-ar", "threads", "heads", "ours")
 
 
 def plot(folder: Path, results: Runs, summary: dict[str, Any]) -> None:
@@ -39,16 +41,22 @@ def save(figure: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=150, format="png")
 
 
+def _styles(names: list[str]) -> dict[str, int]:
+    others = [name for name in names if name not in FIRST]
+    return {name: index % len(COLOURS) for index, name in enumerate([*FIRST, *others])}
+
+
 def _by_category(path: Path, summary: dict[str, Any], key: str, title: str) -> None:
     names = summary["systems"]
     parts = list(summary["parts"])
-    figure, axes = axes_of(2 + 0.28 * len(parts) * (len(names) + 1), 3.6)
-    width = 0.8 / len(names)
+    inches = 2 + 0.28 * len(parts) * (len(names) + 1)
+    figure, axes = axes_of(inches, 3.6)
+    width, styles = 0.8 / len(names), _styles(names)
     for index, name in enumerate(names):
         values = [summary["parts"][part][name][key] for part in parts]
         heights = [v["value"] if isinstance(v, dict) else v or 0.0 for v in values]
         places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(parts))]
-        colour, hatch = COLOURS[index % len(COLOURS)], HATCHES[index % len(HATCHES)]
+        colour, hatch = COLOURS[styles[name]], HATCHES[styles[name]]
         errors = None
         if isinstance(values[0], dict):
             errors = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
@@ -57,17 +65,18 @@ def _by_category(path: Path, summary: dict[str, Any], key: str, title: str) -> N
     labels = [f"{part}\n({summary['parts'][part]['prompts']})" for part in parts]
     axes.set_xticks(range(len(parts)), labels, fontsize=8)
     axes.set_ylabel(title)
-    axes.legend(frameon=False, fontsize=8, ncols=len(names))
+    figure.legend(frameon=False, fontsize=8, ncols=min(len(names), int(inches / 1.2)), loc="outside upper left")
     save(figure, path)
 
 
 def _against_length(path: Path, results: Runs, summary: dict[str, Any]) -> None:
     figure, axes = axes_of(6.4, 3.8)
-    for index, name in enumerate(summary["systems"]):
+    styles = _styles(summary["systems"])
+    for name in summary["systems"]:
         rows = [row for row in results.rows.values() if row["system"] == name]
         lengths, speeds = [row["tokens"] for row in rows], [row["tokens"] / row["seconds"] for row in rows]
-        colour = COLOURS[index % len(COLOURS)]
-        axes.plot(lengths, speeds, "os^vD*"[index % 6], color=colour, label=name, markersize=4, alpha=0.8)
+        colour, marker = COLOURS[styles[name]], "os^vD*PX"[styles[name]]
+        axes.plot(lengths, speeds, marker, color=colour, label=name, markersize=4, alpha=0.8)
     axes.set_xlabel("tokens of the answer")
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0)
