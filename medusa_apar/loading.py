@@ -74,6 +74,7 @@ def load(
 
     base = str(hub.embedded_model_dir(source.base)) if source.base in hub.EMBEDDED else source.base
     tokenizer = _tokenizer(source.tokenizer or base, trust_remote_code)
+    tokenizer.padding_side = "left"  # answers go on at the right end; many tokenizers are saved as training had them
     control = _control_tokens(apar, source, tokenizer, name)
     model = _model(base, dtype, trust_remote_code)
     if source.base in hub.EMBEDDED:

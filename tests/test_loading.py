@@ -97,6 +97,13 @@ def test_a_folder_is_a_plain_model(base):
     assert torch.equal(apar.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
 
 
+def test_a_batch_is_padded_where_no_answer_goes_on(base):
+    tokenizer = load(base).tokenizer
+    tokenizer.pad_token = "<unk>"
+    rows = tokenizer(["w1 w2 w3", "w4"], padding=True)["attention_mask"]
+    assert tokenizer.padding_side == "left" and rows[1] == [0, 0, 1]
+
+
 def test_dtype_and_attach_options_arrive(base):
     apar = load(str(base), dtype="bfloat16", max_threads=2, budget=5)
     assert apar.model.dtype == torch.bfloat16

@@ -10,8 +10,8 @@ from typing import Any
 from ..output import MedusaAparOutput
 from ..paragraph_tree import Thread
 from ..recording import Origin, Recording
-from .guesses import all_wrong_guesses
-from .names import HUES, SOURCES, hue, name
+from .guesses import all_wrong_guesses, guess_text
+from .names import HUES, SOURCES, count, hue, name
 from .picture import Picture, sources
 from .pieces import Pieces
 from .timeline import timeline_svg
@@ -80,15 +80,22 @@ def _text(recording: Recording, row: int, pieces: Pieces) -> str:
         for member in above[len(lineage) :]:
             html.append(_open(recording, member))
             lineage.append(member)
-        html += _tokens(recording, thread, [index for _, index in group], pieces, wrong, begins)
+        html += _tokens(recording, row, thread, [index for _, index in group], pieces, wrong, begins)
     return "".join(html) + "</section>" * len(lineage)
 
 
 def _tokens(
-    recording: Recording, thread: Thread, places: list[int], pieces: Pieces, wrong: WrongGuesses, begins: bool
+    recording: Recording,
+    row: int,
+    thread: Thread,
+    places: list[int],
+    pieces: Pieces,
+    wrong: WrongGuesses,
+    begins: bool,
 ) -> Iterator[str]:
     """A run of a thread's tokens, those of a step and a source in one element, and what was guessed wrongly between."""
-    texts, origins, first = pieces.of(thread), recording.origins[thread], thread.num_forced
+    tree, texts, origins = recording.trees[row], pieces.of(thread), recording.origins[thread]
+    first = thread.num_forced
     run, last = "", None
     for own in (place - first for place in places):
         struck = wrong.get((thread, own), [])
@@ -96,7 +103,7 @@ def _tokens(
             yield _element(thread, last, run)
             run = ""
         for step, token_ids in struck:
-            text = escape("".join(pieces.at(thread, own, token_ids)).replace("\n", "⏎"))
+            text = escape(guess_text(pieces, tree, thread, own, token_ids))
             yield f'<s class="ma-r" style="--s:{step}" aria-hidden="true">{text}</s>'
         run, last = run + texts[own], origins[own]
         if begins:
@@ -118,7 +125,7 @@ def _element(thread: Thread, origin: Origin, text: str) -> str:
 def _open(recording: Recording, thread: Thread) -> str:
     origins = recording.origins[thread]
     steps = f"steps {origins[0].step} to {origins[-1].step}" if origins else "nothing written"
-    label = f"{name(thread)} · {steps} · {len(origins)} tokens"
+    label = f"{name(thread)} · {steps} · {count(len(origins))}"
     return f'<section class="ma-thread ma-h{hue(thread, HUES)}"><small class="ma-label">{label}</small>'
 
 

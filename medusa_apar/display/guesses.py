@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from ..events import StepFinished
-from ..paragraph_tree import Thread
+from ..paragraph_tree import ParagraphTree, Thread
 from ..recording import Recording
+from .pieces import Pieces
 
 
 def chains(parents: Sequence[int], nodes: Collection[int]) -> list[tuple[int, list[int]]]:
@@ -24,6 +25,15 @@ def chains(parents: Sequence[int], nodes: Collection[int]) -> list[tuple[int, li
         found[place][1].append(node)
         ends[node] = place
     return found
+
+
+def guess_text(
+    pieces: Pieces, tree: ParagraphTree, thread: Thread, place: int, token_ids: list[int], known: int = 0
+) -> str:
+    """Of tokens guessed for a place among the thread's own, but for the first `known`; on one line, forks by name."""
+    signs = {tree.fork_id: "[Fork]"}
+    texts = zip(token_ids, pieces.at(thread, place, token_ids), strict=True)
+    return "".join(signs.get(token) or text.replace("\n", "⏎") for token, text in list(texts)[known:])
 
 
 def wrong_guesses(recording: Recording, thread: Thread) -> Iterator[tuple[int, list[int]]]:

@@ -6,10 +6,10 @@ from html import escape
 from typing import Any
 
 from ..output import MedusaAparOutput
-from ..paragraph_tree import Thread
+from ..paragraph_tree import ParagraphTree, Thread
 from ..recording import Recording
-from .guesses import chains, wrong_guesses
-from .names import HUES, hue, name, state
+from .guesses import chains, guess_text, wrong_guesses
+from .names import HUES, count, hue, name, state
 from .picture import Picture, sources
 from .pieces import Pieces
 
@@ -51,7 +51,7 @@ def summary(recording: Recording, row: int) -> str:
     writing = sum(thread.live for thread in threads)
     found = [
         f"step {recording.step}" + (": guesses are being checked" if recording.checking else ""),
-        f"{tokens} tokens, {tokens / max(len(steps), 1):.1f} per step",
+        f"{count(tokens)}, {tokens / max(len(steps), 1):.1f} per step",
         f"{len(threads)} thread{'s' * (len(threads) > 1)}, {writing} writing",
         f"{recording.readable(row)} tokens can be read in order",
     ]
@@ -61,12 +61,12 @@ def summary(recording: Recording, row: int) -> str:
 
 
 def _lane(recording: Recording, row: int, thread: Thread, pieces: Pieces) -> str:
-    live = thread.live and thread in recording.drafted
-    sign = state(thread) if live or not thread.live else "… begins" if not thread.token_ids else "… waits"
+    running = thread in recording.drafted or recording.started[thread] == recording.step
+    sign = state(thread) if running or thread.ended else "… waits"
     css = "ma-lane" + (" ma-over" if thread.ended else "")
     return (
         f'<section class="{css} ma-h{hue(thread, HUES)}">'
-        f"<header><b>{name(thread)}</b><span>{len(thread.token_ids)} tokens {sign}</span></header>"
+        f"<header><b>{name(thread)}</b><span>{count(len(thread.token_ids))} {sign}</span></header>"
         f'<div class="ma-said"><div>{_said(recording, row, thread, pieces)}</div></div></section>'
     )
 
@@ -85,7 +85,7 @@ def _said(recording: Recording, row: int, thread: Thread, pieces: Pieces) -> str
             html.append(_run(run, last))
             run, last = "", css
         html += [
-            f'<s class="ma-miss">{escape("".join(pieces.at(thread, own, token_ids)))}</s>'
+            f'<s class="ma-miss">{escape(guess_text(pieces, tree, thread, own, token_ids))}</s>'
             for token_ids in wrong.get(own, [])[:CHAINS_SHOWN]
         ]
         if own < len(texts):
@@ -96,7 +96,7 @@ def _said(recording: Recording, row: int, thread: Thread, pieces: Pieces) -> str
             html += [_run(run, last), f'<b class="ma-fork ma-h{hue(child, HUES)}">⟨{child.index}⟩</b>']
             run = ""
     html.append(_run(run, last))
-    return "".join(html) + _guessed(recording, thread, pieces)
+    return "".join(html) + _guessed(recording, tree, thread, pieces)
 
 
 def _run(text: str, css: str) -> str:
@@ -104,7 +104,7 @@ def _run(text: str, css: str) -> str:
     return f'<{tag} class="{css}">{escape(text)}</{tag}>' if text else ""
 
 
-def _guessed(recording: Recording, thread: Thread, pieces: Pieces) -> str:
+def _guessed(recording: Recording, tree: ParagraphTree, thread: Thread, pieces: Pieces) -> str:
     """What is being checked: the likeliest chain as a continuation, others behind it."""
     drafted = recording.drafted.get(thread)
     if drafted is None or not recording.checking:
@@ -117,6 +117,6 @@ def _guessed(recording: Recording, thread: Thread, pieces: Pieces) -> str:
             lineage.insert(0, above)
             above = drafted.parents[above]
         ids = [drafted.token_ids[node] for node in (*lineage, *chain)]
-        text = "".join(pieces.at(thread, len(thread.token_ids), ids)[len(lineage) :])
+        text = guess_text(pieces, tree, thread, len(thread.token_ids), ids, known=len(lineage))
         texts.append(f'<em class="ma-guess">{escape(text)}</em>')
     return '<em class="ma-or"> or </em>'.join(texts)

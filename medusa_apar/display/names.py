@@ -22,6 +22,10 @@ def hue(thread: Thread, hues: int) -> int:
     return 0 if thread.parent is None else 1 + (thread.index - 1) % hues
 
 
+def count(tokens: int) -> str:
+    return f"{tokens} token{'s' * (tokens != 1)}"
+
+
 def state(thread: Thread) -> str:
     """With a sign of its own for each state."""
     return {None: "● writing", "stop": "✓ done", "length": "■ at the limit"}.get(thread.finish_reason, "✕ cut off")

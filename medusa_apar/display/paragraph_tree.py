@@ -9,7 +9,7 @@ from typing import Any
 from ..output import MedusaAparOutput
 from ..paragraph_tree import Thread
 from ..recording import Recording
-from .names import HUES, hue, name, state
+from .names import HUES, count, hue, name, state
 from .picture import Picture, sources
 from .pieces import Pieces
 
@@ -58,4 +58,4 @@ def _parts(recording: Recording, row: int, thread: Thread, pieces: Pieces) -> tu
         if len(head) > _HEAD:
             head = "… " + head[-_HEAD:].partition(" ")[2]
     begun = f"forked in step {recording.started[thread]}, " if parent is not None else ""
-    return head, beginning, f"{begun}{len(texts)} tokens, {state(thread)}"
+    return head, beginning, f"{begun}{count(len(texts))}, {state(thread)}"
