@@ -3,7 +3,8 @@
   python notebooks/picture.py [--browser chromium]
 
 live_view_light.webp and live_view_dark.webp show every step twice, as the live view does: while its guesses are
-checked, and afterwards. Needs a Chromium, in whose window the frames are drawn, and pillow, which comes with matplotlib.
+checked, and afterwards. Needs a Chromium, in whose window the frames are drawn, and pillow (which
+matplotlib brings).
 """
 
 from __future__ import annotations
