@@ -9,13 +9,23 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from medusa_apar.cpu.library import library
+from medusa_apar.hub import embedded_model_dir
 from notebooks import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+@pytest.fixture(scope="module")
+def _model_and_compiled_code():
+    """What a first run downloads, converts and compiles counts for no cell."""
+    embedded_model_dir()
+    library()
+
+
 @pytest.mark.real
+@pytest.mark.usefixtures("_model_and_compiled_code")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_is_stored_as_it_runs(path):
     execute.check(path)

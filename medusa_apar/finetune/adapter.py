@@ -67,7 +67,9 @@ def attach_lora(
             trainable_token_indices=rows,
             task_type="CAUSAL_LM",
         )
-        tuned = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            tuned = get_peft_model(model, config)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
