@@ -1,3 +1,8 @@
+import os
+
+# Before torch is there: threads that spin while they wait take the core that the suite's other process runs on.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import setuptools  # noqa: F401  it replaces distutils, and inductor fails where that was imported before
 import torch
