@@ -12,7 +12,7 @@ from medusa_apar.step_cost import StepCost
 from tests.player import Player
 
 # Files that take minutes go first, so that no process is left with one of them at the end.
-LONG = ("test_interpreted.py", "test_four_commands.py", "test_real_model.py", "test_aot.py")
+LONG = ("test_interpreted.py", "test_four_commands.py", "test_real_model.py", "test_aot.py", "test_threads.py")
 
 
 def pytest_collection_modifyitems(items):
