@@ -154,3 +154,7 @@ def test_links_lead_somewhere():
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", README)
     paths = [link.split("#")[0] for pair in links for link in pair if not re.match(r"\w+:|#|$", link)]
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_it_is_read_in_one_go():
+    assert len(README.splitlines()) < 200
