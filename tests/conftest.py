@@ -1,3 +1,8 @@
+import os
+
+# Before torch is there: threads that spin while they wait take the core that the suite's other process runs on.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import setuptools  # noqa: F401  it replaces distutils, and inductor fails where that was imported before
 import torch
@@ -7,7 +12,7 @@ from medusa_apar.step_cost import StepCost
 from tests.player import Player
 
 # Files that take minutes go first, so that no process is left with one of them at the end.
-LONG = ("test_interpreted.py", "test_notebooks.py", "test_real_model.py", "test_aot.py")
+LONG = ("test_notebooks.py", "test_interpreted.py", "test_real_model.py", "test_aot.py", "test_threads.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -8,6 +8,7 @@ from medusa_apar.chat import encode
 from medusa_apar.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.demo import QUESTION
 from medusa_apar.eval.check import differences
+from tests.test_fork_policy import assert_chosen_tokens_are_the_models
 
 pytestmark = pytest.mark.real
 
@@ -34,19 +35,21 @@ def test_answers_with_threads_and_accepted_drafts(answer):
 
 
 def test_every_thread_is_plain_greedy_decoding(apar, answer):
+    """Each token is the likeliest behind its path, in one forward pass a thread; one thread is generated as well."""
     (tree,) = answer.paragraph_tree
     rule = ControlTokensLogitsProcessor(apar.control_token_ids, tree.trunk.num_forced)
-    for thread in tree.threads:
-        if thread.token_ids:
-            path = torch.tensor([thread.path_ids])
-            plain = apar.model.generate(
-                input_ids=path,
-                attention_mask=torch.ones_like(path),
-                max_new_tokens=len(thread.token_ids),
-                do_sample=False,
-                logits_processor=[rule],
-            )
-            assert thread.token_ids == plain[0, path.shape[1] :].tolist(), thread
+    assert assert_chosen_tokens_are_the_models(apar.model, [tree], process=rule) >= 192
+    thread = tree.threads[1]
+    path = torch.tensor([thread.path_ids])
+    plain = apar.model.generate(
+        input_ids=path,
+        attention_mask=torch.ones_like(path),
+        max_new_tokens=len(thread.token_ids),
+        do_sample=False,
+        logits_processor=[rule],
+    )
+    assert len(thread.token_ids) > 10
+    assert thread.token_ids == plain[0, path.shape[1] :].tolist()
 
 
 def test_the_medusa_heads_beside_the_hydra_heads_draft_the_same_answer(apar, answer):

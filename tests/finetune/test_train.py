@@ -209,27 +209,61 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, base, data, monkeypat
     assert reports[0]["held_out_before"] == reports[1]["held_out_before"]
 
 
-def launch_two(*arguments):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments]
+TWO_RUNS = """
+import sys
+from medusa_apar.cli import main
+from medusa_apar.finetune import train
+then = sys.argv.index("then")
+assert main(sys.argv[1:then]) == 0
+step = train.Trainer.step
+def lagging(self, *arguments):
+    if self.update == 0 and self.accelerator.process_index == 1:
+        self.job.started -= 1e4  # a clock far ahead: by it, time is over
+    entry = step(self, *arguments)
+    with (self.job.folder / f"rates{self.accelerator.process_index}").open("a") as file:
+        file.write(f"{entry['lr']}\\n")
+    return entry
+train.Trainer.step = lagging
+sys.exit(main(sys.argv[then + 1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, fixed_model, tokenizer, data):
+    """A folder with `base`, and what two CPU processes made of it: `two`, and `lagging`, where one's clock is ahead.
+
+    One launch for both: until two processes have imported torch takes longer than all that they then do.
+    """
+    folder = tmp_path_factory.mktemp("two_processes")
+    fixed_model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "two_runs.py").write_text(TWO_RUNS)
+    usual = ["finetune", "--base", folder / "base", "--data", data, "--rank", 4, "--update-tokens", 1000,
+             "--control-tokens", "<fork>", "<child>", "--dtype", "float32", "--workers", 1]  # fmt: skip
+    two = [*usual, "--out", folder / "two", "--lr", 0.02, "--warmup", 1, "--total-tokens", 2500]
+    lagging = [*usual, "--out", folder / "lagging", "--total-tokens", 3500, "--max-minutes", 50]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    words = [str(word) for word in (*launch, folder / "two_runs.py", *two, "then", *lagging)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    words = [str(word) for word in launch]
     subprocess.run(words, check=True, capture_output=True, timeout=300, env=environment)
+    return folder
 
 
-def test_two_processes_train_what_one_does(tmp_path, base, data):
-    """Two CPU processes: rows are shared out, gradients summed."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert finetune(base, data, one, "--total-tokens", 2500) == 0
-    arguments = ["--base", base, "--data", data, "--out", two, "--rank", 4, "--lr", 0.02, "--warmup", 1,
-                 "--update-tokens", 1000, "--total-tokens", 2500, "--control-tokens", "<fork>", "<child>",
-                 "--dtype", "float32", "--workers", 1]  # fmt: skip
-    launch_two("-m", "medusa_apar", "finetune", *arguments)
+def test_two_processes_train_what_one_does(tmp_path, two_processes, data):
+    """Rows are shared out, gradients summed."""
+    one, two = tmp_path / "one", two_processes / "two"
+    assert finetune(two_processes / "base", data, one, "--total-tokens", 2500) == 0
     results = [json.loads((out / "report.json").read_text()) for out in (one, two)]
     assert [result["processes"] for result in results] == [1, 2]
     assert results[0]["updates_done"] == results[1]["updates_done"] > 1
     assert results[1]["held_out"]["loss"] == pytest.approx(results[0]["held_out"]["loss"], abs=1e-3)
     updates = [[entry["loss"] for entry in log(out) if entry["event"] == "update"] for out in (one, two)]
     assert updates[1] == pytest.approx(updates[0], abs=1e-3)
+
+
+def test_processes_go_by_one_clock(two_processes):
+    rates = [(two_processes / "lagging" / f"rates{process}").read_text().splitlines() for process in (0, 1)]
+    assert len(rates[0]) > 2 and rates[0] == rates[1]
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path, base, data, capsys):
@@ -278,33 +312,6 @@ def test_nothing_held_out_is_no_loss(tmp_path, base):
     assert finetune(base, tmp_path / "d", tmp_path / "out", "--max-minutes", 1e-3) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["held_out_examples"] == 0 and report["held_out"]["loss"] is None
-
-
-LAGGING = """
-import sys
-from medusa_apar.cli import main
-from medusa_apar.finetune import train
-step = train.Trainer.step
-def lagging(self, *arguments):
-    if self.update == 0 and self.accelerator.process_index == 1:
-        self.job.started -= 1e4  # a clock far ahead: by it, time is over
-    entry = step(self, *arguments)
-    with (self.job.folder / f"rates{self.accelerator.process_index}").open("a") as file:
-        file.write(f"{entry['lr']}\\n")
-    return entry
-train.Trainer.step = lagging
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_processes_go_by_one_clock(tmp_path, base, data):
-    (tmp_path / "lagging.py").write_text(LAGGING)
-    arguments = ["finetune", "--base", base, "--data", data, "--out", tmp_path / "out", "--rank", 4,
-                 "--update-tokens", 1000, "--total-tokens", 3500, "--control-tokens", "<fork>", "<child>",
-                 "--max-minutes", 50, "--dtype", "float32", "--workers", 1]  # fmt: skip
-    launch_two(tmp_path / "lagging.py", *arguments)
-    rates = [(tmp_path / "out" / f"rates{process}").read_text().splitlines() for process in (0, 1)]
-    assert len(rates[0]) > 2 and rates[0] == rates[1]
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, base, data, capsys, monkeypatch):

@@ -3,6 +3,8 @@
 A plain run of the suite runs it in a process of its own (tests/triton_kernels/test_interpreted.py).
 """
 
+import functools
+import inspect
 import os
 import random
 
@@ -10,6 +12,54 @@ import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _language_patched_once_a_launch():
+    """Triton's interpreter puts its own functions into `tl` at every launch, and again at every call of a device
+    function, where they are there already: a fifth of its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[frozenset[str]] = set()
+
+    @functools.cache
+    def languages(fn) -> frozenset[str]:
+        seen = [value for value in fn.__globals__.values() if inspect.ismodule(value)]
+        return frozenset(value.__name__ for value in seen if value in (tl, tl.core))
+
+    def once(fn):
+        if (seen := languages(fn)) not in patched:
+            patched.add(seen)
+            return patch_lang(fn)
+
+    def launched(self, *args, **kwargs):
+        patched.clear()  # a launch takes back what it has patched
+        return launch(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", once)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _families_checked_once():
+    """`attach` compares a few logits with the model's own, which takes the interpreter seconds: once a family."""
+    from medusa_apar import runtimes
+
+    check, checked = runtimes.check_agrees, set()
+
+    def once(model, runtime, largest):
+        kind = type(model), getattr(runtime, "backend", runtime.kind)
+        if kind not in checked:
+            check(model, runtime, largest)
+            checked.add(kind)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(runtimes, "check_agrees", once)
+        yield
 
 
 @pytest.fixture

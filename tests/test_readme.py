@@ -1,0 +1,166 @@
+"""Every command and every example of the READMEs is run: nobody can add one that was never tried.
+
+As it stands there, in an empty folder, with arguments behind its own that make it small. What takes minutes however
+small it is runs in a notebook, and `ELSEWHERE` says in which.
+"""
+
+import functools
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import medusa_apar
+from medusa_apar import cli, loading
+from medusa_apar.eval.peers import PEERS
+from medusa_apar.heads import HydraHeads
+from tests.tiny import forking_folder
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "medusa_apar/README.md", "eval/README.md")
+}
+BLOCKS = [(page, *block) for page in PAGES for block in re.findall(r"^```(\w+)\n(.*?)^```$", PAGES[page], re.M | re.S)]
+COMMANDS = [
+    words
+    for _, language, text in BLOCKS
+    if language in ("sh", "bash", "shell", "console")
+    for line in text.replace("\\\n", " ").splitlines()
+    if (words := shlex.split(line.removeprefix("$ "), comments=True))
+]
+EXAMPLES = {page: [text for its, language, text in BLOCKS if (its, language) == (page, "python")] for page in PAGES}
+
+# Of argparse's options the last one counts.
+SMALL = {
+    "demo": ["--max-new-tokens", "8"],
+    "generate": ["--max-new-tokens", "8"],
+    "bench": ["--max-new-tokens", "8", "--limit", "1", "--model", "tiny"],
+    "doctor": [],
+}
+ELSEWHERE = dict.fromkeys(("data", "finetune", "train-heads", "calibrate"), "3_your_own_model.ipynb")
+
+# What stands in an example for a reader's own.
+WEIGHTS = ROOT / "heads/weights/smollm2-135m"
+STANDS_FOR = {"folder-or-hub-id": WEIGHTS / "medusa", "heads": WEIGHTS / "medusa", "tuned/adapter": WEIGHTS}
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Each model is loaded once for all commands: that takes longer than what they do with it."""
+    return functools.cache(loading.load)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model that forks and its heads, small enough to be answered with by every system there is."""
+    folder = forking_folder(tmp_path_factory.mktemp("readme") / "tiny", "wide_llama")
+    HydraHeads.random(AutoModelForCausalLM.from_pretrained(folder)).save_pretrained(folder / "medusa")
+    return folder
+
+
+@pytest.fixture
+def folder(load, tiny, tmp_path, monkeypatch):
+    """Where a command runs, and may write what it likes."""
+    (tmp_path / "tiny").symlink_to(tiny)
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(medusa_apar, "load", load)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(words: list[str]) -> None:
+    program = Path(words[0]).name
+    if program == "make":
+        run_target(words)
+    elif program == "medusa-apar":
+        run_command(words[1:])
+    else:
+        nobody_runs(words)
+
+
+def nobody_runs(words: list[str]) -> NoReturn:
+    pytest.fail(f"README has a command that no test runs: {shlex.join(words)}")
+
+
+def run_target(words: list[str]) -> None:
+    """CI makes it, or what its recipe ends with is run here."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    recipe = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert recipe.returncode == 0, recipe.stderr
+    targets = {word for word in words[1:] if "=" not in word}
+    if not targets or not targets <= by_ci():
+        run(shlex.split(recipe.stdout.splitlines()[-1]))
+
+
+def by_ci() -> set[str]:
+    lines = re.findall(r"^make (.*)$", (ROOT / ".ci/run").read_text(), re.M)
+    return {target for line in lines for target in line.split()}
+
+
+def run_command(arguments: list[str]) -> None:
+    parsed = cli.parser().parse_args(arguments)
+    if parsed.command in ELSEWHERE:
+        assert parsed.command in commands_run_by(ELSEWHERE[parsed.command])
+        return
+    if parsed.command not in SMALL:
+        nobody_runs(["medusa-apar", *arguments])
+    more = SMALL[parsed.command]
+    if parsed.command == "bench":  # other engines are downloads of their own: test_peers.py has one that is not
+        more = [*more, "--systems", *(name for name in parsed.systems if name not in PEERS)]
+    assert cli.main([*arguments, *more]) == 0
+
+
+def commands_run_by(notebook: str) -> set[str]:
+    cells = json.loads((ROOT / "notebooks" / notebook).read_text(encoding="utf-8"))["cells"]
+    lines = "".join(line for cell in cells if cell["cell_type"] == "code" for line in cell["source"])
+    return set(re.findall(r"^medusa-apar (\S+)", lines, re.M))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
+def test_commands_run(folder, words):
+    run(words)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("page", [page for page in PAGES if EXAMPLES[page]])
+def test_examples_run(page, folder, load, capsys):
+    """One after the other, as a reader would type them who has a model of his own."""
+    for name, path in STANDS_FOR.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(path)
+    apar = load("smollm2-135m")
+    inputs = apar.tokenizer("What is a choir?", return_tensors="pt")
+    names = {"medusa_apar": medusa_apar, "model": apar.model, "inputs": inputs}
+    for example in EXAMPLES[page]:
+        exec(re.sub(r"max_new_tokens=\d+", "max_new_tokens=24", example), names)
+        assert capsys.readouterr().out.strip() or "print(" not in example
+
+
+def test_there_is_something_to_run():
+    assert len(COMMANDS) >= 4 and EXAMPLES["README.md"]
+
+
+@pytest.mark.parametrize(
+    "words", [["rm", "-r", "."], ["medusa-apar", "merge", "a", "--out", "b"], ["make", "clean"], ["make"]]
+)
+def test_a_command_that_no_test_runs_is_said(words):
+    with pytest.raises(pytest.fail.Exception, match="README has a command that no test runs: "):
+        run(words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", PAGES[page])
+    paths = [link.split("#")[0] for pair in links for link in pair if not re.match(r"\w+:|#|$", link)]
+    assert [path for path in paths if not (ROOT / page).parent.joinpath(path).exists()] == []
+
+
+def test_the_readme_is_read_in_one_go():
+    assert len(PAGES["README.md"].splitlines()) < 200
