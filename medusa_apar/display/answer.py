@@ -104,7 +104,7 @@ def _tokens(
             run = ""
         for step, token_ids in struck:
             text = escape(guess_text(pieces, tree, thread, own, token_ids))
-            yield f'<s class="ma-r" style="--s:{step}" aria-hidden="true">{text}</s>'
+            yield f'<s class="ma-r" style="--s:{step}" hidden>{text}</s>'
         run, last = run + texts[own], origins[own]
         if begins:
             run = run.removeprefix("\n").lstrip(" ")
