@@ -37,7 +37,9 @@ $(LAB): $(READY)
 	$(PIP) --editable '.[notebooks]'
 	touch $(LAB)
 
+# Stored pictures are shown as they are stored only where the notebooks are trusted.
 notebooks: $(LAB)
+	$(BIN)/jupyter trust notebooks/*.ipynb
 	$(BIN)/jupyter lab $(ARGS) notebooks
 
 # Executes them all and stores what they give; ARGS="notebooks/1_drop_in_generate.ipynb" only that one, ARGS=--check none.

@@ -90,12 +90,15 @@ class Decoder:
             drafting = self._drafting(self.scheduler.running(running), len(forest.verified)) if asked else None
             choice = self.verifier.choice(forest, max(self.draft_tree.height, MOST_DEPTH), drafting)
         pool = self.scheduler.ledger.pool
-        if self.reporter is not None:
-            clock.skip(self.reporter.plans(forest, owner, pool))
+        if self.reporter is not None and self.reporter.watched:
+            self.reporter.plans(forest, owner, pool)
+            clock.skip(self.reporter.deliver())  # what is guessed is to be seen while it is checked
         logits, hidden, chosen = self.runtime.step(forest, pool, taps, choice)
         clock.lap("forward")
         verdicts = self.verifier(forest, logits, owner) if choice is None or chosen is None else choice.read(chosen)
         clock.lap("verify")
+        if self.reporter is not None and not self.reporter.watched:
+            self.reporter.plans(forest, owner, pool)
         advanced: list[Advanced] = []
         for stem, verdict in zip(forest.verified, verdicts, strict=True):
             self.proposals.pop(stem.thread, None)

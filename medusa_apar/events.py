@@ -18,6 +18,9 @@ Nothing in them refers to anything that changes, so they can be kept, sent elsew
 replayed: `medusa_apar.recording` adds them up to paragraph trees, and feeds them to a `TextStreamer`. Steps count from
 1; what happens before the first has step 0. A thread is named by its row and its index in the row's paragraph tree.
 
+With `regenerate_below` they tell of the answer as first written; what is written anew replaces it afterwards, and
+threads may be numbered anew then.
+
 An exception in a consumer ends the generate call. The time that consumers take is in no figure.
 """
 
@@ -26,8 +29,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
-
-from .paragraph_tree import Fork
 
 # Who guessed a token: draft heads, what had been written before, or the `[Child]` below a guessed `[Fork]`.
 Source = Literal["heads", "siblings", "fork"]
@@ -49,8 +50,10 @@ class RequestStarted:
 class ThreadStarted:
     """A thread's first step is a later one, or, where its `[Child]` had been guessed, this one.
 
-    parent, fork: None for the trunk. fork_index: the token of the parent behind which the thread is read, counted from
-    the parent's first, forced ones included; -1 for the trunk.
+    parent: None for the trunk. fork_index: the token of the parent behind which the thread is read, counted from the
+    parent's first, forced ones included; -1 for the trunk. forced_ids: what a child begins with, no part of its text.
+    seen: how many of the parent's tokens are on its path. line_break: how many of the parent's tokens behind the fork
+    are only read where the child does not end with a line break.
     """
 
     step: int
@@ -58,7 +61,9 @@ class ThreadStarted:
     thread: int
     parent: int | None = None
     fork_index: int = -1
-    fork: Fork | None = None
+    forced_ids: tuple[int, ...] = ()
+    seen: int = 0
+    line_break: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +151,8 @@ class ThreadFinished:
 @dataclass(frozen=True, slots=True)
 class StepFinished:
     """rows: of the forest. slots_used: of the KV pool during the pass, draft nodes included; slots_kept: afterwards.
-    text_lengths: of each row, how many tokens of the answer are final and can be read. seconds: since the call began.
+    text_lengths: of each row, how many tokens of the answer are final and can be read. seconds: since decoding began,
+    a streamer's time included.
     """
 
     step: int

@@ -220,8 +220,9 @@ class MedusaApar:
             max_threads or self.max_threads,
         )
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
-        reporter = Reporter(requests, events, keep=returns_dict) if returns_dict or events is not None else None
-        decoder.reporter = reporter
+        reporter = None
+        if returns_dict or events is not None:
+            reporter = decoder.reporter = Reporter(requests, events, returns_dict, max_new_tokens)
         if self._streamer is not None:
             streamer.put(input_ids.cpu())
         for _ in decoder.run():

@@ -73,7 +73,8 @@ class MedusaAparOutput(GenerateDecoderOnlyOutput):
     """transformers' own output with `stats` and one `paragraph_tree` per row; notebooks show it as a picture.
 
     agreement: with verify="stitched", per row and thread of its paragraph tree; None otherwise.
-    events: everything that happened, step by step; `recording` is what it adds up to.
+    events: everything that happened, step by step; `recording` is what it adds up to. With `regenerate_below` both are
+        of the answer as first written.
     """
 
     sequences: torch.Tensor  # type: ignore[assignment]
@@ -82,7 +83,7 @@ class MedusaAparOutput(GenerateDecoderOnlyOutput):
     stats: Stats | None = None
     paragraph_tree: list[ParagraphTree] | None = None
     agreement: list[list[ThreadAgreement]] | None = None
-    events: list[Event] | None = None
+    events: list[Event] | None = field(default=None, repr=False)
     tokenizer = cast(Any, None)  # the model's, where it is known; without annotation it is not one of the entries
 
     @cached_property
@@ -93,3 +94,9 @@ class MedusaAparOutput(GenerateDecoderOnlyOutput):
         from .display import answer
 
         return answer(self).html if self.events else None
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython prints where it shows no picture."""
+        from .display import answer
+
+        printer.text(answer(self).text if self.events else repr(self))

@@ -22,12 +22,12 @@ from .events import (
     TokensInserted,
     TokensRejected,
 )
-from .paragraph_tree import ParagraphTree, ReadingCursor, Thread
+from .paragraph_tree import Fork, ParagraphTree, ReadingCursor, Thread
 
 
 class Origin(NamedTuple):
-    """Of a token: the step in which it came, and who guessed it: "heads", "siblings", "fork", "model" where nobody did,
-    or "rule" where a fork rule wrote it."""
+    """Of a token: the step in which it came, and who guessed it: "heads", "siblings", "model" where nobody did, or
+    "rule" where a fork rule wrote it."""
 
     step: int
     source: str
@@ -35,7 +35,7 @@ class Origin(NamedTuple):
 
 @dataclass(slots=True)
 class Recording:
-    """A consumer of a generate call's events.
+    """A consumer of a generate call's events; where it is given to several calls, of the latest.
 
     Attributes:
         trees: one a row, what `MedusaAparOutput.paragraph_tree` would be had the call ended here. Threads are the
@@ -89,6 +89,8 @@ class Recording:
         return order if tree.live else order[: self.readable(row)]
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, RequestStarted) and event.row == 0 and self.events:
+            self.__init__()  # type: ignore[misc]
         self.events.append(event)
         match event:
             case RequestStarted():
@@ -128,7 +130,8 @@ class Recording:
         tree = self.trees[event.row]
         thread = tree.trunk
         if event.parent is not None:
-            thread = tree.fork(tree.threads[event.parent], event.fork_index, 0, event.fork)
+            fork = Fork(event.forced_ids, event.seen, line_break=event.line_break)
+            thread = tree.fork(tree.threads[event.parent], event.fork_index, 0, fork)
         self.origins[thread] = []
         self.started[thread] = event.step
 
@@ -140,7 +143,7 @@ class ReadingOrder:
     """A consumer that feeds one row's answer, as it becomes readable, to a streamer of transformers.
 
     What `generate(streamer=...)` does for a whole batch at once, where transformers' own streamers take but one row;
-    here each row may have one.
+    here each row may have one. With `regenerate_below` it shows what was written first.
     """
 
     def __init__(self, streamer: Any, row: int = 0):
@@ -154,6 +157,7 @@ class ReadingOrder:
         recording = self._recording
         recording(event)
         if isinstance(event, RequestStarted) and event.row == self._row:
+            self._sent, self._ended = 0, False
             self._streamer.put(torch.tensor([event.prompt_ids]))
             self._cursor = ReadingCursor(recording.trees[self._row])
         if not isinstance(event, StepFinished) or self._ended:

@@ -22,20 +22,24 @@ from .events import (
 )
 from .forest import Forest, Stem
 from .kv_pool import KVPool
-from .paragraph_tree import Fork, Thread
+from .paragraph_tree import Thread
 from .request import Request
 from .verdict import Verdict
 
 
 class Reporter:
-    """Of one generate call. `events` holds all that was said, where it is to be kept.
+    """Of one generate call. `events` holds all that was said, where it is to be kept; `watched` is whether somebody
+    wants to know at once.
 
     The decoder tells it what it does in `plans`, `commits` and `finishes`; `deliver` hands over what came of it.
+    max_new_tokens: the caller's, where requests have a greater limit of their own.
     """
 
-    def __init__(self, requests: Sequence[Request], consumer: Consumer | None, keep: bool):
+    def __init__(self, requests: Sequence[Request], consumer: Consumer | None, keep: bool, max_new_tokens: int):
         self.events: list[Event] = []
+        self.watched = consumer is not None
         self._requests, self._consumer, self._keep = requests, consumer, keep
+        self._limit = max_new_tokens
         self._queue: list[Event] = []
         self._reported: dict[Thread, int] = {}  # how many of its tokens
         self._known = dict.fromkeys(requests, 0)  # how many of its threads
@@ -63,13 +67,12 @@ class Reporter:
         self._consumed += took
         return took
 
-    def plans(self, forest: Forest, owner: dict[Stem, Request], pool: KVPool) -> float:
-        """A step begins. Delivers, since what is guessed is to be seen while it is checked; see `deliver`."""
+    def plans(self, forest: Forest, owner: dict[Stem, Request], pool: KVPool) -> None:
+        """A step's forest, before it is committed."""
         self._step += 1
         self._slots_used = pool.in_use
         drafted = (_drafted(owner[stem].row, stem) for stem in forest.stems)
         self._queue.append(StepStarted(self._step, tuple(drafted)))
-        return self.deliver()
 
     def commits(self, request: Request, stem: Stem, advanced: Iterable[tuple[Thread, Verdict, int]]) -> None:
         """What became of a stem; `advanced` as the fork manager returns it: the stem's thread first, if it went on."""
@@ -93,18 +96,20 @@ class Reporter:
         """A step has ended, cancelled threads included."""
         step = self._step
         for request in running:
-            row, still = request.row, []
             for thread in self._open[request]:
                 if thread.takes_over and thread not in self._took_over:
                     self._took_over.add(thread)
-                    self._queue.append(ThreadTookOver(step, row, thread.index))
+                    self._queue.append(ThreadTookOver(step, request.row, thread.index))
+        for request in running:
+            still = []
+            for thread in self._open[request]:
                 if thread.finish_reason is None:
                     still.append(thread)
-                else:
-                    ended = ThreadFinished(step, row, thread.index, thread.finish_reason, thread.ends_line)
-                    self._queue.append(ended)
+                    continue
+                ended = ThreadFinished(step, request.row, thread.index, thread.finish_reason, thread.ends_line)
+                self._queue.append(ended)
             self._open[request] = still
-        lengths = tuple(len(request.text) for request in self._requests)
+        lengths = tuple(min(len(request.text), self._limit) for request in self._requests)
         seconds = time.perf_counter() - self._started - self._consumed
         self._queue.append(StepFinished(step, len(forest), self._slots_used, pool.in_use, lengths, seconds))
 
@@ -119,10 +124,10 @@ class Reporter:
             if thread.parent is None:
                 self._queue.append(ThreadStarted(self._step, request.row, thread.index))
                 continue
-            # What the parent was made to go on with is told of as `TokensInserted`.
-            fork = Fork(tuple(thread.tokens[: thread.num_forced]), thread.seen, line_break=thread.line_break)
-            place = thread.parent.index, thread.fork_index
-            self._queue.append(ThreadStarted(self._step, request.row, thread.index, *place, fork))
+            place = thread.parent.index, thread.fork_index, tuple(thread.tokens[: thread.num_forced])
+            self._queue.append(
+                ThreadStarted(self._step, request.row, thread.index, *place, thread.seen, thread.line_break)
+            )
 
     def _tell_tokens(self, request: Request, thread: Thread, nodes: list[int]) -> None:
         """Of its tokens those that have not been told of; inserted ones come behind all chosen in the same step."""
@@ -137,9 +142,9 @@ class Reporter:
 
 def _drafted(row: int, stem: Stem) -> Drafted:
     thread, nodes = stem.thread, len(stem.draft_tokens)
-    start = stem.cached - thread.start, len(stem.pending)
+    fed = stem.cached - thread.start, len(stem.pending)
     if not nodes:
-        return Drafted(row, thread.index, *start, verified=stem.verified)
+        return Drafted(row, thread.index, *fed, verified=stem.verified)
     heads = 0 if stem.proposal is None else int((stem.kept < stem.proposal.heads).sum())
     counts: tuple[tuple[Source, int], ...] = (
         ("heads", heads),
@@ -148,4 +153,4 @@ def _drafted(row: int, stem: Stem) -> Drafted:
     )
     sources = tuple(source for source, count in counts for _ in range(count))
     parents = tuple(stem.draft_tree.parents[:nodes].tolist())
-    return Drafted(row, thread.index, *start, tuple(stem.draft_tokens), parents, sources)
+    return Drafted(row, thread.index, *fed, tuple(stem.draft_tokens), parents, sources)

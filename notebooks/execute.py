@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         except NotebookError as error:
             print(error, file=sys.stderr)
             return 1
-        print(f"{path.name}: {'as stored' if args.check else 'executed and stored'}")
+        print(f"{path.name}: {'runs' if args.check else 'executed and stored'}")
     return 0
 
 

@@ -62,7 +62,7 @@ def main() -> None:
 def screenshot(browser: str, pictures: list[Picture], dark: bool) -> Image.Image:
     """Of pictures one below the other, each in a box of the same size."""
     boxes = [f'<div style="height:{HEIGHT}px;overflow:hidden">{picture.body}</div>' for picture in pictures]
-    page = Picture("".join(boxes), "").page().replace("body{margin:1.5em}", "body{margin:8px}")
+    page = Picture("".join(boxes), "").page(margin="8px")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "page.html", Path(folder) / "page.png"
         source.write_text(page, encoding="utf-8")

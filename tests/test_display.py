@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 import medusa_apar
 from medusa_apar import display
-from medusa_apar.display.forest import blocks, mask, rows
+from medusa_apar.display.forest_picture import blocks, mask, rows
 from medusa_apar.display.guesses import chains
 from medusa_apar.display.pieces import Pieces
 from medusa_apar.events import StepStarted
 from medusa_apar.forest import Forest
 from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.recording import Recording
+from tests.calls import CALLS, SAMPLED, fork_freely
 from tests.list_writer import Pieces as ListTokenizer
 from tests.list_writer import list_prompts, list_writer
-from tests.test_events import CALLS, SAMPLED, fork_freely
 from tests.tiny import CONTROL, forking_model, prompts, tiny_tokenizer
 
 CONTROL_IDS = (CONTROL.fork_id, CONTROL.child_id)

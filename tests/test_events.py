@@ -22,46 +22,8 @@ from medusa_apar.events import (
     TokensRejected,
 )
 from medusa_apar.recording import ReadingOrder, Recording
-from medusa_apar.triton_kernels import reference
-from tests.list_writer import Pieces, list_prompts, list_writer
-from tests.tiny import CONTROL, RecallHeads, forking_model, prompts
-
-SAMPLED = {"do_sample": True, "seed": 3, "top_k": 0}
-
-
-def fork_freely(**options):
-    """By control tokens, with guesses that are often right, so that several tokens, forks and children come at once."""
-    generate = {"max_new_tokens": 40, "do_sample": False} | options.pop("generate", {})
-    model = forking_model(options.pop("seed", 5))
-    inputs = prompts(options.pop("rows", 2), 6, seed=3, ragged=True)
-    plain = medusa_apar.attach(model, None, CONTROL).generate(
-        **inputs, max_new_tokens=40, do_sample=False, return_dict_in_generate=True
-    )
-    heads = RecallHeads(model, plain.paragraph_tree)
-    in_one_launch = options.pop("in_one_launch", False)
-    apar = medusa_apar.attach(model, heads, CONTROL, **{"speculation": "forest", "budget": 40} | options)
-    if in_one_launch:
-        apar.runtime.verify = reference.verify
-    return apar.generate(**inputs, return_dict_in_generate=True, **generate)
-
-
-def fork_lists(**options):
-    """By rule: tokens are inserted, children take over."""
-    apar = medusa_apar.attach(list_writer(), tokenizer=Pieces(), speculation="forest", **options)
-    return apar.generate(**list_prompts(3), max_new_tokens=64, fork="lists", return_dict_in_generate=True, **SAMPLED)
-
-
-CALLS = {
-    "control tokens": fork_freely,
-    "a forest": lambda: fork_freely(seed=24),
-    "the same tree for all": lambda: fork_freely(speculation="even"),
-    "few threads at once": lambda: fork_freely(max_threads=2),
-    "under memory pressure": lambda: fork_freely(rows=3, seed=11, pool_slots=92),
-    "verified in one launch": lambda: fork_freely(in_one_launch=True),
-    "cut short": lambda: fork_freely(generate={"max_new_tokens": 9}),
-    "lists": fork_lists,
-    "a single token": lambda: fork_freely(generate={"max_new_tokens": 1}),
-}
+from tests.calls import CALLS, fork_freely, fork_lists
+from tests.tiny import CONTROL, forking_model, prompts
 
 
 @pytest.fixture(scope="module", params=CALLS)
@@ -179,6 +141,50 @@ def test_what_is_fed_again_is_told():
     """Under memory pressure threads lose their slots, and later their ancestors run beside them."""
     events = CALLS["under memory pressure"]().events
     assert any(not drafted.verified for event in events if isinstance(event, StepStarted) for drafted in event.drafted)
+
+
+def test_what_is_written_anew_is_told_as_first_written():
+    """That needs more than the limit, but what can be read ends there."""
+    first, out = fork_freely(), fork_freely(generate={"verify": "stitched", "regenerate_below": 0.9})
+    assert out.stats.regenerated and not torch.equal(out.sequences, first.sequences)
+    for row in range(2):
+        texts = [[thread.tokens[index] for thread, index in o.recording.text(row)] for o in (first, out)]
+        assert texts[0] == texts[1]
+        assert out.recording.readable(row) <= 40
+
+
+@pytest.mark.parametrize("kind", [StepStarted, StepFinished])
+def test_a_consumer_may_generate_or_fail_at_any_time(kind):
+    model, done = forking_model(5), []
+    apar = medusa_apar.attach(model, None, CONTROL, speculation="forest")
+    options = {**prompts(1, 6), "max_new_tokens": 20, "do_sample": False}
+    expected = apar.generate(**options)
+
+    def generate(event):
+        if isinstance(event, kind) and event.step == 2:
+            done.append(apar.generate(**options))
+
+    assert torch.equal(apar.generate(**options, events=generate), expected)
+    assert torch.equal(done[0], expected)
+
+    def fail(event):
+        if isinstance(event, kind) and event.step == 2:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        apar.generate(**options, events=fail)
+    assert torch.equal(apar.generate(**options), expected)
+
+
+def test_a_consumer_of_several_calls_has_the_latest():
+    apar = medusa_apar.attach(forking_model(5), None, CONTROL)
+    recording, again = Recording(), Recording()
+    for rows in (2, 1):
+        sequences = apar.generate(**prompts(rows, 6), max_new_tokens=30, do_sample=False, events=recording)
+    apar.generate(**prompts(1, 6), max_new_tokens=30, do_sample=False, events=again)
+    assert len(recording.trees) == 1 and len(recording.steps) == len(again.steps)
+    ids = [thread.tokens[index] for thread, index in recording.text()]
+    assert ids == sequences[0, 6 : 6 + len(ids)].tolist()
 
 
 def test_guesses_are_told_of_before_they_are_checked():

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and shows what its own cells give; `notebooks/execute.py` says where not."""
+"""Every notebook runs from top to bottom and is stored with outputs of its present sources, or `execute.py` says so."""
 
 import json
 import os
@@ -130,6 +130,6 @@ def test_the_command_says_what_it_did_and_where_it_stopped(written, capsys):
     assert execute.main(["--check", str(path)]) == 1
     assert "was never executed" in capsys.readouterr().err
     assert execute.main([str(path)]) == 0 and execute.main(["--check", str(path)]) == 0
-    assert capsys.readouterr().out == "tiny.ipynb: executed and stored\ntiny.ipynb: as stored\n"
+    assert capsys.readouterr().out == "tiny.ipynb: executed and stored\ntiny.ipynb: runs\n"
     with pytest.raises(SystemExit):
         execute.main([os.devnull + "/none.ipynb"])

@@ -150,9 +150,13 @@ _continued: WeakKeyDictionary[PreTrainedModel, dict[tuple, list[int]]] = WeakKey
 
 
 def known_continuation(model, path_ids: list[int], length: int, prompt_length: int) -> list[int]:
-    """`plain_continuation`, decoded once for the same weights and path: many runs of a model have the same threads."""
+    """`plain_continuation`, decoded once for the same weights and path: many runs of a model have the same threads.
+
+    Not for models whose weights are changed through `.data`, which torch does not count as a change.
+    """
     weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
-    known, key = _continued.setdefault(model, {}), (weights, prompt_length, *path_ids)
+    known = _continued.setdefault(model, {})
+    key = weights, model.generation_config.to_json_string(), prompt_length, *path_ids
     if len(known.get(key, ())) < length:
         known[key] = plain_continuation(model, path_ids, length, prompt_length)
     return known[key][:length]

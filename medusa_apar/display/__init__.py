@@ -9,10 +9,10 @@ colour alone.
 Without a tokenizer tokens are shown by number.
 """
 
-from .answer import answer as answer
-from .forest import forest as forest
-from .lanes import lanes as lanes
+from .answer_picture import answer as answer
+from .forest_picture import forest as forest
+from .lanes_picture import lanes as lanes
 from .live import LiveView as LiveView
-from .paragraph_tree import tree as tree
 from .picture import Picture as Picture
-from .timeline import timeline as timeline
+from .timeline_picture import timeline as timeline
+from .tree_picture import tree as tree

@@ -41,11 +41,9 @@ def wrong_guesses(recording: Recording, thread: Thread) -> Iterator[tuple[int, l
     rejected, drafted = recording.rejected.get(thread), recording.drafted.get(thread)
     if rejected is None or drafted is None:
         return
-    accepted = recording.accepted.get(thread)
-    nodes, gained = ((), 0) if accepted is None else (accepted.nodes, len(accepted.token_ids))
-    first = next((i for i, origin in enumerate(recording.origins[thread]) if origin.step == rejected.step), None)
-    if first is None:
-        first = len(thread.token_ids) - gained
+    accepted, origins = recording.accepted.get(thread), recording.origins[thread]
+    nodes = () if accepted is None else accepted.nodes
+    first = next((place for place, origin in enumerate(origins) if origin.step == rejected.step), len(origins))
     places = {-1: first} | {node: first + ahead for ahead, node in enumerate(nodes, 1)}
     for above, chain in chains(drafted.parents, rejected.nodes):
         if above in places:  # not what hung below another wrong guess

@@ -8,11 +8,10 @@ from typing import Any
 
 from ..events import Event, StepFinished, StepStarted
 from ..recording import Recording
-from .lanes import lanes_html, summary
+from .lanes_picture import lanes_html, summary
 from .picture import Picture
 from .pieces import Pieces
-
-FRAME_SECONDS = 0.1  # between two frames, where every step would be too many
+from .terminal import FRAME_SECONDS
 
 
 class LiveView:

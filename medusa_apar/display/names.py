@@ -22,8 +22,8 @@ def hue(thread: Thread, hues: int) -> int:
     return 0 if thread.parent is None else 1 + (thread.index - 1) % hues
 
 
-def count(tokens: int) -> str:
-    return f"{tokens} token{'s' * (tokens != 1)}"
+def count(number: int, what: str = "token") -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def state(thread: Thread) -> str:

@@ -28,11 +28,12 @@ class Picture:
     def html(self) -> str:
         return f'<div class="ma"><style>{style()}</style>{self.body}</div>'
 
-    def page(self, title: str = "medusa-apar") -> str:
+    def page(self, title: str = "medusa-apar", margin: str = "1.5em") -> str:
         """A document of its own, light or dark as its reader's system is."""
         return (
             f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-            "<style>:root{color-scheme:light dark;background:Canvas;color:CanvasText}body{margin:1.5em}</style>"
+            "<style>:root{color-scheme:light dark;background:Canvas;color:CanvasText}"
+            f"body{{margin:{margin}}}</style>"
             f"</head><body>{self.html}</body></html>"
         )
 

@@ -68,7 +68,7 @@ def attach_lora(
             task_type="CAUSAL_LM",
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", FutureWarning)  # peft's, of a default of its own that will change
             tuned = get_peft_model(model, config)
     for parameter in tuned.parameters():
         if parameter.requires_grad:

@@ -52,7 +52,7 @@ def _families_checked_once():
     check, checked = runtimes.check_agrees, set()
 
     def once(model, runtime, largest):
-        kind = type(model), getattr(runtime, "backend", runtime.kind)
+        kind = model.config.to_json_string(), getattr(runtime, "backend", runtime.kind)
         if kind not in checked:
             check(model, runtime, largest)
             checked.add(kind)

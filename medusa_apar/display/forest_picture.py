@@ -67,7 +67,7 @@ def blocks(recording: Recording, batch_row: int = 0) -> list[Block]:
         cached[thread] = max(cached.get(thread, 0), its.cached)
         for ancestor, stop in thread.ancestors():
             fed = drafted[ancestor].cached if ancestor in drafted else stop
-            cached[ancestor] = max(cached.get(ancestor, 0), min(stop, fed) if ancestor not in drafted else fed)
+            cached[ancestor] = max(cached.get(ancestor, 0), fed)
     found = []
     for thread in recording.trees[batch_row].depth_first():
         stop = cached.get(thread, 0)
@@ -155,7 +155,7 @@ def _accepted(after: Recording, row: int) -> dict[tuple[int, int], bool]:
     return found
 
 
-_SIGNS = {"heads": "◇", "siblings": "≡", "fork": "↳", "": ""}
+_SIGNS = {"heads": "◇", "siblings": "≡", "fork": "↳"}
 _KEY = (
     '<p class="ma-key">● root, the last token that was chosen · ○ other pending token · ◇ guessed by the heads · '
     "≡ guessed, since it had been written before · ↳ [Child] below a guessed [Fork] · ✓ accepted, ✕ rejected · "
@@ -184,7 +184,7 @@ def _svg(
         y = _HEAD + place * _ROW
         parents = [up for up, its in enumerate(drawn[:place]) if its.thread is row.thread and its.above < row.above]
         if row.node is not None and parents:
-            html.append(_branch(row, y, _HEAD + max(parents, key=lambda up: len(drawn[up].above)) * _ROW))
+            html.append(_branch(row, y, _HEAD + max(parents, key=lambda up: (len(drawn[up].above), up)) * _ROW))
         html.append(_row_label(recording, row, y, pieces, accepted))
         for column in np.flatnonzero(seen[place]).tolist():
             own = columns[column].thread if column < len(columns) else drawn[column - len(columns)].thread

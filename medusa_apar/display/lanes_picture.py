@@ -47,16 +47,16 @@ def lanes_html(recording: Recording, row: int, pieces: Pieces) -> str:
 
 def summary(recording: Recording, row: int) -> str:
     threads, steps = recording.trees[row].threads, recording.steps
-    tokens = sum(len(thread.token_ids) for thread in threads)
+    tokens = len(recording.text(row))
     writing = sum(thread.live for thread in threads)
     found = [
         f"step {recording.step}" + (": guesses are being checked" if recording.checking else ""),
         f"{count(tokens)}, {tokens / max(len(steps), 1):.1f} per step",
-        f"{len(threads)} thread{'s' * (len(threads) > 1)}, {writing} writing",
+        f"{count(len(threads), 'thread')}, {writing} writing",
         f"{recording.readable(row)} tokens can be read in order",
     ]
-    if steps:
-        found.append(f"{steps[-1].slots_kept} KV slots in use")
+    if steps and len(recording.trees) == 1:
+        found.append(f"{count(steps[-1].slots_kept, 'KV slot')} in use")
     return " · ".join(found)
 
 

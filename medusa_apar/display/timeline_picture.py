@@ -7,7 +7,7 @@ from html import escape
 
 from ..output import MedusaAparOutput
 from ..recording import Recording
-from .names import HUES, hue, name, state
+from .names import HUES, count, hue, name, state
 from .picture import Picture, sources
 
 _LEFT, _WIDTH, _LANE, _SLOTS = 74, 860, 17, 64  # pixels
@@ -15,8 +15,9 @@ _DIGITS = 9  # pixels a step, from which on the counts are written into their bo
 
 
 def timeline(output: MedusaAparOutput | Recording, row: int = 0, sequential: bool = False) -> Picture:
-    """One row's threads, a box for each step in which a thread wrote, as high as the tokens it gained at once; below,
-    the KV slots in use over the steps, beside what one thread would hold.
+    """One row's threads, a box for each step in which a thread wrote, as high as the tokens it gained at once.
+
+    Below, unless other rows share the pool, the KV slots in use over the steps, beside what one thread would hold.
 
     sequential: draws decoding one token at a time above, on the same axis.
     """
@@ -40,18 +41,18 @@ def timeline_svg(recording: Recording, row: int, sequential: bool = False) -> st
         gained = Counter(origin.step for origin in recording.origins[thread])
         begun, ended = recording.started[thread], min(recording.finished.get(thread, steps), steps)
         label = ("· " * thread.depth) + name(thread).removeprefix("thread ")
-        about = f"{name(thread)}, from step {max(begun, 1)} to {ended}: {sum(gained.values())} tokens, {state(thread)}"
+        about = f"{name(thread)}, from step {max(begun, 1)} to {ended}: {count(sum(gained.values()))}, {state(thread)}"
         html.append(f'<g class="ma-h{hue(thread, HUES)}"><title>{escape(about)}</title>{_label(y, label)}')
         html.append(_bar(_x(max(begun, 1), scale), y + _LANE - 2, max(ended - begun, 0) * scale, 1, "ma-life", about))
-        for step, count in gained.items():
+        for step, gain in gained.items():
             if step > steps:
                 continue
-            height = min(4 + 2.4 * count, _LANE - 2)
+            height = min(4 + 2.4 * gain, _LANE - 2)
             place = _x(step, scale), y + _LANE - 1 - height, max(scale - 0.8, 0.6), height
-            html.append(_bar(*place, "ma-box", f"step {step}: {count} token{'s' * (count > 1)}"))
-            if scale >= _DIGITS and count > 1:
+            html.append(_bar(*place, "ma-box", f"step {step}: {count(gain)}"))
+            if scale >= _DIGITS and gain > 1:
                 centre = _x(step, scale) + scale / 2
-                html.append(f'<text class="ma-count" x="{centre:.1f}" y="{y + _LANE - 4}">{count}</text>')
+                html.append(f'<text class="ma-count" x="{centre:.1f}" y="{y + _LANE - 4}">{gain}</text>')
         html.append("</g>")
         y += _LANE
     if sequential:

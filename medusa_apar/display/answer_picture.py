@@ -14,7 +14,7 @@ from .guesses import all_wrong_guesses, guess_text
 from .names import HUES, SOURCES, count, hue, name
 from .picture import Picture, sources
 from .pieces import Pieces
-from .timeline import timeline_svg
+from .timeline_picture import timeline_svg
 
 ROWS_SHOWN = 8
 WrongGuesses = dict[tuple[Thread, int], list[tuple[int, list[int]]]]
@@ -37,13 +37,14 @@ def answer(output: MedusaAparOutput | Recording, tokenizer: Any = None) -> Pictu
     if len(recording.trees) > ROWS_SHOWN:
         parts.append(f"<p>and {len(recording.trees) - ROWS_SHOWN} more rows</p>")
     if stats is not None and stats.regenerated:
-        note = "Threads that were written anew afterwards are shown as first written:"
-        parts.append(f'<p class="ma-note">{note} {stats.regenerated}.</p>')
+        note = f"{count(stats.regenerated, 'thread')} written anew afterwards, shown as first written"
+        parts.append(f'<p class="ma-note">{note}</p>')
     text = "\n\n".join(f"{facts(recording, row)}\n{_plain(recording, row, pieces)}" for row in rows)
     return Picture("".join(parts) + _KEY, text)
 
 
 def facts(recording: Recording, row: int) -> str:
+    """Slots only where the pool was one row's alone."""
     tree, tokens = recording.trees[row], recording.readable(row)
     last = max((recording.finished.get(thread, recording.step) for thread in tree.threads), default=0)
     steps = recording.steps[:last]
@@ -51,11 +52,12 @@ def facts(recording: Recording, row: int) -> str:
     for thread in tree.threads:
         for step in {origin.step for origin in recording.origins[thread]}:
             at_once[step] += 1
-    peak = max((step.slots_used for step in steps), default=0)
-    found = f"{tokens} tokens in {len(steps)} steps · {tokens / max(len(steps), 1):.2f} per step"
+    found = f"{count(tokens)} in {count(len(steps), 'step')} · {tokens / max(len(steps), 1):.2f} per step"
     if len(tree.threads) > 1:
         found += f" · {len(tree.threads)} threads, at most {max(at_once)} in a step"
-    return found + f" · at most {peak} KV slots"
+    if len(recording.trees) == 1:
+        found += f" · at most {max((step.slots_used for step in steps), default=0)} KV slots"
+    return found
 
 
 def _row(recording: Recording, row: int, pieces: Pieces) -> str:
