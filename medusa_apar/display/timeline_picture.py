@@ -103,10 +103,8 @@ def _slots(recording: Recording, y: int, tokens: int, scale: float) -> str:
 
 def _axis(y: float, steps: int, scale: float) -> str:
     every = next(every for every in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if steps <= 12 * every)
-    marks = [
-        f'<text class="ma-axis" x="{_x(step, scale) + scale / 2:.1f}" y="{y + 12}" text-anchor="middle">{step}</text>'
-        for step in range(every, steps + 1, every)
-    ]
+    places = [(step, _x(step, scale) + scale / 2) for step in range(every, steps + 1, every)]
+    marks = [_note(min(x, _WIDTH - 10), y + 12, str(step), "middle") for step, x in places]
     return f"{_label(y - 3, 'step')}{''.join(marks)}"
 
 
