@@ -30,7 +30,7 @@ def chains(parents: Sequence[int], nodes: Collection[int]) -> list[tuple[int, li
 def guess_text(
     pieces: Pieces, tree: ParagraphTree, thread: Thread, place: int, token_ids: list[int], known: int = 0
 ) -> str:
-    """Of tokens guessed for a place among the thread's own, but for the first `known`. One line; forks and ends by name."""
+    """Tokens guessed for a place among the thread's own, but the first `known`: one line, forks and ends by name."""
     signs = dict.fromkeys(tree.eos_ids, "[end]") | {tree.fork_id: "[Fork]"}
     texts = zip(token_ids, pieces.at(thread, place, token_ids), strict=True)
     return "".join(signs.get(token) or text.replace("\n", "⏎") for token, text in list(texts)[known:])
