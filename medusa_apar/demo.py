@@ -114,7 +114,7 @@ def demo(apar: MedusaApar, question: str, options: dict, baseline: bool, console
     warm_up(run_apar, apar, inputs, options)
     with (Lanes if console.is_terminal else Milestones)(console, apar.tokenizer) as watching:
         ours, plain = run_apar(apar, inputs, options, watching), None
-    answer = answer_text(apar.tokenizer, ours.output.paragraph_tree[0], ours.ids)
+    answer = answer_text(apar.tokenizer, ours.output.recording)
     console.print("\n", answer, "\n", sep="", soft_wrap=not console.is_terminal)
     if baseline:
         console.print("The same tuned model with transformers' own generate ...", style="dim")

@@ -15,6 +15,7 @@ from ..events import Event, StepFinished, ThreadFinished, ThreadStarted
 from ..paragraph_tree import ParagraphTree, Thread
 from ..recording import Recording
 from .names import hue, name
+from .pieces import Pieces
 
 COLOURS = ("white", "cyan", "green", "yellow", "magenta", "blue", "red")
 LANE_WIDTH, LANE_HEIGHT = 32, 5  # characters, at least
@@ -25,32 +26,23 @@ def colour(thread: Thread) -> str:
     return COLOURS[hue(thread, len(COLOURS) - 1)]
 
 
-def thread_text(tokenizer: Any, tree: ParagraphTree, thread: Thread) -> Text:
+def thread_text(pieces: Pieces, tree: ParagraphTree, thread: Thread) -> Text:
     """What a thread wrote itself, with the number of a child where its text will be spliced in."""
-    text, ids, shown = Text(style=colour(thread)), [], ""
+    text = Text(style=colour(thread))
     children = {child.fork_index: child for child in thread.children}
-    for index in range(thread.num_forced, len(thread.tokens)):
+    for index, piece in enumerate(pieces.of(thread), thread.num_forced):
         if tree.is_visible(thread, index):
-            ids.append(thread.tokens[index])
+            text.append(piece)
         if (child := children.get(index)) is not None:
-            # Decoding prefixes, not pieces: a piece alone may lose its leading space.
-            decoded = tokenizer.decode(ids, skip_special_tokens=True)
-            text.append(decoded[len(shown) :]).append(f" ⟨{child.index}⟩", style=f"bold {colour(child)}")
-            shown = decoded
-    decoded = tokenizer.decode(ids, skip_special_tokens=True)
-    text.append(decoded[len(shown) :].rstrip("\ufffd"))  # half of a character that takes several tokens
+            text.append(f" ⟨{child.index}⟩", style=f"bold {colour(child)}")
     return text[len(text.plain) - len(text.plain.lstrip()) :]
 
 
-def answer_text(tokenizer: Any, tree: ParagraphTree, ids: list[int]) -> Text:
-    """The answer in reading order, each thread's part in its colour."""
-    text, shown = Text(), ""
-    order = [thread for thread, _ in tree.reading_order()][: len(ids)]
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or order[end] is not order[end - 1]:
-            decoded = tokenizer.decode(ids[:end], skip_special_tokens=True)
-            text.append(decoded[len(shown) :], style=colour(order[end - 1]))
-            shown = decoded
+def answer_text(tokenizer: Any, recording: Recording) -> Text:
+    """The first row's answer in reading order, each thread's part in its colour."""
+    pieces, text = Pieces(tokenizer), Text()
+    for thread, index in recording.text():
+        text.append(pieces.of(thread)[index - thread.num_forced], style=colour(thread))
     return text
 
 
@@ -61,7 +53,7 @@ class Lanes:
     """
 
     def __init__(self, console: Console, tokenizer: Any):
-        self._console, self._tokenizer = console, tokenizer
+        self._console, self._pieces = console, Pieces(tokenizer)
         self._recording = Recording()
         self._live = Live(console=console, auto_refresh=False)
         self._drawn = 0.0
@@ -102,7 +94,7 @@ class Lanes:
         return Group(grid, Text(line, style="dim", no_wrap=True, overflow="ellipsis"))
 
     def _lane(self, tree: ParagraphTree, thread: Thread, width: int, height: int) -> Panel:
-        lines = thread_text(self._tokenizer, tree, thread).wrap(self._console, max(width, 1))
+        lines = thread_text(self._pieces, tree, thread).wrap(self._console, max(width, 1))
         return Panel(
             Text("\n").join(lines[-(height - 2) :]),
             title=name(thread),
