@@ -53,7 +53,7 @@ def summary(recording: Recording, row: int) -> str:
         f"step {recording.step}" + (": guesses are being checked" if recording.checking else ""),
         f"{count(tokens)}, {tokens / max(len(steps), 1):.1f} per step",
         f"{count(len(threads), 'thread')}, {writing} writing",
-        f"{recording.readable(row)} tokens can be read in order",
+        f"{count(recording.readable(row))} can be read in order",
     ]
     if steps and len(recording.trees) == 1:
         found.append(f"{count(steps[-1].slots_kept, 'KV slot')} in use")
@@ -66,7 +66,7 @@ def _lane(recording: Recording, row: int, thread: Thread, pieces: Pieces) -> str
     css = "ma-lane" + (" ma-over" if thread.ended else "")
     return (
         f'<section class="{css} ma-h{hue(thread, HUES)}">'
-        f"<header><b>{name(thread)}</b><span>{count(len(thread.token_ids))} {sign}</span></header>"
+        f"<header><b>{name(thread)}</b> <span>{count(len(thread.token_ids))} {sign}</span></header>"
         f'<div class="ma-said"><div>{_said(recording, row, thread, pieces)}</div></div></section>'
     )
 
