@@ -90,7 +90,10 @@ def nobody_runs(words: list[str]) -> NoReturn:
 
 def run_target(words: list[str]) -> None:
     """CI makes it, or what its recipe ends with is run here."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    # Of a `make test ARGS=...` that runs this, nothing is for the targets here.
+    environment = {
+        name: value for name, value in os.environ.items() if name != "ARGS" and not name.startswith(("MAKE", "MFLAGS"))
+    }
     recipe = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert recipe.returncode == 0, recipe.stderr
     targets = {word for word in words[1:] if "=" not in word}
