@@ -12,12 +12,11 @@ from medusa_apar import DraftTree
 from medusa_apar.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.fork_policy import ListForks, NoForks, Turn
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from medusa_apar.list_items import ListItem, forking_item
 from medusa_apar.paragraph_tree import Fork, ParagraphTree, ReadingCursor
-from medusa_apar.triton_kernels.reference import sample, verify
+from medusa_apar.triton_kernels.reference import verify
 from tests import test_trees as trees
 from tests.list_writer import ID, PIECES, Pieces, list_prompts, list_writer
-from tests.tiny import CONTROL, FORK, RecallHeads, forking_model, prompts
+from tests.tiny import CONTROL, FORK, RecallHeads, assert_chosen_tokens_are_the_models, forking_model, prompts
 
 LIMIT, ROWS = 64, 3
 SEEDED = {"do_sample": True, "seed": 3, "top_k": 0}
@@ -44,79 +43,6 @@ def listed():
 
 def text(ids) -> str:
     return "".join(PIECES[token] for token in ids)
-
-
-# The rule, on text.
-
-
-@pytest.mark.parametrize(
-    ("written", "marker", "line_breaks"),
-    [
-        ("1. **One**: detail.\n2. **Two**:", "3.", 1),
-        ("1. **One**: detail.\n\n2. **Two**:", "3.", 2),
-        ("1. **One**: detail.\n\n\n2. **Two:**", "3.", 2),
-        ("Skills:\n\n1) One: detail\n2) Two things:", "3)", 1),
-        ("- **One** - detail\n- **Two** -", "-", 1),
-        ("* One: detail\n* Two:", "*", 1),
-        ("1. no title\n2. **Two**:", "3.", 1),
-        ("1. One:\n   - nested: a\n   - nested: b\n2. Two:", "3.", 1),
-        ("1. One:\n- not indented\n\n2. Two:\n", "3.", 2),
-        ("9. One: a\n10. Two:", "11.", 1),
-        (" 1. One: a\n 2. Two:", " 3.", 1),
-        # Not here.
-        ("1. **One**:", None, 0),  # the first shows how the others are to be written
-        ("1. One: a\n3. Three:", None, 0),
-        ("1. One: a\n- Two:", None, 0),
-        ("1. **One**: a\n2. **Two", None, 0),
-        ("1. **One**: a\n2. **Two:", None, 0),  # its bold is open
-        ("1. **One**: a\n2. **Two**", None, 0),
-        ("1. One: a\n2. Two: b", None, 0),
-        ("1. Wake up: early\n2. Leave at 7:", None, 0),  # 7:30
-        ("- One: a\n- https:", None, 0),
-        ("```\n- a: 1\n- b:", None, 0),
-        ("1. One: a\n2. " + "word " * 13 + "end:", None, 0),
-        ("1. One: a\n2. This is a sentence. Another:", None, 0),
-        ("One: a\nTwo:", None, 0),
-        ("1. One: a\n\nA paragraph.\n\n2. Two:", None, 0),
-        ("", None, 0),
-    ],
-)
-def test_titles_that_fork(written, marker, line_breaks):
-    found = forking_item(written)
-    assert (found and (found.item.next_marker, found.line_breaks)) == (marker and (marker, line_breaks))
-    if found:
-        assert written[found.begin :].rstrip() == written.rstrip().split("\n")[-1]
-        assert written[found.second - 1] == "\n" and ListItem.of(written[found.second :]) is not None
-        assert not found.repeated
-
-
-def test_a_list_that_repeats_itself_has_run_dry():
-    found = forking_item("Skills:\n1. One: a\n   b\n2. Two: c\n3. **ONE**:")
-    assert found.repeated and found.second == len("Skills:\n1. One: a\n   b\n")
-    assert forking_item("1. One: a\n2. One:").repeated
-
-
-@pytest.mark.parametrize(
-    ("item", "begun", "verdict"),
-    [
-        ("2. Two:", "3", "next"),
-        ("2. Two:", "3. Three", "next"),
-        ("2. Two:", "1", "other"),
-        ("9. Nine:", "1", "next"),  # of 10.
-        ("5. Five:", "7", "next"),  # its thread has seen items 1 and 5
-        ("2. Two:", "- bullet", "held"),
-        ("2. Two:", "**Bold", "other"),
-        ("2. Two:", "In", "other"),
-        ("- Two:", "-", "next"),
-        ("- Two:", "---", "other"),
-        ("- Two:", "*", "other"),
-        ("* Two:", "**", "other"),
-        ("- Two:", "1", "other"),
-    ],
-)
-def test_what_follows_an_item(item, begun, verdict):
-    item = ListItem.of(item)
-    assert verdict == ("held" if item.holds(begun) else "next" if item.is_followed_by(begun) else "other")
 
 
 # Its consequences for paragraph trees, in random ones.
@@ -179,28 +105,6 @@ def test_reading_order_and_slots_where_a_rule_forks(data):
 
 
 # What comes of it.
-
-
-def assert_chosen_tokens_are_the_models(model, trees, seed=None, process=lambda ids, scores: scores) -> int:
-    """Promises 1 and 2: behind its path, insertions included, every token a thread chose is what the model chooses."""
-    compared = 0
-    for tree in trees:
-        for thread in tree.threads:
-            path, first = thread.path_ids + thread.token_ids, len(thread.path_ids)
-            with torch.no_grad():
-                logits = model(torch.tensor([path])).logits[0].float()
-            for place in range(first, len(path)):
-                index = place - first + thread.num_forced
-                if index in thread.inserted:
-                    continue
-                scores = process(torch.tensor([path[:place]]), logits[place - 1][None])[0]
-                if seed is None:
-                    chosen = int(scores.argmax())
-                else:
-                    chosen = sample(scores, seed, thread.key, thread.start + index)
-                assert chosen == path[place], (thread, index)
-                compared += 1
-    return compared
 
 
 def test_chosen_tokens_are_the_models(listed):

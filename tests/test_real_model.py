@@ -8,7 +8,7 @@ from medusa_apar.chat import encode
 from medusa_apar.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.demo import QUESTION
 from medusa_apar.eval.check import differences
-from tests.test_fork_policy import assert_chosen_tokens_are_the_models
+from tests.tiny import assert_chosen_tokens_are_the_models
 
 pytestmark = pytest.mark.real
 

@@ -29,6 +29,7 @@ from transformers import (
 
 from medusa_apar import ControlTokens, DraftTree
 from medusa_apar.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
+from medusa_apar.triton_kernels.reference import sample
 
 VOCAB, EOS, FORK, CHILD = 61, 2, 3, 4
 CONTROL = ControlTokens(FORK, CHILD)
@@ -170,6 +171,28 @@ def assert_threads_are_plain(model, paragraph_trees) -> int:
             if thread.token_ids:
                 expected = known_continuation(model, thread.path_ids, len(thread.token_ids), tree.trunk.num_forced)
                 assert thread.token_ids == expected, thread
+                compared += 1
+    return compared
+
+
+def assert_chosen_tokens_are_the_models(model, trees, seed=None, process=lambda ids, scores: scores) -> int:
+    """Promises 1 and 2: behind its path, insertions included, every token a thread chose is what the model chooses."""
+    compared = 0
+    for tree in trees:
+        for thread in tree.threads:
+            path, first = thread.path_ids + thread.token_ids, len(thread.path_ids)
+            with torch.no_grad():
+                logits = model(torch.tensor([path])).logits[0].float()
+            for place in range(first, len(path)):
+                index = place - first + thread.num_forced
+                if index in thread.inserted:
+                    continue
+                scores = process(torch.tensor([path[:place]]), logits[place - 1][None])[0]
+                if seed is None:
+                    chosen = int(scores.argmax())
+                else:
+                    chosen = sample(scores, seed, thread.key, thread.start + index)
+                assert chosen == path[place], (thread, index)
                 compared += 1
     return compared
 

@@ -58,8 +58,8 @@ def all_wrong_guesses(recording: Recording, row: int) -> dict[tuple[Thread, int]
         again(event)
         if not isinstance(event, StepFinished):
             continue
-        for thread in again.rejected:
-            if thread not in again.trees[row].threads:
+        for thread, rejected in again.rejected.items():
+            if rejected.row != row:
                 continue
             theirs = recording.trees[row].threads[thread.index]
             at_place: dict[int, list[int]] = {}

@@ -36,16 +36,17 @@ def lanes(
         if not 0 <= last <= recording.step:
             raise ValueError(f"step is {last}, must be from 0 to {recording.step}")
         recording = recording.at(last, checking)
-    return Picture(lanes_html(recording, row, Pieces(tokenizer)), summary(recording, row))
+    return frame(recording, row, Pieces(tokenizer))
 
 
-def lanes_html(recording: Recording, row: int, pieces: Pieces) -> str:
-    threads = recording.trees[row].depth_first()
-    shown = "".join(_lane(recording, row, thread, pieces) for thread in threads)
-    return f'<div class="ma-lanes">{shown}</div><p class="ma-facts">{summary(recording, row)}</p>'
+def frame(recording: Recording, row: int, pieces: Pieces) -> Picture:
+    """The lanes of a row as they are now; `pieces` is kept from frame to frame."""
+    shown = "".join(_lane(recording, row, thread, pieces) for thread in recording.trees[row].depth_first())
+    about = _summary(recording, row)
+    return Picture(f'<div class="ma-lanes">{shown}</div><p class="ma-facts">{about}</p>', about)
 
 
-def summary(recording: Recording, row: int) -> str:
+def _summary(recording: Recording, row: int) -> str:
     threads, steps = recording.trees[row].threads, recording.steps
     tokens = len(recording.text(row))
     writing = sum(thread.live for thread in threads)

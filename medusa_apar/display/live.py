@@ -8,8 +8,7 @@ from typing import Any
 
 from ..events import Event, StepFinished, StepStarted
 from ..recording import Recording
-from .lanes_picture import lanes_html, summary
-from .picture import Picture
+from .lanes_picture import frame
 from .pieces import Pieces
 from .terminal import FRAME_SECONDS
 
@@ -43,14 +42,10 @@ class LiveView:
         over = isinstance(event, StepFinished) and not any(tree.live for tree in self.recording.trees)
         if not over and not self._hold and time.perf_counter() - self._drawn < FRAME_SECONDS:
             return
-        self._handle.update(self.frame())
+        self._handle.update(frame(self.recording, self._row, self._pieces))
         self._drawn = time.perf_counter()
         if self._hold and not over:
             time.sleep(self._hold)
-
-    def frame(self) -> Picture:
-        text = summary(self.recording, self._row)
-        return Picture(lanes_html(self.recording, self._row, self._pieces), text)
 
 
 def _new_output() -> Any:
