@@ -1,5 +1,5 @@
-# `make demo` and `make test` set everything up in .venv on a machine that has only Python (3.10 or newer).
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# `make demo` and `make test` set everything up in .venv on a machine that has only Python (3.11 to 3.13).
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
