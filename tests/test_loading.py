@@ -198,7 +198,7 @@ def test_the_embedded_name_takes_weights_from_the_package(base, adapter, monkeyp
 
 
 def test_a_hub_repository_is_read_like_a_folder(base, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(base))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(base))
     assert locate("someone/tiny").base == "someone/tiny"
 
 
@@ -207,10 +207,10 @@ def test_a_hub_repository_is_read_like_a_folder(base, monkeypatch):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise AssertionError("weights were read before the arguments were checked")
 
-    monkeypatch.setitem(load.__globals__, "_model", fail)
+    monkeypatch.setitem(load.__globals__, "read_model", fail)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -221,7 +221,7 @@ class TestRefusals:
                 load(name)
 
     def test_unknown_name(self, monkeypatch):
-        def offline(name, allow_patterns):
+        def offline(name, **options):
             raise LocalEntryNotFoundError("cannot reach the Hub\nand more")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
@@ -263,7 +263,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64])
     def test_dtype(self, base, dtype):
-        with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
+        with pytest.raises(ValueError, match="must be float32, bfloat16, float16 or auto"):
             load(base, dtype=dtype)
 
 
