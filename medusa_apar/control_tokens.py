@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor
@@ -44,7 +45,11 @@ class ControlTokens:
         path = expanded(directory) / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist, so the control tokens of this APAR model are unknown.")
-        config = json_object(path)
+        return cls.from_config(json_object(path), path)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], path: Path) -> ControlTokens:
+        """From what `as_config` gives; ValueError, which names `path`, where an id is missing or none."""
         ids = [field(config, key, int, path) for key in ("fork_token_id", "child_token_id")]
         if None in ids:
             raise ValueError(f"{path} does not give fork_token_id and child_token_id, two whole numbers.")
@@ -53,6 +58,10 @@ class ControlTokens:
             return cls(*ids, DEFAULT_MAX_DEPTH if max_depth is None else max_depth)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+    def as_config(self) -> dict[str, int]:
+        """As `apar_config.json` has it."""
+        return {"max_depth": self.max_depth, "fork_token_id": self.fork_id, "child_token_id": self.child_id}
 
     def check_matches(self, vocab_size: int) -> None:
         if max(self.fork_id, self.child_id) >= vocab_size:

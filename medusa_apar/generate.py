@@ -84,6 +84,12 @@ class MedusaApar:
             heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
             heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Model, tokenizer, control ids and heads as one folder, which `medusa_apar.load` and transformers read."""
+        from .loading import save
+
+        save(self, folder)
+
     def without_heads(self) -> MedusaApar:
         """The same model, weights laid out once for both, that decodes without drafting."""
         bare = copy.copy(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from medusa_apar import hub
 from medusa_apar.control_tokens import CONFIG_NAME, ControlTokens
+from medusa_apar.job import write_text
 from medusa_apar.reading import expanded, field, json_object, reading, shards
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def load(
     access = {"revision": source.revision, "token": token, "trust_remote_code": trust_remote_code}
     tokenizer = read_tokenizer(source.tokenizer or base, **access)
     tokenizer.padding_side = "left"  # answers go on at the right end; many tokenizers are saved as training had them
-    control = _control_tokens(apar, source, tokenizer, name)
+    control = _control_tokens(apar, source, base, tokenizer, name)
     model = read_model(base, chosen, device_map=device_map, **access)
     placed = getattr(model, "hf_device_map", None)
     _check_devices(placed)
@@ -109,7 +111,27 @@ def load(
     model = (model.to(device) if device_map is None else model).eval()
     if isinstance(heads, (str, Path)):
         heads = load_heads(heads, model)
+    if control is not None:  # so that what `model.save_pretrained` writes forks too
+        model.config.apar_config = control.as_config()
     return attach(model, heads=heads, apar=control, tokenizer=tokenizer, attention=attention, **attach_options)
+
+
+def save(apar: MedusaApar, folder: str | Path) -> None:
+    """What `MedusaApar.save_pretrained` does. FileExistsError where `folder` holds files that are no model's."""
+    from medusa_apar.heads import checkpoints
+    from medusa_apar.heads.model_folder import check_empty, new_model_folder
+
+    folder = expanded(folder)
+    check_empty(folder, force=True)
+    with new_model_folder(folder) as built:
+        apar.model.save_pretrained(built)
+        if apar.tokenizer is not None:
+            apar.tokenizer.save_pretrained(built)
+        if apar.control_token_ids is not None:
+            text = json.dumps(apar.control_token_ids.as_config(), indent=2)
+            write_text(built / CONFIG_NAME, f"{text}\n")
+        if apar.heads is not None:
+            apar.heads.save_pretrained(built / checkpoints.SUBFOLDER, apar.heads.dtype)
 
 
 def _check_devices(device_map: str | dict[str, Any] | None) -> None:
@@ -259,13 +281,16 @@ def heads_name(heads: str | Path, source: Source) -> str | Path:
     return str(heads)
 
 
-def _control_tokens(apar: Any, source: Source, tokenizer: Any, name: str | Path) -> ControlTokens | None:
+def _control_tokens(apar: Any, source: Source, base: str, tokenizer: Any, name: str | Path) -> ControlTokens | None:
     if apar is None or apar is False:
         return None
     if isinstance(apar, ControlTokens):
         return apar
     if source.control:
         return ControlTokens.from_pretrained(source.control)
+    kept = field(config_of(Path(base)), "apar_config", dict, Path(base) / "config.json")
+    if kept is not None:
+        return ControlTokens.from_config(kept, Path(base) / "config.json")
     ids = [tokenizer.get_vocab().get(token) for token in RELEASED_TOKENS]
     if None not in ids:
         return ControlTokens(*ids)

@@ -16,7 +16,7 @@ MAX_REASON = 400  # characters
 
 
 @contextmanager
-def reading(source: str | Path, verdict: str = "cannot be read") -> Iterator[None]:
+def reading(source: str | os.PathLike[str], verdict: str = "cannot be read") -> Iterator[None]:
     """Whatever a library raises while it reads `source` becomes a ValueError, or an OSError, of one line.
 
     Each library has kinds of its own for a damaged file: SafetensorError, KeyError, struct.error, plain Exception.
@@ -34,11 +34,14 @@ def reading(source: str | Path, verdict: str = "cannot be read") -> Iterator[Non
             raise ValueError(f"{source} brings code of its own, which runs only with trust_remote_code=True") from error
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             # Without the cause: torch's message tells people to load the file in a way that runs its code.
-            raise ValueError(f"{source} is a pickle that is damaged or holds more than tensors: not read") from None
+            words = "is no plain file of tensors: it is damaged, or a pickle of something else, which is not read"
+            raise ValueError(f"{source} {words}") from None
         raise ValueError(f"{source} {verdict} ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "it ends early"
     words = " ".join(str(error).split())
     words = words if len(words) <= MAX_REASON else f"{words[:MAX_REASON]} ..."
     return words if words and not isinstance(error, KeyError) else f"{type(error).__name__} {words}".strip()
