@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LogitsProcessor
@@ -13,6 +12,7 @@ from transformers import LogitsProcessor
 from medusa_apar.reading import expanded, field, json_object
 
 CONFIG_NAME = "apar_config.json"
+MODEL_ENTRY = "apar_config"  # the same in a model's own config.json, where transformers' save_pretrained keeps it
 DEFAULT_MAX_DEPTH = 3
 
 
@@ -41,15 +41,17 @@ class ControlTokens:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ControlTokens:
-        """Reads `apar_config.json`; FileNotFoundError where there is none, ValueError where it lacks an id."""
-        path = expanded(directory) / CONFIG_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist, so the control tokens of this APAR model are unknown.")
-        return cls.from_config(json_object(path), path)
+        """Reads `apar_config.json`, else what the model's `config.json` keeps of it.
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any], path: Path) -> ControlTokens:
-        """From what `as_config` gives; ValueError, which names `path`, where an id is missing or none."""
+        FileNotFoundError where there is neither, ValueError where it lacks an id.
+        """
+        path, model = expanded(directory) / CONFIG_NAME, expanded(directory) / "config.json"
+        if path.exists():
+            config = json_object(path)
+        elif model.is_file() and MODEL_ENTRY in (kept := json_object(model)):
+            config, path = field(kept, MODEL_ENTRY, dict, model) or {}, model
+        else:
+            raise FileNotFoundError(f"{path} does not exist, so the control tokens of this APAR model are unknown.")
         ids = [field(config, key, int, path) for key in ("fork_token_id", "child_token_id")]
         if None in ids:
             raise ValueError(f"{path} does not give fork_token_id and child_token_id, two whole numbers.")

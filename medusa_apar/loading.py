@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medusa_apar import hub
-from medusa_apar.control_tokens import CONFIG_NAME, ControlTokens
+from medusa_apar.control_tokens import CONFIG_NAME, MODEL_ENTRY, ControlTokens
 from medusa_apar.job import write_text
 from medusa_apar.reading import expanded, field, json_object, reading, shards
 
@@ -33,7 +33,7 @@ class Source:
     tokenizer: str | None = None  # folder or Hub id; None: the base's own
     adapter: Path | None = None  # folder of a peft adapter
     heads: Path | None = None  # folder of Medusa heads
-    control: Path | None = None  # folder with apar_config.json
+    control: Path | None = None  # folder whose configs give the control tokens
     revision: str | None = None  # of a base on the Hub
 
 
@@ -95,7 +95,7 @@ def load(
     access = {"revision": source.revision, "token": token, "trust_remote_code": trust_remote_code}
     tokenizer = read_tokenizer(source.tokenizer or base, **access)
     tokenizer.padding_side = "left"  # answers go on at the right end; many tokenizers are saved as training had them
-    control = _control_tokens(apar, source, base, tokenizer, name)
+    control = _control_tokens(apar, source, tokenizer, name)
     model = read_model(base, chosen, device_map=device_map, **access)
     placed = getattr(model, "hf_device_map", None)
     _check_devices(placed)
@@ -112,7 +112,7 @@ def load(
     if isinstance(heads, (str, Path)):
         heads = load_heads(heads, model)
     if control is not None:  # so that what `model.save_pretrained` writes forks too
-        model.config.apar_config = control.as_config()
+        setattr(model.config, MODEL_ENTRY, control.as_config())
     return attach(model, heads=heads, apar=control, tokenizer=tokenizer, attention=attention, **attach_options)
 
 
@@ -182,9 +182,9 @@ def _located(name: str | Path, revision: str | None, token: str | bool | None, b
 
 def _parts(folder: Path) -> Source:
     """What `folder` holds besides base weights, and which base its configs name ("" for none)."""
-    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    adapter = folder if (folder / "adapter_config.json").exists() else None
     heads = next((place for place in (folder, folder / "medusa") if _has_heads(place)), None)
-    control = folder if (folder / CONFIG_NAME).is_file() else None
+    control = folder if (folder / CONFIG_NAME).exists() or MODEL_ENTRY in config_of(folder) else None
     named = [(control, CONFIG_NAME, "base"), (adapter, "adapter_config.json", "base_model_name_or_path")]
     named.append((heads and folder, "config.json", "base_model_name_or_path"))
     bases = [field(config_of(place, file), key, str, place / file) for place, file, key in named if place]
@@ -220,7 +220,7 @@ def _base_name(base: str, folder: Path, token: str | bool | None, building: tupl
 def config_of(folder: Path, file: str = "config.json") -> dict[str, Any]:
     """What a JSON file of `folder` holds, {} where there is none."""
     path = folder / file
-    return json_object(path) if path.is_file() else {}
+    return json_object(path) if path.exists() else {}
 
 
 def adapter_weights(folder: Path) -> Path:
@@ -281,16 +281,13 @@ def heads_name(heads: str | Path, source: Source) -> str | Path:
     return str(heads)
 
 
-def _control_tokens(apar: Any, source: Source, base: str, tokenizer: Any, name: str | Path) -> ControlTokens | None:
+def _control_tokens(apar: Any, source: Source, tokenizer: Any, name: str | Path) -> ControlTokens | None:
     if apar is None or apar is False:
         return None
     if isinstance(apar, ControlTokens):
         return apar
     if source.control:
         return ControlTokens.from_pretrained(source.control)
-    kept = field(config_of(Path(base)), "apar_config", dict, Path(base) / "config.json")
-    if kept is not None:
-        return ControlTokens.from_config(kept, Path(base) / "config.json")
     ids = [tokenizer.get_vocab().get(token) for token in RELEASED_TOKENS]
     if None not in ids:
         return ControlTokens(*ids)
@@ -332,7 +329,18 @@ def read_model(base: str, dtype: torch.dtype | str, device_map: Any = None, **ac
         return hub.read_gguf(Path(base), torch.float32 if dtype == "auto" else dtype, device_map=device_map)
     for index in Path(base).glob("*.index.json"):
         shards(index)
+    _check_generation_config(Path(base))
     return hub.whole_model(base, base, dtype=dtype, **access)
+
+
+def _check_generation_config(folder: Path) -> None:
+    """ValueError where it is damaged: transformers would go on with other end tokens than the model's."""
+    path = folder / "generation_config.json"
+    config = config_of(folder, path.name)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = config[name] if isinstance(config.get(name), list) else [config.get(name)]
+        if any(type(id) not in (int, type(None)) for id in ids):
+            raise ValueError(f"{name} is {config[name]!r} in {path}, must be a token id")
 
 
 def is_gguf(name: str) -> bool:

@@ -58,7 +58,7 @@ def merge(
     with new_model_folder(out) as built:
         model.save_pretrained(built)
         tokenizer.save_pretrained(built)
-        if source.control:
+        if source.control and (source.control / CONFIG_NAME).is_file():
             config = json_object(source.control / CONFIG_NAME)
             config["merged_from"] = config.pop("base", source.base)  # the folder is its own base now
             write_text(built / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
