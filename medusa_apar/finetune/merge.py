@@ -99,6 +99,9 @@ def merge_into(model: Any, adapter: Path, tokenizer: Any) -> Any:
     adapter changes one of embedding and unembedding and the base has one matrix for both, it has two afterwards.
     ValueError where the adapter is none that can be merged, or is another model's.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
     config = _adapter_config(adapter)
     with reading(adapter / "adapter_config.json"):
         trained = getattr(config, "trainable_token_indices", None) or []
@@ -113,6 +116,11 @@ def merge_into(model: Any, adapter: Path, tokenizer: Any) -> Any:
     _untie(tuned.get_base_model())
     with reading(adapter, "cannot be merged"), _without_deprecations():
         model = tuned.merge_and_unload()
+    left = [
+        name for name, module in model.named_modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+    if left:  # one wrapped around another
+        raise NotImplementedError(f"{adapter} changes {left[0]} in two ways at once, which peft cannot merge")
     if not model.config.get_text_config(decoder=True).tie_word_embeddings:  # peft unties where a whole end was trained
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return model
