@@ -156,8 +156,15 @@ def whole_model(source: str | Path, place: str | Path, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it names them
     with reading(source):
-        model, found = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(place, **options)
+    if other := sorted(found["mismatched_keys"]):
+        name, stored, wanted = other[0]
+        raise ValueError(
+            f"{source} holds {len(other)} of the model's weights in another shape: {name} for one has {list(stored)} "
+            f"and needs {list(wanted)}"
+        )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{source} lacks {len(missing)} of the model's weights, {missing[0]} for one")
     return model

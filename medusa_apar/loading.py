@@ -131,7 +131,10 @@ def save(apar: MedusaApar, folder: str | Path) -> None:
             text = json.dumps(apar.control_token_ids.as_config(), indent=2)
             write_text(built / CONFIG_NAME, f"{text}\n")
         if apar.heads is not None:
-            apar.heads.save_pretrained(built / checkpoints.SUBFOLDER, apar.heads.dtype)
+            heads = built / checkpoints.SUBFOLDER
+            apar.heads.save_pretrained(heads, apar.heads.dtype)
+            config = checkpoints.read_config(heads) | {"base_model_name_or_path": ".."}
+            write_text(heads / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _check_devices(device_map: str | dict[str, Any] | None) -> None:
