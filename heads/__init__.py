@@ -21,6 +21,7 @@ from medusa_apar.heads import checkpoints
 from medusa_apar.heads.draft_heads import DraftHeads, ResidualBlock
 from medusa_apar.heads.hydra import HydraHeads
 from medusa_apar.heads.medusa import MedusaHeads
+from medusa_apar.reading import reading
 
 __all__ = ["DraftHeads", "HydraHeads", "MedusaHeads", "ResidualBlock", "load_heads"]
 
@@ -29,4 +30,5 @@ def load_heads(path: str | os.PathLike[str], model: PreTrainedModel, dtype: torc
     """Heads of any kind from a directory, file or Hub repository, attached to the model; dtype: None is the model's."""
     state, config = checkpoints.read(path)
     kind: type[MedusaHeads] | type[HydraHeads] = HydraHeads if "from_states" in state else MedusaHeads
-    return kind.from_state(state, config, model, dtype)
+    with reading(path, "cannot be used"):
+        return kind.from_state(state, config, model, dtype)

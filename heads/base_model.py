@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from medusa_apar.reading import expanded, reading, shards
+
 from . import checkpoints
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ class Base:
         from medusa_apar import hub
 
         self.name = name
-        path = Path(name).expanduser()
+        path = expanded(name)
         self.local = path.resolve() if name not in hub.EMBEDDED and path.is_dir() else None
 
     @cached_property
@@ -35,7 +37,9 @@ class Base:
     @cached_property
     def unembedding(self) -> Tensor:
         """[vocabulary, H] in the dtype it is stored in, with what an adapter tuned."""
-        if self.source.adapter or self.source.base.endswith(".gguf"):
+        from medusa_apar import loading
+
+        if self.source.adapter or loading.is_gguf(self.source.base):
             from medusa_apar.finetune.merge import merged_model
 
             model, _ = merged_model(self.source)
@@ -52,7 +56,7 @@ class Base:
 
         if self.source.base in hub.EMBEDDED:
             return hub.embedded_model_dir(self.source.base)
-        path = Path(self.source.base).expanduser()
+        path = expanded(self.source.base)
         if path.is_dir():
             return path
         from huggingface_hub import snapshot_download
@@ -61,12 +65,14 @@ class Base:
 
     def whole_model(self) -> Path:
         """The folder of a base that is a model and not an adapter on one."""
+        from medusa_apar import loading
+
         if self.source.adapter:
             raise ValueError(
                 f"{self.name} is an adapter on {self.source.base}: run `medusa-apar merge` and pass the merged model "
                 "as --base"
             )
-        if self.source.base.endswith(".gguf"):
+        if loading.is_gguf(self.source.base):
             raise ValueError(f"{self.name} is a GGUF file: pass a model folder as --base")
         return self.folder()
 
@@ -76,7 +82,7 @@ def model_shards(folder: Path) -> list[Path]:
     for name in checkpoints.FULL_MODEL_FILES:
         file = folder / name
         if file.is_file() and name.endswith(".index.json"):
-            return sorted({folder / shard for shard in checkpoints._json(file).get("weight_map", {}).values()})
+            return sorted(set(shards(file).values()))
         if file.is_file():
             return [file]
     raise FileNotFoundError(f"no model weights in {folder}: none of {', '.join(checkpoints.FULL_MODEL_FILES)} is there")
@@ -86,19 +92,22 @@ def _stored_unembedding(folder: Path, name: str) -> tuple[Tensor, Tensor | None]
     """Weight and bias of the unembedding: the one tensor where its name is plain, else the whole model is loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    from medusa_apar.loading import read_model
+
+    with reading(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
     weight, bias = _output(empty, name)
     names = [key for key, parameter in empty.named_parameters(remove_duplicate=False) if parameter is weight]
     if bias is None and getattr(config, "quantization_config", None) is None:
         for shard in model_shards(folder):
             if shard.suffix == ".safetensors":
-                with safe_open(shard, framework="pt") as file:
+                with reading(shard), safe_open(shard, framework="pt") as file:
                     for key in names:
                         if key in file.keys():  # noqa: SIM118
                             return file.get_tensor(key), None
-    return _output(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), name)
+    return _output(read_model(str(folder), "auto"), name)
 
 
 def _output(model: Any, name: str) -> tuple[Tensor, Tensor | None]:

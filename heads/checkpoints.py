@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -27,11 +26,12 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_apar.job import replacing, write_text
+from medusa_apar.reading import expanded, field, json_object, reading, shards
 
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 FULL_MODEL_FILES = (
@@ -40,10 +40,22 @@ FULL_MODEL_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+CONFIG_FIELDS = {
+    **dict.fromkeys(("kind", "base_model_name_or_path", "model_type"), str),
+    **dict.fromkeys(("vocab_size", "hidden_size", "medusa_num_heads", "medusa_num_layers"), int),
+    **dict.fromkeys(("original_lm_head", "medusa_fc_bias"), bool),
+    "acceptance": list,
+}
 SUBFOLDER = "medusa"  # where APAR models keep their heads
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 PREFIX = re.compile(r"^(?:.*\.)?medusa_heads?\.")
 
-BLOCK = re.compile(r"(?:blocks\.)?(?P<head>\d+)\.(?:layers\.)?(?P<layer>\d+)\.(?:linear\.)?(?P<kind>weight|bias)")
+BLOCK = re.compile(
+    r"(?:blocks\.)?(?P<head>\d{1,9})\.(?:layers\.)?(?P<layer>\d{1,9})\.(?:linear\.)?(?P<kind>weight|bias)"
+)
+# Beyond any that were trained: a key alone must not decide how much is allocated.
+MAX_HEADS, MAX_LAYERS = 32, 8
+
 VLLM_UNEMBEDDING = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
 
 
@@ -115,6 +127,7 @@ def parse(state: Mapping[str, Tensor]) -> HeadFile:
     unembeddings: dict[int, Tensor] = {}
     depths: dict[int, int] = {}  # blocks of a head, as its V1 unembedding's index tells
     for key, value in state.items():
+        check_dense(key, value)
         if key in ("token_map", "lm_head.weight"):
             continue
         if match := VLLM_UNEMBEDDING.fullmatch(key):
@@ -128,6 +141,11 @@ def parse(state: Mapping[str, Tensor]) -> HeadFile:
         else:
             raise ValueError(f"not a Medusa head file: it holds the key {key!r}.")
     heads = sorted({head for head, _ in blocks} | set(unembeddings))
+    deepest = max([layer + 1 for _, layer in blocks] + list(depths.values()), default=0)
+    if len(heads) > MAX_HEADS or deepest > MAX_LAYERS:
+        raise ValueError(
+            f"{len(heads)} Medusa heads of {deepest} residual blocks: at most {MAX_HEADS} of {MAX_LAYERS} are read."
+        )
     blocks = {place: block for place, block in blocks.items() if "weight" in block}
     if not heads or heads != list(range(len(heads))):
         raise ValueError(f"Medusa heads must be numbered from 0 without gaps, the file has {heads}.")
@@ -147,10 +165,20 @@ def parse(state: Mapping[str, Tensor]) -> HeadFile:
     return file
 
 
+def check_dense(key: str, tensor: Tensor) -> None:
+    """ValueError unless the file holds every number of a tensor: an expanded one is larger than its file."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        raise ValueError(f"{key!r} in a head file is no dense tensor.")
+
+
 def _check_shapes(file: HeadFile) -> None:
+    if not file.sample.dim() or not file.sample.is_floating_point():
+        raise ValueError(f"a tensor of a Medusa head is {file.sample.dtype} of shape {list(file.sample.shape)}.")
     hidden = file.sample.shape[-1]
     for (head, layer), block in file.blocks.items():
         for kind, tensor in block.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"block {layer} of Medusa head {head} has a {kind} of dtype {tensor.dtype}.")
             if list(tensor.shape) != ([hidden, hidden] if kind == "weight" else [hidden]):
                 raise ValueError(
                     f"block {layer} of Medusa head {head} has a {kind} of shape {list(tensor.shape)}, "
@@ -158,13 +186,13 @@ def _check_shapes(file: HeadFile) -> None:
                 )
     unembeddings = [*file.unembeddings.values(), *([] if file.shared is None else [file.shared])]
     if len({tuple(tensor.shape) for tensor in unembeddings}) > 1 or any(
-        tensor.dim() != 2 or tensor.shape[-1] != hidden for tensor in unembeddings
+        tensor.dim() != 2 or tensor.shape[-1] != hidden or not tensor.is_floating_point() for tensor in unembeddings
     ):
         raise ValueError(f"unembeddings of shapes {[list(tensor.shape) for tensor in unembeddings]} in one head file.")
     token_map = file.token_map
     if token_map is None:
         return
-    if token_map.dim() != 1 or token_map.is_floating_point() or not len(token_map):
+    if token_map.dim() != 1 or token_map.dtype not in INTEGERS or not len(token_map) or int(token_map.min()) < 0:
         raise ValueError(f"token_map is {token_map.dtype} of shape {list(token_map.shape)}, must be a list of ids.")
     for tensor in unembeddings:
         if len(tensor) < len(token_map) or (len(tensor) > len(token_map) and int(token_map.max()) >= len(tensor)):
@@ -251,7 +279,7 @@ def find(path: str | os.PathLike[str]) -> list[Path]:
 
     FileNotFoundError: there are none.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.exists():
         path = _download(str(path))
     file = path
@@ -266,8 +294,8 @@ def find(path: str | os.PathLike[str]) -> list[Path]:
         file = found[0]
     if not file.name.endswith(".index.json"):
         return [file]
-    shards = _json(file).get("weight_map", {})
-    return sorted({file.parent / shards[key] for key in _head_keys(shards, file)})
+    placed = shards(file)
+    return sorted({placed[key] for key in _head_keys(placed, file)})
 
 
 def read_files(files: Iterable[Path]) -> dict[str, Tensor]:
@@ -281,22 +309,22 @@ def read_files(files: Iterable[Path]) -> dict[str, Tensor]:
 def read_config(folder: Path) -> dict:
     """`config.json` of a folder, {} where there is none."""
     path = folder / "config.json"
-    return _json(path) if path.exists() else {}
+    config = json_object(path) if path.exists() else {}
+    for name, kind in CONFIG_FIELDS.items():
+        field(config, name, kind, path)
+    for ranks in config.get("acceptance") or []:
+        if not isinstance(ranks, list) or not ranks or not all(_is_share(share) for share in ranks):
+            raise ValueError(f"acceptance is {ranks!r} for a head in {path}, must be a list of numbers from 0 to 1")
+    return config
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def holds_model(folder: Path) -> bool:
     """Whether the folder's config.json is a model's, and not that of heads in vLLM's layout."""
     return read_config(folder).get("model_type", "medusa") != "medusa"
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
 
 
 def _head_keys(keys: Iterable[str], file: Path) -> list[str]:
@@ -311,23 +339,18 @@ def _head_keys(keys: Iterable[str], file: Path) -> list[str]:
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
-    if file.suffix != ".safetensors":
-        return _read_pickle(file)
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_tensor(key) for key in _head_keys(tensors.keys(), file)}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    try:
+    if file.suffix == ".safetensors":
+        with reading(file), safe_open(file, framework="pt") as tensors:
+            keys = list(tensors.keys())
+        keys = _head_keys(keys, file)
+        with reading(file), safe_open(file, framework="pt") as tensors:
+            return {key: tensors.get_tensor(key) for key in keys}
+    with reading(file):
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends early"
-        raise ValueError(f"{file} is no plain file of tensors and is not read further ({reason})") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} is no plain file of tensors: it holds a {type(state).__name__} of something else")
+    if other := next((key for key in state if not isinstance(key, str)), None):
+        raise ValueError(f"{file} is no plain file of tensors: it names one of them {other!r}")
     return {key: state[key] for key in _head_keys(state, file)}
 
 

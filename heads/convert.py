@@ -22,6 +22,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from medusa_apar.job import write_text
+from medusa_apar.reading import expanded, reading
+
 from . import checkpoints
 from .base_model import Base, model_shards
 from .checkpoints import HeadFile
@@ -93,7 +96,7 @@ def convert(
     heads, or the files are broken. FileNotFoundError: no heads. FileExistsError: `out` is in use. Nothing is written
     in any of these cases.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     name = _file_name(to, file_format)
     folder = out / checkpoints.SUBFOLDER if to == "apar" else out
     heads = read(source)
@@ -116,7 +119,7 @@ def convert(
 
 def read(source: str | Path) -> Heads:
     """The heads of a folder, file or Hub repository in any layout, with nothing lost."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
         raise FileNotFoundError(f"{source} is no file, folder or Hub id")
     files = checkpoints.find(path)
@@ -127,7 +130,8 @@ def read(source: str | Path) -> Heads:
             f"{source} holds {kind} heads, which exist in no other format: only Medusa heads can be converted"
         )
     state = checkpoints.read_files(files)
-    file = checkpoints.parse(state)
+    with reading(source, "cannot be converted"):
+        file = checkpoints.parse(state)
     layout = _layout(state, file, folder)
     marked = bool(config.get("original_lm_head"))
     notes = checkpoints.lies(config, file)
@@ -388,16 +392,17 @@ def _write_full_model(out: Path, state: dict[str, Tensor], config: dict, dtype: 
             whole["dtype"] = str(dtype).removeprefix("torch.")
             whole.pop("torch_dtype", None)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (built / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (built / "config.json").write_text(json.dumps(whole | config, indent=2) + "\n")
+        write_text(built / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_text(built / "config.json", json.dumps(whole | config, indent=2) + "\n")
 
 
 def _without_heads(shard: Path) -> dict[str, Tensor]:
-    if shard.suffix == ".safetensors":
-        with safe_open(shard, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if not checkpoints.PREFIX.match(key)}  # noqa: SIM118
-    tensors = torch.load(shard, map_location="cpu", weights_only=True)
-    return {key: tensor for key, tensor in tensors.items() if not checkpoints.PREFIX.match(key)}
+    with reading(shard):
+        if shard.suffix == ".safetensors":
+            with safe_open(shard, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys() if not checkpoints.PREFIX.match(key)}  # noqa: SIM118
+        tensors = torch.load(shard, map_location="cpu", weights_only=True)
+        return {key: tensor for key, tensor in tensors.items() if not checkpoints.PREFIX.match(key)}
 
 
 def _own_base(heads: Heads, why: str) -> Base:

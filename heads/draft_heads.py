@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from medusa_apar.cpu.weights import PackedMatrix, top
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.packed_linear import can_pack, pack, packed_linear
+from medusa_apar.reading import reading
 
 from . import checkpoints
 from .captured import tapped_layers
@@ -183,7 +184,9 @@ class DraftHeads(nn.Module):
     @classmethod
     def from_pretrained(cls: type[Self], path: str | os.PathLike[str], model: PreTrainedModel) -> Self:
         """Heads from a directory, file or Hub repository, as the model's dtype."""
-        return cls.from_state(*checkpoints.read(path), model)
+        state, config = checkpoints.read(path)
+        with reading(path, "cannot be used"):
+            return cls.from_state(state, config, model)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """`medusa_lm_head.safetensors` and `config.json`."""

@@ -89,6 +89,11 @@ class HydraHeads(DraftHeads):
         state = dict(state)
         if "from_states" not in state:
             raise ValueError("these are no Hydra heads: the file lacks the key 'from_states'.")
+        for key, tensor in state.items():
+            checkpoints.check_dense(key, tensor)
+        for key, dimensions in (("from_states", 3), ("taps", 1)):
+            if key in state and state[key].dim() != dimensions:
+                raise ValueError(f"the heads' file is damaged: {key!r} has the shape {list(state[key].shape)}.")
         num_heads, hidden_size, _ = state["from_states"].shape
         num_layers = sum(key.startswith("blocks.") and key.endswith(".weight") for key in state)
         taps = tuple(state.pop("taps").tolist()) if "taps" in state else ()

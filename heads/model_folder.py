@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from medusa_apar.job import with_ordinary_permissions, writing
+
 from . import checkpoints
 
 # What --force replaces of a model, and of the heads in its medusa/; other files may be anyone's.
@@ -49,22 +51,28 @@ def new_model_folder(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         built = Path(scratch) / "model"
         built.mkdir()
-        yield built
-        if folder.is_dir():
-            _remove(folder, MODEL_FILES)
-            heads = folder / checkpoints.SUBFOLDER
-            if heads.is_dir():
-                _remove(heads, (*checkpoints.FILES, "config.json"))
-                if not any(heads.iterdir()):
-                    heads.rmdir()
-            # The config last: without it the folder is no model yet.
-            files = [new for new in built.rglob("*") if new.is_file()]
-            for new in sorted(files, key=lambda new: new == built / "config.json"):
-                place = folder / new.relative_to(built)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(new, place)
-        else:
-            os.replace(built, folder)
+        with writing(folder):
+            yield built
+            with_ordinary_permissions(built)
+            _take_its_place(built, folder)
+
+
+def _take_its_place(built: Path, folder: Path) -> None:
+    if not folder.is_dir():
+        os.replace(built, folder)
+        return
+    _remove(folder, MODEL_FILES)
+    heads = folder / checkpoints.SUBFOLDER
+    if heads.is_dir():
+        _remove(heads, (*checkpoints.FILES, "config.json"))
+        if not any(heads.iterdir()):
+            heads.rmdir()
+    # The config last: without it the folder is no model yet.
+    files = [new for new in built.rglob("*") if new.is_file()]
+    for new in sorted(files, key=lambda new: new == built / "config.json"):
+        place = folder / new.relative_to(built)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new, place)
 
 
 def _remove(folder: Path, names: tuple[str, ...]) -> None:

@@ -18,6 +18,9 @@ if (Path(__file__).parent.parent / "setup.py").exists():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import display as display
+    from . import events as events
+    from . import heads as heads
     from .control_tokens import ControlTokens as ControlTokens
     from .draft_tree import DraftTree as DraftTree
     from .generate import MedusaApar as MedusaApar
@@ -38,10 +41,13 @@ _EXPORTS = {
     "attach": "generate",
     "load": "loading",
 }
+_MODULES = ("display", "events", "heads")  # for `medusa_apar.heads.MedusaHeads` after `import medusa_apar` alone
 __all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
 from transformers import LogitsProcessor
 
+from medusa_apar.reading import expanded, field, json_object
+
 CONFIG_NAME = "apar_config.json"
+MODEL_ENTRY = "apar_config"  # the same in a model's own config.json, where transformers' save_pretrained keeps it
 DEFAULT_MAX_DEPTH = 3
 
 
@@ -26,22 +29,41 @@ class ControlTokens:
     max_depth: int = DEFAULT_MAX_DEPTH
 
     def __post_init__(self):
+        for name in ("fork_id", "child_id", "max_depth"):
+            if not isinstance(value := getattr(self, name), Integral) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, must be a whole number.")
         if self.fork_id == self.child_id or min(self.fork_id, self.child_id) < 0:
             raise ValueError(
                 f"[Fork] and [Child] need two different non-negative ids, got {self.fork_id} and {self.child_id}."
             )
+        if self.max_depth < 0:
+            raise ValueError(f"max_depth is {self.max_depth}, must be 0 or more.")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ControlTokens:
-        """Reads `apar_config.json`; FileNotFoundError where there is none, ValueError where it lacks an id."""
-        path = Path(directory) / CONFIG_NAME
-        if not path.is_file():
+        """Reads `apar_config.json`, else what the model's `config.json` keeps of it.
+
+        FileNotFoundError where there is neither, ValueError where it lacks an id.
+        """
+        path, model = expanded(directory) / CONFIG_NAME, expanded(directory) / "config.json"
+        if path.exists():
+            config = json_object(path)
+        elif model.is_file() and MODEL_ENTRY in (kept := json_object(model)):
+            config, path = field(kept, MODEL_ENTRY, dict, model) or {}, model
+        else:
             raise FileNotFoundError(f"{path} does not exist, so the control tokens of this APAR model are unknown.")
-        config = json.loads(path.read_text())
-        missing = [key for key in ("fork_token_id", "child_token_id") if not isinstance(config.get(key), int)]
-        if missing:
-            raise ValueError(f"{path} does not give {' and '.join(missing)} as a number.")
-        return cls(config["fork_token_id"], config["child_token_id"], config.get("max_depth", DEFAULT_MAX_DEPTH))
+        ids = [field(config, key, int, path) for key in ("fork_token_id", "child_token_id")]
+        if None in ids:
+            raise ValueError(f"{path} does not give fork_token_id and child_token_id, two whole numbers.")
+        max_depth = field(config, "max_depth", int, path)
+        try:
+            return cls(*ids, DEFAULT_MAX_DEPTH if max_depth is None else max_depth)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def as_config(self) -> dict[str, int]:
+        """As `apar_config.json` has it."""
+        return {"max_depth": self.max_depth, "fork_token_id": self.fork_id, "child_token_id": self.child_id}
 
     def check_matches(self, vocab_size: int) -> None:
         if max(self.fork_id, self.child_id) >= vocab_size:

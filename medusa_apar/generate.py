@@ -107,6 +107,12 @@ class MedusaApar:
         drafts = f"guesses by {' and '.join(guesses)}" if guesses else "guesses nothing"
         return f"MedusaApar({type(self.model).__name__}, {self.runtime.description}, {drafts}, {forks})"
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Model, tokenizer, control ids and heads as one folder, which `medusa_apar.load` and transformers read."""
+        from .loading import save
+
+        save(self, folder)
+
     def without_heads(self) -> MedusaApar:
         """The same model, weights laid out once for both, that decodes without drafting."""
         bare = copy.copy(self)

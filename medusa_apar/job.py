@@ -6,8 +6,11 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
+import stat
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +21,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+
+TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")  # of torch.save, whose errors are RuntimeErrors
 
 
 class Job:
@@ -164,10 +170,12 @@ def _has_bf16_units() -> bool:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            with_ordinary_permissions(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -175,15 +183,52 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` whose files move into it, one by one, when the block ends well."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{threading.get_ident()}")
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        folder.mkdir(exist_ok=True)
-        for file in temporary.iterdir():
-            os.replace(file, folder / file.name)
+        with writing(folder):
+            yield temporary
+            with_ordinary_permissions(temporary)
+            folder.mkdir(exist_ok=True)
+            for file in temporary.iterdir():
+                os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(temporary)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a library raises because `path` cannot be written, as on a full disk, becomes an OSError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "for no reason given"
+        if isinstance(error, RuntimeError) and not TORCH_WRITER.search(reason):
+            raise
+        full = shutil.disk_usage(_existing(path)).free < 1 << 20
+        raise OSError(f"{path} cannot be written ({'the disk is full' if full else reason})") from error
+
+
+def with_ordinary_permissions(path: Path) -> None:
+    """A file, or all that a folder holds, made readable for whom the umask allows: safetensors writes for its owner.
+
+    The umask itself cannot be asked for without changing it, so a new file beside `path` tells.
+    """
+    probe = path.with_name(f"{path.name}-permissions")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def write_text(path: Path, text: str) -> None:

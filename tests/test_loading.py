@@ -1,6 +1,8 @@
 """`load`: what a name stands for, and that every part of it arrives in the model."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -8,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -198,8 +201,123 @@ def test_the_embedded_name_takes_weights_from_the_package(base, adapter, monkeyp
 
 
 def test_a_hub_repository_is_read_like_a_folder(base, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(base))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(base))
     assert locate("someone/tiny").base == "someone/tiny"
+
+
+def test_dtype_auto_is_the_one_that_is_stored(base):
+    tiny_model().to(torch.bfloat16).save_pretrained(base)
+    assert load(base, dtype="auto").model.dtype == torch.bfloat16
+    assert load(base).model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, {"": torch.device("cpu")}])
+def test_a_device_map_of_one_device(base, device_map):
+    assert torch.equal(logits(load(base, device_map=device_map)), tiny_model()(PROMPT).logits)
+
+
+def test_weights_on_disk_are_read_as_they_are_needed(base):
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    spread = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    apar = load(base, device_map=spread)
+    expected = tiny_model().generate(PROMPT, max_new_tokens=8, do_sample=False)
+    assert torch.equal(apar.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_revision_and_token_arrive_at_the_hub(base, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or str(base)
+    )
+    assert locate("someone/tiny", revision="v2", token="secret").revision == "v2"
+    assert asked["revision"] == "v2" and asked["token"] == "secret"
+
+
+def test_a_saved_model_forks_and_drafts_again(adapter, tmp_path):
+    MedusaHeads.random(tiny_model(), num_heads=2, seed=3).save_pretrained(tmp_path / "heads", dtype=torch.float32)
+    apar = load(adapter[0], heads=tmp_path / "heads")
+    for _ in range(2):  # onto itself too
+        apar.save_pretrained(tmp_path / "saved")
+        again = load(tmp_path / "saved")
+        assert torch.equal(logits(again), logits(apar))
+        assert again.control_token_ids == apar.control_token_ids is not None
+        assert torch.equal(again.heads.tensors().weight, apar.heads.tensors().weight)
+        assert torch.equal(logits(load(tmp_path / "saved" / "medusa")), logits(apar))
+        apar = again
+    assert torch.equal(logits(load(tmp_path / "saved", apar=None)), logits(apar))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no model"):
+        apar.save_pretrained(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_what_transformers_saves_of_a_loaded_model_forks_again(adapter, tmp_path):
+    apar = load(adapter[0])
+    apar.model.save_pretrained(tmp_path / "saved")
+    apar.tokenizer.save_pretrained(tmp_path / "saved")
+    assert load(tmp_path / "saved").control_token_ids == apar.control_token_ids is not None
+    assert ControlTokens.from_pretrained(tmp_path / "saved") == apar.control_token_ids
+    assert load(tmp_path / "saved", apar=None).control_token_ids is None
+
+
+def test_paths_of_every_kind(tmp_path, monkeypatch):
+    folder = tmp_path / "a böse name"
+    tiny_model().save_pretrained(folder)
+    save_tokenizer(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in (folder, str(folder), f"~/{folder.name}", f"./{folder.name}", f"{folder}/", Path(folder.name)):
+        assert torch.equal(logits(load(name)), tiny_model()(PROMPT).logits)
+    write_tiny_gguf(tmp_path / "TINY.GGUF")
+    assert load("~/TINY.GGUF").model.config.vocab_size == load(tmp_path / "TINY.GGUF").tokenizer.vocab_size
+
+
+def test_every_part_of_the_package_is_there_after_one_import():
+    script = "import medusa_apar; print(medusa_apar.heads.MedusaHeads, medusa_apar.events, medusa_apar.display)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+    script = "import sys; from medusa_apar import cli; cli.parser().format_help(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+# ---- weights that are not the model's
+
+
+def without(name):
+    state = tiny_model().state_dict()
+    del state[name]
+    return state
+
+
+def test_missing_weights_are_not_made_up(base):
+    save_file(
+        {k: v.clone() for k, v in without("lm_head.weight").items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    assert torch.equal(logits(load(base)), tiny_model()(PROMPT).logits)  # tied to the embedding
+    state = without("model.layers.1.mlp.up_proj.weight")
+    del state["lm_head.weight"]
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"base lacks 1 of the model's weights, model.layers.1.mlp.up_proj.weight"):
+        load(base)
+    state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"1 of .* in another shape: .*up_proj.weight for one has \[3, 3\] and needs \[32, 16\]"
+    ):
+        load(base)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"base cannot be read \(.*no file named"):
+        load(base)
+
+
+@pytest.mark.parametrize(
+    "place", ["../outside.safetensors", "/outside.safetensors", "", 5, "inner/../../x.safetensors"]
+)
+def test_an_index_names_no_file_outside_of_its_folder(base, place):
+    index = {"weight_map": dict.fromkeys(tiny_model().state_dict(), place)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json says that .* which is no file of its folder"):
+        load(base)
 
 
 # ---- what is refused, before any weight is read
@@ -207,10 +325,10 @@ def test_a_hub_repository_is_read_like_a_folder(base, monkeypatch):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise AssertionError("weights were read before the arguments were checked")
 
-    monkeypatch.setitem(load.__globals__, "_model", fail)
+    monkeypatch.setitem(load.__globals__, "read_model", fail)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -221,7 +339,7 @@ class TestRefusals:
                 load(name)
 
     def test_unknown_name(self, monkeypatch):
-        def offline(name, allow_patterns):
+        def offline(name, **options):
             raise LocalEntryNotFoundError("cannot reach the Hub\nand more")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
@@ -248,6 +366,34 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match="names /gone as its base model, but /gone does not exist"):
             load(tmp_path)
 
+    def test_an_adapter_without_weights(self, adapter):
+        (adapter[0] / "adapter_model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match="adapter holds adapter_config.json, but neither adapter_model"):
+            load(adapter[0])
+
+    def test_an_adapter_among_a_models_weights(self, base, adapter):
+        (base / "adapter_config.json").write_text((adapter[0] / "adapter_config.json").read_text())
+        with pytest.raises(ValueError, match="holds a model's weights and an adapter too"):
+            load(base)
+
+    @pytest.mark.parametrize("named", [(".",), ("",), ("../two", "../one"), ("../two", "../two")])
+    def test_bases_that_go_round_in_circles(self, tmp_path, named):
+        for folder, base in zip(("one", "two"), named, strict=False):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match="builds on|names a base model"):
+            load(tmp_path / "one")
+
+    def test_several_gpus(self, base):
+        with pytest.raises(NotImplementedError, match="over 2 GPUs.*vLLM"):
+            load(base, device_map={"model.embed_tokens": 0, "model.layers": "cuda:1", "lm_head": "cpu"})
+        with pytest.raises(ValueError, match="device or device_map, not both"):
+            load(base, device_map="auto", device="cpu")
+
+    def test_a_revision_of_a_folder(self, base):
+        with pytest.raises(ValueError, match="revision='main' is of a Hub repository"):
+            load(base, revision="main")
+
     def test_control_tokens_insisted_on_but_missing(self, base):
         with pytest.raises(ValueError, match="has no control tokens"):
             load(base, apar=True)
@@ -263,7 +409,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64])
     def test_dtype(self, base, dtype):
-        with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
+        with pytest.raises(ValueError, match="must be float32, bfloat16, float16 or auto"):
             load(base, dtype=dtype)
 
 

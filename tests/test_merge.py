@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from medusa_apar import cli
@@ -225,9 +226,151 @@ def test_a_failed_merge_leaves_nothing(tmp_path):
     base = make_base(tmp_path / "base", True)
     make_adapter(base, tmp_path / "adapter", [3, 4], (3, 4))
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="adapter_model.safetensors is damaged"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors cannot be read"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+# ---- every kind of LoRA
+
+ADAPTERS = {
+    "the unembedding": {"target_modules": ["q_proj", "lm_head"]},
+    "the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "both ends": {"target_modules": ["lm_head", "embed_tokens"]},
+    "both ends, kept tied": {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
+    "a whole unembedding": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "a whole embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "a whole norm": {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+    "everything linear": {"target_modules": "all-linear"},
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "dora on the unembedding": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "rslora": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+    "patterns": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 9}},
+    "biases": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+}
+
+
+def lora_of(base, folder, **options):
+    """A random adapter, every trained number of it other than the base's; returns its logits before any merging."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(torch.randn_like(parameter))
+    tuned.save_pretrained(folder)
+    with torch.no_grad():
+        return tuned(prompt([3, 4])).logits
+
+
+def biased_base(folder, tied):
+    make_base(folder, tied)
+    config = LlamaConfig.from_pretrained(folder)
+    config.attention_bias, config.initializer_range = True, 0.3
+    torch.manual_seed(2)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, about ties
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_computes_the_same_when_merged(tmp_path, kind, tied):
+    base = biased_base(tmp_path / "base", tied)
+    expected = lora_of(base, tmp_path / "adapter", **ADAPTERS[kind])
+    assert not torch.allclose(expected, logits(AutoModelForCausalLM.from_pretrained(base), [3, 4]), atol=0.01)
+    torch.testing.assert_close(logits(load(tmp_path / "adapter").model, [3, 4]), expected, rtol=1e-4, atol=1e-4)
+    out = merge(tmp_path / "adapter", tmp_path / "merged")
+    for again in (AutoModelForCausalLM.from_pretrained(out), load(out).model):
+        torch.testing.assert_close(logits(again, [3, 4]), expected, rtol=1e-4, atol=1e-4)
+    load(out).save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(load(tmp_path / "saved").model, [3, 4]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_that_peft_cannot_merge_is_refused(tmp_path):
+    base = make_base(tmp_path / "base", True)
+    lora_of(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"], trainable_token_indices=[3, 4])
+    with pytest.raises(NotImplementedError, match="changes lm_head in two ways at once, which peft cannot merge"):
+        load(tmp_path / "adapter")
+
+
+def renamed(state):
+    return {key.replace("q_proj", "query"): value for key, value in state.items()}
+
+
+def of_another_rank(state):
+    return {key: (value[:2] if "lora_A" in key else value[:, :2]).contiguous() for key, value in state.items()}
+
+
+MISFITS = {
+    "renamed layers": (renamed, r"lacks 4 of the tensors, .*q_proj.lora_A"),
+    "a missing tensor": (lambda state: dict(list(state.items())[1:]), r"lacks 1 of the tensors, .*lora_A"),
+    "half of each pair": (lambda state: {k: v for k, v in state.items() if "lora_A" in k}, r"lacks 2 .*lora_B"),
+    "nothing": (lambda state: {}, "lacks 4 of the tensors"),
+    "a tensor too many": (
+        lambda state: state | {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)},
+        r"of which the model has no 1 of the tensors, .*layers\.7",
+    ),
+    "another rank": (of_another_rank, "size mismatch for .*lora_A"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path, misfit):
+    change, words = MISFITS[misfit]
+    base = make_base(tmp_path / "base", True)
+    lora_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    for use in (lambda: load(tmp_path / "adapter"), lambda: merge(tmp_path / "adapter", tmp_path / "out")):
+        with pytest.raises(ValueError, match=f"adapter does not fit its base model.*{words}") as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_larger_or_smaller_model_is_refused(tmp_path):
+    base = make_base(tmp_path / "base", True)
+    lora_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    for layers in (1, 3):
+        config = LlamaConfig.from_pretrained(base, num_hidden_layers=layers)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+        with pytest.raises(ValueError, match="does not fit its base model"):
+            load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_type": "SORCERY"}, "peft_type is 'SORCERY' in .*adapter_config.json, which the installed peft"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}, "is of kind PROMPT_TUNING.*cannot be merged"),
+        ({"target_modules": ["wq"]}, "does not fit its base model.*wq"),
+        ({"trainable_token_indices": [10**9]}, "it trains the row of id 1000000000, and the model has 32"),
+    ],
+)
+def test_an_adapter_config_that_cannot_be_merged_is_refused(tmp_path, change, words):
+    base = make_base(tmp_path / "base", True)
+    lora_of(base, tmp_path / "adapter", target_modules=["q_proj"])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path / "adapter")
+
+
+def test_warnings_of_peft_reach_the_user(tmp_path):
+    base = make_base(tmp_path / "base", True)
+    with pytest.warns(UserWarning, match="tied layer"):
+        lora_of(base, tmp_path / "adapter", target_modules=["lm_head"])
+    with pytest.warns(UserWarning, match="tied layer"):
+        load(tmp_path / "adapter")
 
 
 @pytest.mark.real

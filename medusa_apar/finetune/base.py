@@ -40,17 +40,17 @@ def load_base(
 
     ValueError where the tokenizer has no chat template or no end-of-text token to train with.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from medusa_apar.loading import read_model, read_tokenizer
 
     place = str(hub.embedded_model_dir(name)) if name in hub.EMBEDDED else name
-    tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    tokenizer: Any = read_tokenizer(place, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ValueError(f"{name} has no chat template: its tokenizer must say how a conversation is written.")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name} has no end-of-text token, so no thread could end.")
     texts = control or spare_tokens(tokenizer) or ADDED
     unknown = [text for text in texts if text not in tokenizer.get_vocab()]
-    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=trust_remote_code)
+    model: Any = read_model(place, dtype, trust_remote_code=trust_remote_code)
     check_model(model)  # what cannot decode in threads need not learn them
     if unknown:
         tokenizer.add_special_tokens({"additional_special_tokens": list(texts)})

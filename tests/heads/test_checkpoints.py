@@ -1,6 +1,7 @@
 """Every head file layout found in the wild, read back to the same tensors."""
 
 import json
+import traceback
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from medusa_apar.heads import MedusaHeads
+from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
 from medusa_apar.heads.checkpoints import normalise
 
 HIDDEN, VOCABULARY = 16, 37
@@ -185,8 +186,10 @@ def test_a_pickle_runs_no_code(tmp_path, model):
             return (open, (str(tmp_path / "written"), "w"))
 
     torch.save({"0.0.linear.weight": Malicious()}, tmp_path / "medusa_lm_head.pt")
-    with pytest.raises(ValueError, match="is no plain file of tensors"):
+    with pytest.raises(ValueError, match="is no plain file of tensors") as error:
         MedusaHeads.from_pretrained(tmp_path, model)
+    # Torch says here how to run it all the same; not even the traceback may.
+    assert "weights_only" not in "".join(traceback.format_exception(error.value))
     assert not (tmp_path / "written").exists()
 
 
@@ -206,6 +209,71 @@ def test_broken_files_are_refused(change, words):
     change(state)
     with pytest.raises(ValueError, match=words):
         normalise(state)
+
+
+def expanded():
+    return torch.zeros(1).expand(10**6, 10**6)  # some bytes in a file, terabytes once it is copied
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "words"),
+    [
+        ("0.100000000.linear.weight", torch.zeros(HIDDEN, HIDDEN), "at most 32 of 8"),
+        ("0.100000000.weight", torch.zeros(VOCABULARY, HIDDEN), "at most 32 of 8"),
+        ("100000000.0.linear.weight", torch.zeros(HIDDEN, HIDDEN), "numbered from 0 without gaps"),
+        (f"0.{'9' * 5000}.linear.weight", torch.zeros(HIDDEN, HIDDEN), "not a Medusa head file"),
+        ("0.0.linear.weight", torch.tensor(1.0), "is torch.float32 of shape|has a weight of shape"),
+        ("0.0.linear.weight", torch.zeros(HIDDEN, HIDDEN).to_sparse(), "no dense tensor"),
+        ("0.0.linear.weight", torch.zeros(HIDDEN, HIDDEN, dtype=torch.long), "of dtype torch.int64|is torch.int64"),
+        ("0.0.linear.weight", expanded(), "no dense tensor"),
+        ("0.1.weight", torch.tensor(1.0), "of shape|need all or none"),
+        ("token_map", torch.tensor(3), "must be a list of ids"),
+        ("token_map", torch.tensor([-1, 3]), "must be a list of ids"),
+        ("token_map", torch.tensor([True, False]), "must be a list of ids"),
+        (7, torch.zeros(1), "it names one of them 7"),
+        ("0.0.linear.weight", 5, "something else"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_key_or_tensor_out_of_bounds_is_refused_before_anything_is_allocated(
+    tmp_path, model, key, tensor, words, own
+):
+    torch.save(state_dict(2, 1, own) | {key: tensor}, tmp_path / "medusa_lm_head.pt")
+    for read in (load_heads, MedusaHeads.from_pretrained):
+        with pytest.raises(ValueError, match=words) as error:
+            read(tmp_path, model)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["from_states", "taps", "from_token.0", "bias", "blocks.0.weight"])
+@pytest.mark.parametrize("tensor", [torch.tensor(1), torch.eye(2).to_sparse(), torch.zeros(1).expand(9, 9, 10**9)])
+def test_a_tensor_of_hydra_heads_out_of_bounds_is_refused(tmp_path, model, key, tensor):
+    HydraHeads.random(model, 2, taps=(0,)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "medusa_lm_head.safetensors")
+    (tmp_path / "medusa_lm_head.safetensors").unlink()
+    torch.save(state | {key: tensor}, tmp_path / "medusa_lm_head.pt")
+    with pytest.raises(ValueError, match="damaged|no dense tensor"):
+        load_heads(tmp_path, model)
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "/outside.safetensors", "a/../../b.safetensors", "", 5])
+def test_an_index_names_no_file_outside_of_its_folder(tmp_path, model, place):
+    (tmp_path / "in").mkdir()
+    save_file(state_dict(1, 1, False), tmp_path / "outside.safetensors")
+    index = {"weight_map": {"medusa_head.0.0.linear.weight": place}}
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json says that .* which is no file of its folder"):
+        load_heads(tmp_path / "in", model)
+
+
+def test_files_of_an_index_may_be_links_as_in_the_hubs_cache(tmp_path, model):
+    (tmp_path / "in").mkdir()
+    state = state_dict(1, 1, False)
+    save_file({f"medusa_head.{key}": value for key, value in state.items()}, tmp_path / "blob")
+    (tmp_path / "in" / "1.safetensors").symlink_to(tmp_path / "blob")
+    index = {"weight_map": {f"medusa_head.{key}": "1.safetensors" for key in state}}
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_holds(load_heads(tmp_path / "in", model), state)
 
 
 def test_heads_of_another_model_are_refused(tmp_path, model):

@@ -340,8 +340,8 @@ def test_damaged_files_are_one_sentence(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     for name, content, words in [
         ("medusa_lm_head.pt", b"not a pickle", "no plain file of tensors"),
-        ("medusa_lm_head.pt", b"", "no plain file of tensors"),
-        ("medusa_lm_head.safetensors", b"\x10", "damaged or no safetensors file"),
+        ("medusa_lm_head.pt", b"", "it ends early"),
+        ("medusa_lm_head.safetensors", b"\x10", "medusa_lm_head.safetensors cannot be read"),
         ("config.json", b"{", "config.json is not valid JSON"),
     ]:
         (tmp_path / "a" / name).write_bytes(content)
