@@ -9,8 +9,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +55,8 @@ class Job:
     ) -> None:
         self._progress.stop()
         if error is not None:
-            self.log("stopped", reason=f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # a full disk, say, of which `error` already tells
+                self.log("stopped", reason=f"{type(error).__name__}: {error}")
 
     @property
     def seconds(self) -> float:
@@ -184,6 +185,27 @@ def filling(folder: Path) -> Iterator[Path]:
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(temporary)
+
+
+def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A line of JSON per row at the end of a file: all of them, or none where the disk is full."""
+    left = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def cut_half_a_line(path: Path) -> None:
+    """Takes away what a killed run left behind the last line's end."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def write_text(path: Path, text: str) -> None:

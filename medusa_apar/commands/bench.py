@@ -40,9 +40,8 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from pathlib import Path
 
-from .arguments import number
+from .arguments import number, out_folder
 
 HELP = "time systems side by side on the same prompts"
 
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default, vicuna, mt, spec, gsm8k, humaneval, or JSON lines (default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", default=["hf", "ours-ar", "threads", "heads", "ours"], metavar="NAME",
         help="the first one is what the others are compared with (default: all of ours, and hf)")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="folder of the results")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
     add("--repeat", type=number(int, 1), default=1, metavar="N", help="times of every answer (default: %(default)s)")

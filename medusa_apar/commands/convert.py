@@ -23,6 +23,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .arguments import out_folder
+
 HELP = "turn Medusa heads into another file layout"
 
 
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder, head file or Hub id of the heads")
     add("--to", required=True, choices=("v1", "v2", "vllm", "medusa2", "apar"), help="layout to write")
-    add("--out", required=True, metavar="DIR", help="folder to write into")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="folder to write into")
     add(
         "--base",
         metavar="NAME",

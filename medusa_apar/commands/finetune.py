@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import number
+from .arguments import add_bad_lines, number, out_folder
 
 HELP = "teach a chat model to fork (LoRA)"
 
@@ -32,7 +32,7 @@ def data_share(text: str) -> tuple[Path, float | None]:
         value = float(share)
     except ValueError:
         value = 0.0
-    if value <= 0:
+    if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} must be a folder, or folder=share with a share above 0")
     return Path(folder), value
 
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", default="smollm2-135m", help="model to tune: name, folder or Hub id (default: %(default)s)")
     add("--data", type=data_share, nargs="+", required=True, metavar="DIR[=SHARE]", help="of `medusa-apar data`")
-    add("--out", type=Path, required=True, metavar="DIR", help="where adapter, log and report go")
+    add_bad_lines(parser)
+    add("--out", type=out_folder, required=True, metavar="DIR", help="where adapter, log and report go")
     add("--init", type=Path, metavar="ADAPTER", help="go on from this adapter instead of from nothing")
     add("--control-tokens", nargs=2, metavar=("FORK", "CHILD"),
         help="texts of the two control tokens (default: spare ones of the vocabulary, else two new ones)")  # fmt: skip
@@ -113,5 +114,6 @@ def run(args: argparse.Namespace) -> int:
             save_every=args.save_every,
             evaluate_every=args.evaluate_every,
             trust_remote_code=args.trust_remote_code,
+            skip_bad=args.bad_lines == "skip",
         )
     return 0

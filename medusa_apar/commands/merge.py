@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import out_folder
+
 HELP = "merge an adapter into its base model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("adapter", metavar="ADAPTER", help="adapter folder, Hub id or embedded name")
-    add("--out", required=True, metavar="DIR", help="folder to write into")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="folder to write into")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the base's)")
     add("--force", action="store_true", help="replace the model that --out holds; its other files stay")
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")

@@ -20,9 +20,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import number
+from .arguments import add_bad_lines, check_files, number, out_folder
 
 if TYPE_CHECKING:
+    from medusa_apar.finetune.corpus import Drops
     from medusa_apar.generate import MedusaApar
     from medusa_apar.heads.answers import AnswerFile
     from medusa_apar.job import Job
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="name, folder (an adapter, too) or Hub id (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
-    add("--out", type=Path, required=True, metavar="DIR", help="where heads, log and report go")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="where heads, log and report go")
 
     data = parser.add_argument_group("data, at least one of the first three")
     add = data.add_argument
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-copied", type=count, default=600, metavar="N",
         help="tokens of a prompt and its copied answer; longer ones are left out (default: %(default)s)")  # fmt: skip
     add("--answer-batch", type=count, default=16, metavar="N", help="prompts answered at a time (default: %(default)s)")
-    add("--skip-bad", action="store_true", help="skip lines of --copy that cannot be read instead of refusing them")
+    add_bad_lines(data)
 
     heads = parser.add_argument_group("heads")
     add = heads.add_argument
@@ -93,9 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not (args.prompts or args.answers or args.copy):
         raise ValueError("there is nothing to learn from: give --prompts, --answers or --copy")
-    for path in (*args.prompts, *args.answers, *args.copy):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
+    check_files([*args.prompts, *args.answers, *args.copy])
     if args.start == "ridge" and args.kind == "medusa" and not args.taps:
         raise ValueError("--start ridge needs an input layer: --kind hydra, or --taps")
     if args.init and not Path(args.init).exists():
@@ -106,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging
 
+    from medusa_apar.finetune.corpus import Drops
     from medusa_apar.heads.answers import AnswerFile
     from medusa_apar.heads.ask import read_prompts
     from medusa_apar.heads.draft_heads import unembedding_size
@@ -118,9 +118,10 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     check_out(args.out)
-    given = AnswerFile.read(*args.answers)
-    prompts = read_prompts(args.prompts) if args.prompts else []
-    examples = _examples(args)
+    drops = Drops(skip_bad=args.bad_lines == "skip")
+    given = AnswerFile.read(*args.answers, drops=drops)
+    prompts = read_prompts(args.prompts, drops) if args.prompts else []
+    examples = _examples(args, drops)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = Settings(
         kind=args.kind,
@@ -144,51 +145,62 @@ def run(args: argparse.Namespace) -> int:
     apar = load(args.model, heads=None, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
     given.check_ids(unembedding_size(apar.model)[0])
     with Job(args.out, "train-heads", vars(args)) as job:
-        file = _records(apar, args, prompts, given.records, examples, job)
+        file = _records(apar, args, prompts, given.records, examples, drops, job)
         torch.set_num_threads(1 if threads > 1 else threads)  # workers are single-threaded and side by side
         train(apar.model, file, args.out, settings, job)
         job.say(f"heads are in {args.out}")
     return 0
 
 
-def _examples(args: argparse.Namespace) -> list[Any]:
+def _examples(args: argparse.Namespace, drops: Drops) -> list[Any]:
     import random
 
     from medusa_apar.finetune.corpus import read_examples
 
-    examples = list(read_examples(args.copy, skip_bad=args.skip_bad)) if args.copy else []
+    examples = list(read_examples(args.copy, drops)) if args.copy else []
     random.Random(args.seed).shuffle(examples)
     return examples
 
 
 def _records(
-    apar: MedusaApar, args: argparse.Namespace, prompts: list, given: list[dict], examples: list, job: Job
+    apar: MedusaApar,
+    args: argparse.Namespace,
+    prompts: list,
+    given: list[dict],
+    examples: list,
+    drops: Drops,
+    job: Job,
 ) -> AnswerFile:
     """All records to learn from: the model's own answers, those given, then the corpora's."""
     from itertools import islice
 
     from medusa_apar.heads.answers import AnswerFile, fingerprint, loops
-    from medusa_apar.heads.ask import ANSWERS, Limits, ask, copied_records, keep_settings
+    from medusa_apar.heads.ask import ANSWERS, Limits, ask, copied_records, encoded_prompts, keep_settings
     from medusa_apar.heads.draft_heads import unembedding_size
 
+    copied = list(islice(copied_records(apar, examples, args.max_copied, drops), args.copy_count))
     own: list[dict] = []
+    too_long = 0
     if prompts:
-        settings = {name: str(getattr(args, name)) for name in ("prompts", "max_prompt", "max_new_tokens", "seed")}
-        keep_settings(args.out, settings | {"model_fingerprint": fingerprint(apar.model)[:16]})
         minutes = float("inf") if args.answer_minutes is None else args.answer_minutes
         limits = Limits(args.count, args.max_prompt, args.max_new_tokens, args.answer_batch, minutes, args.seed)
+        encoded, too_long = encoded_prompts(apar.tokenizer, prompts, limits, drops)
+        settings = {name: str(getattr(args, name)) for name in ("prompts", "max_prompt", "max_new_tokens", "seed")}
+        keep_settings(args.out, settings | {"model_fingerprint": fingerprint(apar.model)[:16]})
         path = args.out / ANSWERS
         # Once training has begun its answers are settled, even if --answer-minutes cut them short.
         if not ((args.out / "train" / "state.pt").exists() and path.exists()):
-            ask(apar, prompts, path, limits, job)
+            ask(apar, encoded, path, limits, job)
         answered = AnswerFile.read(path)
         answered.check_ids(unembedding_size(apar.model)[0])
         own = answered.records
 
     sound = [record for record in own + given if not loops(record)]
-    copied = list(islice(copied_records(apar, examples, args.max_copied), args.copy_count))
     looping = len(own) + len(given) - len(sound)
-    job.log("records", answered=len(own), given=len(given), copied=len(copied), looping=looping)
+    counts = {"answered": len(own), "given": len(given), "copied": len(copied), "looping": looping}
+    job.log("records", **counts, too_long=too_long, left_out=drops.as_report())
+    if drops.counts:
+        job.say(f"left out: {drops}")
     job.say(f"{len(sound)} answers ({looping} more loop and are left out) and {len(copied)} corpus answers")
     if not sound and not copied:
         raise ValueError("there is nothing to learn from: every answer is empty, too long or loops")
