@@ -8,6 +8,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -160,6 +162,30 @@ def _has_bf16_units() -> bool:
     """oneDNN also emulates bfloat16 on processors without the instructions, slowly."""
     info = Path("/proc/cpuinfo")
     return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def quiet() -> None:
+    """Of the libraries' own messages only errors are shown, and bars only on a terminal, where a download is seen."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # the Hub's too
+    if sys.stderr.isatty():
+        enable_progress_bars()
+
+
+@contextmanager
+def slow(what: str, seconds: float = 2.0) -> Iterator[None]:
+    """Says on a terminal what is being waited for, once it has taken so long."""
+    timer = threading.Timer(seconds, print, [f"{what} ..."], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
