@@ -180,7 +180,8 @@ def _checked_record(line: bytes) -> dict:
             sound &= thread["parent"] < index and thread["fork_index"] < len(parent)
             sound &= len(thread["token_ids"]) > 0
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"no answer record with prompt_ids and threads, {type(error).__name__} {error}") from error
+        why = f"it lacks {error}" if isinstance(error, KeyError) else "its fields have other types"
+        raise ValueError(f"no answer record with prompt_ids and threads, {why}") from error
     if not sound:
         raise ValueError("an answer record whose ids, parents or fork indices are impossible")
     return record

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from medusa_apar.chat import Message, encode_messages, left_padded
-from medusa_apar.finetune.corpus import Drops, Example, as_messages, file_records, is_text
+from medusa_apar.finetune.corpus import Drops, Example, as_messages, file_records
 from medusa_apar.finetune.packing import Tokens, tokenize_example
 from medusa_apar.finetune.rules import Thread, splice
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, append_lines, cut_half_a_line, write_text
-from medusa_apar.json_files import numbered_lines, parse, read_object
+from medusa_apar.json_files import is_text, numbered_lines, parse, read_object
 from medusa_apar.paragraph_tree import ParagraphTree
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"  # in a job's folder: answers, and what they were made with

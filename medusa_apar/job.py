@@ -213,6 +213,21 @@ def filling(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary)
 
 
+def read_checkpoint(path: Path, device: Any, needed: Sequence[str]) -> dict[str, Any]:
+    """A state that a command saved; ValueError where it is damaged or lacks one of the `needed` entries."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or not set(needed) <= set(state):
+            raise ValueError(f"it lacks one of {', '.join(needed)}")
+    except OSError:
+        raise
+    except Exception:  # its dozen kinds; their words would advise to run whatever code the file holds
+        raise ValueError(f"{path} is damaged: delete it to start anew, or give another --out") from None
+    return state
+
+
 def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """A line of JSON per row at the end of a file: all of them, or none where the disk is full."""
     left = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))

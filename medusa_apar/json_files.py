@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 MOST_RECORD = 1 << 26  # bytes of a line, of an array's record and of an object: a book has one to five million
 CHUNK = 1 << 20
 LIMIT = f"{MOST_RECORD >> 20} MiB"
+UNREADABLE = (EOFError, zlib.error, gzip.BadGzipFile)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -25,10 +26,21 @@ def parse(text: str | bytes) -> Any:
         return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
     except UnicodeDecodeError as error:
         raise ValueError(f"broken text, {error}") from error
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON, {error}") from error
+    except ValueError as error:  # Python's own limit
+        raise ValueError("broken JSON, a number has thousands of digits") from error
     except RecursionError as error:
         raise ValueError("broken JSON, it nests too deeply") from error
+
+
+def is_text(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can spell and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -64,13 +76,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with opener(path, "rb") as file:
             yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read to its end: {error}") from error
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
-    while line := file.readline(MOST_RECORD + 1):
+    while line := _line(file, path, number):
         number += 1
         if len(line) > MOST_RECORD:
             raise ValueError(f"{path}:{number} is longer than {LIMIT}: write one record a line")
@@ -78,6 +90,13 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
             yield number, line
+
+
+def _line(file: BinaryIO, path: Path, number: int) -> bytes:
+    try:
+        return file.readline(MOST_RECORD + 1)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read after line {number}: {error}") from error
 
 
 def _is_array(file: BinaryIO) -> bool:

@@ -42,26 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_files(args.prompts)
 
-    from transformers.utils import logging
-
     from medusa_apar.finetune.corpus import Drops
     from medusa_apar.finetune.own_answers import Sampling, own_answers
     from medusa_apar.heads.ask import Limits, read_prompts
-    from medusa_apar.job import Job, fast_dtype
+    from medusa_apar.job import Job, fast_dtype, quiet, slow
     from medusa_apar.loading import load
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     drops = Drops(skip_bad=args.bad_lines == "skip")
     prompts = read_prompts(args.prompts, drops)
     dtype = fast_dtype() if args.dtype == "auto" else args.dtype
-    apar = load(
-        args.model,
-        heads=None,
-        apar=True if args.tuned else None,
-        dtype=dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
+    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    with slow(f"loading {args.model}"):
+        apar = load(args.model, heads=None, apar=True if args.tuned else None, **options)
     limits = Limits(args.count, args.max_prompt, args.max_new_tokens, args.batch, args.max_minutes, args.seed)
     settings = {key: value for key, value in vars(args).items() if key != "command"}
     with Job(args.out, "answer", settings) as job:

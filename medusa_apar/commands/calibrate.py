@@ -44,23 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=number(int, 1), default=200, metavar="N", help="prompts or answers (default: %(default)s)")
     add("--max-new-tokens", type=number(int, 1), default=320, metavar="N", help="of an answer (default: %(default)s)")
     add("--batch", type=number(int, 1), default=16, metavar="N", help="prompts at once (default: %(default)s)")
-    add("--top-k", type=number(int, 1), default=10, metavar="N", help="guesses per head (default: %(default)s)")
-    add("--nodes", type=number(int, 1), default=64, metavar="N", help="largest tree looked at (default: %(default)s)")
+    add("--top-k", type=number(int, 1, 1024), default=10, metavar="N", help="guesses per head (default: %(default)s)")
+    add(
+        "--nodes",
+        type=number(int, 1, 1024),
+        default=64,
+        metavar="N",
+        help="largest tree looked at (default: %(default)s)",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="of the prompts' order (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
 
 
 def run(args: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
     from ..finetune.corpus import Drops
     from ..heads import calibrate, checkpoints
     from ..heads.answers import fingerprint, loops
     from ..heads.ask import ANSWERS, Limits, check_same_answers, encoded_prompts, keep_settings, read_prompts
     from ..heads.calibration_plot import plot
     from ..heads.draft_heads import unembedding_size
-    from ..job import Job
+    from ..job import Job, quiet, slow
     from ..loading import load, locate
 
     check_files(args.prompts or args.answers)
@@ -82,9 +86,9 @@ def run(args: argparse.Namespace) -> int:
         read = calibrate.AnswerFile.read(*args.answers, drops=drops)
         if not read.records:
             raise ValueError(f"{args.answers[0]} holds no answers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    apar = load(args.model, heads=folder, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    quiet()
+    with slow(f"loading {args.model}"):
+        apar = load(args.model, heads=folder, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     heads = apar.heads
     assert heads is not None
     with Job(args.out, "calibrate", vars(args)) as job:

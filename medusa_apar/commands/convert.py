@@ -50,16 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from transformers.utils import logging
 
     from medusa_apar.heads.convert import convert
+    from medusa_apar.job import quiet, slow
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    read, written, notes = convert(
-        args.source, args.to, args.out, base=args.base, dtype=dtype, file_format=args.format, force=args.force
-    )
+    options = {"base": args.base, "dtype": dtype, "file_format": args.format, "force": args.force}
+    with slow(f"converting {args.source}"):
+        read, written, notes = convert(args.source, args.to, args.out, **options)
     for note in notes:
         print(f"medusa-apar: {note}", file=sys.stderr)
     print(f"read   {read}\nwrote  {written}")

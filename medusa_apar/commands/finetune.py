@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_bad_lines, number, out_folder
+from .arguments import MOST_THREADS, add_bad_lines, number, out_folder
 
 HELP = "teach a chat model to fork (LoRA)"
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--epochs", type=number(float, 0, open_low=True), default=1.0, help="passes over them (default: %(default)s)")
     add("--max-minutes", type=number(float, 0, open_low=True), metavar="M", help="the schedule ends here at the latest")
-    add("--rank", type=number(int, 1), default=16, help="of LoRA (default: %(default)s)")
+    add("--rank", type=number(int, 1, 4096), default=16, help="of LoRA (default: %(default)s)")
     add("--lr", type=number(float, 0, open_low=True), default=5e-4, help="peak, of LoRA (default: %(default)s)")
     add("--row-lr", type=number(float, 0, open_low=True), default=2e-3, metavar="LR",
         help="peak, of the two control rows (default: %(default)s)")  # fmt: skip
@@ -65,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--update-tokens", type=number(int, 1), default=4096, metavar="N", help="of an update (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the frozen base; what is trained is float32 (default: bfloat16 where it is fast)")  # fmt: skip
-    add("--workers", type=number(int, 1), metavar="N", help="rows worked on at a time on a CPU (default: one a core)")
+    add(
+        "--workers",
+        type=number(int, 1, MOST_THREADS),
+        metavar="N",
+        help="rows worked on at a time on a CPU (default: one a core)",
+    )
     add("--save-every", type=number(int, 1), default=20, metavar="N", help="updates (default: %(default)s)")
     add("--evaluate-every", type=number(int, 1), default=40, metavar="N", help="updates (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the draw (default: %(default)s)")
@@ -81,13 +86,10 @@ def run(args: argparse.Namespace) -> int:
     if args.init and not (args.init / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{args.init} holds no adapter_config.json")
 
-    from transformers.utils import logging
-
     from medusa_apar.finetune.train import Settings, finetune
-    from medusa_apar.job import Job, fast_dtype
+    from medusa_apar.job import Job, fast_dtype, quiet
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     settings = Settings(
         rank=args.rank,
         lr=args.lr,

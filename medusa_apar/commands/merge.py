@@ -31,15 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from transformers.utils import logging
 
     from medusa_apar.finetune.merge import merge
     from medusa_apar.heads.checkpoints import SUBFOLDER
+    from medusa_apar.job import quiet, slow
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    out = merge(args.adapter, args.out, dtype, args.force, args.trust_remote_code)
+    with slow(f"merging {args.adapter}"):
+        out = merge(args.adapter, args.out, dtype, args.force, args.trust_remote_code)
     heads = " and heads" if (out / SUBFOLDER).is_dir() else ""
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"wrote  model, tokenizer{heads}, {size:,} bytes, {out}")

@@ -20,9 +20,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_bad_lines, check_files, number, out_folder
+from .arguments import MOST_THREADS, add_bad_lines, check_files, number, out_folder
 
 if TYPE_CHECKING:
+    import torch
+
     from medusa_apar.finetune.corpus import Drops
     from medusa_apar.generate import MedusaApar
     from medusa_apar.heads.answers import AnswerFile
@@ -61,8 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = heads.add_argument
     add("--kind", choices=("medusa", "hydra"), default="medusa",
         help="independent heads, or each seeing the tokens drafted before it (default: %(default)s)")  # fmt: skip
-    add("--num-heads", type=count, default=4, metavar="N", help="tokens guessed ahead (default: %(default)s)")
-    add("--num-layers", type=count, default=1, metavar="N", help="residual blocks of a head (default: %(default)s)")
+    add(
+        "--num-heads",
+        type=number(int, 1, 64),
+        default=4,
+        metavar="N",
+        help="tokens guessed ahead (default: %(default)s)",
+    )
+    add(
+        "--num-layers",
+        type=number(int, 1, 64),
+        default=1,
+        metavar="N",
+        help="residual blocks of a head (default: %(default)s)",
+    )
     add("--draft-vocab", type=number(int, 0), default=8192, metavar="N",
         help="ids that heads can propose, the answers' most frequent; 0: all (default: %(default)s)")  # fmt: skip
     add("--taps", type=number(int, 0), nargs="*", default=[], metavar="LAYER",
@@ -87,7 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the base and of products; heads stay float32 (default: bfloat16 where it is fast)")  # fmt: skip
     add("--device", help="default: CUDA where there is one")
-    add("--threads", type=count, metavar="N", help="CPU cores to use (default: all that this process may)")
+    add(
+        "--threads",
+        type=number(int, 1, MOST_THREADS),
+        metavar="N",
+        help="CPU cores to use (default: all that this process may)",
+    )
     add("--seed", type=number(int, 0), default=0, help="of every order and draw (default: %(default)s)")
 
 
@@ -103,18 +122,16 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     import torch
-    from transformers.utils import logging
 
     from medusa_apar.finetune.corpus import Drops
     from medusa_apar.heads.answers import AnswerFile
     from medusa_apar.heads.ask import read_prompts
     from medusa_apar.heads.draft_heads import unembedding_size
     from medusa_apar.heads.train import Settings, check_out, train
-    from medusa_apar.job import Job, fast_dtype
+    from medusa_apar.job import Job, fast_dtype, quiet, slow
     from medusa_apar.loading import load
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     check_out(args.out)
@@ -122,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     given = AnswerFile.read(*args.answers, drops=drops)
     prompts = read_prompts(args.prompts, drops) if args.prompts else []
     examples = _examples(args, drops)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = Settings(
         kind=args.kind,
         num_heads=args.num_heads,
@@ -142,7 +159,8 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     dtype = fast_dtype(device.type) if args.dtype == "auto" else args.dtype
-    apar = load(args.model, heads=None, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
+    with slow(f"loading {args.model}"):
+        apar = load(args.model, heads=None, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
     given.check_ids(unembedding_size(apar.model)[0])
     with Job(args.out, "train-heads", vars(args)) as job:
         file = _records(apar, args, prompts, given.records, examples, drops, job)
@@ -150,6 +168,17 @@ def run(args: argparse.Namespace) -> int:
         train(apar.model, file, args.out, settings, job)
         job.say(f"heads are in {args.out}")
     return 0
+
+
+def _device(name: str) -> torch.device:
+    """ValueError for one that is not there."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} is none that torch can use here ({why})") from error
 
 
 def _examples(args: argparse.Namespace, drops: Drops) -> list[Any]:

@@ -7,6 +7,7 @@ Read are chat JSONL (`{"messages": [{"role", "content"}...]}`), ShareGPT's own J
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 from medusa_apar.finetune.rules import KINDS, MAX_DEPTH, Thread, is_narrative, paragraph_tree, splice
 from medusa_apar.job import replacing
-from medusa_apar.json_files import numbered_lines, numbered_records, parse
+from medusa_apar.json_files import is_text, numbered_lines, numbered_records, parse
 
 ROLES = {
     "system": "system",
@@ -64,7 +65,8 @@ class Example:
             tree = _as_thread(row["tree"])
             texts = [id, reason, *(message[key] for message in messages for key in ("role", "content"))]
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"no example of `medusa-apar data`, {type(error).__name__} {error}") from error
+            why = f"it lacks {error}" if isinstance(error, KeyError) else "its fields have other types"
+            raise ValueError(f"no example of `medusa-apar data`, {why}") from error
         if not messages or kind not in KINDS or not all(isinstance(text, str) for text in texts):
             raise ValueError("no example of `medusa-apar data`, its fields have other types")
         return cls(id, messages, tree, kind, reason, place)
@@ -232,15 +234,6 @@ def as_messages(record: Any) -> list[Message]:
     return messages
 
 
-def is_text(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can spell and no file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def file_records(path: Path, bad: Callable[[str, str], None]) -> Iterator[tuple[str, Any]]:
     """(file:line, record) of JSON lines, or (file:number, record) of one JSON array."""
     for number, record in numbered_records(path):
@@ -261,6 +254,8 @@ def _dataset_records(name: str) -> Iterator[tuple[str, Any]]:
         raise BadCorpus(
             f"{name} is no file; as a data set's name it needs `pip install 'medusa-apar[train]'`"
         ) from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     name, _, split = name.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)

@@ -24,7 +24,7 @@ from medusa_apar.finetune.data import EXAMPLES
 from medusa_apar.finetune.mixture import Given, Limits, Source, draw, updates
 from medusa_apar.finetune.packing import PackedRow, Tokens
 from medusa_apar.heads.answers import fingerprint
-from medusa_apar.job import Job, replacing
+from medusa_apar.job import Job, read_checkpoint, replacing, slow
 
 PARTS = ("trunk", "fork", "thread")
 
@@ -215,7 +215,8 @@ class Trainer:
         """Takes up the checkpoint in the output folder, if there is one; ValueError if it is of another run."""
         if not self._checkpoint.exists():
             return
-        state = torch.load(self._checkpoint, map_location=self.accelerator.device, weights_only=True)
+        needed = ("settings", "weights", "optimizer", "update", "seconds")
+        state = read_checkpoint(self._checkpoint, self.accelerator.device, needed)
         ours = self.of | asdict(self.settings)
         theirs = json.loads(state.get("of", "{}")) | json.loads(state["settings"])
         if changed := [name for name in ours if ours[name] != theirs.get(name) and name != "max_minutes"]:
@@ -267,7 +268,8 @@ def finetune(
     torch.manual_seed(settings.seed)
     drops = Drops(skip_bad)
     sources = [Source(list(load_examples(folder / EXAMPLES, drops)), share, str(folder)) for folder, share in data]
-    found = load_base(base, getattr(torch, settings.dtype), control, trust_remote_code)
+    with slow(f"loading {base}"):
+        found = load_base(base, getattr(torch, settings.dtype), control, trust_remote_code)
     tokenizer, tokens = found.tokenizer, found.tokens
     digests = [_sha256(folder / EXAMPLES) for folder, _ in data]
     of: dict[str, Any] = {
