@@ -274,9 +274,7 @@ def _load(args: argparse.Namespace) -> Any:
             speculation=None if args.speculation == "auto" else args.speculation,
         )
     if sys.stderr.isatty():
-        from .doctor import what_runs
-
-        print(f"{args.model}: {what_runs(apar)}", file=sys.stderr)
+        print(f"{args.model}: {apar!r}", file=sys.stderr)
     return apar
 
 

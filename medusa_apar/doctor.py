@@ -72,7 +72,7 @@ def model_findings(name: str, **options: Any) -> Iterator[tuple[str, str]]:
     yield "model", name
     source = locate(name)
     messages = _Messages()
-    logger = logging.getLogger("medusa_apar")
+    logger = logging.getLogger("medusa_apar.runtimes")
     level = logger.level
     logger.addHandler(messages)
     logger.setLevel(logging.INFO)
@@ -87,8 +87,8 @@ def model_findings(name: str, **options: Any) -> Iterator[tuple[str, str]]:
     model = apar.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield "architecture", f"{type(model).__name__}, {parameters / 1e6:,.0f} million parameters"
-    yield "runtime", "; ".join([f"{_runtime(apar)} on {model.device}", *(messages.said or _why_torch(apar))])
-    yield "dtype", f"{_short(model.dtype)} as loaded, {apar.runtime.kind} weights where it runs"
+    yield "runtime", "; ".join([apar.runtime.description, *(messages.said or _why_torch(apar))])
+    yield "dtype", f"{str(model.dtype).removeprefix('torch.')} as loaded, {apar.runtime.kind} where it runs"
     yield "heads", _heads(apar)
     yield "control tokens", _control_tokens(apar)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -110,17 +110,6 @@ def _on_disk(source: Source) -> dict[str, int]:
     return sizes
 
 
-def what_runs(apar: MedusaApar) -> str:
-    """In one line, for who waits for an answer."""
-    heads = "" if apar.heads is None else f", {_heads(apar)}"
-    forks = "one thread" if apar.control_token_ids is None else "forks by itself"
-    return f"{_runtime(apar)}, {apar.runtime.kind} weights on {apar.model.device}{heads}, {forks}"
-
-
-def _runtime(apar: MedusaApar) -> str:
-    return "CPU runtime" if isinstance(apar.runtime, CpuRuntime) else "torch runtime"
-
-
 def _why_torch(apar: MedusaApar) -> list[str]:
     if isinstance(apar.runtime, CpuRuntime) or apar.model.device.type != "cpu":
         return []
@@ -129,7 +118,7 @@ def _why_torch(apar: MedusaApar) -> list[str]:
 
 def _heads(apar: MedusaApar) -> str:
     if apar.heads is None:
-        return "none"
+        return "none" if apar.speculation is None else "none: guesses come from n-grams"
     ids = apar.heads.draft_vocab_size
     return f"{apar.heads.num_heads} {apar.heads.kind} heads over {ids} ids"
 
@@ -143,12 +132,8 @@ def _control_tokens(apar: MedusaApar) -> str:
     return ", ".join(f"{name} is {id} {text}".rstrip() for name, id, text in names)
 
 
-def _short(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 class _Messages(logging.Handler):
-    """What the package's own loggers say while a model is loaded: why it runs as it does."""
+    """What is logged while a model is loaded: why it runs as it does."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)

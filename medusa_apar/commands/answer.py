@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     drops = Drops(skip_bad=args.bad_lines == "skip")
     prompts = read_prompts(args.prompts, drops)
     dtype = fast_dtype() if args.dtype == "auto" else args.dtype
-    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    # Without guesses: what a thread writes beyond an answer's end is kept, and they would change how much.
+    options = {"speculation": "off", "dtype": dtype, "trust_remote_code": args.trust_remote_code}
     with slow(f"loading {args.model}"):
         apar = load(args.model, heads=None, apar=True if args.tuned else None, **options)
     limits = Limits(args.count, args.max_prompt, args.max_new_tokens, args.batch, args.max_minutes, args.seed)

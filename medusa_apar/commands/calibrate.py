@@ -134,11 +134,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _asked(job: Job, apar: MedusaApar, prompts: list[Encoded], path: Path, limits: Limits) -> AnswerFile:
     """The model's answers to the prompts, those of an earlier run among them."""
-    from ..generate import attach
     from ..heads.answers import AnswerFile
     from ..heads.ask import ask
 
-    bare = attach(apar.model, None, apar.control_token_ids, tokenizer=apar.tokenizer)
+    bare = apar.without_heads()
     ask(bare, prompts, path, limits, job)
     return AnswerFile.read(path)
 

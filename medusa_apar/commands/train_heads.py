@@ -159,8 +159,10 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     dtype = fast_dtype(device.type) if args.dtype == "auto" else args.dtype
+    # Without guesses: what a thread writes beyond an answer's end is kept, and they would change how much.
+    options = {"speculation": "off", "dtype": dtype, "trust_remote_code": args.trust_remote_code}
     with slow(f"loading {args.model}"):
-        apar = load(args.model, heads=None, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
+        apar = load(args.model, heads=None, device=device, **options)
     given.check_ids(unembedding_size(apar.model)[0])
     with Job(args.out, "train-heads", vars(args)) as job:
         file = _records(apar, args, prompts, given.records, examples, drops, job)
