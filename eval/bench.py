@@ -250,7 +250,10 @@ def _number(value: float | None, digits: int) -> str:
 
 def write(job: Job, results: Runs, names: Sequence[str], plan: Plan, repeats: int) -> dict[str, Any]:
     """summary.json and table.md of the first so many repeats of each answer, report.json of the run."""
-    summary = summarise([row for row in results.rows.values() if row["repeat"] < repeats], names)
+    try:
+        summary = summarise([row for row in results.rows.values() if row["repeat"] < repeats], names)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{results.path} holds a line that is no result of ours ({error!r})") from error
     job.report(**asdict(plan), systems=list(names), repeats=repeats)
     whole = {"plan": asdict(plan), **machine(), **summary}
     write_text(job.folder / SUMMARY, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from http.client import HTTPException
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
-TIMEOUT = 300.0  # seconds of one answer; a judge on a CPU is slow
+TIMEOUT = 300.0  # seconds of one answer, from the question to its last byte; a judge on a CPU is slow
+MOST_BYTES = 1 << 22  # of an answer: `max_tokens` below make some ten thousand
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try
 MOST_WAIT = 120.0  # of a Retry-After that is obeyed
 
@@ -24,8 +28,12 @@ class ChatEndpoint:
         ConnectionError where nobody answers, PermissionError where the key is refused, ValueError where it must be
         said which model.
         """
-        if not url.startswith(("http://", "https://")):
+        if not _is_address(url):
             raise ValueError(f"{url} is no address of a judge: one looks like http://localhost:8000/v1")
+        self._headers = {"Content-Type": "application/json"}
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError("OPENAI_API_KEY holds what no key has: a line break, or a letter beyond ASCII")
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": 2048}
         listed = self._listed()
@@ -75,37 +83,84 @@ class ChatEndpoint:
 
     def _call(self, path: str, body: dict[str, Any] | None, timeout: float) -> Any:
         content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
-        if key := os.environ.get("OPENAI_API_KEY"):
-            request.add_unredirected_header("Authorization", f"Bearer {key}")  # the key is for this host alone
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            content = answer.read()
+        request = urllib.request.Request(self.url + path, content, self._headers)
+        if self._key:
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")  # the key is for this host alone
+        content = _fetch(request, timeout)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"{self.url} answers with over {MOST_BYTES >> 20} MiB, which no judge has to say")
         try:
             return json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.url} answers with something that is not JSON: {content[:100]!r}") from error
 
     def _drop_option(self, error: urllib.error.HTTPError) -> None:
         """Newer models refuse `max_tokens` or a temperature, and name it; anything else is the end."""
-        text = error.read().decode("utf-8", "replace")
+        text = error.read(MOST_BYTES).decode("utf-8", "replace")
         try:
             problem = json.loads(text)["error"]
-            named, said = problem.get("param"), problem.get("message", text)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            named, said = None, text
+            named, said = str(problem.get("param")), str(problem.get("message", text))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            named, said = "", text
         if named not in self.options:
             raise ValueError(f"{self.url} refuses the question (HTTP {error.code}): {said[:300]}") from error
         del self.options[named]
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isascii()
+    except ValueError:  # a port that is no number
+        return False
+
+
+def _fetch(request: urllib.request.Request, timeout: float) -> bytes:
+    """The answer's body, at most a byte beyond MOST_BYTES. TimeoutError where it has not ended in time.
+
+    In a thread of its own: a socket's own timeout begins anew with every byte, that of an answer's headers too.
+    """
+    ended, got, failed = threading.Event(), [], []
+    until = monotonic() + timeout
+
+    def read(answer: Any) -> bytes:
+        parts, size = [], 0
+        while size <= MOST_BYTES and monotonic() < until and (part := answer.read1(1 << 16)):
+            parts.append(part)
+            size += len(part)
+        return b"".join(parts)[: MOST_BYTES + 1]
+
+    def fetch() -> None:
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                got.append(read(answer))
+        except urllib.error.HTTPError as error:
+            body = io.BytesIO(read(error))  # read in here, as it may have no end either
+            failed.append(urllib.error.HTTPError(error.url, error.code, error.msg, error.headers, body))
+        except Exception as error:
+            failed.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=fetch, daemon=True).start()
+    if not ended.wait(timeout) or monotonic() >= until:
+        raise TimeoutError(f"timed out after {timeout:g} seconds")
+    if failed:
+        raise failed[0]
+    return got[0]
+
+
 def _content(answer: Any, url: str) -> str:
     try:
-        return answer["choices"][0]["message"]["content"] or ""
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{url} answers otherwise than OpenAI's chat completions do: {str(answer)[:200]}") from error
+        content = answer["choices"][0]["message"]["content"] or ""
+        if isinstance(content, str):
+            return content
+    except (KeyError, IndexError, TypeError):
+        pass
+    raise ValueError(f"{url} answers otherwise than OpenAI's chat completions do: {str(answer)[:200]}")
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
     """Seconds; 0 without one, and for the form that is a date."""
     asked = error.headers.get("Retry-After") or ""
-    return min(float(asked), MOST_WAIT) if asked.isdigit() else 0.0
+    return min(float(asked), MOST_WAIT) if asked.isascii() and asked.isdigit() else 0.0

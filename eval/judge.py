@@ -25,6 +25,7 @@ from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.runs import Runs
 from medusa_apar.eval.statistics import ratio_of_totals
 from medusa_apar.job import Job, write_text
+from medusa_apar.json_files import read_object
 
 SAID = "said.jsonl"
 RATING = re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]")
@@ -71,16 +72,17 @@ class Judge:
             {"role": "user", "content": template["prompt_template"].format(**values)},
         ]
         key = self.endpoint.model, hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:32]
-        if key not in said:
+        if not isinstance(said.rows.get(key, {}).get("said"), str):
             row = {"judge": key[0], "asked": key[1], "template": template["name"], "prompt": prompt.id}
             said.add([row | {"said": self.endpoint.complete(messages), "at": round(time.time(), 1)}])
         return said.rows[key]["said"]
 
 
 def rating(text: str) -> float | None:
-    """The first rating in the judge's text, as FastChat reads it."""
+    """The first rating in the judge's text, as FastChat reads it; None for one that is not on the scale."""
     found = RATING.search(text) or LENIENT_RATING.search(text)
-    return float(found[1]) if found else None
+    value = float(found[1]) if found else 0.0
+    return value if 1 <= value <= 10 else None
 
 
 def verdict(text: str) -> str | None:
@@ -110,7 +112,7 @@ def run(
     found = summarise(ratings, games, {p.id: p.category for p in asked})
     found = {"judge": judge.endpoint.model, "url": judge.endpoint.url, "against": against, **found}
     job.log("judge", **found)
-    summary = json.loads((job.folder / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_object(job.folder / SUMMARY)
     write_text(job.folder / SUMMARY, json.dumps(summary | {"judge": found}, indent=2, ensure_ascii=False) + "\n")
     speeds = (job.folder / TABLE).read_text(encoding="utf-8")
     write_text(job.folder / TABLE, f"{speeds}\n{table(found)}")

@@ -12,13 +12,12 @@ import hashlib
 import json
 import os
 import urllib.request
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medusa_apar.hub import build_once, cache_dir
+from medusa_apar.json_files import is_text, numbered_lines, parse
 
 FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data"
 
@@ -119,13 +118,17 @@ def read(name: str, limit: int | None = None) -> list[Prompt]:
     """
     path = find(name)
     prompts: dict[str, Prompt] = {}
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if limit is not None and len(prompts) == limit:
             break
         place = f"{path}:{number}"
         try:
-            prompt = _prompt(json.loads(line), number)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            row = parse(line)
+        except ValueError as error:
+            raise ValueError(f"{place} is no prompt: {error}") from error
+        try:
+            prompt = _prompt(row, number)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{place} is no prompt: it needs `turns`, `messages`, `question` or `prompt`, as JSON"
             ) from error
@@ -151,23 +154,11 @@ def _prompt(row: dict[str, Any], number: int) -> Prompt:
         text = row["question"]
     else:  # HumanEval
         text = f"Complete this Python function.\n\n```python\n{row['prompt']}```" if "task_id" in row else row["prompt"]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("an empty prompt")
+    if not isinstance(text, str) or not text.strip() or not is_text(text):
+        raise ValueError("an empty prompt, or one that is no text")
     id = next((row[key] for key in ("question_id", "task_id", "id") if key in row), number)
     category = row.get("category") or ("code" if "task_id" in row else "maths" if "question" in row else "")
     return Prompt(str(id), str(category), text)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read after line {number}: {error}") from error
 
 
 def _download(spec: PromptSet, folder: Path) -> None:

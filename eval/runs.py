@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from medusa_apar.job import write_text
+from medusa_apar.job import append_lines, cut_half_a_line
+from medusa_apar.json_files import numbered_lines, parse
 
 
 class Runs:
@@ -17,12 +17,13 @@ class Runs:
         self.rows: dict[tuple, dict[str, Any]] = {}
         if not path.exists():
             return
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # killed in mid-line
-            write_text(path, whole)
-        for line in filter(None, whole.split("\n")):  # splitlines() would also cut at U+2028, which JSON keeps
-            self._hold(json.loads(line))
+        cut_half_a_line(path)
+        for number, line in numbered_lines(path):
+            try:
+                self._hold(parse(line))
+            except (ValueError, KeyError, TypeError) as error:
+                why = f"it lacks {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{path}:{number} is no line of such results: {why}") from error
 
     def __contains__(self, key: tuple) -> bool:
         return key in self.rows
@@ -31,7 +32,6 @@ class Runs:
         self.rows[tuple(row[key] for key in self.keys)] = row
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        append_lines(self.path, rows)
         for row in rows:
             self._hold(row)

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_apar.attention import current_forest, forest_attention
-from medusa_apar.finetune.corpus import LOOPING, repeated_share
+from medusa_apar.finetune.corpus import LOOPING, Drops, repeated_share
 from medusa_apar.finetune.packing import PackedForest, TokenThread, join, pack_threads
 from medusa_apar.heads.captured import Captured
 from medusa_apar.job import replacing
+from medusa_apar.json_files import numbered_lines, parse
 
 SHARD_RECORDS = 64  # a killed run encodes at most so many again for each of its workers
 ROW_TOKENS = 512  # short records share a forward pass up to here: products of few rows waste half of a core
@@ -89,15 +90,22 @@ class AnswerFile:
                 return
 
     @classmethod
-    def read(cls, *paths: Path) -> AnswerFile:
-        """JSON Lines, file after file; ValueError with file and line for one that is no record."""
+    def read(cls, *paths: Path, drops: Drops | None = None) -> AnswerFile:
+        """JSON Lines, file after file.
+
+        drops: says what is done about a line that is no record; None raises BadCorpus with file and line.
+        """
+        drops = drops if drops is not None else Drops()
         records, places = [], []
         for path in paths:
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        places.append(f"{path}:{number}")
-                        records.append(_checked_record(line, places[-1]))
+            for number, line in numbered_lines(path):
+                place = f"{path}:{number}"
+                try:
+                    records.append(_checked_record(line))
+                except ValueError as error:
+                    drops.bad(str(error), place)
+                else:
+                    places.append(place)
         return cls(records, places=places)
 
     def check_ids(self, vocab_size: int) -> None:
@@ -159,24 +167,23 @@ def loops(record: dict) -> bool:
     return repeated_share([i for thread in record["threads"] for i in thread["token_ids"]]) > LOOPING
 
 
-def _checked_record(line: str, place: str) -> dict:
+def _checked_record(line: bytes) -> dict:
+    record = parse(line)
     try:
-        record = json.loads(line)
         threads = record["threads"]
         lists = [record["prompt_ids"], *(thread["token_ids"] for thread in threads)]
-        sound = bool(threads and lists[0]) and all(type(i) is int and i >= 0 for ids in lists for i in ids)
+        places = [thread[name] for thread in threads[1:] for name in ("parent", "fork_index")]
+        sound = bool(threads and lists[0]) and all(type(ids) is list for ids in lists)
+        sound &= all(type(i) is int and i >= 0 for ids in (*lists, places) for i in ids)
         for index, thread in enumerate(threads[1:], 1):
             parent = threads[thread["parent"]]["token_ids"]
-            sound &= 0 <= thread["parent"] < index and 0 <= thread["fork_index"] < len(parent)
+            sound &= thread["parent"] < index and thread["fork_index"] < len(parent)
             sound &= len(thread["token_ids"]) > 0
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: broken JSON, {error}") from error
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{place}: no answer record with prompt_ids and threads ({type(error).__name__}: {error})"
-        ) from error
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else "its fields have other types"
+        raise ValueError(f"no answer record with prompt_ids and threads, {why}") from error
     if not sound:
-        raise ValueError(f"{place}: an answer record whose ids, parents or fork indices are impossible")
+        raise ValueError("an answer record whose ids, parents or fork indices are impossible")
     return record
 
 

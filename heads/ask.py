@@ -12,21 +12,31 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from medusa_apar.chat import Message, encode_messages, left_padded
-from medusa_apar.finetune.corpus import BadCorpus, Example, as_messages, file_records
+from medusa_apar.finetune.corpus import Drops, Example, as_messages, file_records
 from medusa_apar.finetune.packing import Tokens, tokenize_example
 from medusa_apar.finetune.rules import Thread, splice
 from medusa_apar.generate import MedusaApar
-from medusa_apar.job import Job, write_text
+from medusa_apar.job import Job, append_lines, cut_half_a_line, write_text
+from medusa_apar.json_files import is_text, numbered_lines, parse, read_object
 from medusa_apar.paragraph_tree import ParagraphTree
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"  # in a job's folder: answers, and what they were made with
 
-Prompt = tuple[str, list[Message]]  # id, the conversation up to the answer
+
+class Prompt(NamedTuple):
+    id: str
+    messages: list[Message]  # the conversation up to the answer
+    place: str  # file and line
+
+
+class Encoded(NamedTuple):
+    prompt: Prompt
+    inputs: dict[str, torch.Tensor]  # of `encode_messages`
 
 
 @dataclass(slots=True)
@@ -41,27 +51,32 @@ class Limits:
     seed: int = 0  # of the order of the prompts
 
 
-def read_prompts(paths: Iterable[Path]) -> list[Prompt]:
+def read_prompts(paths: Sequence[Path], drops: Drops | None = None) -> list[Prompt]:
     """Conversations of all the kinds of files that `data` reads, up to their last question; each id once.
 
-    ValueError with file and line for a record that is none, and where there are no prompts at all.
+    drops: says what is done about a record that is none; None raises BadCorpus with file and line. ValueError where
+    there are no prompts at all.
     """
-    prompts: dict[str, list[Message]] = {}
+    drops = drops if drops is not None else Drops()
+    prompts: dict[str, Prompt] = {}
     for path in paths:
-        for place, record in file_records(path, _refuse):
-            messages = _question(record, place)
-            name = str(record.get("id") or f"{path.name}/{place.rpartition(':')[2]}")
-            prompts.setdefault(name, messages)
+        for place, record in file_records(path, drops.bad):
+            try:
+                messages = _question(record)
+                name = str(record.get("id") or f"{path.name}/{place.rpartition(':')[2]}")
+                if not all(map(is_text, [name, *(message["content"] for message in messages)])):
+                    raise ValueError("broken text, it holds what is no character in UTF-8")
+            except ValueError as error:
+                drops.bad(str(error), place)
+                continue
+            prompts.setdefault(name, Prompt(name, messages, place))
     if not prompts:
-        raise ValueError(f"there is no prompt in {', '.join(map(str, paths))}")
-    return list(prompts.items())
+        left_out = f" (left out: {drops})" if drops.counts else ""
+        raise ValueError(f"there is no prompt in {', '.join(map(str, paths))}{left_out}")
+    return list(prompts.values())
 
 
-def _refuse(reason: str, place: str) -> None:
-    raise BadCorpus(f"{place}: {reason}")
-
-
-def _question(record: Any, place: str) -> list[Message]:
+def _question(record: Any) -> list[Message]:
     # A corpus must hold an answer, a prompt need not: an empty one is added and cut off again.
     for key, answer in (
         ("messages", {"role": "assistant", "content": ""}),
@@ -69,15 +84,39 @@ def _question(record: Any, place: str) -> list[Message]:
     ):
         if isinstance(record, dict) and isinstance(record.get(key), list):
             record = {**record, key: [*record[key], answer]}
-    try:
-        messages = as_messages(record)
-    except ValueError as error:
-        raise BadCorpus(f"{place}: {error}") from error
+    messages = as_messages(record)
     while messages and messages[-1]["role"] != "user":
         messages = messages[:-1]
     if not messages or not messages[-1]["content"].strip():
-        raise BadCorpus(f"{place}: no question to answer")
+        raise ValueError("no question to answer")
     return messages
+
+
+def encoded_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], limits: Limits, drops: Drops | None = None
+) -> tuple[list[Encoded], int]:
+    """The first `limits.count` prompts in the order of the run that are short enough, and how many were too long.
+
+    drops: says what is done about those that the chat template refuses; None raises BadCorpus with file and line.
+    """
+    drops = drops if drops is not None else Drops()
+    order = list(prompts)
+    random.Random(limits.seed).shuffle(order)
+    found: list[Encoded] = []
+    too_long = 0
+    for prompt in order:
+        if len(found) == limits.count:
+            break
+        try:
+            inputs = encode_messages(tokenizer, prompt.messages)
+        except ValueError as error:
+            drops.bad(str(error), prompt.place)
+            continue
+        if inputs["input_ids"].shape[1] > limits.max_prompt:
+            too_long += 1
+        else:
+            found.append(Encoded(prompt, inputs))
+    return found, too_long
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
@@ -93,7 +132,7 @@ def check_same_answers(out: Path, settings: dict[str, Any]) -> None:
     """ValueError where the folder's answers were made with other settings."""
     asked = out / ASKED
     if asked.exists() and (out / ANSWERS).exists():
-        check_same(json.loads(asked.read_text(encoding="utf-8")), settings, f"{out} holds answers")
+        check_same(read_object(asked), settings, f"{out} holds answers")
 
 
 def keep_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -103,57 +142,43 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     write_text(out / ASKED, json.dumps(settings, indent=2) + "\n")
 
 
-def ask(apar: MedusaApar, prompts: Sequence[Prompt], out: Path, limits: Limits, job: Job) -> int:
-    """Appends an answer per prompt to `out` until count or time is reached; those that it holds are not asked again.
-
-    Returns how many prompts were left out as too long.
-    """
+def ask(apar: MedusaApar, prompts: Sequence[Encoded], out: Path, limits: Limits, job: Job) -> None:
+    """Appends an answer per prompt to `out` until the time is over; those that it holds are not asked again."""
     started, done = time.monotonic(), answered(out)
-    order = list(prompts)
-    random.Random(limits.seed).shuffle(order)
-    wanted = len(order) if limits.count is None else min(limits.count, len(order))
-    asked = too_long = tokens = 0
-    with job.bar("answering prompts", wanted) as bar, out.open("a", encoding="utf-8") as file:
-        batch: list[tuple[str, dict[str, torch.Tensor]]] = []
-        for place, (name, messages) in enumerate(order):
-            if asked < wanted:
-                encoded = encode_messages(apar.tokenizer, messages)
-                if encoded["input_ids"].shape[1] > limits.max_prompt:
-                    too_long += 1
-                else:
-                    asked += 1
-                    if name in done:
-                        bar.advance()
-                    else:
-                        batch.append((name, encoded))
-            last = place + 1 == len(order) or asked == wanted
-            if batch and (len(batch) == limits.batch or last):
-                if time.monotonic() - started > 60 * limits.max_minutes:
-                    break
-                names, inputs = zip(*batch, strict=True)
-                for record in answer(apar, list(names), list(inputs), limits.max_new_tokens):
-                    file.write(json.dumps(record) + "\n")
-                    tokens += sum(len(thread["token_ids"]) for thread in record["threads"])
-                file.flush()
-                rate = tokens / (time.monotonic() - started)
-                bar.advance(len(batch), f"{tokens} tokens, {rate:.0f} a second")
-                batch = []
-            if last and asked == wanted:
+    todo = [encoded for encoded in prompts if encoded.prompt.id not in done]
+    tokens = 0
+    with job.bar("answering prompts", len(prompts), len(prompts) - len(todo)) as bar:
+        for first in range(0, len(todo), limits.batch):
+            if time.monotonic() - started > 60 * limits.max_minutes:
                 break
-    job.log("answered", prompts=asked, too_long=too_long, tokens=tokens)
-    return too_long
+            batch = todo[first : first + limits.batch]
+            names, inputs = [encoded.prompt.id for encoded in batch], [encoded.inputs for encoded in batch]
+            records = answer(apar, names, inputs, limits.max_new_tokens)
+            append_lines(out, records)
+            tokens += sum(len(thread["token_ids"]) for record in records for thread in record["threads"])
+            rate = tokens / (time.monotonic() - started)
+            bar.advance(len(batch), f"{tokens} tokens, {rate:.0f} a second")
+    job.log("answered", prompts=len(prompts), tokens=tokens)
 
 
 def answered(out: Path) -> set[str]:
-    """Ids of the answers in a file; half a line that a killed run left at its end is cut off."""
+    """Ids of the answers in a file; half a line that a killed run left at its end is cut off.
+
+    ValueError with file and line for one that is no answer.
+    """
     if not out.exists():
         return set()
-    content = out.read_bytes()
-    if content and not content.endswith(b"\n"):
-        content = content[: content.rfind(b"\n") + 1]
-        with out.open("r+b") as file:
-            file.truncate(len(content))
-    return {json.loads(line)["id"] for line in content.splitlines() if line.strip()}
+    cut_half_a_line(out)
+    found = set()
+    for number, line in numbered_lines(out):
+        try:
+            record = parse(line)
+        except ValueError as error:
+            raise ValueError(f"{out}:{number}: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+            raise ValueError(f"{out}:{number}: no answer, which has an id")
+        found.add(record["id"])
+    return found
 
 
 def answer(
@@ -185,17 +210,25 @@ def as_record(name: str, tree: ParagraphTree) -> dict:
     return {"id": name, "prompt_ids": tree.trunk.tokens[: tree.trunk.num_forced], "threads": threads}
 
 
-def copied_records(apar: MedusaApar, examples: Iterable[Example], max_tokens: int) -> Iterator[dict]:
+def copied_records(
+    apar: MedusaApar, examples: Iterable[Example], max_tokens: int, drops: Drops | None = None
+) -> Iterator[dict]:
     """Records of the corpora's own answers, cut into threads by rule: no generation, but not the model's words.
 
     max_tokens: of a prompt and its answer; longer ones are left out. A model without control tokens gets whole answers.
+    drops: says what is done about examples that the chat template refuses; None raises BadCorpus with file and line.
     """
+    drops = drops if drops is not None else Drops()
     control, eos = apar.control_token_ids, _end(apar)
     for example in examples:
         if control is None:
             example = replace(example, tree=Thread([splice(example.tree)]))
         fork, child = (control.fork_id, control.child_id) if control else (-1, -1)
-        threads, prompt = tokenize_example(example, apar.tokenizer, Tokens(fork, child, eos))
+        try:
+            threads, prompt = tokenize_example(example, apar.tokenizer, Tokens(fork, child, eos))
+        except ValueError as error:
+            drops.bad(str(error), example.place)
+            continue
         if sum(len(ids) for ids, _, _ in threads) > max_tokens:
             continue
         trunk = threads[0][0]

@@ -26,7 +26,7 @@ from medusa_apar.heads.answers import AnswerFile, Answers, Encoder, Store, data_
 from medusa_apar.heads.ask import check_same
 from medusa_apar.heads.draft_heads import unembedding_size
 from medusa_apar.heads.losses import WINDOW, evaluate, ridge_start, window_losses
-from medusa_apar.job import Job, replacing
+from medusa_apar.job import Job, read_checkpoint, replacing
 
 HEAD_DECAY = 0.8  # head h counts 0.8^h (Medusa, section 3.2)
 WARMUP = 0.03  # of the run, and at least so many steps:
@@ -351,6 +351,6 @@ def _read_state(out: Path, fixed: dict[str, Any], device: torch.device) -> dict[
     path = out / "train" / "state.pt"
     if not path.exists():
         return None
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = read_checkpoint(path, device, ("heads", "optimizer", "step", "seconds", "shards", "settings"))
     check_same(state["settings"], fixed, f"{out} holds a run")
     return state

@@ -21,16 +21,32 @@ def encode(tokenizer: Any, question: str) -> dict[str, Any]:
 
 def encode_messages(tokenizer: Any, messages: list[Message]) -> dict[str, Any]:
     """`input_ids` and `attention_mask` [1, length], ready for an answer: the tokenizer's chat template, else Vicuna's
-    for released APAR models, whose tokenizers carry none, else the last message as bare text."""
+    for released APAR models, whose tokenizers carry none, else the last message as bare text.
+
+    ValueError, with the template's own words, where it refuses the conversation, and where no token comes of it.
+    """
     if tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        encoded = _templated(tokenizer, messages, return_tensors="pt", return_dict=True)
     elif set(RELEASED_TOKENS) <= set(tokenizer.get_vocab()):
         encoded = tokenizer(_vicuna(messages), return_tensors="pt")
     else:
         encoded = tokenizer(messages[-1]["content"], return_tensors="pt")
+    if not encoded["input_ids"].numel():
+        raise ValueError("the conversation is empty to this model, whose vocabulary has no token for any of it")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def rendered(tokenizer: Any, messages: list[Message]) -> str:
+    """The text that the tokenizer's chat template makes, ready for an answer; ValueError as in `encode_messages`."""
+    return _templated(tokenizer, messages, tokenize=False)
+
+
+def _templated(tokenizer: Any, messages: list[Message], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except Exception as error:  # a template is a program that came with the model, and can fail in any way
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"the conversation is refused by the model's chat template, which says: {words}") from error
 
 
 def left_padded(prompts: Sequence[dict[str, Any]], device: Any = None) -> dict[str, Any]:

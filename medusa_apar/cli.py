@@ -5,34 +5,72 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 from rich.console import Console
 
+from . import __version__
 from .commands import SUBCOMMANDS
-from .commands.arguments import number
+from .commands.arguments import MOST_THREADS, number
 from .fork_policy import FORKS
 
 PROGRAM = "medusa-apar"
+MOST_PROMPT = 1 << 24  # bytes of standard input
+MOST_SENTENCE = 1000  # characters
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")  # as torch says it on a CPU and on CUDA
+SPECULATION = ("auto", "forest", "even", "off")
+
+DESCRIPTION = """Answers written by several threads at once, several tokens per thread.
+
+  medusa-apar demo                                            # downloads the default model the first time (93 MB)
+  medusa-apar generate "Give me three tips for better sleep."
+  medusa-apar COMMAND --help
+"""
+DEMO = """Shows threads as they write an answer, then times transformers alone on the same prompt.
+
+examples:
+  medusa-apar demo
+  medusa-apar demo --prompt "Name five rivers and what they are known for." --no-baseline
+"""
+GENERATE = """Prints the answer to PROMPT as it becomes readable, and to a terminal's standard error what runs it.
+
+examples:
+  medusa-apar generate "Give me three tips for better sleep."
+  medusa-apar generate - --model my-model --temperature 0.7 < question.txt
+"""
+DOCTOR = """Says what was found on this machine: versions, device, caches and their sizes, kernels. With MODEL also what
+would run that model, and why: nothing is generated, but the model is loaded.
+
+examples:
+  medusa-apar doctor
+  medusa-apar doctor my-model --dtype bfloat16
+"""
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence, without the usage lines."""
-        self.exit(2, f"{PROGRAM}: {message} (see `{self.prog} --help`)\n")
+        self.exit(2, f"{PROGRAM}: {_one_line(message)} (see `{self.prog} --help`)\n")
 
 
 def parser() -> Parser:
-    root = Parser(prog=PROGRAM, description="Answers written by several threads at once, several tokens per thread.")
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    raw: Any = argparse.RawDescriptionHelpFormatter
+    root = Parser(prog=PROGRAM, description=DESCRIPTION, formatter_class=raw)
+    root.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
-    demo = commands.add_parser("demo", help="watch threads write an answer, then compare with transformers alone")
+    def add_command(name: str, summary: str, description: str | None) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=description, formatter_class=raw)
+
+    demo = add_command("demo", "watch threads write an answer, then compare with transformers alone", DEMO)
     demo.add_argument("--prompt", help="the question (default: one whose answer is a list)")
     demo.add_argument("--no-baseline", dest="baseline", action="store_false", help="skip the comparison")
 
-    generate = commands.add_parser("generate", help="print the answer to PROMPT as it becomes readable")
+    generate = add_command("generate", "print the answer to PROMPT as it becomes readable", GENERATE)
     generate.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
     generate.add_argument("--baseline", action="store_true", help="also time transformers alone, for --json")
 
@@ -52,63 +90,140 @@ def parser() -> Parser:
             "or by rule at list items (default: %(default)s)",
         )
         add("--no-fork", dest="fork", action="store_const", const="off", help="one thread, as --fork off")
-        add("--no-heads", dest="heads", action="store_false", help="no drafting")
+        add(
+            "--speculation",
+            choices=SPECULATION,
+            default="auto",
+            help="how tokens are guessed ahead: one budget over all threads (forest), the same tree of the heads' "
+            "guesses below each (even), or not at all (off) (default: what suits the model)",
+        )
+        add("--no-heads", dest="heads", action="store_false", help="leave the model's draft heads out")
         add("--max-threads", type=number(int, 1), metavar="N", help="most threads that run in one step")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
         add("--quantize", choices=("int8",), help="round the weights for the CPU runtime (the baseline's stay)")
-        add("--threads", type=number(int, 1), metavar="N", help="CPU threads for torch")
+        add("--threads", type=number(int, 1, MOST_THREADS), metavar="N", help="CPU threads for torch")
         add("--json", action="store_true", help="print one JSON object as the last line (what people read: stderr)")
 
-    commands.add_parser("doctor", help="say what was found: versions, device, caches, kernels")
+    doctor = add_command("doctor", "say what was found: versions, device, caches, kernels, what runs a model", DOCTOR)
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="name, folder, GGUF file or Hub id")
+    doctor.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of MODEL, as for generate")
+    doctor.add_argument("--quantize", choices=("int8",), help="of MODEL, as for generate")
     for name, module in SUBCOMMANDS.items():
-        sub = commands.add_parser(
-            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(sub)
+        module.add_arguments(add_command(name, module.HELP, module.__doc__))
     return root
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
     try:
-        return COMMANDS[args.command](args)
+        _prepare_streams()
+        given = list(sys.argv[1:] if argv is None else argv)
+        for argument in given:
+            _check_text(argument)
+        args = parser().parse_args(given)
+        if args.command is None:
+            parser().print_help()
+            return 0
+        code = COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, NotImplementedError) as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        sentence = in_a_sentence(error)
+        if sentence is None:
+            raise
+        print(f"{PROGRAM}: {sentence}", file=sys.stderr)
         return 2
+    finally:
+        try:
+            sys.stdout.flush()
+        except (AttributeError, OSError):
+            _silence_stdout()
+
+
+def in_a_sentence(error: Exception) -> str | None:
+    """What a user is told of an error; None for one that no user can have caused."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        return "there is not enough memory for that"
+    if isinstance(error, RecursionError):
+        return "something that was read nests too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return _one_line(f"something that was read is no text in UTF-8 ({error})")
+    if isinstance(error, OSError) and error.strerror:
+        return _one_line(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+    return _one_line(str(error)) if isinstance(error, (ValueError, OSError, NotImplementedError)) else None
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MOST_SENTENCE else f"{line[:MOST_SENTENCE]} ..."
+
+
+def _prepare_streams() -> None:
+    """ValueError where nothing could be printed. What cannot be encoded is replaced, not an error."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # or the next file that is opened would take the number, and get what libraries print
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise ValueError("standard output is closed: send it to a file, or to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a notebook's, which takes all characters
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def _silence_stdout() -> None:
+    """What is left in the buffer has nowhere to go, of which Python would complain at its end."""
+    with suppress(AttributeError, OSError, ValueError):  # a stream without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_text(argument: str) -> None:
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = argument.encode("utf-8", "surrogateescape")[:40]
+        raise ValueError(f"an argument is no text in UTF-8: {str(shown)[1:]}") from error
 
 
 def run_demo(args: argparse.Namespace) -> int:
+    question = None if args.prompt is None else _asked(args.prompt)
+
     from . import demo
 
     console = Console(stderr=args.json)
     apar = _load(args)
-    ours, plain = demo.demo(apar, args.prompt or demo.QUESTION, _options(args), args.baseline, console)
+    ours, plain = demo.demo(apar, question or demo.QUESTION, _options(args), args.baseline, console)
     if args.json:
         print(json.dumps(demo.as_json(apar, ours, plain)), flush=True)
     return 0
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from transformers import TextStreamer
-
-    from . import demo
-
     if args.baseline and not args.json:
         raise ValueError("--baseline needs --json, which is where its numbers go")
+    question = _asked(_standard_input() if args.prompt == "-" else args.prompt)
+
+    from . import demo
+    from .job import slow
+
     apar, options = _load(args), _options(args)
-    inputs = demo.prompt(apar, sys.stdin.read() if args.prompt == "-" else args.prompt)
-    if args.json:
-        demo.warm_up(demo.run_apar, apar, inputs, options)
-    streamer = None if args.json else TextStreamer(apar.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ours, plain = demo.run_apar(apar, inputs, options, streamer=streamer), None
+    inputs = demo.prompt(apar, question)
+    with ExitStack() as waiting:
+        waiting.enter_context(slow(f"reading the prompt of {inputs['input_ids'].shape[1]} tokens"))
+        if args.json:
+            demo.warm_up(demo.run_apar, apar, inputs, options)
+        streamer = None if args.json else demo.Printer(apar.tokenizer, waiting)
+        ours, plain = demo.run_apar(apar, inputs, options, streamer=streamer), None
     if args.baseline:
-        demo.warm_up(demo.run_baseline, apar, inputs, options)
-        plain = demo.run_baseline(apar, inputs, options)
+        with slow("answering with transformers alone"):
+            demo.warm_up(demo.run_baseline, apar, inputs, options)
+            plain = demo.run_baseline(apar, inputs, options)
     if args.json:
         print(json.dumps(demo.as_json(apar, ours, plain)), flush=True)
     return 0
@@ -117,22 +232,50 @@ def run_generate(args: argparse.Namespace) -> int:
 def run_doctor(args: argparse.Namespace) -> int:
     from .doctor import doctor
 
-    doctor(Console(soft_wrap=not sys.stdout.isatty()))
+    doctor(Console(soft_wrap=not sys.stdout.isatty()), args.model, dtype=args.dtype, quantize=args.quantize)
     return 0
+
+
+def _asked(text: str) -> str:
+    """The prompt, refused before anything is loaded where there is none."""
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed, from which - reads the prompt")
+    text = sys.stdin.buffer.read(MOST_PROMPT + 1)
+    if len(text) > MOST_PROMPT:
+        raise ValueError(f"standard input goes on after {MOST_PROMPT >> 20} MiB, which no model reads as a prompt")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is no text in UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _load(args: argparse.Namespace) -> Any:
     import torch
-    from transformers.utils import logging
 
+    from .job import quiet, slow
     from .loading import load
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     if args.threads:
         torch.set_num_threads(args.threads)
-    heads = "auto" if args.heads else None
-    return load(args.model, heads=heads, dtype=args.dtype, max_threads=args.max_threads, quantize=args.quantize)
+    with slow(f"loading {args.model}"):
+        apar = load(
+            args.model,
+            heads="auto" if args.heads else None,
+            dtype=args.dtype,
+            max_threads=args.max_threads,
+            quantize=args.quantize,
+            speculation=None if args.speculation == "auto" else args.speculation,
+        )
+    if sys.stderr.isatty():
+        print(f"{args.model}: {apar!r}", file=sys.stderr)
+    return apar
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

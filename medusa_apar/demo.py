@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,29 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import TextStreamer
 
 from .chat import encode
 from .display.terminal import Lanes, Milestones, answer_text
 from .events import Consumer, Event
 from .fork_policy import fork_mode
 from .generate import MedusaApar
+from .job import slow
 
 QUESTION = "What are the key skills of a good leader?"
 WARM_UP_TOKENS = 8
+
+
+class Printer(TextStreamer):
+    """Prints the answer as it becomes readable; its first text ends what `waiting` holds."""
+
+    def __init__(self, tokenizer: Any, waiting: ExitStack) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._waiting = waiting
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._waiting.close()
+        super().on_finalized_text(text, stream_end)
 
 
 @dataclass(slots=True)
@@ -111,7 +126,8 @@ def demo(apar: MedusaApar, question: str, options: dict, baseline: bool, console
     mode = fork_mode(options["fork"])
     if mode == "off" or (mode == "auto" and apar.control_token_ids is None):
         console.print("Forking is off: the answer has one thread.\n", style="yellow")
-    warm_up(run_apar, apar, inputs, options)
+    with slow("warming up"):
+        warm_up(run_apar, apar, inputs, options)
     with (Lanes if console.is_terminal else Milestones)(console, apar.tokenizer) as watching:
         ours, plain = run_apar(apar, inputs, options, watching), None
     answer = answer_text(apar.tokenizer, ours.output.recording)

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from rich.console import Console
 from rich.table import Table
 
 from . import __version__, hub
 from .cpu.library import library
+from .cpu.runtime import CpuRuntime, refusal
+from .generate import MedusaApar
+from .heads import checkpoints
+from .job import quiet, slow
+from .loading import Source, load, locate
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "triton", "fschat")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
 
 
-def doctor(console: Console) -> None:
+def doctor(console: Console, model: str | None = None, **options: Any) -> None:
+    """options: of `load`, for `model`."""
+    _show(console, findings())
+    if model is not None:
+        quiet()
+        console.print()
+        _show(console, model_findings(model, **options))
+
+
+def _show(console: Console, found: Iterator[tuple[str, str]]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, finding in findings():
+    for name, finding in found:
         table.add_row(name, finding)
     console.print(table)
 
 
 def findings() -> Iterator[tuple[str, str]]:
+    """Of the machine. What cannot be found out does not hide the rest."""
     yield "medusa-apar", f"{__version__} in {Path(__file__).parent}"
     yield "python", f"{platform.python_version()} at {sys.executable}"
     for package in PACKAGES:
@@ -38,12 +58,111 @@ def findings() -> Iterator[tuple[str, str]]:
     yield "system", platform.platform()
     yield "cpu", f"{_cpu_model()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads"
     yield "cpu features", f"{' '.join(_cpu_flags()) or 'unknown'}; torch runs {torch.backends.cpu.get_cpu_capability()}"
-    yield "cpu runtime", _cpu_runtime()
-    yield "gpu", _gpu()
+    yield "memory", f"{_size(psutil.virtual_memory().available)} free of {_size(psutil.virtual_memory().total)}"
+    yield "cpu runtime", _or_why_not(_cpu_runtime)
+    yield "gpu", _or_why_not(_gpu)
     yield "kernels", _kernels()
-    yield "cache", str(hub.cache_dir())
+    yield "cache", _or_why_not(_cache)
     for name in hub.EMBEDDED:
-        yield name, _embedded(name)
+        yield name, _or_why_not(lambda name=name: _embedded(name))
+
+
+def model_findings(name: str, **options: Any) -> Iterator[tuple[str, str]]:
+    """Of a model: what runs it, and what it takes. Nothing is generated."""
+    yield "model", name
+    source = locate(name)
+    messages = _Messages()
+    logger = logging.getLogger("medusa_apar.runtimes")
+    level = logger.level
+    logger.addHandler(messages)
+    logger.setLevel(logging.INFO)
+    before = psutil.Process().memory_info().rss
+    try:
+        with slow(f"loading {name}"):
+            apar = load(name, **options)
+    finally:
+        logger.removeHandler(messages)
+        logger.setLevel(level)
+    taken = psutil.Process().memory_info().rss - before
+    model = apar.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield "architecture", f"{type(model).__name__}, {parameters / 1e6:,.0f} million parameters"
+    yield "runtime", "; ".join([apar.runtime.description, *(messages.said or _why_torch(apar))])
+    yield "dtype", f"{str(model.dtype).removeprefix('torch.')} as loaded, {apar.runtime.kind} where it runs"
+    yield "heads", _heads(apar)
+    yield "control tokens", _control_tokens(apar)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    yield "memory", f"{_size(weights)} of weights; loading it took {_size(max(taken, 0))} in all"
+    yield "disk", ", ".join(f"{part} {_size(size)}" for part, size in _on_disk(source).items() if size)
+
+
+def _on_disk(source: Source) -> dict[str, int]:
+    """Bytes of a model's parts."""
+    if source.base in hub.EMBEDDED:
+        base = hub.embedded_model_path(source.base)
+    elif not (base := Path(source.base)).exists():
+        base = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source.base, repo_type="model")
+    sizes = {"base": _bytes(base)}
+    if source.adapter:
+        sizes["adapter"] = sum(map(_bytes, source.adapter.glob("adapter_model.*")))
+    if source.heads:
+        sizes["heads"] = sum(map(_bytes, checkpoints.find(source.heads)))
+    return sizes
+
+
+def _why_torch(apar: MedusaApar) -> list[str]:
+    if isinstance(apar.runtime, CpuRuntime) or apar.model.device.type != "cpu":
+        return []
+    return [refusal(apar.model) or "for the CPU runtime's copy of the weights there is too little free memory"]
+
+
+def _heads(apar: MedusaApar) -> str:
+    if apar.heads is None:
+        return "none" if apar.speculation is None else "none: guesses come from n-grams"
+    ids = apar.heads.draft_vocab_size
+    return f"{apar.heads.num_heads} {apar.heads.kind} heads over {ids} ids"
+
+
+def _control_tokens(apar: MedusaApar) -> str:
+    control, tokenizer = apar.control_token_ids, apar.tokenizer
+    if control is None:
+        return "none: it forks by rule alone (--fork lists)"
+    texts: Any = tokenizer and tokenizer.convert_ids_to_tokens([control.fork_id, control.child_id])
+    names = zip(("[Fork]", "[Child]"), (control.fork_id, control.child_id), texts or ("", ""), strict=True)
+    return ", ".join(f"{name} is {id} {text}".rstrip() for name, id, text in names)
+
+
+class _Messages(logging.Handler):
+    """What is logged while a model is loaded: why it runs as it does."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(" ".join(record.getMessage().split()))
+
+
+def _or_why_not(find: Callable[[], str]) -> str:
+    try:
+        return find()
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"cannot be told: {error}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _bytes(place: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files)
+
+
+def _cache() -> str:
+    place = hub.cache_dir()
+    return f"{place}, {_size(_bytes(place))}" if place.is_dir() else f"{place}, empty"
 
 
 def _version(package: str) -> str:
@@ -77,7 +196,8 @@ def _gpu() -> str:
 
 def _cpu_runtime() -> str:
     try:
-        return f"compiled, {library()._name}"
+        made = Path(library()._name)
+        return f"compiled, {made}, {_size(made.stat().st_size)}"
     except RuntimeError as error:
         return f"torch only: {error}"
 
@@ -94,6 +214,6 @@ def _embedded(name: str) -> str:
     parts |= {"tuned": weights / "adapter_model.safetensors", "heads": weights / "medusa_lm_head.safetensors"}
     absent = {"base": "not downloaded yet"}
     return ", ".join(
-        f"{part} {f'{path.stat().st_size / 1e6:.0f} MB' if path.is_file() else absent.get(part, 'missing')}"
+        f"{part} {_size(path.stat().st_size) if path.is_file() else absent.get(part, 'missing')}"
         for part, path in parts.items()
     )

@@ -10,10 +10,11 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +62,8 @@ class Job:
     ) -> None:
         self._progress.stop()
         if error is not None:
-            self.log("stopped", reason=f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # a full disk, say, of which `error` already tells
+                self.log("stopped", reason=f"{type(error).__name__}: {error}")
 
     @property
     def seconds(self) -> float:
@@ -167,6 +169,30 @@ def _has_bf16_units() -> bool:
     return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
+def quiet() -> None:
+    """Of the libraries' own messages only errors are shown, and bars only on a terminal, where a download is seen."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # the Hub's too
+    if sys.stderr.isatty():
+        enable_progress_bars()
+
+
+@contextmanager
+def slow(what: str, seconds: float = 2.0) -> Iterator[None]:
+    """Says on a terminal what is being waited for, once it has taken so long."""
+    timer = threading.Timer(seconds, print, [f"{what} ..."], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
@@ -229,6 +255,42 @@ def with_ordinary_permissions(path: Path) -> None:
 
 def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def read_checkpoint(path: Path, device: Any, needed: Sequence[str]) -> dict[str, Any]:
+    """A state that a command saved; ValueError where it is damaged or lacks one of the `needed` entries."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or not set(needed) <= set(state):
+            raise ValueError(f"it lacks one of {', '.join(needed)}")
+    except OSError:
+        raise
+    except Exception:  # its dozen kinds; their words would advise to run whatever code the file holds
+        raise ValueError(f"{path} is damaged: delete it to start anew, or give another --out") from None
+    return state
+
+
+def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A line of JSON per row at the end of a file: all of them, or none where the disk is full."""
+    left = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def cut_half_a_line(path: Path) -> None:
+    """Takes away what a killed run left behind the last line's end."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -91,7 +91,7 @@ def test_a_broken_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cut\.jsonl\.gz cannot be read after line"):
         prompts.read(str(tmp_path / "cut.jsonl.gz"))
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\n")
-    with pytest.raises(ValueError, match=r"bytes\.jsonl cannot be read after line 0"):
+    with pytest.raises(ValueError, match=r"bytes\.jsonl:1 is no prompt: broken text"):
         prompts.read(str(tmp_path / "bytes.jsonl"))
     with pytest.raises(ValueError, match=r"p\.jsonl:1 is no prompt"):
         prompts.read(lines(tmp_path / "p.jsonl", {"messages": [{"role": "assistant", "content": "x"}]}))

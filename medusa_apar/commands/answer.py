@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import number
+from .arguments import add_bad_lines, check_files, number, out_folder
 
 HELP = "a corpus of a model's own answers"
 
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="smollm2-135m", help="name, folder or Hub id (default: %(default)s)")
     add("--tuned", action="store_true", help="with the tuning that comes with the model, in one thread")
     add("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="chat JSONL, .gz or not")
-    add("--out", type=Path, required=True, metavar="DIR", help="where answers, log and report go")
+    add_bad_lines(parser)
+    add("--out", type=out_folder, required=True, metavar="DIR", help="where answers, log and report go")
     add("--count", type=number(int, 1), metavar="N", help="prompts to answer (default: all)")
     add("--max-prompt", type=number(int, 1), default=300, metavar="N", help="tokens (default: %(default)s)")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
@@ -39,31 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    missing = [path for path in args.prompts if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]} does not exist")
+    check_files(args.prompts)
 
-    from transformers.utils import logging
-
+    from medusa_apar.finetune.corpus import Drops
     from medusa_apar.finetune.own_answers import Sampling, own_answers
     from medusa_apar.heads.ask import Limits, read_prompts
-    from medusa_apar.job import Job, fast_dtype
+    from medusa_apar.job import Job, fast_dtype, quiet, slow
     from medusa_apar.loading import load
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    prompts = read_prompts(args.prompts)
+    quiet()
+    drops = Drops(skip_bad=args.bad_lines == "skip")
+    prompts = read_prompts(args.prompts, drops)
     dtype = fast_dtype() if args.dtype == "auto" else args.dtype
-    apar = load(
-        args.model,
-        heads=None,
-        speculation="off",  # what a thread writes beyond an answer's end is kept, and guesses would change how much
-        apar=True if args.tuned else None,
-        dtype=dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
+    # Without guesses: what a thread writes beyond an answer's end is kept, and they would change how much.
+    options = {"speculation": "off", "dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    with slow(f"loading {args.model}"):
+        apar = load(args.model, heads=None, apar=True if args.tuned else None, **options)
     limits = Limits(args.count, args.max_prompt, args.max_new_tokens, args.batch, args.max_minutes, args.seed)
     settings = {key: value for key, value in vars(args).items() if key != "command"}
     with Job(args.out, "answer", settings) as job:
-        own_answers(apar, prompts, limits, Sampling(args.temperature, args.top_p), job)
+        own_answers(apar, prompts, limits, Sampling(args.temperature, args.top_p), job, drops)
     return 0

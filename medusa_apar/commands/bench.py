@@ -40,9 +40,8 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from pathlib import Path
 
-from .arguments import number
+from .arguments import MOST_THREADS, number, out_folder
 
 HELP = "time systems side by side on the same prompts"
 
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default, vicuna, mt, spec, gsm8k, humaneval, or JSON lines (default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", default=["hf", "ours-ar", "threads", "heads", "ours"], metavar="NAME",
         help="the first one is what the others are compared with (default: all of ours, and hf)")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="folder of the results")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
     add("--repeat", type=number(int, 1), default=1, metavar="N", help="times of every answer (default: %(default)s)")
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantize", choices=("int8",), help="round the weights of our own systems (others keep theirs)")
     add("--runtime", choices=("auto", "torch", "cpu"), default="auto", help="of our systems (default: %(default)s)")
     add("--budget", type=number(int, 1), metavar="N", help="rows of every forest of ours (default: what pays)")
-    add("--threads", type=number(int, 1), metavar="N", help="CPU threads for torch")
+    add("--threads", type=number(int, 1, MOST_THREADS), metavar="N", help="CPU threads for torch")
     add("--check", action="store_true", help="prove the answers exact afterwards")
     add("--profile", action="store_true", help="say where a step's time goes, and what a step costs by its rows")
     add("--kernels", action="store_true", help="check and time the GPU kernels instead")
@@ -73,12 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
     from medusa_apar.chat import encode
     from medusa_apar.eval import bench, check, judge, judge_files, peers, profile, prompts, systems
     from medusa_apar.eval.plan import plan_of
-    from medusa_apar.job import Job
+    from medusa_apar.job import Job, quiet, slow
     from medusa_apar.loading import load
 
     if args.kernels:
@@ -103,13 +100,13 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     if args.threads:
         torch.set_num_threads(args.threads)
     heads = None if args.heads == "none" else args.heads
     options = {"quantize": args.quantize, "runtime": args.runtime, "budget": args.budget}
-    apar = load(args.model, heads=heads, dtype=args.dtype, **options)
+    with slow(f"loading {args.model}"):
+        apar = load(args.model, heads=heads, dtype=args.dtype, **options)
     longest = max(len(encode(apar.tokenizer, p.text)["input_ids"][0]) for p in asked) + args.max_new_tokens
     if longest > peers.CONTEXT and set(args.systems) & set(peers.PEERS):
         raise ValueError(

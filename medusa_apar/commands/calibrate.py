@@ -18,12 +18,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import number
+from .arguments import add_bad_lines, check_files, number, out_folder
 
 if TYPE_CHECKING:
     from ..generate import MedusaApar
     from ..heads.answers import AnswerFile
-    from ..heads.ask import Prompt
+    from ..heads.ask import Encoded, Limits
     from ..job import Job
 
 HELP = "measure the heads' acceptance and choose the draft tree"
@@ -38,32 +38,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, nargs="+", metavar="FILE", help="chats as `data` reads them, to be answered"
     )
     source.add_argument("--answers", type=Path, nargs="+", metavar="FILE", help="answers of the model (JSONL)")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for the answers, the report and the plot")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="folder for the answers, the report and the plot")
+    add_bad_lines(parser)
     add("--write", action="store_true", help="put the table into the heads' config.json")
     add("--count", type=number(int, 1), default=200, metavar="N", help="prompts or answers (default: %(default)s)")
     add("--max-new-tokens", type=number(int, 1), default=320, metavar="N", help="of an answer (default: %(default)s)")
     add("--batch", type=number(int, 1), default=16, metavar="N", help="prompts at once (default: %(default)s)")
-    add("--top-k", type=number(int, 1), default=10, metavar="N", help="guesses per head (default: %(default)s)")
-    add("--nodes", type=number(int, 1), default=64, metavar="N", help="largest tree looked at (default: %(default)s)")
+    add("--top-k", type=number(int, 1, 1024), default=10, metavar="N", help="guesses per head (default: %(default)s)")
+    add(
+        "--nodes",
+        type=number(int, 1, 1024),
+        default=64,
+        metavar="N",
+        help="largest tree looked at (default: %(default)s)",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="of the prompts' order (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
 
 
 def run(args: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
+    from ..finetune.corpus import Drops
     from ..heads import calibrate, checkpoints
     from ..heads.answers import fingerprint, loops
-    from ..heads.ask import check_same_answers, keep_settings, read_prompts
+    from ..heads.ask import ANSWERS, Limits, check_same_answers, encoded_prompts, keep_settings, read_prompts
     from ..heads.calibration_plot import plot
     from ..heads.draft_heads import unembedding_size
-    from ..job import Job
+    from ..job import Job, quiet, slow
     from ..loading import load, locate
 
-    for path in args.prompts or args.answers:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
+    check_files(args.prompts or args.answers)
     if args.heads is not None and not args.heads.exists():
         raise FileNotFoundError(f"--heads {args.heads} does not exist")
     folder = args.heads or locate(args.model).heads
@@ -74,22 +78,30 @@ def run(args: argparse.Namespace) -> int:
     # A model's folder may keep its heads in medusa/, with a config.json of their own.
     home = checkpoints.find(folder)[0].parent if args.write else folder
     settings = {name: str(getattr(args, name)) for name in ("model", "prompts", "max_new_tokens", "dtype", "seed")}
+    drops = Drops(skip_bad=args.bad_lines == "skip")
     if args.prompts:
-        prompts = read_prompts(args.prompts)
+        prompts = read_prompts(args.prompts, drops)
         check_same_answers(args.out, settings)
     else:
-        read = calibrate.AnswerFile.read(*args.answers)
+        read = calibrate.AnswerFile.read(*args.answers, drops=drops)
         if not read.records:
             raise ValueError(f"{args.answers[0]} holds no answers")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    apar = load(args.model, heads=folder, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    quiet()
+    with slow(f"loading {args.model}"):
+        apar = load(args.model, heads=folder, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     heads = apar.heads
     assert heads is not None
     with Job(args.out, "calibrate", vars(args)) as job:
         if args.prompts:
+            limits = Limits(args.count, max_new_tokens=args.max_new_tokens, batch=args.batch, seed=args.seed)
+            encoded, too_long = encoded_prompts(apar.tokenizer, prompts, limits, drops)
+            if not encoded:
+                raise ValueError(f"{args.prompts[0]} holds no prompt of at most {limits.max_prompt} tokens")
             keep_settings(args.out, settings | {"model_fingerprint": fingerprint(apar.model)[:16]})
-            read = _asked(job, apar, prompts, args)
+            read = _asked(job, apar, encoded, args.out / ANSWERS, limits)
+            job.log("asked", too_long=too_long)
+        if drops.counts:
+            job.say(f"left out: {drops}")
         read.check_ids(unembedding_size(apar.model)[0])
         answers = read.records[: args.count]
         sound = [record for record in answers if not loops(record)]
@@ -107,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
             job.say(f"Only {own:.0%} of the answers' tokens are what this model would write: are they its own?")
         found = calibrate.report(ranks, reliability, args.nodes)
         about = {"kind": heads.kind, "num_heads": heads.num_heads, "draft_vocabulary": heads.draft_vocab_size}
-        job.report(heads=about, own_tokens=own, looping=len(answers) - len(sound), **found)
+        job.report(heads=about, own_tokens=own, looping=len(answers) - len(sound), left_out=drops.as_report(), **found)
         try:
             plot(found, args.out / "calibration.png", f"{args.model}: {heads.kind} heads")
         except ImportError:
@@ -120,19 +132,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(job: Job, apar: MedusaApar, prompts: list[Prompt], args: argparse.Namespace) -> AnswerFile:
-    """The model's answers to --count prompts, those of an earlier run among them."""
+def _asked(job: Job, apar: MedusaApar, prompts: list[Encoded], path: Path, limits: Limits) -> AnswerFile:
+    """The model's answers to the prompts, those of an earlier run among them."""
     from ..heads.answers import AnswerFile
-    from ..heads.ask import ANSWERS, Limits, ask
+    from ..heads.ask import ask
 
-    path = args.out / ANSWERS
     bare = apar.without_heads()
-    limits = Limits(args.count, max_new_tokens=args.max_new_tokens, batch=args.batch, seed=args.seed)
     ask(bare, prompts, path, limits, job)
-    answers = AnswerFile.read(path)
-    if not answers.records:
-        raise ValueError(f"{args.prompts[0]} holds no prompt of at most {limits.max_prompt} tokens")
-    return answers
+    return AnswerFile.read(path)
 
 
 def _show(found: dict[str, Any]) -> None:

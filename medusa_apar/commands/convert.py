@@ -23,6 +23,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .arguments import out_folder
+
 HELP = "turn Medusa heads into another file layout"
 
 
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder, head file or Hub id of the heads")
     add("--to", required=True, choices=("v1", "v2", "vllm", "medusa2", "apar"), help="layout to write")
-    add("--out", required=True, metavar="DIR", help="folder to write into")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="folder to write into")
     add(
         "--base",
         metavar="NAME",
@@ -48,16 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from transformers.utils import logging
 
     from medusa_apar.heads.convert import convert
+    from medusa_apar.job import quiet, slow
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    read, written, notes = convert(
-        args.source, args.to, args.out, base=args.base, dtype=dtype, file_format=args.format, force=args.force
-    )
+    options = {"base": args.base, "dtype": dtype, "file_format": args.format, "force": args.force}
+    with slow(f"converting {args.source}"):
+        read, written, notes = convert(args.source, args.to, args.out, **options)
     for note in notes:
         print(f"medusa-apar: {note}", file=sys.stderr)
     print(f"read   {read}\nwrote  {written}")

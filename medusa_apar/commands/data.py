@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import number
+from .arguments import add_bad_lines, check_files, number, out_folder
 
 HELP = "chat corpora to paragraph trees"
 
@@ -28,8 +28,8 @@ HELP = "chat corpora to paragraph trees"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("corpora", nargs="+", metavar="CORPUS", help="file or data set name")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the examples go")
-    add("--bad-lines", choices=("stop", "skip"), default="stop", help="at a record that cannot be read (default: stop)")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="where the examples go")
+    add_bad_lines(parser)
     add("--all-turns", action="store_true", help="every answer of a conversation is a target, not only its last")
     add("--max-depth", type=number(int, 0, 8), default=2, metavar="N", help="of the trees (default: %(default)s)")
     add(
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.finetune.data import make_examples
     from medusa_apar.job import Job
 
-    missing = [name for name in args.agree_with or [] if not name.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]} does not exist")
+    check_files(args.agree_with or [])
     if args.disagreeing == "whole" and not args.agree_with:
         raise ValueError("--disagreeing needs --agree-with: there is nothing to disagree with")
     settings = {key: value for key, value in vars(args).items() if key != "command"}

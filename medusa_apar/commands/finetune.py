@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import number
+from .arguments import MOST_THREADS, add_bad_lines, number, out_folder
 
 HELP = "teach a chat model to fork (LoRA)"
 
@@ -32,7 +32,7 @@ def data_share(text: str) -> tuple[Path, float | None]:
         value = float(share)
     except ValueError:
         value = 0.0
-    if value <= 0:
+    if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} must be a folder, or folder=share with a share above 0")
     return Path(folder), value
 
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", default="smollm2-135m", help="model to tune: name, folder or Hub id (default: %(default)s)")
     add("--data", type=data_share, nargs="+", required=True, metavar="DIR[=SHARE]", help="of `medusa-apar data`")
-    add("--out", type=Path, required=True, metavar="DIR", help="where adapter, log and report go")
+    add_bad_lines(parser)
+    add("--out", type=out_folder, required=True, metavar="DIR", help="where adapter, log and report go")
     add("--init", type=Path, metavar="ADAPTER", help="go on from this adapter instead of from nothing")
     add("--control-tokens", nargs=2, metavar=("FORK", "CHILD"),
         help="texts of the two control tokens (default: spare ones of the vocabulary, else two new ones)")  # fmt: skip
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--epochs", type=number(float, 0, open_low=True), default=1.0, help="passes over them (default: %(default)s)")
     add("--max-minutes", type=number(float, 0, open_low=True), metavar="M", help="the schedule ends here at the latest")
-    add("--rank", type=number(int, 1), default=16, help="of LoRA (default: %(default)s)")
+    add("--rank", type=number(int, 1, 4096), default=16, help="of LoRA (default: %(default)s)")
     add("--lr", type=number(float, 0, open_low=True), default=5e-4, help="peak, of LoRA (default: %(default)s)")
     add("--row-lr", type=number(float, 0, open_low=True), default=2e-3, metavar="LR",
         help="peak, of the two control rows (default: %(default)s)")  # fmt: skip
@@ -64,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--update-tokens", type=number(int, 1), default=4096, metavar="N", help="of an update (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the frozen base; what is trained is float32 (default: bfloat16 where it is fast)")  # fmt: skip
-    add("--workers", type=number(int, 1), metavar="N", help="rows worked on at a time on a CPU (default: one a core)")
+    add(
+        "--workers",
+        type=number(int, 1, MOST_THREADS),
+        metavar="N",
+        help="rows worked on at a time on a CPU (default: one a core)",
+    )
     add("--save-every", type=number(int, 1), default=20, metavar="N", help="updates (default: %(default)s)")
     add("--evaluate-every", type=number(int, 1), default=40, metavar="N", help="updates (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the draw (default: %(default)s)")
@@ -80,13 +86,10 @@ def run(args: argparse.Namespace) -> int:
     if args.init and not (args.init / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{args.init} holds no adapter_config.json")
 
-    from transformers.utils import logging
-
     from medusa_apar.finetune.train import Settings, finetune
-    from medusa_apar.job import Job, fast_dtype
+    from medusa_apar.job import Job, fast_dtype, quiet
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     settings = Settings(
         rank=args.rank,
         lr=args.lr,
@@ -113,5 +116,6 @@ def run(args: argparse.Namespace) -> int:
             save_every=args.save_every,
             evaluate_every=args.evaluate_every,
             trust_remote_code=args.trust_remote_code,
+            skip_bad=args.bad_lines == "skip",
         )
     return 0

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import out_folder
+
 HELP = "merge an adapter into its base model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("adapter", metavar="ADAPTER", help="adapter folder, Hub id or embedded name")
-    add("--out", required=True, metavar="DIR", help="folder to write into")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="folder to write into")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the base's)")
     add("--force", action="store_true", help="replace the model that --out holds; its other files stay")
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
@@ -29,15 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from transformers.utils import logging
 
     from medusa_apar.finetune.merge import merge
     from medusa_apar.heads.checkpoints import SUBFOLDER
+    from medusa_apar.job import quiet, slow
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    out = merge(args.adapter, args.out, dtype, args.force, args.trust_remote_code)
+    with slow(f"merging {args.adapter}"):
+        out = merge(args.adapter, args.out, dtype, args.force, args.trust_remote_code)
     heads = " and heads" if (out / SUBFOLDER).is_dir() else ""
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"wrote  model, tokenizer{heads}, {size:,} bytes, {out}")

@@ -20,9 +20,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import number
+from .arguments import MOST_THREADS, add_bad_lines, check_files, number, out_folder
 
 if TYPE_CHECKING:
+    import torch
+
+    from medusa_apar.finetune.corpus import Drops
     from medusa_apar.generate import MedusaApar
     from medusa_apar.heads.answers import AnswerFile
     from medusa_apar.job import Job
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="name, folder (an adapter, too) or Hub id (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
-    add("--out", type=Path, required=True, metavar="DIR", help="where heads, log and report go")
+    add("--out", type=out_folder, required=True, metavar="DIR", help="where heads, log and report go")
 
     data = parser.add_argument_group("data, at least one of the first three")
     add = data.add_argument
@@ -54,14 +57,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-copied", type=count, default=600, metavar="N",
         help="tokens of a prompt and its copied answer; longer ones are left out (default: %(default)s)")  # fmt: skip
     add("--answer-batch", type=count, default=16, metavar="N", help="prompts answered at a time (default: %(default)s)")
-    add("--skip-bad", action="store_true", help="skip lines of --copy that cannot be read instead of refusing them")
+    add_bad_lines(data)
 
     heads = parser.add_argument_group("heads")
     add = heads.add_argument
     add("--kind", choices=("medusa", "hydra"), default="medusa",
         help="independent heads, or each seeing the tokens drafted before it (default: %(default)s)")  # fmt: skip
-    add("--num-heads", type=count, default=4, metavar="N", help="tokens guessed ahead (default: %(default)s)")
-    add("--num-layers", type=count, default=1, metavar="N", help="residual blocks of a head (default: %(default)s)")
+    add(
+        "--num-heads",
+        type=number(int, 1, 64),
+        default=4,
+        metavar="N",
+        help="tokens guessed ahead (default: %(default)s)",
+    )
+    add(
+        "--num-layers",
+        type=number(int, 1, 64),
+        default=1,
+        metavar="N",
+        help="residual blocks of a head (default: %(default)s)",
+    )
     add("--draft-vocab", type=number(int, 0), default=8192, metavar="N",
         help="ids that heads can propose, the answers' most frequent; 0: all (default: %(default)s)")  # fmt: skip
     add("--taps", type=number(int, 0), nargs="*", default=[], metavar="LAYER",
@@ -86,16 +101,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of the base and of products; heads stay float32 (default: bfloat16 where it is fast)")  # fmt: skip
     add("--device", help="default: CUDA where there is one")
-    add("--threads", type=count, metavar="N", help="CPU cores to use (default: all that this process may)")
+    add(
+        "--threads",
+        type=number(int, 1, MOST_THREADS),
+        metavar="N",
+        help="CPU cores to use (default: all that this process may)",
+    )
     add("--seed", type=number(int, 0), default=0, help="of every order and draw (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     if not (args.prompts or args.answers or args.copy):
         raise ValueError("there is nothing to learn from: give --prompts, --answers or --copy")
-    for path in (*args.prompts, *args.answers, *args.copy):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
+    check_files([*args.prompts, *args.answers, *args.copy])
     if args.start == "ridge" and args.kind == "medusa" and not args.taps:
         raise ValueError("--start ridge needs an input layer: --kind hydra, or --taps")
     if args.init and not Path(args.init).exists():
@@ -104,24 +122,24 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     import torch
-    from transformers.utils import logging
 
+    from medusa_apar.finetune.corpus import Drops
     from medusa_apar.heads.answers import AnswerFile
     from medusa_apar.heads.ask import read_prompts
     from medusa_apar.heads.draft_heads import unembedding_size
     from medusa_apar.heads.train import Settings, check_out, train
-    from medusa_apar.job import Job, fast_dtype
+    from medusa_apar.job import Job, fast_dtype, quiet, slow
     from medusa_apar.loading import load
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     check_out(args.out)
-    given = AnswerFile.read(*args.answers)
-    prompts = read_prompts(args.prompts) if args.prompts else []
-    examples = _examples(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    drops = Drops(skip_bad=args.bad_lines == "skip")
+    given = AnswerFile.read(*args.answers, drops=drops)
+    prompts = read_prompts(args.prompts, drops) if args.prompts else []
+    examples = _examples(args, drops)
+    device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = Settings(
         kind=args.kind,
         num_heads=args.num_heads,
@@ -141,61 +159,79 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     dtype = fast_dtype(device.type) if args.dtype == "auto" else args.dtype
-    apar = load(
-        args.model,
-        heads=None,
-        speculation="off",  # what a thread writes beyond an answer's end is kept: guesses would change how much
-        dtype=dtype,
-        device=device,
-        trust_remote_code=args.trust_remote_code,
-    )
+    # Without guesses: what a thread writes beyond an answer's end is kept, and they would change how much.
+    options = {"speculation": "off", "dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    with slow(f"loading {args.model}"):
+        apar = load(args.model, heads=None, device=device, **options)
     given.check_ids(unembedding_size(apar.model)[0])
     with Job(args.out, "train-heads", vars(args)) as job:
-        file = _records(apar, args, prompts, given.records, examples, job)
+        file = _records(apar, args, prompts, given.records, examples, drops, job)
         torch.set_num_threads(1 if threads > 1 else threads)  # workers are single-threaded and side by side
         train(apar.model, file, args.out, settings, job)
         job.say(f"heads are in {args.out}")
     return 0
 
 
-def _examples(args: argparse.Namespace) -> list[Any]:
+def _device(name: str) -> torch.device:
+    """ValueError for one that is not there."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} is none that torch can use here ({why})") from error
+
+
+def _examples(args: argparse.Namespace, drops: Drops) -> list[Any]:
     import random
 
     from medusa_apar.finetune.corpus import read_examples
 
-    examples = list(read_examples(args.copy, skip_bad=args.skip_bad)) if args.copy else []
+    examples = list(read_examples(args.copy, drops)) if args.copy else []
     random.Random(args.seed).shuffle(examples)
     return examples
 
 
 def _records(
-    apar: MedusaApar, args: argparse.Namespace, prompts: list, given: list[dict], examples: list, job: Job
+    apar: MedusaApar,
+    args: argparse.Namespace,
+    prompts: list,
+    given: list[dict],
+    examples: list,
+    drops: Drops,
+    job: Job,
 ) -> AnswerFile:
     """All records to learn from: the model's own answers, those given, then the corpora's."""
     from itertools import islice
 
     from medusa_apar.heads.answers import AnswerFile, fingerprint, loops
-    from medusa_apar.heads.ask import ANSWERS, Limits, ask, copied_records, keep_settings
+    from medusa_apar.heads.ask import ANSWERS, Limits, ask, copied_records, encoded_prompts, keep_settings
     from medusa_apar.heads.draft_heads import unembedding_size
 
+    copied = list(islice(copied_records(apar, examples, args.max_copied, drops), args.copy_count))
     own: list[dict] = []
+    too_long = 0
     if prompts:
-        settings = {name: str(getattr(args, name)) for name in ("prompts", "max_prompt", "max_new_tokens", "seed")}
-        keep_settings(args.out, settings | {"model_fingerprint": fingerprint(apar.model)[:16]})
         minutes = float("inf") if args.answer_minutes is None else args.answer_minutes
         limits = Limits(args.count, args.max_prompt, args.max_new_tokens, args.answer_batch, minutes, args.seed)
+        encoded, too_long = encoded_prompts(apar.tokenizer, prompts, limits, drops)
+        settings = {name: str(getattr(args, name)) for name in ("prompts", "max_prompt", "max_new_tokens", "seed")}
+        keep_settings(args.out, settings | {"model_fingerprint": fingerprint(apar.model)[:16]})
         path = args.out / ANSWERS
         # Once training has begun its answers are settled, even if --answer-minutes cut them short.
         if not ((args.out / "train" / "state.pt").exists() and path.exists()):
-            ask(apar, prompts, path, limits, job)
+            ask(apar, encoded, path, limits, job)
         answered = AnswerFile.read(path)
         answered.check_ids(unembedding_size(apar.model)[0])
         own = answered.records
 
     sound = [record for record in own + given if not loops(record)]
-    copied = list(islice(copied_records(apar, examples, args.max_copied), args.copy_count))
     looping = len(own) + len(given) - len(sound)
-    job.log("records", answered=len(own), given=len(given), copied=len(copied), looping=looping)
+    counts = {"answered": len(own), "given": len(given), "copied": len(copied), "looping": looping}
+    job.log("records", **counts, too_long=too_long, left_out=drops.as_report())
+    if drops.counts:
+        job.say(f"left out: {drops}")
     job.say(f"{len(sound)} answers ({looping} more loop and are left out) and {len(copied)} corpus answers")
     if not sound and not copied:
         raise ValueError("there is nothing to learn from: every answer is empty, too long or loops")

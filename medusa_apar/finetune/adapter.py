@@ -51,7 +51,11 @@ def attach_lora(
     if init is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-            tuned = PeftModel.from_pretrained(model, str(init), is_trainable=True)
+            try:
+                tuned = PeftModel.from_pretrained(model, str(init), is_trainable=True)
+            except Exception as error:  # each of the libraries below has its own kinds for a damaged file
+                why = str(error).strip().partition("\n")[0]
+                raise ValueError(f"{init} holds no adapter that fits this model and can be read ({why})") from None
         trained = getattr(tuned.peft_config["default"], "trainable_token_indices", None)
         found = trained.get(names[0]) if isinstance(trained, dict) else trained
         if found != [tokens.fork, tokens.child]:

@@ -48,6 +48,10 @@ def load_base(
         raise ValueError(f"{name} has no chat template: its tokenizer must say how a conversation is written.")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name} has no end-of-text token, so no thread could end.")
+    if control and (len(set(control)) < 2 or not all(text.strip() for text in control)):
+        raise ValueError(
+            f"the control tokens are {control[0]!r} and {control[1]!r}: they must be two, with a text each"
+        )
     texts = control or spare_tokens(tokenizer) or ADDED
     unknown = [text for text in texts if text not in tokenizer.get_vocab()]
     model: Any = read_model(place, dtype, trust_remote_code=trust_remote_code)

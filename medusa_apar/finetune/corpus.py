@@ -6,18 +6,17 @@ Read are chat JSONL (`{"messages": [{"role", "content"}...]}`), ShareGPT's own J
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import json
-import zlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from medusa_apar.finetune.rules import MAX_DEPTH, Thread, is_narrative, paragraph_tree, splice
+from medusa_apar.finetune.rules import KINDS, MAX_DEPTH, Thread, is_narrative, paragraph_tree, splice
 from medusa_apar.job import replacing
+from medusa_apar.json_files import is_text, numbered_lines, numbered_records, parse
 
 ROLES = {
     "system": "system",
@@ -47,6 +46,7 @@ class Example:
     tree: Thread
     kind: str  # one of rules.KINDS: the rule that forked the answer
     reason: str = ""  # why a plain one stays whole
+    place: str = field(default="", compare=False)  # file and line that it was read from
 
     def as_row(self) -> dict[str, Any]:
         return {
@@ -58,14 +58,25 @@ class Example:
         }
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Example:
-        return cls(row["id"], row["messages"], _as_thread(row["tree"]), row["kind"], row.get("reason", ""))
+    def from_row(cls, row: Any, place: str = "") -> Example:
+        """ValueError where it is no row that `as_row` could have made."""
+        try:
+            id, kind, reason, messages = row["id"], row["kind"], row.get("reason", ""), row["messages"]
+            tree = _as_thread(row["tree"])
+            texts = [id, reason, *(message[key] for message in messages for key in ("role", "content"))]
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"it lacks {error}" if isinstance(error, KeyError) else "its fields have other types"
+            raise ValueError(f"no example of `medusa-apar data`, {why}") from error
+        if not messages or kind not in KINDS or not all(isinstance(text, str) for text in texts):
+            raise ValueError("no example of `medusa-apar data`, its fields have other types")
+        return cls(id, messages, tree, kind, reason, place)
 
 
 @dataclass(slots=True)
 class Drops:
     """What was left out and where: a count per reason, and the first places."""
 
+    skip_bad: bool = False  # lines that cannot be used are left out too, instead of being an error
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
     keep: int = 20  # places
@@ -76,6 +87,18 @@ class Drops:
         if len(places) < self.keep:
             places.append(place)
 
+    def bad(self, reason: str, place: str) -> None:
+        """A line that cannot be used: counted under what `reason` says before its first comma, or BadCorpus."""
+        if not self.skip_bad:
+            raise BadCorpus(f"{place}: {reason}")
+        self.add(reason.partition(",")[0], place)
+
+    def as_report(self) -> dict[str, dict[str, Any]]:
+        return {reason: {"count": n, "first": self.places[reason]} for reason, n in self.counts.most_common()}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{n} {reason}, first {self.places[reason][0]}" for reason, n in self.counts.most_common())
+
 
 def read_conversations(source: str | Path, bad: Callable[[str, str], None]) -> Iterator[tuple[str, str, list[Message]]]:
     """(place, id, messages) of every conversation in a file, or in the data set of that name.
@@ -83,6 +106,8 @@ def read_conversations(source: str | Path, bad: Callable[[str, str], None]) -> I
     `bad(reason, place)` is told of each record that cannot be read, which is then skipped; it may raise.
     """
     path = Path(source)
+    if path.is_dir():
+        raise IsADirectoryError(f"{source or path} is a folder: name a file in it")
     if path.exists():
         records = file_records(path, bad)
     elif path.suffix in (".json", ".jsonl", ".gz") or str(source).startswith((".", "/", "~")):
@@ -96,7 +121,7 @@ def read_conversations(source: str | Path, bad: Callable[[str, str], None]) -> I
             bad(str(error), place)
             continue
         name = str(record.get("id") or f"{path.name}/{place.rpartition(':')[2]}")
-        if not all(map(_is_text, [name, *(message["content"] for message in messages)])):
+        if not all(map(is_text, [name, *(message["content"] for message in messages)])):
             bad("broken text, it holds what is no character in UTF-8", place)
             continue
         yield place, name, messages
@@ -106,14 +131,13 @@ def read_examples(
     sources: Iterable[str | Path],
     drops: Drops | None = None,
     *,
-    skip_bad: bool = False,
     all_turns: bool = False,
     max_depth: int = MAX_DEPTH,
     seen: set[int] | None = None,
 ) -> Iterator[Example]:
     """Examples of corpora, in order. Answers that are empty, repeated or loop are left out and counted in `drops`.
 
-    skip_bad: skip records that cannot be read (counted too) instead of raising BadCorpus with file and line.
+    drops: says, too, what is done about records that cannot be read; None raises BadCorpus with file and line.
     all_turns: every answer of a conversation is a target of its own; otherwise the last one.
     max_depth: of the trees.
     seen: hashes of the answers of earlier calls, whose repetitions are left out too; grows.
@@ -121,13 +145,8 @@ def read_examples(
     drops = drops if drops is not None else Drops()
     seen = seen if seen is not None else set()
 
-    def bad(reason: str, place: str) -> None:
-        if not skip_bad:
-            raise BadCorpus(f"{place}: {reason}")
-        drops.add(reason.split(",")[0], place)
-
     for source in sources:
-        for place, name, messages in read_conversations(source, bad):
+        for place, name, messages in read_conversations(source, drops.bad):
             targets = list(_targets(messages, all_turns))
             if not targets:
                 drops.add("no target", place)  # no answer that could be one follows a user's turn
@@ -142,7 +161,7 @@ def read_examples(
                 else:
                     tree, kind, reason = paragraph_tree(answer, is_narrative(context[-1]["content"]), max_depth)
                     assert splice(tree) == answer, place
-                    yield Example(f"{name}#{number}" if number else name, context, tree, kind, reason)
+                    yield Example(f"{name}#{number}" if number else name, context, tree, kind, reason, place)
                 seen.add(key)
 
 
@@ -158,10 +177,17 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
         file.writelines(json.dumps(example.as_row(), ensure_ascii=False) + "\n" for example in examples)
 
 
-def load_examples(path: Path) -> Iterator[Example]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield Example.from_row(json.loads(line))
+def load_examples(path: Path, drops: Drops | None = None) -> Iterator[Example]:
+    """What `write_examples` wrote; `drops` as `read_examples` takes it."""
+    drops = drops if drops is not None else Drops()
+    for number, line in numbered_lines(path):
+        place = f"{path}:{number}"
+        try:
+            example = Example.from_row(parse(line), place)
+        except ValueError as error:
+            drops.bad(str(error), place)
+        else:
+            yield example
 
 
 def _targets(messages: list[Message], all_turns: bool) -> Iterator[tuple[list[Message], str]]:
@@ -181,6 +207,8 @@ def as_messages(record: Any) -> list[Message]:
     elif "conversations" in record:
         turns, role_key, text_key = record["conversations"], "from", "value"
     elif isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
+        if not isinstance(record.get("input"), str | None):
+            raise ValueError(f"wrong schema, an input that is {type(record['input']).__name__}")
         question = "\n\n".join(filter(None, [record["instruction"], record.get("input")]))
         turns, role_key, text_key = (
             [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}],
@@ -197,7 +225,7 @@ def as_messages(record: Any) -> list[Message]:
             raise ValueError(f"wrong schema, a turn without the text {text_key!r}")
         role = ROLES.get(str(turn.get(role_key)))
         if role is None:
-            raise ValueError(f"unknown role, {turn.get(role_key)!r} is none of {', '.join(ROLES)}")
+            raise ValueError(f"unknown role, {repr(turn.get(role_key))[:40]} is none of {', '.join(ROLES)}")
         messages.append({"role": role, "content": turn[text_key]})
     while messages and messages[0]["role"] == "assistant":  # ShareGPT cuts conversations anywhere
         messages = messages[1:]
@@ -206,58 +234,16 @@ def as_messages(record: Any) -> list[Message]:
     return messages
 
 
-def _is_text(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can spell and no file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def file_records(path: Path, bad: Callable[[str, str], None]) -> Iterator[tuple[str, Any]]:
     """(file:line, record) of JSON lines, or (file:number, record) of one JSON array."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rb") as lines:
-            if _is_array(lines):
-                # A broken byte must cost its record only: it becomes half a surrogate pair, which is found later.
-                text = lines.read().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-                yield from ((f"{path}:{number}", record) for number, record in enumerate(json.loads(text), 1))
-                return
-            for number, line in enumerate(lines, 1):
-                place = f"{path}:{number}"
-                try:
-                    text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8")
-                    if not text.strip():
-                        continue
-                    record = json.loads(text)
-                except UnicodeDecodeError as error:
-                    bad(f"broken text, {error}", place)
-                except ValueError as error:
-                    bad(f"broken JSON, {error}", place)
-                except RecursionError:
-                    bad("broken JSON, it nests too deeply", place)
-                else:
-                    yield place, record
-    except json.JSONDecodeError as error:
-        raise BadCorpus(f"{path} cannot be read: {error}") from error
-    except RecursionError as error:
-        raise BadCorpus(f"{path} cannot be read: its JSON nests too deeply") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise BadCorpus(f"{path} cannot be read after line {number}: {error}") from error
-
-
-def _is_array(file: BinaryIO) -> bool:
-    """Whether the first character that is no space is a bracket; leaves the file at its begin."""
-    start = b""
-    while block := file.read(1 << 12):
-        start = (start + block).removeprefix(codecs.BOM_UTF8).lstrip()
-        if start:
-            break
-    file.seek(0)
-    return start.startswith(b"[")
+    for number, record in numbered_records(path):
+        if isinstance(record, bytes):
+            try:
+                record = parse(record)
+            except ValueError as error:
+                bad(str(error), f"{path}:{number}")
+                continue
+        yield f"{path}:{number}", record
 
 
 def _dataset_records(name: str) -> Iterator[tuple[str, Any]]:
@@ -268,18 +254,22 @@ def _dataset_records(name: str) -> Iterator[tuple[str, Any]]:
         raise BadCorpus(
             f"{name} is no file; as a data set's name it needs `pip install 'medusa-apar[train]'`"
         ) from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     name, _, split = name.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{name}:{number}", row
     except Exception as error:  # datasets raises a dozen kinds, its own and those of the Hub and of HTTP
         raise BadCorpus(f"{name} is neither a file nor a data set that can be had ({error})") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{name}:{number}", row
 
 
 def _as_lists(thread: Thread) -> list:
     return [piece if isinstance(piece, str) else _as_lists(piece) for piece in thread.pieces]
 
 
-def _as_thread(pieces: list) -> Thread:
+def _as_thread(pieces: Any) -> Thread:
+    if not isinstance(pieces, list):
+        raise TypeError(f"the tree holds {type(pieces).__name__}")
     return Thread([piece if isinstance(piece, str) else _as_thread(piece) for piece in pieces])

@@ -32,9 +32,9 @@ def make_examples(
     left out.
     BadCorpus where a record cannot be read and is not to be skipped, or where no example is left.
     """
-    drops = Drops()
+    drops = Drops(skip_bad)
     seen: set[int] = set()
-    others = read_examples(agree_with, skip_bad=True, all_turns=all_turns, max_depth=max_depth)
+    others = read_examples(agree_with, Drops(skip_bad), all_turns=all_turns, max_depth=max_depth)
     forms = {example.id: bool(example.tree.forks) for example in others}
     if agree_with and not forms:
         raise BadCorpus(f"{', '.join(map(str, agree_with))} holds no usable answer to agree with")
@@ -47,9 +47,7 @@ def make_examples(
         for corpus in corpora:
             with job.bar(Path(corpus).name, None) as bar:
                 counts = kinds.setdefault(corpus, Counter())
-                for example in read_examples(
-                    [corpus], drops, skip_bad=skip_bad, all_turns=all_turns, max_depth=max_depth, seen=seen
-                ):
+                for example in read_examples([corpus], drops, all_turns=all_turns, max_depth=max_depth, seen=seen):
                     bar.advance()
                     if forms and example.id not in forms:
                         drops.add("not in the other corpus", example.id)
@@ -87,9 +85,7 @@ def make_examples(
         kinds={corpus: dict(counts.most_common()) for corpus, counts in kinds.items()},
         whole=dict(reasons.most_common()),
         depths={str(depth): count for depth, count in sorted(depths.items())},
-        dropped={
-            reason: {"count": count, "first": drops.places[reason]} for reason, count in drops.counts.most_common()
-        },
+        dropped=drops.as_report(),
     )
     job.log("end", **totals)
     job.say(_summary(report))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from medusa_apar.finetune.corpus import Example
+from medusa_apar.finetune.corpus import Drops, Example
 from medusa_apar.finetune.packing import PackedRow, Tokens, join, pack_example
 
 HELD_OUT_ONE_IN = 40
@@ -54,7 +54,13 @@ def is_held_out(example_id: str) -> bool:
 
 
 def draw(
-    sources: Sequence[Source], tokenizer, tokens: Tokens, limits: Limits, seed: int, plain_share: float = 0.5
+    sources: Sequence[Source],
+    tokenizer,
+    tokens: Tokens,
+    limits: Limits,
+    seed: int,
+    plain_share: float = 0.5,
+    drops: Drops | None = None,
 ) -> tuple[list[PackedRow], list[PackedRow], list[Given]]:
     """Training rows and held-out rows, one an example, in shuffled order; and what each side of each source gave.
 
@@ -62,7 +68,10 @@ def draw(
     the rest of answers that fork, each source giving its share of both as far as it has them. Without a `limits.total`
     the source that has the fewest forking tokens for its share gives them all, and sets how many the others give; plain
     text is taken as much as fits to it. Sources without shares count as one.
+
+    drops: says what is done about examples that the chat template refuses; None raises BadCorpus with file and line.
     """
+    drops = drops if drops is not None else Drops()
     if not 0 <= plain_share < 1:
         raise ValueError(f"the share of plain answers is {plain_share}, must be from 0 to below 1.")
     rng = random.Random(seed)
@@ -82,7 +91,7 @@ def draw(
         part = 1 - plain_share if forking else plain_share
         sides = []
         for pool, share in zip(pools, shares, strict=True):
-            side = _Side(tokenizer, tokens, limits)
+            side = _Side(tokenizer, tokens, limits, drops)
             chosen = (example for example in pool if bool(example.tree.forks) == forking)
             side.take(chosen, share * wanted, round(share * part * limits.held_out))
             sides.append(side)
@@ -112,8 +121,8 @@ def draw(
 class _Side:
     """The forking or the plain examples of a source, as rows."""
 
-    def __init__(self, tokenizer, tokens: Tokens, limits: Limits) -> None:
-        self._tokenizer, self._tokens, self._limits = tokenizer, tokens, limits
+    def __init__(self, tokenizer, tokens: Tokens, limits: Limits, drops: Drops) -> None:
+        self._tokenizer, self._tokens, self._limits, self._drops = tokenizer, tokens, limits, drops
         self.train: list[PackedRow] = []
         self.held_out: list[PackedRow] = []
         self.tokens = 0  # to train on
@@ -125,7 +134,11 @@ class _Side:
             apart = is_held_out(example.id)
             if len(self.held_out) >= held_out if apart else self.tokens >= tokens:
                 continue
-            row = fitting_row(example, self._tokenizer, self._tokens, self._limits)
+            try:
+                row = fitting_row(example, self._tokenizer, self._tokens, self._limits)
+            except ValueError as error:
+                self._drops.bad(str(error), example.place)
+                continue
             if row is None:
                 continue
             if apart:
@@ -146,7 +159,10 @@ class _Side:
 
 
 def fitting_row(example: Example, tokenizer, tokens: Tokens, limits: Limits) -> PackedRow | None:
-    """An example as a row, or None where it is too long or its text spells a control token."""
+    """An example as a row, or None where it is too long or its text spells a control token.
+
+    ValueError where the chat template refuses it.
+    """
     characters = sum(len(message["content"]) for message in example.messages)
     if characters > 6 * limits.prompt:  # English averages four to five characters a token
         return None

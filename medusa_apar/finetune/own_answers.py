@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from medusa_apar.chat import encode_messages, left_padded
+from medusa_apar.chat import left_padded
+from medusa_apar.finetune.corpus import Drops
 from medusa_apar.generate import MedusaApar
 from medusa_apar.heads.answers import fingerprint
-from medusa_apar.heads.ask import Limits, Prompt, answered, check_same
-from medusa_apar.job import Job, write_text
+from medusa_apar.heads.ask import Limits, Prompt, answered, check_same, encoded_prompts
+from medusa_apar.job import Job, append_lines, write_text
+from medusa_apar.json_files import read_object
 
 CHATS = "chats.jsonl"
 ASKED = "asked.jsonl"  # every prompt that was answered, those whose answer did not end among them
@@ -26,38 +28,34 @@ class Sampling:
     top_p: float = 1.0
 
 
-def own_answers(apar: MedusaApar, prompts: Sequence[Prompt], limits: Limits, sampling: Sampling, job: Job) -> Path:
+def own_answers(
+    apar: MedusaApar, prompts: Sequence[Prompt], limits: Limits, sampling: Sampling, job: Job, drops: Drops
+) -> Path:
     """Answers prompts batch by batch, without threads, into the job's folder; returns the corpus.
 
     Batches are the same in every run, so one that was stopped goes on to what it would have sampled. ValueError where
     the folder's answers were made otherwise.
+
+    drops: says what is done about prompts that the chat template refuses, and what was about other bad lines.
     """
+    todo, too_long = encoded_prompts(apar.tokenizer, prompts, limits, drops)
     _check_same_answers(apar, limits, sampling, job)
     chats, asked = job.folder / CHATS, job.folder / ASKED
-    order = list(prompts)
-    random.Random(limits.seed).shuffle(order)
     done, written = answered(asked), answered(chats)
     budget = job.seconds + 60 * limits.max_minutes
-    todo: list[tuple[str, list[dict[str, str]], dict[str, Any]]] = []
-    for name, messages in order:
-        encoded = encode_messages(apar.tokenizer, messages)
-        if encoded["input_ids"].shape[1] <= limits.max_prompt:
-            todo.append((name, messages, encoded))
-    too_long = len(order) - len(todo)
-    todo = todo[: limits.count]
     tokens = 0
     with job.bar("answering prompts", len(todo)) as bar:
         for first in range(0, len(todo), limits.batch):
             batch = todo[first : first + limits.batch]
-            if all(name in done for name, _, _ in batch):
+            if all(encoded.prompt.id in done for encoded in batch):
                 bar.advance(len(batch))
                 continue
             if job.seconds > budget:
                 break
             seed = random.Random(f"{limits.seed} {first}").getrandbits(62)
-            answers = _answers(apar, [encoded for _, _, encoded in batch], limits.max_new_tokens, sampling, seed)
+            answers = _answers(apar, [encoded.inputs for encoded in batch], limits.max_new_tokens, sampling, seed)
             rows, marks = [], []
-            for (name, messages, _), (ids, finished) in zip(batch, answers, strict=True):
+            for ((name, messages, _), _), (ids, finished) in zip(batch, answers, strict=True):
                 if name in done:  # of a batch whose writing was cut short
                     continue
                 tokens += len(ids)
@@ -67,13 +65,22 @@ def own_answers(apar: MedusaApar, prompts: Sequence[Prompt], limits: Limits, sam
                     rows.append({"id": name, "messages": [*messages, {"role": "assistant", "content": text}]})
                 marks.append({"id": name, "tokens": len(ids), "finished": finished})
             # In this order: an answer that is marked but not written would be lost for good.
-            _append(chats, rows)
-            _append(asked, marks)
-            done.update(name for name, _, _ in batch)
+            append_lines(chats, rows)
+            append_lines(asked, marks)
+            done.update(encoded.prompt.id for encoded in batch)
             bar.advance(len(batch), f"{tokens / max(1e-6, job.seconds):.0f} tokens/s")
     kept = len(written)
-    report = job.report(asked=len(done), kept=kept, unfinished=len(done) - kept, too_long=too_long, tokens=tokens)
+    report = job.report(
+        asked=len(done),
+        kept=kept,
+        unfinished=len(done) - kept,
+        too_long=too_long,
+        tokens=tokens,
+        left_out=drops.as_report(),
+    )
     job.say(f"{report['kept']} of {report['asked']} answers ended and are in {chats}")
+    if drops.counts:
+        job.say(f"left out: {drops}")
     return chats
 
 
@@ -91,13 +98,8 @@ def _check_same_answers(apar: MedusaApar, limits: Limits, sampling: Sampling, jo
     }
     path = job.folder / SETTINGS
     if path.exists():
-        check_same(json.loads(path.read_text(encoding="utf-8")), fixed, f"{job.folder} holds answers")
+        check_same(read_object(path), fixed, f"{job.folder} holds answers")
     write_text(path, json.dumps(fixed, indent=2) + "\n")
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _answers(

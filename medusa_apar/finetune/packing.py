@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from medusa_apar.chat import rendered
 from medusa_apar.finetune.corpus import Example
 from medusa_apar.finetune.rules import Thread
 from medusa_apar.forest import ForestMask, Group
@@ -57,9 +58,11 @@ class Tokens:
 
 
 def tokenize_example(example: Example, tokenizer, tokens: Tokens) -> tuple[list[TokenThread], int]:
-    """An example's threads as token lists, the prompt at the head of the trunk, and the prompt's length."""
-    text = tokenizer.apply_chat_template(example.messages, tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    """An example's threads as token lists, the prompt at the head of the trunk, and the prompt's length.
+
+    ValueError where the tokenizer's chat template refuses the prompt.
+    """
+    prompt = tokenizer(rendered(tokenizer, example.messages), add_special_tokens=False)["input_ids"]
     threads: list[TokenThread] = []
     _tokenize_thread(example.tree, tokenizer, tokens, prompt, NO_PARENT, 0, threads)
     return threads, len(prompt)

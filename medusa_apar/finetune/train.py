@@ -19,12 +19,12 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from medusa_apar.finetune.adapter import Losses, attach_lora, check_forward, control_rows, label_losses, save_adapter
-from medusa_apar.finetune.corpus import load_examples
+from medusa_apar.finetune.corpus import Drops, load_examples
 from medusa_apar.finetune.data import EXAMPLES
 from medusa_apar.finetune.mixture import Given, Limits, Source, draw, updates
 from medusa_apar.finetune.packing import PackedRow, Tokens
 from medusa_apar.heads.answers import fingerprint
-from medusa_apar.job import Job, replacing
+from medusa_apar.job import Job, read_checkpoint, replacing, slow
 
 PARTS = ("trunk", "fork", "thread")
 
@@ -215,7 +215,8 @@ class Trainer:
         """Takes up the checkpoint in the output folder, if there is one; ValueError if it is of another run."""
         if not self._checkpoint.exists():
             return
-        state = torch.load(self._checkpoint, map_location=self.accelerator.device, weights_only=True)
+        needed = ("settings", "weights", "optimizer", "update", "seconds")
+        state = read_checkpoint(self._checkpoint, self.accelerator.device, needed)
         ours = self.of | asdict(self.settings)
         theirs = json.loads(state.get("of", "{}")) | json.loads(state["settings"])
         if changed := [name for name in ours if ours[name] != theirs.get(name) and name != "max_minutes"]:
@@ -244,12 +245,14 @@ def finetune(
     save_every: int = 20,
     evaluate_every: int = 40,
     trust_remote_code: bool = False,
+    skip_bad: bool = False,
 ) -> dict[str, Any]:
     """One run into the job's folder: log, checkpoint, `adapter/`, report. Started again, it goes on where it stopped.
 
     base: as `medusa_apar.load` takes it. data: folders of `medusa-apar data`, each with its share of the tokens.
     init: adapter to go on from. control: texts of the `[Fork]` and `[Child]` tokens; None takes the model's spare ones
-    (`finetune/base.py`). workers: rows worked on at a time on a CPU, None: one a core.
+    (`finetune/base.py`). workers: rows worked on at a time on a CPU, None: one a core. skip_bad: examples that cannot
+    be read or that the model's chat template refuses are left out and reported; else they end the run before training.
     """
     from medusa_apar.finetune.base import load_base
 
@@ -263,7 +266,10 @@ def finetune(
     if on_cpu:
         torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
-    found = load_base(base, getattr(torch, settings.dtype), control, trust_remote_code)
+    drops = Drops(skip_bad)
+    sources = [Source(list(load_examples(folder / EXAMPLES, drops)), share, str(folder)) for folder, share in data]
+    with slow(f"loading {base}"):
+        found = load_base(base, getattr(torch, settings.dtype), control, trust_remote_code)
     tokenizer, tokens = found.tokenizer, found.tokens
     digests = [_sha256(folder / EXAMPLES) for folder, _ in data]
     of: dict[str, Any] = {
@@ -275,16 +281,15 @@ def finetune(
     }
     tuned = attach_lora(found.model, tokenizer, tokens, settings.rank, 2 * settings.rank, init).to(accelerator.device)
     check_forward(tuned)
-    sources = [Source(list(load_examples(folder / EXAMPLES)), share, str(folder)) for folder, share in data]
     max_depth = max((example.tree.depth for source in sources for example in source.examples), default=0)
     limits = Limits(total=settings.total_tokens)
-    rows, held_out, given = draw(sources, tokenizer, tokens, limits, settings.seed, settings.plain_share)
+    rows, held_out, given = draw(sources, tokenizer, tokens, limits, settings.seed, settings.plain_share, drops)
     if not rows:
         count = sum(len(list(source.examples)) for source in sources)
         forking = sum(bool(example.tree.forks) for source in sources for example in source.examples)
         raise ValueError(
             f"there is nothing to train on: of {count} examples {forking} fork, and none fits in {limits.example} "
-            f"tokens, {limits.prompt} of them prompt."
+            f"tokens, {limits.prompt} of them prompt{f'; left out: {drops}' if drops.counts else ''}."
         )
     groups = _epochs(updates(rows, settings.row_tokens, settings.update_tokens), settings.epochs)
     minutes = settings.max_minutes
@@ -294,6 +299,8 @@ def finetune(
     trainer.resume()
     if accelerator.is_main_process and (short := _shortage(given)):
         job.say(short)
+    if accelerator.is_main_process and drops.counts:
+        job.say(f"left out: {drops}")
     about = {
         "examples": len(rows),
         "held_out_examples": len(held_out),
@@ -304,6 +311,7 @@ def finetune(
         "data_sha256": {str(folder): digest for (folder, _), digest in zip(data, digests, strict=True)},
         "processes": accelerator.num_processes,
         "mixture": [side.as_row() for side in given],
+        "left_out": drops.as_report(),
     }
     first = last = trainer.evaluate(held_out)
     if trainer.update:

@@ -81,8 +81,8 @@ def test_a_bad_record_is_refused_with_its_line_or_skipped_and_counted(tmp_path, 
     path = write(tmp_path / "c.jsonl", good, "", record, {"messages": conversation("More?", "Yes, more.")})
     with pytest.raises(BadCorpus, match=rf"c\.jsonl:3: {reason}"):
         list(read_examples([path]))
-    drops = Drops()
-    assert len(list(read_examples([path], drops, skip_bad=True))) == 2
+    drops = Drops(skip_bad=True)
+    assert len(list(read_examples([path], drops))) == 2
     assert drops.counts == {reason: 1} and drops.places[reason] == [f"{path}:3"]
 
 
@@ -127,7 +127,7 @@ def test_the_command_writes_examples_and_a_report(tmp_path, capsys):
     assert main(["data", corpus, "--out", str(out), "--bad-lines", "skip", "--show", "1"]) == 0
     assert "[Fork]⟨[Child] this part" in capsys.readouterr().err
     examples = list(load_examples(out / "examples.jsonl"))
-    assert examples == list(read_examples([corpus], skip_bad=True))
+    assert examples == list(read_examples([corpus], Drops(skip_bad=True)))
     report = json.loads((out / "report.json").read_text())
     assert (report["examples"], report["forking"], report["forks"]) == (8, 4, 12)
     assert report["kinds"] == {corpus: {"plain": 4, "titled": 4}} and report["whole"] == {"few parts": 4}
@@ -190,13 +190,13 @@ def test_a_broken_byte_costs_its_line_only(tmp_path):
     good = [json.dumps({"id": str(n), "messages": conversation(f"q{n}", "Plain.")}).encode() for n in range(3)]
     path = tmp_path / "c.jsonl"
     path.write_bytes(b"\n".join([good[0], good[1].replace(b"Plain", b"Pl\xffin"), good[2]]))
-    drops = Drops()
-    assert [example.id for example in read_examples([path], drops, skip_bad=True)] == ["0", "2"]
+    drops = Drops(skip_bad=True)
+    assert [example.id for example in read_examples([path], drops)] == ["0", "2"]
     assert drops.places == {"broken text": [f"{path}:2"]}
     with pytest.raises(BadCorpus, match=r"c\.jsonl:2: broken text"):
         list(read_examples([path]))
     path.write_bytes(b"[" + b",".join([good[0], good[1].replace(b"Plain", b"Pl\xffin"), good[2]]) + b"]")
-    assert [example.id for example in read_examples([path], skip_bad=True)] == ["0", "2"]
+    assert [example.id for example in read_examples([path], Drops(skip_bad=True))] == ["0", "2"]
 
 
 @pytest.mark.parametrize("start", ["\ufeff", " \n", "\ufeff\n  ", "\n" * 9000])
@@ -214,10 +214,10 @@ def test_broken_gzip_and_endless_nesting_are_refused(tmp_path, capsys):
     (tmp_path / "c.jsonl.gz").write_bytes(packed)
     arguments = ["--bad-lines", "skip", "--out", str(tmp_path / "out")]
     assert main(["data", str(tmp_path / "c.jsonl.gz"), *arguments]) == 2
-    assert "c.jsonl.gz cannot be read after line" in capsys.readouterr().err
+    assert "c.jsonl.gz cannot be read to its end" in capsys.readouterr().err
     (tmp_path / "c.json").write_text("[" * 200_000)
     assert main(["data", str(tmp_path / "c.json"), *arguments]) == 2
-    assert "its JSON nests too deeply" in capsys.readouterr().err
+    assert "c.json cannot be read: record 1 nests too deeply" in capsys.readouterr().err
 
 
 def test_a_missing_corpus_and_one_without_answers_are_refused(tmp_path, capsys):

@@ -72,14 +72,14 @@ def test_a_kill_between_the_two_files_loses_no_answer(tmp_path, base, monkeypatc
 
     questions = prompts(tmp_path / "p.jsonl")
     assert answer(base, questions, tmp_path / "whole") == 0
-    original = own_answers._append
+    original = own_answers.append_lines
 
     def killed(path, rows):
         if path.name == "asked.jsonl" and (tmp_path / "cut/chats.jsonl").stat().st_size:
             raise KeyboardInterrupt
         original(path, rows)
 
-    monkeypatch.setattr(own_answers, "_append", killed)
+    monkeypatch.setattr(own_answers, "append_lines", killed)
     assert answer(base, questions, tmp_path / "cut") == 130
     monkeypatch.undo()
     assert answer(base, questions, tmp_path / "cut") == 0

@@ -596,7 +596,7 @@ def test_prompts_are_read_as_corpora_are(tmp_path, capsys):
     (tmp_path / "share.json").write_text(json.dumps(share))
     chat = {"messages": [{"role": "user", "content": "when"}, {"role": "system", "content": "x"}]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(chat))
-    read = dict(read_prompts([tmp_path / "share.json", tmp_path / "chat.jsonl"]))
+    read = {name: messages for name, messages, _ in read_prompts([tmp_path / "share.json", tmp_path / "chat.jsonl"])}
     assert [(turn["role"], turn["content"]) for turn in read["s1"]] == [
         ("user", "why"),
         ("assistant", "so"),
