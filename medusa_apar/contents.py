@@ -1,8 +1,9 @@
 """Whether tensors still hold what was copied from them.
 
-torch counts what is written to a tensor, but not what goes through `.data`, as merging an adapter, averaging weights and
-most weight surgery do. So the bits are summed up too. That reads all of them, which a short call of a large model would
-feel: there a sixteenth is read, by turns, and all as soon as that costs a fiftieth of the time since it was last done.
+torch counts what is written to a tensor, but not what goes through `.data`, as merging an adapter, averaging weights
+and most weight surgery do. So the bits are summed up too. That reads all of them, at memory speed: 20 ms for the 135M
+model, which a short call would feel. There a sixteenth is read (2 ms), by turns, and all as soon as that costs no more
+than a fiftieth of the time since it was last done.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import copy
 import inspect
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,17 +74,38 @@ class MedusaApar:
         cost: StepCost | None,
         speculation: Speculation | None,
         typical: TypicalAcceptance | None = None,
+        pick: Callable[[], Runtime] | None = None,
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
         self.draft_tree, self.budget = draft_tree, budget
         self.max_threads, self.max_depth = max_threads, max_depth
-        self.runtime, self.pool_slots = runtime, pool_slots
+        self.pool_slots, self._pick = pool_slots, pick
         # What a step costs, None to be measured before the first that drafts; not asked where `budget` was given.
         self.cost, self.speculation, self.typical = cost, speculation, typical
         self._streamer: Any = None
-        if isinstance(heads, DraftHeads):
-            heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
-            heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
+        self._take(runtime)
+
+    def _take(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        if isinstance(self.heads, DraftHeads):
+            self.heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
+            self.heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
+            self.heads.refresh()
+
+    def _fit(self) -> None:
+        """Has a runtime picked anew where the model has become one that the present runtime cannot run."""
+        if self._pick is not None and self.runtime.refusal() is not None:
+            self._take(self._pick())
+
+    def refresh(self) -> None:
+        """Drops what was copied from weights, so that the next call reads them all anew.
+
+        Never needed after `load_state_dict`, merging, averaging or a training step: calls notice those by themselves
+        (`medusa_apar.contents`). It is for whoever changes single values of a large model through `.data`.
+        """
+        self.runtime.refresh()
+        if isinstance(self.heads, DraftHeads):
+            self.heads.refresh()
 
     def without_heads(self) -> MedusaApar:
         """The same model, weights laid out once for both, that decodes without drafting."""
@@ -112,6 +135,7 @@ class MedusaApar:
         """
         if kwargs.get("assistant_model") is not None:
             raise NotImplementedError("assistant_model is not supported: the Medusa heads are the drafter.")
+        self._fit()
         bound = copy.copy(self)
         bound._streamer, bound.tokenizer = streamer, tokenizer or self.tokenizer
         stop_strings = kwargs.pop("stop_strings", None)
@@ -180,6 +204,7 @@ class MedusaApar:
         Raises ValueError or NotImplementedError, in one sentence and before any work, for what cannot be combined.
         """
         checks.check_call(self, model, input_ids, generation_config, model_kwargs)
+        self._fit()
         prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         checks.check_limits(max_threads=max_threads, max_depth=max_depth)
@@ -192,7 +217,7 @@ class MedusaApar:
         last = last_limit(max_new_tokens, regenerate_below)
         checks.check_lengths(self, prompts, last, policy.hidden(last, max_depth))
         if generation_config.do_sample and seed is None:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), dtype=torch.long, device="cpu"))
         returns_dict = bool(generation_config.return_dict_in_generate)
         streamer = self._streamer or _callers_streamer()
         # The limit and the end tokens are ours to apply: criteria see a row, and a row has several ends here.
@@ -371,7 +396,8 @@ def attach(
     """
     checks.check_model(model)
     typical = checks.typical_acceptance(acceptance)
-    chosen = pick_runtime(model, runtime, quantize, attention, cuda_graphs)
+    pick = partial(pick_runtime, model, runtime, quantize, attention, cuda_graphs)
+    chosen = pick()
     if isinstance(heads, (str, Path)):
         heads = load_heads(heads, model)
     if isinstance(apar, tuple):
@@ -404,4 +430,5 @@ def attach(
         cost=step_cost,
         speculation=speculation,
         typical=typical,
+        pick=pick,
     )

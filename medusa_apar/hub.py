@@ -88,9 +88,7 @@ def embedded_gguf(name: str = "smollm2-135m") -> Path:
     return build_once(target, build) / Path(spec.gguf).name
 
 
-def build_once(
-    target: Path, build: Callable[[Path, Path], None], intact: Callable[[Path], bool] = Path.is_dir
-) -> Path:
+def build_once(target: Path, build: Callable[[Path, Path], None], intact: Callable[[Path], bool] = Path.is_dir) -> Path:
     """`target`, after `build(scratch, folder)` has filled it in exactly one of the processes that ask for it.
 
     `folder` becomes `target` in one rename when `build` returns; `scratch` is thrown away either way. A `target` that

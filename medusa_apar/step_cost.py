@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from .devices import device_of
 from .draft_tree import DraftTree, TreeShape
 from .forest import Forest, Stem
 from .hub import cache_dir
@@ -86,7 +87,7 @@ class StepTimer:
     """Times a model's forward passes below one thread of `slots` tokens; use it inside `runtime.running()`."""
 
     def __init__(self, model: PreTrainedModel, runtime: Runtime, taps: tuple[int, ...], slots: int = SLOTS) -> None:
-        self._runtime, self._device, self._taps = runtime, model.device, taps
+        self._runtime, self._device, self._taps = runtime, device_of(model), taps
         vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
         self._trunk = ParagraphTree([number % int(vocabulary) for number in range(slots + 1)]).trunk
         self._ledger = SlotLedger(runtime.pool(None))
@@ -126,7 +127,7 @@ def finish(device: torch.device) -> None:
 @torch.no_grad()
 def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTree) -> StepCost:
     """In milliseconds, the least of a few runs; sizes take turns, so that a busy moment harms no single one."""
-    sizes = [size for size in ROWS.get(model.device.type, ROWS["cpu"]) if size <= (runtime.most_nodes or size)]
+    sizes = [size for size in ROWS.get(device_of(model).type, ROWS["cpu"]) if size <= (runtime.most_nodes or size)]
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * SLOTS
     with runtime.running():
         slots = max(1, min(SLOTS, positions - max(sizes)))
@@ -152,11 +153,12 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTre
 
 def _draft(model: PreTrainedModel, heads: Any, drafter: Any, tree: DraftTree, threads: int) -> float:
     size = getattr(heads, "input_size", None) or model.config.get_text_config().hidden_size
-    hidden = torch.randn(threads, size, device=model.device, dtype=model.dtype)
-    roots = torch.zeros(threads, dtype=torch.long, device=model.device)
+    device = device_of(model)
+    hidden = torch.randn(threads, size, device=device, dtype=model.dtype)
+    roots = torch.zeros(threads, dtype=torch.long, device=device)
     started = time.perf_counter()
     drafter.propose(hidden, roots, tree)
-    finish(model.device)
+    finish(device)
     return time.perf_counter() - started
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import current_forest, forest_attention
+from .devices import device_of
 from .forest import Forest
 from .heads.captured import Captured
 from .kv_pool import KVPool
@@ -36,6 +37,12 @@ class Runtime(Protocol):
 
     def running(self) -> AbstractContextManager[None]:
         """Entered once for all steps of a generate call."""
+
+    def refusal(self) -> str | None:
+        """Why the model, as it has become, cannot be run any more, in half a sentence; None where it can."""
+
+    def refresh(self) -> None:
+        """Drops whatever was copied from the model's weights."""
 
     def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Of a forest's verified rows: logits [M, vocab], and the hidden states [M, hidden * (1 + taps)] before the
@@ -77,7 +84,7 @@ class TorchRuntime:
         if graphs:
             from .cuda_graphs import GraphedSteps
 
-            self._graphed = GraphedSteps(self._forward, model.device)
+            self._graphed = GraphedSteps(self._forward, device_of(model))
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -87,10 +94,16 @@ class TorchRuntime:
     @contextmanager
     def running(self) -> Iterator[None]:
         # Triton launches on the current device, wherever its arguments lie.
-        device = self.model.device
+        device = device_of(self.model)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, forest_attention(self.model, self.backend), self._packed.in_use():
             yield
+
+    def refusal(self) -> str | None:
+        return None
+
+    def refresh(self) -> None:
+        self._packed.refresh()
 
     def pool(self, max_slots: int | None) -> KVPool:
         if self._graphed is None:
