@@ -306,12 +306,12 @@ def check_agrees(model: PreTrainedModel, runtime: Runtime, largest: float | None
 
 _DRAFTED = 3  # tokens of a text that are drafted, the last ones
 _CHECKED = TreeShape(np.array([-1, -1, 0, 2]))  # the second node is a token that is wrong
-_WORK = 20_000_000_000  # products of a forward pass: a second, more or less
+_WORK = 10_000_000_000  # products of a forward pass: a quarter of a second, more or less
 
 
 def _some_text(model: PreTrainedModel) -> list[int]:
-    """Random ids of the whole vocabulary, the same ones for the same model: a few hundred, and fewer where a second
-    would not do for them."""
+    """Random ids of the whole vocabulary, the same ones for the same model: a few hundred, and fewer where they
+    would take their time."""
     vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     length = max(16, min(256, _WORK // sum(parameter.numel() for parameter in model.parameters())))
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

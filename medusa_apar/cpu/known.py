@@ -20,8 +20,6 @@ from transformers import PreTrainedModel
 
 # Families whose decoder layers are Llama's: norm, rotary attention, norm, gated SiLU, both residual.
 _FAMILIES = ("Llama", "Mistral", "Qwen2")
-_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_MLP_LINEARS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _HELPERS = ("apply_rotary_pos_emb", "rotate_half")  # what a module's `forward` calls of its own file
 _FOLDERS = tuple(str(Path(package.__file__).parent) for package in (transformers, torch))
 
@@ -34,7 +32,7 @@ def strangeness(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} is not built like Llama"
     try:
         parts = list(_parts(model, family))
-    except AttributeError as error:
+    except (AttributeError, KeyError, TypeError) as error:
         return f"{type(model).__name__} is not built like Llama ({error})"
     for module, *names in parts:
         kind = type(module)
@@ -45,9 +43,12 @@ def strangeness(model: PreTrainedModel) -> str | None:
     if not all(_is_code_of(vars(sys.modules[home]).get(name)) for name in _HELPERS):
         return f"the rotary embeddings of {family} are not the ones that transformers defines"
     for module in model.modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module):
-            hooks.append(vars(module)["forward"])
+        its = vars(module)
+        if not (its["_forward_hooks"] or its["_forward_pre_hooks"] or "forward" in its):
+            continue
+        hooks = [*its["_forward_hooks"].values(), *its["_forward_pre_hooks"].values()]
+        if "forward" in its:
+            hooks.append(its["forward"])
         if not all(_is_ours(hook) for hook in hooks):
             return f"a {type(module).__name__} of the model has hooks"
     if torch.nn.modules.module._has_any_global_hook():
@@ -55,24 +56,31 @@ def strangeness(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _parts(model: Any, family: str) -> Iterator[tuple[nn.Module, ...]]:
-    """Every module whose work the compiled step does, and what its class may be called."""
-    decoder = model.model
+def _parts(model: Any, family: str) -> Iterator[tuple[Any, ...]]:
+    """Every module whose work the compiled step does, and what its class may be called. By way of `_modules`, since
+    this is asked in every call."""
+    decoder = model._modules["model"]
+    own = decoder._modules
     yield model, f"{family}ForCausalLM"
     yield decoder, f"{family}Model"
-    yield decoder.embed_tokens, "Embedding"
-    yield decoder.rotary_emb, f"{family}RotaryEmbedding"
-    yield decoder.norm, f"{family}RMSNorm"
-    yield model.lm_head, "Linear"
-    for layer in decoder.layers:
-        yield layer, f"{family}DecoderLayer"
-        yield layer.self_attn, f"{family}Attention"
-        yield layer.mlp, f"{family}MLP"
-        yield layer.mlp.act_fn, "SiLUActivation", "SiLU"
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            yield norm, f"{family}RMSNorm"
-        for path in (*_LINEARS, *_MLP_LINEARS):
-            yield layer.get_submodule(path), "Linear"
+    yield own["embed_tokens"], "Embedding"
+    yield own["rotary_emb"], f"{family}RotaryEmbedding"
+    yield own["norm"], f"{family}RMSNorm"
+    yield model._modules["lm_head"], "Linear"
+    names = f"{family}DecoderLayer", f"{family}Attention", f"{family}MLP", f"{family}RMSNorm"
+    for layer in own["layers"]:
+        inner = layer._modules
+        attention, mlp = inner["self_attn"], inner["mlp"]
+        yield layer, names[0]
+        yield attention, names[1]
+        yield mlp, names[2]
+        yield mlp._modules["act_fn"], "SiLUActivation", "SiLU"
+        yield inner["input_layernorm"], names[3]
+        yield inner["post_attention_layernorm"], names[3]
+        for linear in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield attention._modules[linear], "Linear"
+        for linear in ("gate_proj", "up_proj", "down_proj"):
+            yield mlp._modules[linear], "Linear"
 
 
 @functools.lru_cache(maxsize=256)

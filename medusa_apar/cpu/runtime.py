@@ -30,17 +30,9 @@ from .weights import KINDS, PackedMatrix, argmax, interleaved, joined
 
 def refusal(model: PreTrainedModel) -> str | None:
     """Why this runtime cannot run the model, in half a sentence; None where it can."""
-    if why := known.strangeness(model):
+    if why := _refusal_now(model):
         return why
-    decoder, weights = cast(Any, model).model, _weights(model)
-    if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
-        return "its weights are quantised"
-    if away := next((weight.device for weight in weights if weight.device.type != "cpu"), None):
-        return "its weights are offloaded" if away.type == "meta" else f"the model is on {away}"
-    if model.dtype not in (torch.float32, torch.bfloat16):
-        return f"the model is in {str(model.dtype).removeprefix('torch.')}"
-    if model.training:
-        return "the model is in training mode"
+    decoder = cast(Any, model).model
     for layer in decoder.layers:
         linears = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
         if any(linear.bias is not None for linear in linears):
@@ -53,8 +45,24 @@ def refusal(model: PreTrainedModel) -> str | None:
     return missing if isinstance(missing, str) else None
 
 
+def _refusal_now(model: PreTrainedModel) -> str | None:
+    """`refusal` as far as it can come to be without the weights being others: what every call asks."""
+    if why := known.strangeness(model):
+        return why
+    weights = _weights(model)
+    if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
+        return "its weights are quantised"
+    if away := next((weight.device for weight in weights if weight.device.type != "cpu"), None):
+        return "its weights are offloaded" if away.type == "meta" else f"the model is on {away}"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"the model is in {str(model.dtype).removeprefix('torch.')}"
+    return "the model is in training mode" if model.training else None
+
+
 def _weights(model: PreTrainedModel) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    """All parameters and buffers; in one go over the modules, since every call asks."""
+    found = (weight for m in model.modules() for store in (m._parameters, m._buffers) for weight in store.values())
+    return list({id(weight): weight for weight in found if weight is not None}.values())
 
 
 def _settings(model: Any) -> tuple:
@@ -95,7 +103,7 @@ class CpuRuntime:
 
     def refusal(self) -> str | None:
         """Why this runtime cannot run what the model has become; None where it can."""
-        why = refusal(self.model)
+        why = _refusal_now(self.model)
         if why is None and self.model.dtype != self._dtype:
             why = f"it was in {str(self._dtype).removeprefix('torch.')}"
         return why
@@ -108,14 +116,18 @@ class CpuRuntime:
     @contextmanager
     def running(self) -> Iterator[None]:
         """ValueError where the model has become one that this runtime cannot run."""
-        if why := self.refusal():
-            raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")
+        why = self.refusal()
         with _packs_lock:
             kinds = _packs.setdefault(self.model, {})
             packed = kinds.get(self.kind)
-            if packed is None or not packed.is_of(self.model, entirely=self._packed is None):
-                packed = kinds[self.kind] = _Packed(self.model, self.kind)
-            self._packed = packed
+            if why is None and (packed is None or not packed.is_of(self.model, entirely=self._packed is None)):
+                why = refusal(self.model)
+                if why is None:
+                    packed = kinds[self.kind] = _Packed(self.model, self.kind)
+            if why is None:
+                self._packed = packed
+        if why is not None:
+            raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")
         yield
 
     @torch.no_grad()
