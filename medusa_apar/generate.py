@@ -25,6 +25,7 @@ from . import checks
 from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from .cpu.runtime import CpuRuntime
 from .decoder import Decoder
+from .devices import device_of
 from .draft_tree import DraftTree
 from .events import Consumer
 from .forest_budget import EvenBudget, ForestBudget
@@ -86,16 +87,20 @@ class MedusaApar:
         self._take(runtime)
 
     def _take(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+        self.runtime, self._state = runtime, _state(self.model)
         if isinstance(self.heads, DraftHeads):
             self.heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
             self.heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
             self.heads.refresh()
 
     def _fit(self) -> None:
-        """Has a runtime picked anew where the model has become one that the present runtime cannot run."""
-        if self._pick is not None and self.runtime.refusal() is not None:
+        """Has a runtime picked anew where the model has become another since; ValueError where that cannot be."""
+        if self._pick is not None and (self._state != _state(self.model) or self.runtime.refusal() is not None):
             self._take(self._pick())
+        if isinstance(self.heads, DraftHeads):
+            self.heads.check_matches(self.model)
+        if self.control_token_ids is not None:
+            self.control_token_ids.check_matches(unembedding_size(self.model)[0])
 
     def refresh(self) -> None:
         """Drops what was copied from weights, so that the next call reads them all anew.
@@ -322,6 +327,11 @@ class MedusaApar:
             draft_tree=self.draft_tree,
             proposer=Proposer() if control is None else Proposer(control.fork_id, control.child_id),
         )
+
+
+def _state(model: PreTrainedModel) -> tuple:
+    """What a runtime is picked by, as far as it changes with a word (`model.half()`, `model.train()`)."""
+    return model.dtype, model.training, device_of(model)
 
 
 def _callers_streamer() -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class TorchRuntime:
         # Triton launches on the current device, wherever its arguments lie.
         device = device_of(self.model)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with on_device, forest_attention(self.model, self.backend), self._packed.in_use():
+        with on_device, forest_attention(self.model, self.backend), self._packed.in_use(), _eager(self.model):
             yield
 
     def refusal(self) -> str | None:
@@ -144,3 +145,34 @@ class TorchRuntime:
 
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
+
+
+_compiled_calls = 0  # under way, of models that torch.compile has compiled
+_compiled_lock = threading.Lock()
+_stance: Any = None
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block a model that torch.compile has compiled runs without that: it would compile anew for every
+    forest, and cannot compile attention over one."""
+    if not any(_is_compiled(module) for module in model.modules()):
+        yield
+        return
+    global _compiled_calls, _stance
+    with _compiled_lock:
+        if not _compiled_calls:
+            _stance = torch.compiler.set_stance("force_eager")
+        _compiled_calls += 1
+    try:
+        yield
+    finally:
+        with _compiled_lock:
+            _compiled_calls -= 1
+            if not _compiled_calls:
+                _stance.__exit__(None, None, None)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
