@@ -69,6 +69,8 @@ def sums(tensors: Sequence[Tensor], turn: int | None = None) -> Tensor:
     In compiled code where that is to be had, else by its twin in torch.
     """
     found = torch.zeros(len(tensors), TURNS, dtype=torch.int64, device="cpu")
+    if not tensors:
+        return found
     if not isinstance(library.outcome(), str) and all(tensor.device.type == "cpu" for tensor in tensors):
         kept = [_bytes(tensor) for tensor in tensors]
         spans = (library.Span * len(kept))(

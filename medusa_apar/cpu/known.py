@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
 # Families whose decoder layers are Llama's: norm, rotary attention, norm, gated SiLU, both residual.
@@ -117,8 +116,20 @@ def _is_ours(hook: Any) -> bool:
     return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("medusa_apar.")
 
 
+def odd_scale(model: Any) -> str | None:
+    """Whether layers of a model built like Llama differ in what the compiled step has one number for."""
+    decoder = model.model
+    scales, small = set(), {decoder.norm.variance_epsilon}
+    for layer in decoder.layers:
+        scales.add(layer.self_attn.scaling)
+        small |= {layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon}
+    if len(scales) > 1 or len(small) > 1:
+        return "its layers differ in how they scale"
+    return None if decoder.embed_tokens.max_norm is None else "its embeddings are normalised"
+
+
 def odd_shape(model: Any) -> str | None:
-    """What of a model built like Llama is not of its config's sizes, or differs from layer to layer."""
+    """What of a model built like Llama is not of its config's sizes."""
     config, decoder = model.config, model.model
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -143,9 +154,6 @@ def odd_shape(model: Any) -> str | None:
         return "its embeddings are of another size than its config says"
     if model.lm_head.weight.shape[1] != hidden:
         return "its unembedding is of another size than its config says"
-    norms = [decoder.norm, *(n for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm))]
-    if len({norm.variance_epsilon for norm in norms}) > 1 or len({layer.self_attn.scaling for layer in layers}) > 1:
-        return "its layers differ in how they scale"
     if dim % 32 or hidden % 16 or inner % 16:
         return "its sizes are no multiples of 16 (heads of 32)"
     return None

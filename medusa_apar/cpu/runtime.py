@@ -37,8 +37,6 @@ def refusal(model: PreTrainedModel) -> str | None:
         linears = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
         if any(linear.bias is not None for linear in linears):
             return "its MLP or its attention's output has a bias"
-    if decoder.embed_tokens.max_norm is not None:
-        return "its embeddings are normalised"
     if why := known.odd_shape(model):
         return why
     missing = library.outcome()
@@ -47,7 +45,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 def _refusal_now(model: PreTrainedModel) -> str | None:
     """`refusal` as far as it can come to be without the weights being others: what every call asks."""
-    if why := known.strangeness(model):
+    if why := known.strangeness(model) or known.odd_scale(model):
         return why
     weights = _weights(model)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
