@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from medusa_apar.contents import Contents, plain
 from medusa_apar.cpu.weights import PackedMatrix, top
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.packed_linear import can_pack, pack, packed_linear
@@ -29,6 +30,13 @@ from .captured import tapped_layers
 Self = TypeVar("Self", bound="DraftHeads")
 
 MOST_RANKS = 16  # of a head's guesses that the kernels find
+# Tokens that a model may have gained since its heads were trained (or an eighth of all): new ones are never drafted.
+MOST_ADDED = 1024
+
+
+def zeros(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """On the CPU, and float32 where no dtype is given: never by defaults, which another Python thread may change."""
+    return nn.Parameter(torch.zeros(shape, dtype=dtype or torch.float32, device="cpu"))
 
 
 class ResidualBlock(nn.Module):
@@ -36,8 +44,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, num_heads: int, hidden_size: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_heads, hidden_size, dtype=dtype))
+        self.weight = zeros(num_heads, hidden_size, hidden_size, dtype=dtype)
+        self.bias = zeros(num_heads, hidden_size, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H], read by all heads, or [heads, T, H] -> [heads, T, H]."""
@@ -136,6 +144,7 @@ class DraftHeads(nn.Module):
         self._draft_rows: tuple[tuple, Tensor, Tensor | None] | None = None  # key, weight, bias
         self._packed: tuple[Tensor, Tensor] | None = None  # those rows, and oneDNN's layout of them
         self._in_panels: tuple[Tensor, str, PackedMatrix] | None = None  # those rows, as the CPU runtime has them
+        self._contents: Contents | None = None  # of what copies were made from
 
     @property
     def input_size(self) -> int:
@@ -168,7 +177,27 @@ class DraftHeads(nn.Module):
 
         least: what hangs below nodes of less chance need not be looked for; it comes with log-probability -inf.
         """
+        copied = self._copied()
+        if self._contents is None or not self._contents.same(copied):
+            self.refresh()
+            self._contents = Contents(copied)
         return self
+
+    def refresh(self) -> None:
+        """Drops whatever was copied from weights: it is copied anew when it is needed."""
+        self._draft_rows = self._packed = self._in_panels = self._contents = None
+
+    def _copied(self) -> list[Tensor]:
+        """The weights of which copies are kept, as far as they can be read."""
+        if self.token_map is None:
+            return []
+        lm_head = self.base.get_output_embeddings()
+        return [self.token_map, *(weight for weight in lm_head.parameters() if plain(weight))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without copies of weights, so that heads can be copied and pickled."""
+        kept = self.__dict__.copy()
+        return kept | dict.fromkeys(("_draft_rows", "_packed", "_in_panels", "_in_code", "_contents") & kept.keys())
 
     @classmethod
     def from_state(
@@ -201,7 +230,7 @@ class DraftHeads(nn.Module):
             raise ValueError(
                 f"these are heads of another model: their hidden size is {self.hidden_size}, the model's {hidden_size}."
             )
-        if self.vocab_size != vocab_size:
+        if not 0 <= vocab_size - self.vocab_size <= max(self.vocab_size // 8, MOST_ADDED):
             raise ValueError(
                 f"these are heads of another model: their vocabulary is {self.vocab_size}, the model's {vocab_size}."
             )
@@ -211,7 +240,8 @@ class DraftHeads(nn.Module):
     def attach(self: Self, model: PreTrainedModel) -> Self:
         """Use `model`'s unembedding from now on."""
         self.check_matches(model)
-        self._base, self._draft_rows = (model,), None
+        self._base = (model,)
+        self.refresh()
         return self
 
     @property
@@ -226,7 +256,7 @@ class DraftHeads(nn.Module):
         if self.token_map is None:
             lm_head = model.get_output_embeddings()
             weight = getattr(lm_head, "weight", None)
-            logits = lm_head(x.to(weight.dtype) if isinstance(weight, Tensor) else x)
+            logits = lm_head(x.to(weight.dtype) if isinstance(weight, Tensor) else x)[..., : self.vocab_size]
         else:
             weight, bias = self.draft_rows()
             if self._draws_packed(weight):
@@ -245,45 +275,53 @@ class DraftHeads(nn.Module):
         if self.token_map is not None:
             return self.draft_rows()
         lm_head = self.base.get_output_embeddings()
-        return (lm_head.weight, lm_head.bias) if type(lm_head) is nn.Linear else None
+        if type(lm_head) is not nn.Linear or not plain(lm_head.weight):
+            return None
+        return lm_head.weight[: self.vocab_size], None if lm_head.bias is None else lm_head.bias[: self.vocab_size]
 
     def draft_rows(self) -> tuple[Tensor, Tensor | None]:
         """The base's unembedding weight and bias at `token_map`, copied once and again whenever the base's change."""
         assert self.token_map is not None
-        lm_head = self._base[0].get_output_embeddings()
+        lm_head, kept = self.base.get_output_embeddings(), self._draft_rows
         weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            if self._draft_rows is None:  # quantised before the first draft
+        if not plain(weight) or not weight.is_floating_point():
+            if kept is None:  # quantised before the first draft
                 raise ValueError(f"cannot take rows of a quantised unembedding ({type(lm_head).__name__}).")
-            return self._draft_rows[1:]
+            return kept[1:]
         version = None if weight.is_inference() else weight._version
         key = (weight.data_ptr(), weight.dtype, weight.device, version)
-        if self._draft_rows is None or self._draft_rows[0] != key:
+        if kept is None or kept[0] != key:
             # Outside of inference mode even if the caller is in it: training uses these rows too.
             with torch.inference_mode(False), torch.no_grad():
                 rows = self.token_map.to(weight.device)
-                self._draft_rows = key, weight[rows], None if not isinstance(bias, Tensor) else bias[rows]
-        return self._draft_rows[1:]
+                kept = self._draft_rows = key, weight[rows], None if not isinstance(bias, Tensor) else bias[rows]
+        return kept[1:]
 
     def weights_key(self) -> Hashable:
-        """Another one when what drafting reads lies elsewhere, or has been copied anew."""
-        rows = () if self._draft_rows is None else (self._draft_rows[0],)
+        """Another one when what drafting reads lies elsewhere."""
+        rows = self.draft_rows()[:1] if self.token_map is not None and self._base else ()
         ends = (self._base[0].get_input_embeddings(), self._base[0].get_output_embeddings()) if self._base else ()
-        weights = [*self.parameters(), *(weight for end in ends for weight in end.parameters())]
-        return *rows, *((weight.data_ptr(), weight.dtype, weight.device) for weight in weights)
+        weights = [*rows, *self.parameters(), *(weight for end in ends for weight in end.parameters())]
+        return tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in weights if plain(weight))
 
     def _packed_unembedding(self, weight: Tensor, bias: Tensor | None) -> PackedMatrix:
-        if self._in_panels is None or self._in_panels[0] is not weight or self._in_panels[1] != self.packing:
-            self._in_panels = weight, cast(str, self.packing), PackedMatrix(weight, cast(str, self.packing), bias)
-        return self._in_panels[2]
+        kept = self._in_panels
+        if kept is None or kept[0] is not weight or kept[1] != self.packing:
+            kept = self._in_panels = (
+                weight,
+                cast(str, self.packing),
+                PackedMatrix(weight, cast(str, self.packing), bias),
+            )
+        return kept[2]
 
     def _draws_packed(self, weight: Tensor) -> bool:
         return self.packing is not None and not torch.is_grad_enabled() and weight.device.type == "cpu"
 
     def _packed_rows(self, weight: Tensor) -> Tensor:
-        if self._packed is None or self._packed[0] is not weight:
-            self._packed = weight, pack(weight)
-        return self._packed[1]
+        kept = self._packed
+        if kept is None or kept[0] is not weight:
+            kept = self._packed = weight, pack(weight)
+        return kept[1]
 
     # ---- drafting
 

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from medusa_apar.contents import plain
 from medusa_apar.cpu.drafting import CompiledHydra, Pruned, compilable
+from medusa_apar.devices import device_of
 from medusa_apar.draft_tree import DraftTree
 
 from . import checkpoints
-from .draft_heads import Drafter, DraftHeads, ResidualBlock, tree_tensors, unembedding_size
+from .draft_heads import Drafter, DraftHeads, ResidualBlock, tree_tensors, unembedding_size, zeros
 
 
 class HydraHeads(DraftHeads):
@@ -49,14 +51,14 @@ class HydraHeads(DraftHeads):
         super().__init__(num_heads, num_layers, hidden_size, vocab_size, token_map, taps)
         self.sequential = sequential
         self.kind = "hydra" if sequential else "fused"
-        states = torch.zeros(num_heads, hidden_size, self.input_size)
-        states[:, :, :hidden_size] = torch.eye(hidden_size)
-        self.from_states = nn.Parameter(states)
+        self.from_states = zeros(num_heads, hidden_size, self.input_size)
+        with torch.no_grad():
+            self.from_states.diagonal(dim1=1, dim2=2).fill_(1)
         # Entry j: what token t+1+j adds to heads j and on.
         self.from_token = nn.ParameterList(
-            torch.zeros(num_heads - token, hidden_size, hidden_size) for token in range(num_heads if sequential else 0)
+            zeros(num_heads - token, hidden_size, hidden_size) for token in range(num_heads if sequential else 0)
         )
-        self.bias = nn.Parameter(torch.zeros(num_heads, hidden_size))
+        self.bias = zeros(num_heads, hidden_size)
         self.blocks = nn.ModuleList(ResidualBlock(num_heads, hidden_size) for _ in range(num_layers))
         self._in_code: tuple[tuple, CompiledHydra | None] | None = None
 
@@ -75,11 +77,11 @@ class HydraHeads(DraftHeads):
         """Untrained heads in the model's dtype and device; the global random state is left alone."""
         vocab_size, hidden_size = unembedding_size(model)
         heads = cls(num_heads, num_layers, hidden_size, vocab_size, None, taps, sequential)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         with torch.no_grad():
             for parameter in heads.parameters():
                 parameter.add_(torch.empty_like(parameter).normal_(std=0.1, generator=generator))
-        return heads.to(model.device, model.dtype).attach(model)
+        return heads.to(device_of(model), model.dtype).attach(model)
 
     @classmethod
     def from_state(
@@ -106,13 +108,13 @@ class HydraHeads(DraftHeads):
         except RuntimeError as error:
             raise ValueError(f"the heads' file is damaged: {' '.join(str(error).split())}") from error
         heads.acceptance = config.get("acceptance")
-        return heads.to(model.device, dtype or model.dtype).attach(model)
+        return heads.to(device_of(model), dtype or model.dtype).attach(model)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """`medusa_lm_head.safetensors` with keys of its own and a `config.json` with `"kind": "hydra"`."""
         state = {key: value.detach() for key, value in self.state_dict().items()}
         if self.taps:
-            state["taps"] = torch.tensor(self.taps)
+            state["taps"] = torch.tensor(self.taps, dtype=torch.long, device="cpu")
         config = {"kind": self.kind, **self._config(), "taps": list(self.taps)}
         checkpoints.write(Path(folder), state, config, dtype)
 
@@ -152,16 +154,27 @@ class HydraHeads(DraftHeads):
         """These heads in compiled code, made anew when a weight has changed; None where they do not draft for it."""
         if not self._draws_packed(self.bias):
             return None
-        ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
-        weights = [*self.parameters(), *(parameter for end in ends for parameter in end.parameters())]
-        key = (self.packing, *((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))
-        if self._in_code is None or self._in_code[0] != key:
+        places = ((w.data_ptr(), None if w.is_inference() else w._version) for w in self._copied())
+        key, kept = (self.packing, *places), self._in_code
+        if kept is None or kept[0] != key:
             unembedding = self.plain_unembedding() if compilable(self) else None
             made = None if unembedding is None else CompiledHydra(self, unembedding, cast(str, self.packing))
-            self._in_code = key, made
-        return self._in_code[1]
+            kept = self._in_code = key, made
+        return kept[1]
+
+    def _copied(self) -> list[Tensor]:
+        if self.packing is None:
+            return super()._copied()
+        ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
+        weights = [*self.parameters(), *self.buffers(), *(weight for end in ends for weight in end.parameters())]
+        return [weight for weight in weights if plain(weight)]
+
+    def refresh(self) -> None:
+        super().refresh()
+        self._in_code = None
 
     def drafter(self, least: float = 0.0) -> Drafter:
+        super().drafter(least)
         compiled = self._compiled()
         if compiled is None:
             return self
@@ -173,7 +186,7 @@ class HydraHeads(DraftHeads):
             return compiled.propose(hidden_states, root_ids, tree)
         threads, heads = len(hidden_states), tree.num_heads
         token_ids = root_ids.new_zeros(threads, len(tree))
-        log_probs = torch.zeros(threads, len(tree), device=root_ids.device)
+        log_probs = torch.zeros(threads, len(tree), dtype=torch.float32, device=root_ids.device)
         sums = self._state_sums(hidden_states, heads)[:, None]  # [threads, parents, heads from this depth on, H]
         drafted = root_ids[:, None]  # [threads, parents]
         levels = tree_tensors(tree, root_ids.device).levels

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from medusa_apar.devices import device_of
 from medusa_apar.draft_tree import DraftTree
 
 from . import checkpoints
 from .checkpoints import HeadTensors
-from .draft_heads import DraftHeads, ResidualBlock, tree_tensors, unembedding_size
+from .draft_heads import DraftHeads, ResidualBlock, tree_tensors, unembedding_size, zeros
 
 
 class MedusaHeads(DraftHeads):
@@ -40,7 +41,7 @@ class MedusaHeads(DraftHeads):
         self.blocks = nn.ModuleList(ResidualBlock(num_heads, hidden_size, dtype) for _ in range(num_layers))
         self.unembedding: nn.Parameter | None = None
         if own_unembedding:
-            self.unembedding = nn.Parameter(torch.zeros(num_heads, self.draft_vocab_size, hidden_size, dtype=dtype))
+            self.unembedding = zeros(num_heads, self.draft_vocab_size, hidden_size, dtype=dtype)
 
     # ---- making, loading, saving
 
@@ -53,13 +54,13 @@ class MedusaHeads(DraftHeads):
             raise ValueError(f"layout is {layout!r}, must be 'v1' or 'v2'.")
         vocab_size, hidden_size = unembedding_size(model)
         heads = cls(num_heads, num_layers, hidden_size, vocab_size, own_unembedding=layout == "v1")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         with torch.no_grad():
             for parameter in heads.blocks.parameters():
                 parameter.normal_(std=0.02, generator=generator)
             if heads.unembedding is not None:
                 heads.unembedding.copy_(model.get_output_embeddings().weight.expand_as(heads.unembedding))
-        return heads.to(model.device, model.dtype).attach(model)
+        return heads.to(device_of(model), model.dtype).attach(model)
 
     @classmethod
     def from_state(
@@ -81,7 +82,7 @@ class MedusaHeads(DraftHeads):
             state[f"blocks.{layer}.weight"], state[f"blocks.{layer}.bias"] = tensors.weight[layer], tensors.bias[layer]
         heads.load_state_dict(state)
         heads.acceptance = config.get("acceptance")
-        return heads.to(model.device, dtype or model.dtype).attach(model)
+        return heads.to(device_of(model), dtype or model.dtype).attach(model)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """`medusa_lm_head.safetensors` (V2, or V1 where the heads own their unembedding) and `config.json`."""
@@ -92,7 +93,7 @@ class MedusaHeads(DraftHeads):
         """The folder that vLLM's Medusa reads: `--speculative-config '{"method": "medusa", "model": FOLDER, ...}'`."""
         state = checkpoints.vllm_state_dict(self.tensors())
         if self.unembedding is None:
-            base = self._base[0].get_output_embeddings().weight.detach()
+            base = self._base[0].get_output_embeddings().weight.detach()[: self.vocab_size]
             state["lm_head.weight"] = base if self.token_map is None else base[self.token_map]
         config = {
             "architectures": ["MedusaModel"],
@@ -109,8 +110,9 @@ class MedusaHeads(DraftHeads):
 
     def tensors(self) -> HeadTensors:
         """A copy of the block weights on the CPU, in the form of `checkpoints`."""
-        weight = torch.empty(self.num_layers, self.num_heads, self.hidden_size, self.hidden_size, dtype=self.dtype)
-        bias = torch.empty(weight.shape[:-1], dtype=self.dtype)
+        shape = (self.num_layers, self.num_heads, self.hidden_size, self.hidden_size)
+        weight = torch.empty(shape, dtype=self.dtype, device="cpu")
+        bias = torch.empty(shape[:-1], dtype=self.dtype, device="cpu")
         for layer in range(self.num_layers):
             weight[layer] = self.get_parameter(f"blocks.{layer}.weight").detach()
             bias[layer] = self.get_parameter(f"blocks.{layer}.bias").detach()

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from .checks import context_length
 from .choice import Drafting
 from .cpu.drafting import Pruned
-from .draft_tree import DraftTree
+from .devices import device_of
+from .draft_tree import DraftTree, TreeShape
 from .forest import Forest, Stem
 from .fork_manager import ForkManager
 from .heads import DraftHeads
@@ -80,7 +82,7 @@ class Decoder:
         running = [request for request in self.requests if not request.done]
         plan = self.scheduler.plan(running, self.proposals.get)
         clock.lap("plan")
-        forest = Forest([stems for _, stems in plan], self.scheduler.ledger, self.model.device)
+        forest = Forest([stems for _, stems in plan], self.scheduler.ledger, device_of(self.model))
         owner = {stem: request for request, stems in plan for stem in stems}
         taps = () if self.heads is None else self.heads.taps
         clock.lap("forest")
@@ -189,8 +191,9 @@ class Decoder:
                 # Of several threads of a request the one that the answer waits for counts about half.
                 worth = 1.0 if threads <= requests else 0.5
                 self.drafter.chance = self.scheduler.budget.bar(threads, requests, worth)
-            rows = torch.tensor([verdict.row for _, _, verdict in advanced], device=hidden.device)
-            roots = torch.tensor([thread.tokens[-1] for _, thread, _ in advanced], device=hidden.device)
+            rows = torch.tensor([verdict.row for _, _, verdict in advanced], dtype=torch.long, device=hidden.device)
+            last = [thread.tokens[-1] for _, thread, _ in advanced]
+            roots = torch.tensor(last, dtype=torch.long, device=hidden.device)
             token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree)
             guessed = zip(token_ids.cpu().numpy(), log_probs.float().cpu().numpy(), strict=True)
             for (_, _, verdict), guess in zip(advanced, guessed, strict=True):
@@ -277,24 +280,21 @@ class Laps:
 
 @torch.no_grad()
 def check_agrees(model: PreTrainedModel, runtime: Runtime, largest: float | None) -> None:
-    """ValueError unless a few tokens over a forest, in two steps, give the logits of the model's own forward pass.
+    """ValueError unless a text over a forest, in several steps, has the logits of the model's own forward pass.
 
     largest: share of the largest logit by which they may differ; None only tries whether they can be had.
 
     Families differ in more ways than a config tells (what they do to keys behind the cache, other kinds of attention);
-    two tiny forward passes tell at once what would otherwise fail, or silently differ, in mid-run.
+    a text of random tokens tells at once what would otherwise fail, or silently differ, in mid-run.
     """
-    vocab_size = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-    ids = [index % vocab_size for index in (1, 3, 5, 7)]
-    ledger = SlotLedger(KVPool())
-    trunk = ParagraphTree(ids).trunk
+    device = device_of(model)
+    ids = _some_text(model)
     try:
         with runtime.running():
-            for stop in (2, 4):
-                stem = Stem(trunk, stop)
-                ours, _ = runtime.forward(Forest([[stem]], ledger, model.device), ledger.pool)
-        plain = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
-        difference = float((ours[-1].float() - plain.float()).abs().max() / plain.float().abs().max().clamp(min=1e-6))
+            rows, ours = _over_a_forest(runtime, ids, device)
+        plain = model(input_ids=torch.tensor([ids], dtype=torch.long, device=device)).logits[0, rows].float()
+        off = (ours - plain).abs().amax(dim=1) / plain.abs().amax(dim=1).clamp(min=1e-6)
+        difference = float(off.max())
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{type(model).__name__} cannot decode over a KV pool: {reason}") from error
@@ -302,3 +302,33 @@ def check_agrees(model: PreTrainedModel, runtime: Runtime, largest: float | None
         raise ValueError(
             f"{type(model).__name__} cannot be attached: over a KV pool its logits are {difference:.0%} off its own."
         )
+
+
+_DRAFTED = 3  # tokens of a text that are drafted, the last ones
+_CHECKED = TreeShape(np.array([-1, -1, 0, 2]))  # the second node is a token that is wrong
+_WORK = 10_000_000_000  # products of a forward pass: a quarter of a second, more or less
+
+
+def _some_text(model: PreTrainedModel) -> list[int]:
+    """Random ids of the whole vocabulary, the same ones for the same model: a few hundred, and fewer where they
+    would take their time."""
+    vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    length = max(16, min(256, _WORK // sum(parameter.numel() for parameter in model.parameters())))
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = min(length, context_length(model) or length, longest or length)
+    return np.random.default_rng(0).integers(vocabulary, size=length).tolist()
+
+
+def _over_a_forest(runtime: Runtime, ids: list[int], device: torch.device) -> tuple[list[int], torch.Tensor]:
+    """Places in a text and their logits, float32: two pieces of it, then a root with the rest drafted below it."""
+    ledger, root = SlotLedger(KVPool()), len(ids) - _DRAFTED
+    trunk, right = ParagraphTree(ids[:root]).trunk, ids[root:]
+    wrong = right[0] - 1 if right[0] else 1
+    steps = [Stem(trunk, stop) for stop in (root // 2, root - 1)]
+    steps.append(Stem(trunk, root, draft_tree=_CHECKED, draft_tokens=[right[0], wrong, *right[1:]]))
+    logits = []
+    for stem in steps:
+        found, _ = runtime.forward(Forest([[stem]], ledger, device), ledger.pool)
+        logits.append(found.float().clone())
+    rows = [stem.stop - 1 for stem in steps]
+    return [*rows, *range(root, len(ids))], torch.cat(logits)[[0, 1, 2, 3, 5, 6]]

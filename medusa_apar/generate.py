@@ -8,6 +8,8 @@ import inspect
 import logging
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +27,7 @@ from . import checks
 from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from .cpu.runtime import CpuRuntime
 from .decoder import Decoder
+from .devices import device_of
 from .draft_tree import DraftTree
 from .events import Consumer
 from .forest_budget import EvenBudget, ForestBudget
@@ -77,18 +80,43 @@ class MedusaApar:
         speculation: Speculation | None,
         typical: TypicalAcceptance | None = None,
         fork: str = "auto",
+        pick: Callable[[], Runtime] | None = None,
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
         self.draft_tree, self.budget = draft_tree, budget
         self.max_threads, self.max_depth = max_threads, max_depth
-        self.runtime, self.pool_slots = runtime, pool_slots
+        self.pool_slots, self._pick = pool_slots, pick
         # What a step costs, None to be measured before the first that drafts; not asked where `budget` was given.
         self.cost, self.speculation, self.typical = cost, speculation, typical
         self.fork = fork  # where a call does not say
         self._streamer: Any = None
-        if isinstance(heads, DraftHeads):
-            heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
-            heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
+        self._take(runtime)
+
+    def _take(self, runtime: Runtime) -> None:
+        self.runtime, self._state = runtime, _state(self.model)
+        if isinstance(self.heads, DraftHeads):
+            self.heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
+            self.heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
+            self.heads.refresh()
+
+    def _fit(self) -> None:
+        """Has a runtime picked anew where the model has become another since; ValueError where that cannot be."""
+        if self._pick is not None and (self._state != _state(self.model) or self.runtime.refusal() is not None):
+            self._take(self._pick())
+        if isinstance(self.heads, DraftHeads):
+            self.heads.check_matches(self.model)
+        if self.control_token_ids is not None:
+            self.control_token_ids.check_matches(unembedding_size(self.model)[0])
+
+    def refresh(self) -> None:
+        """Drops what was copied from weights, so that the next call reads them all anew.
+
+        Never needed after `load_state_dict`, merging, averaging or a training step: calls notice those by themselves
+        (`medusa_apar.contents`). It is for whoever changes single values of a large model through `.data`.
+        """
+        self.runtime.refresh()
+        if isinstance(self.heads, DraftHeads):
+            self.heads.refresh()
 
     def __repr__(self) -> str:
         """What runs, what guesses and where answers fork, on one line."""
@@ -141,6 +169,7 @@ class MedusaApar:
         """
         if kwargs.get("assistant_model") is not None:
             raise NotImplementedError("assistant_model is not supported: the Medusa heads are the drafter.")
+        self._fit()
         bound = copy.copy(self)
         bound._streamer, bound.tokenizer = streamer, tokenizer or self.tokenizer
         stop_strings = kwargs.pop("stop_strings", None)
@@ -210,6 +239,7 @@ class MedusaApar:
         Raises ValueError or NotImplementedError, in one sentence and before any work, for what cannot be combined.
         """
         checks.check_call(self, model, input_ids, generation_config, model_kwargs)
+        self._fit()
         prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
         max_new_tokens = generation_config.max_length - input_ids.shape[1]
         checks.check_limits(max_threads=max_threads, max_depth=max_depth)
@@ -222,7 +252,7 @@ class MedusaApar:
         last = last_limit(max_new_tokens, regenerate_below)
         checks.check_lengths(self, prompts, last, policy.hidden(last, max_depth))
         if generation_config.do_sample and seed is None:
-            seed = int(torch.randint(2**62, ()))
+            seed = int(torch.randint(2**62, (), dtype=torch.long, device="cpu"))
         returns_dict = bool(generation_config.return_dict_in_generate)
         streamer = self._streamer or _callers_streamer()
         # The limit and the end tokens are ours to apply: criteria see a row, and a row has several ends here.
@@ -334,6 +364,11 @@ def _say_once(sentence: str) -> None:
     logger.warning(sentence)
 
 
+def _state(model: PreTrainedModel) -> tuple:
+    """What a runtime is picked by, as far as it changes with a word (`model.half()`, `model.train()`)."""
+    return model.dtype, model.training, device_of(model)
+
+
 def _callers_streamer() -> Any:
     """The streamer given to `model.generate(streamer=...)` itself, which has shown it the prompt.
 
@@ -408,7 +443,8 @@ def attach(
     """
     checks.check_model(model)
     typical = checks.typical_acceptance(acceptance)
-    chosen = pick_runtime(model, runtime, quantize, attention, cuda_graphs)
+    pick = partial(pick_runtime, model, runtime, quantize, attention, cuda_graphs)
+    chosen = pick()
     if isinstance(heads, (str, Path)):
         heads = load_heads(heads, model)
     if isinstance(apar, tuple):
@@ -446,4 +482,5 @@ def attach(
         speculation=speculation,
         typical=typical,
         fork=fork,
+        pick=pick,
     )

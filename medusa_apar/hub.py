@@ -105,12 +105,13 @@ def embedded_gguf(name: str = "smollm2-135m") -> Path:
     return build_once(target, build) / Path(spec.gguf).name
 
 
-def build_once(target: Path, build: Callable[[Path, Path], None]) -> Path:
+def build_once(target: Path, build: Callable[[Path, Path], None], intact: Callable[[Path], bool] = Path.is_dir) -> Path:
     """`target`, after `build(scratch, folder)` has filled it in exactly one of the processes that ask for it.
 
-    `folder` becomes `target` in one rename when `build` returns; `scratch` is thrown away either way.
+    `folder` becomes `target` in one rename when `build` returns; `scratch` is thrown away either way. A `target` that
+    is not `intact` is made anew.
     """
-    if target.is_dir():
+    if target.is_dir() and intact(target):
         return target
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
@@ -125,7 +126,10 @@ def build_once(target: Path, build: Callable[[Path, Path], None]) -> Path:
         ) from error
     try:
         if target.is_dir():  # the other process finished it
-            return target
+            if intact(target):
+                return target
+            _say(f"medusa-apar: {target} is damaged and is made anew")
+            shutil.rmtree(target)
         prefix = f".{target.name}-"
         for stale in target.parent.glob(f"{prefix}*"):  # left by a killed process: only the lock's holder makes these
             shutil.rmtree(stale, ignore_errors=True)

@@ -9,7 +9,7 @@ and so do the sums up to their order. It costs a second copy of the weights.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,6 +17,8 @@ import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .contents import Contents, plain
 
 _ROWS_HINT = 16  # the layout is chosen for so many rows; it serves 1 to 64 well
 _MOST_ROWS = 64  # beyond, as in a prefill, F.linear is as good
@@ -27,40 +29,56 @@ class PackedLinears:
     """The packed weights of a model, made when first used and again when a weight has changed."""
 
     def __init__(self, model: nn.Module):
-        self._layers = [m for m in model.modules() if isinstance(m, nn.Linear) and _packable(m)]
-        self._packed: dict[nn.Linear, tuple[tuple[int, int], torch.Tensor]] = {}
+        self._model = model
+        self._packed: dict[nn.Linear, torch.Tensor] = {}
+        self._contents: Contents | None = None  # None: the next call looks at every weight
         self._users = 0
         self._lock = threading.Lock()
-        size = sum(layer.weight.numel() * layer.weight.element_size() for layer in self._layers)
-        if size > _MEMORY_SHARE * psutil.virtual_memory().available:
-            self._layers = []
+        layers = self._layers()
+        size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+        self._fit = size <= _MEMORY_SHARE * psutil.virtual_memory().available
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Within the block the layers run from packed weights; when the last such block ends they are as before."""
         with self._lock:
             self._users += 1
-            for layer in self._layers:
-                if can_pack(layer.weight):  # the model may have moved since
-                    layer.forward = partial(_linear, layer, self._pack(layer))  # type: ignore[method-assign]
+            layers = self._layers() if self._fit else []  # the model may have moved or got others since
+            self._refill(layers)
+            for layer in layers:
+                layer.forward = partial(_linear, layer, self._packed[layer])  # type: ignore[method-assign]
         try:
             yield
         finally:
             with self._lock:
                 self._users -= 1
                 if not self._users:
-                    for layer in self._layers:
-                        vars(layer).pop("forward", None)
+                    _give_back(self._packed)
 
-    def _pack(self, layer: nn.Linear) -> torch.Tensor:
-        key = (layer.weight.data_ptr(), layer.weight._version)
-        if layer not in self._packed or self._packed[layer][0] != key:
-            self._packed[layer] = key, pack(layer.weight.detach())
-        return self._packed[layer][1]
+    def refresh(self) -> None:
+        with self._lock:
+            self._contents = None
+
+    def _layers(self) -> list[nn.Linear]:
+        return [module for module in self._model.modules() if isinstance(module, nn.Linear) and _packable(module)]
+
+    def _refill(self, layers: list[nn.Linear]) -> None:
+        """Packs what has changed since the last call."""
+        weights = [layer.weight for layer in layers]
+        if self._contents is not None and self._contents.same(weights) and all(map(self._packed.__contains__, layers)):
+            return
+        _give_back(self._packed)
+        self._contents = Contents(weights)
+        self._packed = {layer: pack(layer.weight.detach()) for layer in layers}
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.is_inference() or not torch.backends.mkldnn.is_available():
+    if (
+        not plain(weight)
+        or weight.device.type != "cpu"
+        or weight.is_inference()
+        or not torch.backends.mkldnn.is_available()
+    ):
         return False
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -83,8 +101,23 @@ def packed_linear(
 
 def _packable(module: nn.Linear) -> bool:
     # An instance's own `forward` is somebody's hook (accelerate's offloading, say).
-    return type(module) is nn.Linear and "forward" not in vars(module) and can_pack(module.weight)
+    return (
+        type(module) is nn.Linear and ("forward" not in vars(module) or _is_packed(module)) and can_pack(module.weight)
+    )
+
+
+def _give_back(layers: Iterable[nn.Linear]) -> None:
+    for layer in layers:
+        if _is_packed(layer):
+            vars(layer).pop("forward", None)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a call of ours is running the layer, in this Python thread or another."""
+    return getattr(vars(module).get("forward"), "func", None) is _linear
 
 
 def _linear(layer: nn.Linear, packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad):
+        return F.linear(x, layer.weight, layer.bias)  # somebody's training step beside our call
     return packed_linear(x, packed, layer.weight, layer.bias)

@@ -158,13 +158,13 @@ class ReadingOrder:
         recording(event)
         if isinstance(event, RequestStarted) and event.row == self._row:
             self._sent, self._ended = 0, False
-            self._streamer.put(torch.tensor([event.prompt_ids]))
+            self._streamer.put(torch.tensor([event.prompt_ids], dtype=torch.long, device="cpu"))
             self._cursor = ReadingCursor(recording.trees[self._row])
         if not isinstance(event, StepFinished) or self._ended:
             return
         for _ in range(event.text_lengths[self._row] - self._sent):
             thread, index = next(cast(ReadingCursor, self._cursor).advance())
-            self._streamer.put(torch.tensor([thread.tokens[index]]))
+            self._streamer.put(torch.tensor([thread.tokens[index]], dtype=torch.long, device="cpu"))
             self._sent += 1
         if not recording.trees[self._row].live:
             self._ended = True

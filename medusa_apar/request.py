@@ -101,7 +101,8 @@ class Request:
         if not self._criteria:
             return False
         # Criteria may hold something per row of the batch, so they are shown the whole batch and asked for one row.
-        ids = torch.tensor([self.row_ids + self.text_ids], device=self._device).expand(self.batch_size, -1)
+        row = self.row_ids + self.text_ids
+        ids = torch.tensor([row], dtype=torch.long, device=self._device).expand(self.batch_size, -1)
         scores = None
         if self._scores is not None:
             for thread, index in self.text[len(self._shown) :]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from .attention import pick_backend
 from .cpu.runtime import CpuRuntime, refusal
 from .decoder import check_agrees
+from .devices import gpus_of
 from .torch_runtime import Runtime, TorchRuntime
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,11 @@ def pick_runtime(
     model: PreTrainedModel, runtime: str, quantize: str | None, attention: str, cuda_graphs: bool | None = None
 ) -> Runtime:
     """ValueError, in one sentence, for what cannot be; every runtime has then shown that it agrees with the model."""
+    if len(gpus := gpus_of(model)) > 1:
+        raise ValueError(
+            f"{type(model).__name__} lies on {len(gpus)} GPUs, and must lie on one here (device_map={{'': 0}}); vLLM "
+            "serves models that need several."
+        )
     backend = pick_backend(attention, model)
     graphs = backend == "triton" and model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
     if graphs and backend != "triton":
@@ -52,7 +58,7 @@ def pick_runtime(
         elif runtime == "cpu" or quantize:
             asked = f"quantize={quantize!r}" if quantize else "runtime='cpu'"
             raise ValueError(f"{asked} needs the CPU runtime, which cannot run this model: {why}.")
-        if model.device.type == "cpu":
+        if not gpus:
             logger.info("%s runs in torch, since the CPU runtime cannot run it: %s", type(model).__name__, why)
     plain = TorchRuntime(model, backend, graphs)
     largest = _LARGEST_DIFFERENCE["float32"] if plain.kind == "float32" else None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from .devices import device_of
 from .draft_tree import DraftTree, TreeShape
 from .forest import Forest, Stem
 from .hub import cache_dir
@@ -88,7 +89,7 @@ class StepTimer:
     """Times a model's forward passes below one thread of `slots` tokens; use it inside `runtime.running()`."""
 
     def __init__(self, model: PreTrainedModel, runtime: Runtime, taps: tuple[int, ...], slots: int = SLOTS) -> None:
-        self._runtime, self._device, self._taps = runtime, model.device, taps
+        self._runtime, self._device, self._taps = runtime, device_of(model), taps
         vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
         self._trunk = ParagraphTree([number % int(vocabulary) for number in range(slots + 1)]).trunk
         self._ledger = SlotLedger(runtime.pool(None))
@@ -129,7 +130,7 @@ def finish(device: torch.device) -> None:
 def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTree) -> StepCost:
     """In milliseconds, the least of a few runs; sizes take turns, so that a busy moment harms no single one. A model
     whose steps are long is measured coarsely: the first call of a large model on a CPU would wait a minute."""
-    sizes = [size for size in ROWS.get(model.device.type, ROWS["cpu"]) if size <= (runtime.most_nodes or size)]
+    sizes = [size for size in ROWS.get(device_of(model).type, ROWS["cpu"]) if size <= (runtime.most_nodes or size)]
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * SLOTS
     taps = () if heads is None else tuple(heads.taps)
     with runtime.running():
@@ -160,11 +161,12 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTre
 
 def _draft(model: PreTrainedModel, heads: Any, drafter: Any, tree: DraftTree, threads: int) -> float:
     size = getattr(heads, "input_size", None) or model.config.get_text_config().hidden_size
-    hidden = torch.randn(threads, size, device=model.device, dtype=model.dtype)
-    roots = torch.zeros(threads, dtype=torch.long, device=model.device)
+    device = device_of(model)
+    hidden = torch.randn(threads, size, device=device, dtype=model.dtype)
+    roots = torch.zeros(threads, dtype=torch.long, device=device)
     started = time.perf_counter()
     drafter.propose(hidden, roots, tree)
-    finish(model.device)
+    finish(device)
     return time.perf_counter() - started
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .decoder import Decoder
+from .devices import device_of
 from .forest import Forest, Stem
 from .output import ThreadAgreement
 from .paragraph_tree import ParagraphTree, Thread
@@ -167,7 +168,7 @@ class Stitcher:
             stop = prompt
             while len(scored.log_probs) < len(text_ids):
                 stem = Stem(trunk, stop, scored=1 if stop == prompt else stop - self.ledger.cached(trunk))
-                forest = Forest([[stem]], self.ledger, self.decoder.model.device)
+                forest = Forest([[stem]], self.ledger, device_of(self.decoder.model))
                 self._read(runtime.forward(forest, self.ledger.pool)[0], request, text_ids, scored)
                 stats.steps += 1
                 stats.forward_tokens += len(forest)
@@ -180,7 +181,7 @@ class Stitcher:
     def _read(self, logits: torch.Tensor, request: Request, text_ids: list[int], scored: Scored) -> None:
         """Appends what `logits` [rows, vocab] say of the next tokens."""
         verifier, first = self.decoder.verifier, len(scored.log_probs)
-        actual = torch.tensor(text_ids[first : first + len(logits)], device=logits.device)
+        actual = torch.tensor(text_ids[first : first + len(logits)], dtype=torch.long, device=logits.device)
         logits = logits.float()
         if verifier.control is not None:  # one thread never writes them
             logits[:, [verifier.control.fork_id, verifier.control.child_id]] = -torch.inf
@@ -249,7 +250,7 @@ class Stitcher:
             *(request.row, request.batch_size, request.row_ids + before, prompt_ids),
             tree=ParagraphTree(prompt_ids, thread.key, tree.eos_ids, tree.fork_id, tree.child_id),
             max_new_tokens=LONGEST,
-            device=self.decoder.model.device,
+            device=device_of(self.decoder.model),
         )
 
     def _adopt(self, revision: Revision) -> None:

@@ -19,13 +19,14 @@ class TextColumns:
         """int64 [rows] for each column that has become final in every row; rows already done are padded."""
         ready = min((len(request.text) for request in self._requests if not request.done), default=self._width)
         for column in range(self._sent, ready):
-            yield torch.tensor([self._token(request, column) for request in self._requests])
+            column_ids = [self._token(request, column) for request in self._requests]
+            yield torch.tensor(column_ids, dtype=torch.long, device="cpu")
         self._sent = max(self._sent, ready)
 
     def text(self) -> torch.Tensor:
         """All columns, int64 [rows, longest]."""
         rows = [[self._token(request, column) for column in range(self._width)] for request in self._requests]
-        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self._width)
+        return torch.tensor(rows, dtype=torch.long, device="cpu").reshape(len(rows), self._width)
 
     def gather(self, kept: dict[Thread, list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
         """Per column [rows, vocab] of what was kept for each token; zeros where a row had ended."""

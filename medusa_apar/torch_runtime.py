@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import current_forest, forest_attention
+from .devices import device_of
 from .forest import Forest
 from .heads.captured import Captured
 from .kv_pool import KVPool
@@ -40,6 +42,12 @@ class Runtime(Protocol):
 
     def running(self) -> AbstractContextManager[None]:
         """Entered once for all steps of a generate call."""
+
+    def refusal(self) -> str | None:
+        """Why the model, as it has become, cannot be run any more, in half a sentence; None where it can."""
+
+    def refresh(self) -> None:
+        """Drops whatever was copied from the model's weights."""
 
     def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Of a forest's verified rows: logits [M, vocab], and the hidden states [M, hidden * (1 + taps)] before the
@@ -81,7 +89,7 @@ class TorchRuntime:
         if graphs:
             from .cuda_graphs import GraphedSteps
 
-            self._graphed = GraphedSteps(self._forward, model.device)
+            self._graphed = GraphedSteps(self._forward, device_of(model))
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -96,10 +104,16 @@ class TorchRuntime:
     @contextmanager
     def running(self) -> Iterator[None]:
         # Triton launches on the current device, wherever its arguments lie.
-        device = self.model.device
+        device = device_of(self.model)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with on_device, forest_attention(self.model, self.backend), self._packed.in_use():
+        with on_device, forest_attention(self.model, self.backend), self._packed.in_use(), _eager(self.model):
             yield
+
+    def refusal(self) -> str | None:
+        return None
+
+    def refresh(self) -> None:
+        self._packed.refresh()
 
     def pool(self, max_slots: int | None) -> KVPool:
         if self._graphed is None:
@@ -140,3 +154,34 @@ class TorchRuntime:
 
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
+
+
+_compiled_calls = 0  # under way, of models that torch.compile has compiled
+_compiled_lock = threading.Lock()
+_stance: Any = None
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block a model that torch.compile has compiled runs without that: it would compile anew for every
+    forest, and cannot compile attention over one."""
+    if not any(_is_compiled(module) for module in model.modules()):
+        yield
+        return
+    global _compiled_calls, _stance
+    with _compiled_lock:
+        if not _compiled_calls:
+            _stance = torch.compiler.set_stance("force_eager")
+        _compiled_calls += 1
+    try:
+        yield
+    finally:
+        with _compiled_lock:
+            _compiled_calls -= 1
+            if not _compiled_calls:
+                _stance.__exit__(None, None, None)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -35,9 +35,10 @@ def tree_mask(forest: Laid, mask_function: Callable, local_size: int | None) -> 
     """A layer's pattern as a window of path positions; NotImplementedError for one that is no window."""
     window = local_size or None
     edge = 5 if window is None else window  # the first position that a window of this size shuts something out of
-    query = torch.tensor([[[[edge]]]])
-    seen = mask_function(torch.zeros(1, 1, 1, 1, dtype=torch.long), 0, query, torch.arange(edge + 2)[None, None, None])
-    expected = torch.tensor([*([True] if window is None else [False]), *[True] * edge, False])
+    places = partial(torch.arange, dtype=torch.long, device="cpu")
+    query = places(edge, edge + 1)[None, None, None]
+    seen = mask_function(places(1)[None, None, None], 0, query, places(edge + 2)[None, None, None])
+    expected = torch.tensor([*([True] if window is None else [False]), *[True] * edge, False], device="cpu")
     if not torch.equal(seen.expand(1, 1, 1, edge + 2).flatten(), expected):
         raise NotImplementedError("it attends in a pattern that is no window")
     return TreeMask(forest, window)

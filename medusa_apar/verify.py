@@ -49,7 +49,7 @@ _BY_ROW = _PATH_FREE | _exactly(
     *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty"),
     *("SuppressTokensAtBegin", "PrefixConstrained"),
 )
-_NO_IDS = cast(torch.LongTensor, torch.zeros(0, 0, dtype=torch.long))
+_NO_IDS = cast(torch.LongTensor, torch.zeros(0, 0, dtype=torch.long, device="cpu"))
 
 
 @dataclass(slots=True)
@@ -200,7 +200,7 @@ class Verifier:
         scores = logits.float()
         if not self.processors:
             return scores
-        ids = torch.tensor([path], device=logits.device)
+        ids = torch.tensor([path], dtype=torch.long, device=logits.device)
         scores = scores[None]
         for processor in self.processors:
             processor = _of_row(processor, request.row)

@@ -139,12 +139,12 @@ def pack(descriptor: Descriptor, table: torch.Tensor, packed: Packed) -> None:
     table.view(-1)[column.long()] = slot
     packed.rows.copy_(rows)
     counts = queries.diff()
-    leaf = torch.repeat_interleave(torch.arange(len(leaves), device=rows.device), counts)
+    leaf = torch.repeat_interleave(torch.arange(len(leaves), dtype=torch.int64, device=rows.device), counts)
     first, pending, length = leaves[leaf].T
-    order = first + torch.arange(len(leaf), device=rows.device) - queries[leaf]
+    order = first + torch.arange(len(leaf), dtype=torch.int64, device=rows.device) - queries[leaf]
     positions = rows[1, order]
     packed.queries[:] = torch.stack([order.int(), positions, length, leaf.int()])
-    nodes = torch.arange(MAX_NODES, device=rows.device)
+    nodes = torch.arange(MAX_NODES, dtype=torch.int64, device=rows.device)
     drafted = nodes < (counts[leaf] - pending)[:, None]
     node_positions = rows[1, ((first + pending)[:, None] + nodes).clamp(max=rows.shape[1] - 1)]
     above = drafted & (words[order, None] >> nodes & 1).bool()

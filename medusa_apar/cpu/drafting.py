@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import weakref
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from medusa_apar.draft_tree import DraftTree
 
 from . import library
+from .library import address, floats
 from .weights import KINDS, PANEL, PackedMatrix
 
 _EPS = float(torch.finfo(torch.float32).eps)  # F.rms_norm's own
@@ -25,7 +25,11 @@ class CompiledHydra:
 
     def __init__(self, heads: Any, unembedding: tuple[Tensor, Tensor | None], kind: str) -> None:
         self._table = heads.base.get_input_embeddings().weight.detach()
-        self._token_map = heads.token_map
+        tokens, hidden = self._table.shape
+        self._token_map = None if heads.token_map is None else heads.token_map.to("cpu", torch.long).contiguous()
+        drafted = heads.draft_vocab_size if self._token_map is None else 1 + int(self._token_map.max())
+        if hidden != heads.hidden_size or drafted > tokens or len(unembedding[0]) != heads.draft_vocab_size:
+            raise ValueError(f"heads that draft {drafted} tokens cannot read a table of {tokens}.")
         self._inputs = heads.input_size
         self._states = PackedMatrix(heads.from_states.flatten(0, 1), kind, heads.bias.flatten())
         self._unembedding = PackedMatrix(unembedding[0], kind, unembedding[1])
@@ -40,28 +44,33 @@ class CompiledHydra:
             for matrices in (self._token, self._block)
         )
         self._struct = library.Hydra(
-            *(heads.num_heads, len(heads.blocks), heads.hidden_size, self._inputs, heads.draft_vocab_size),
-            *(KINDS[str(self._table.dtype).removeprefix("torch.")], _EPS, self._table.data_ptr()),
-            None if self._token_map is None else self._token_map.data_ptr(),
+            *(heads.num_heads, len(heads.blocks), hidden, self._inputs, heads.draft_vocab_size, tokens),
+            *(KINDS[str(self._table.dtype).removeprefix("torch.")], _EPS),
+            address(self._table, self._table.dtype, tokens * hidden),
+            None if self._token_map is None else address(self._token_map, torch.long, heads.draft_vocab_size),
             *(self._states.struct, self._unembedding.struct, *self._arrays),
         )
-        self._trees: weakref.WeakKeyDictionary[DraftTree, tuple[Any, list[np.ndarray]]] = weakref.WeakKeyDictionary()
+        self._trees: weakref.WeakKeyDictionary[DraftTree, tuple[Any, list[Tensor]]] = weakref.WeakKeyDictionary()
 
     def propose(
         self, states: Tensor, root_ids: Tensor, tree: DraftTree, least: float = -math.inf
     ) -> tuple[Tensor, Tensor]:
         """As `DraftHeads.propose`; below nodes whose path has a log-probability under `least` nothing is looked for:
         the token is -1, its log-probability -inf."""
-        states, root_ids = states.float().contiguous(), root_ids.contiguous()
-        assert states.shape == (len(root_ids), self._inputs) and root_ids.dtype == torch.int64
-        if tree not in self._trees:
-            self._trees[tree] = _tree(tree)
-        token_ids = torch.empty(len(root_ids), len(tree), dtype=torch.long)
-        log_probs = torch.empty(len(root_ids), len(tree))
-        library.library().mapar_hydra(
-            *(self._struct, self._trees[tree][0], states.data_ptr(), root_ids.data_ptr(), len(root_ids)),
-            *(least, token_ids.data_ptr(), log_probs.data_ptr(), torch.get_num_threads()),
-        )
+        states, root_ids, count = states.float().contiguous(), root_ids.contiguous(), len(root_ids)
+        assert states.shape == (count, self._inputs) and len(tree.levels) <= self._struct.heads
+        made = self._trees.get(tree)
+        if made is None:
+            made = self._trees[tree] = _tree(tree)
+        nodes = len(tree)
+        token_ids, log_probs = torch.empty(count, nodes, dtype=torch.long, device="cpu"), floats(count, nodes)
+        if library.library().mapar_hydra(
+            *(self._struct, made[0], address(states, torch.float32, count * self._inputs)),
+            *(address(root_ids, torch.long, count), count, least),
+            *(address(token_ids, torch.long, count * nodes), address(log_probs, torch.float32, count * nodes)),
+            torch.get_num_threads(),
+        ):
+            raise IndexError(f"a token is not one of the model's {len(self._table)}")
         return token_ids, log_probs
 
 
@@ -80,10 +89,12 @@ def compilable(heads: Any) -> bool:
     """Whether heads of these sizes, on such a base, can be compiled."""
     table = heads.base.get_input_embeddings()
     dtypes = (torch.float32, torch.bfloat16)
-    return type(table) is nn.Embedding and table.weight.dtype in dtypes and heads.hidden_size % PANEL == 0
+    if type(table) is not nn.Embedding or table.weight.dtype not in dtypes or not table.weight.is_contiguous():
+        return False
+    return heads.hidden_size % PANEL == 0
 
 
-def _tree(tree: DraftTree) -> tuple[Any, list[np.ndarray]]:
+def _tree(tree: DraftTree) -> tuple[Any, list[Tensor]]:
     levels = tree.levels
     parts = [
         [len(level.nodes) for level in levels],
@@ -94,6 +105,6 @@ def _tree(tree: DraftTree) -> tuple[Any, list[np.ndarray]]:
             for name in ("nodes", "parents", "ranks", "inner")
         ),
     ]
-    arrays = [np.asarray(part, dtype=np.int32) for part in parts]
-    pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in arrays)
+    arrays = [torch.from_numpy(np.ascontiguousarray(part, dtype=np.int32)) for part in parts]
+    pointers = (address(array, torch.int32, len(array)) for array in arrays)
     return library.Tree(len(levels), len(tree), *pointers), arrays

@@ -12,7 +12,7 @@ namespace mapar {
 
 struct Hydra {
     int32_t heads, blocks, hidden, inputs;  // inputs: of the states
-    int32_t vocabulary, table_kind;         // of the draft; FLOAT32 or BFLOAT16
+    int32_t vocabulary, tokens, table_kind; // of the draft, of the base; FLOAT32 or BFLOAT16
     float eps;                              // of the norm of embeddings
     const void* table;                      // the base's input embeddings [.][hidden]
     const int64_t* token_map;               // draft vocabulary -> vocabulary, or null

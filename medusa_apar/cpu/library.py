@@ -15,14 +15,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from medusa_apar import hub
 
 FOLDER = Path(__file__).parent
 SOURCES = (
-    *("step.cpp", "hydra.h", "float_cache.h", "step_cache.h", "attention.h", "int16.h"),
+    *("step.cpp", "contents.h", "hydra.h", "float_cache.h", "step_cache.h", "attention.h", "int16.h"),
     *("product.h", "team.h", "top.h", "matrix.h"),
 )
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
@@ -67,7 +70,7 @@ class Step(ctypes.Structure):
 
 class Hydra(ctypes.Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("heads", "blocks", "hidden", "inputs", "vocabulary", "table_kind")),
+        *((name, c_int32) for name in ("heads", "blocks", "hidden", "inputs", "vocabulary", "tokens", "table_kind")),
         *(("eps", c_float), ("table", c_void_p), ("token_map", c_void_p), ("states", Matrix), ("unembedding", Matrix)),
         *(("token", POINTER(Matrix)), ("block", POINTER(Matrix))),
     )
@@ -80,27 +83,56 @@ class Tree(ctypes.Structure):
     )
 
 
+class Span(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("bytes", c_int64))
+
+
+def floats(*shape: int) -> Tensor:
+    """float32 on the CPU, whatever the defaults are: another Python thread may be changing them."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def address(tensor: Tensor, dtype: torch.dtype, size: int) -> int:
+    """Where compiled code finds `size` numbers of a type, one after the other; ValueError where they are not there.
+
+    Nothing else gives compiled code an address of a tensor. Arrays of numpy go through `torch.from_numpy`.
+    """
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"compiled code cannot read a {type(tensor).__name__} on {tensor.device} as it lies there.")
+    if tensor.dtype != dtype or tensor.numel() < size:
+        raise ValueError(f"compiled code needs {size} of {dtype}, and was given {tensor.numel()} of {tensor.dtype}.")
+    return tensor.data_ptr()
+
+
 def compilers() -> list[list[str]]:
     """C++ compilers that are there, as commands: `$CXX` alone if it is set, else g++, then clang++."""
     names = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["g++"], ["clang++"]]
     return [[found, *more] for name, *more in names if (found := shutil.which(name))]
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The library, compiled if it has not been; RuntimeError, in a sentence, where that cannot be."""
+    found = outcome()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+@functools.cache
+def outcome() -> ctypes.CDLL | str:
+    """The library, or why there is none: a compiler that fails is not asked again by every call."""
     why = "there is no C++ compiler (g++ or clang++; or name one in CXX)"
     for command in compilers():
         try:
             return _open(_compiled(command))
         except (OSError, RuntimeError) as error:
             why = " ".join(str(error).split())
-    raise RuntimeError(why)
+    return why
 
 
 def _open(path: Path) -> ctypes.CDLL:
     opened = ctypes.CDLL(str(path))
-    for index, struct in enumerate((Matrix, Layer, Model, Step, Hydra, Tree)):
+    for index, struct in enumerate((Matrix, Layer, Model, Step, Hydra, Tree, Span)):
         assert opened.mapar_sizes(index) == ctypes.sizeof(struct), f"{struct.__name__} differs from step.cpp's"
     assert opened.mapar_phases() == len(PHASES)
     opened.mapar_step.argtypes = (POINTER(Model), POINTER(Step), c_int, c_int)
@@ -114,9 +146,11 @@ def _open(path: Path) -> ctypes.CDLL:
         *(POINTER(Hydra), POINTER(Tree), c_void_p, c_void_p, c_int),
         *(c_float, c_void_p, c_void_p, c_int),
     )
-    opened.mapar_hydra.restype = None
+    opened.mapar_hydra.restype = c_int
     opened.mapar_top.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)
     opened.mapar_top.restype = None
+    opened.mapar_sums.argtypes = (POINTER(Span), c_int, c_int, c_void_p, c_int)
+    opened.mapar_sums.restype = None
     return opened
 
 
@@ -141,14 +175,20 @@ def _compiled(command: list[str], machine: str = "") -> Path:
             _run([*command, "-shared", objects, openmp or "-fopenmp", *strict, "-o", made])
         except RuntimeError:  # another family's than the compiler's
             _run([*command, "-shared", objects, "-fopenmp", *strict, "-o", made])
+        (folder / "step.so.sha256").write_text(hub.sha256_of(folder / "step.so"))
 
-    made = hub.build_once(target, build) / "step.so"
-    if not made.is_file():  # a cleaner of caches took it
-        shutil.rmtree(target, ignore_errors=True)
-        hub.build_once(target, build)
+    made = hub.build_once(target, build, _intact) / "step.so"
     if hasattr(os, "getuid") and made.stat().st_uid not in (0, os.getuid()):
         raise RuntimeError(f"{made} belongs to another user, and is code: set MEDUSA_APAR_CACHE to a folder of yours")
     return made
+
+
+def _intact(folder: Path) -> bool:
+    """Whether the library is what was compiled: to open one that was cut short ends the process."""
+    try:
+        return (folder / "step.so.sha256").read_text() == hub.sha256_of(folder / "step.so")
+    except (OSError, UnicodeDecodeError):  # a cleaner of caches took one of them, or the digest is what is damaged
+        return False
 
 
 def _run(command: list[str]) -> None:
@@ -160,8 +200,6 @@ def _run(command: list[str]) -> None:
 
 def _openmp_in_use() -> str:
     """The OpenMP library that torch has loaded into this process, or ""."""
-    import torch  # noqa: F401  (loads it)
-
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
     files = dict.fromkeys(fields[5] for line in lines if len(fields := line.split(None, 5)) == 6)

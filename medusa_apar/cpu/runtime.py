@@ -19,65 +19,67 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_apar.checks import context_length
+from medusa_apar.contents import Contents
 from medusa_apar.forest import Forest
 from medusa_apar.kv_pool import KVPool
 
-from . import library
-from .weights import KINDS, PANEL, PackedMatrix, argmax, interleaved, joined
-
-# Decoder layers that are Llama's: norm, rotary attention, norm, gated SiLU, both residual.
-_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-_LINEARS = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
+from . import known, library
+from .library import address, floats
+from .weights import KINDS, PackedMatrix, argmax, interleaved, joined
 
 
 def refusal(model: PreTrainedModel) -> str | None:
     """Why this runtime cannot run the model, in half a sentence; None where it can."""
-    decoder = getattr(model, "model", None)
-    layers = getattr(decoder, "layers", None)
-    name = type(model).__name__
-    if not layers or any(type(layer).__name__ not in _LAYERS for layer in layers):
-        return f"{name} is not built like Llama"
-    if model.device.type != "cpu":
-        return f"the model is on {model.device}"
+    if why := _refusal_now(model):
+        return why
+    decoder = cast(Any, model).model
+    for layer in decoder.layers:
+        linears = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+        if any(linear.bias is not None for linear in linears):
+            return "its MLP or its attention's output has a bias"
+    if why := known.odd_shape(model):
+        return why
+    missing = library.outcome()
+    return missing if isinstance(missing, str) else None
+
+
+def _refusal_now(model: PreTrainedModel) -> str | None:
+    """`refusal` as far as it can come to be without the weights being others: what every call asks."""
+    if why := known.strangeness(model) or known.odd_scale(model):
+        return why
+    weights = _weights(model)
+    if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
+        return "its weights are quantised"
+    if away := next((weight.device for weight in weights if weight.device.type != "cpu"), None):
+        return "its weights are offloaded" if away.type == "meta" else f"the model is on {away}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"the model is in {str(model.dtype).removeprefix('torch.')}"
-    if model.training:
-        return "the model is in training mode"
-    config = model.config
-    if config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
-        return f"the MLP of {name} is not Llama's"
-    attention = layers[0].self_attn
-    sizes = (attention.head_dim % 32, config.hidden_size % PANEL, config.intermediate_size % PANEL)
-    if any(sizes):
-        return "its sizes are no multiples of 16 (heads of 32)"
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"a {type(module).__name__} of the model has hooks"
-    linears = [layer.get_submodule(path) for layer in layers for path in _LINEARS]
-    if any(type(linear) is not nn.Linear for linear in [*linears, model.get_output_embeddings()]):
-        return "its linear layers are not torch's own"
-    if any(layer.self_attn.o_proj.bias is not None for layer in layers):
-        return "its attention output has a bias"
-    try:
-        library.library()
-    except RuntimeError as error:
-        return str(error)
-    return None
+    return "the model is in training mode" if model.training else None
+
+
+def _weights(model: PreTrainedModel) -> list[Tensor]:
+    """All parameters and buffers; in one go over the modules, since every call asks."""
+    found = (weight for m in model.modules() for store in (m._parameters, m._buffers) for weight in store.values())
+    return list({id(weight): weight for weight in found if weight is not None}.values())
+
+
+def _settings(model: Any) -> tuple:
+    """What the forward pass depends on beside weights."""
+    decoder = model.model
+    layers = decoder.layers[: model.config.num_hidden_layers]
+    windows = tuple(_window(layer) for layer in layers)
+    return layers[0].self_attn.scaling, decoder.norm.variance_epsilon, decoder.rotary_emb.attention_scaling, windows
 
 
 # What is packed of a model, by kind: attached twice, it is packed once.
-_packs: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[Any, _Packed]]] = weakref.WeakKeyDictionary()
+_packs: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, _Packed]] = weakref.WeakKeyDictionary()
 _packs_lock = threading.Lock()
 
 
 class CpuRuntime:
     """Runs `model` from weights packed as `kind`: "float32", "bfloat16" or "int8".
 
-    Weights that were changed in place are packed anew for the next call, unless the change went through `.data`, which
-    torch does not count.
+    Weights that were changed are packed anew for the next call: `medusa_apar.contents` says how that is noticed.
 
     `seconds` of a `profiled` one adds up the time of `library.PHASES`.
     """
@@ -89,7 +91,7 @@ class CpuRuntime:
         self.profile = False
         self.seconds = library.Seconds()
         self._dtype = model.dtype
-        self._packed: _Packed | None = None
+        self._packed: _Packed | None = None  # None: the next call looks at every weight
         self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
 
     verify = most_nodes = None
@@ -101,20 +103,33 @@ class CpuRuntime:
     def pool(self, max_slots: int | None) -> KVPool:
         return KVPool(max_slots)
 
+    def refusal(self) -> str | None:
+        """Why this runtime cannot run what the model has become; None where it can."""
+        why = _refusal_now(self.model)
+        if why is None and self.model.dtype != self._dtype:
+            why = f"it was in {str(self._dtype).removeprefix('torch.')}"
+        return why
+
+    def refresh(self) -> None:
+        with _packs_lock:
+            _packs.pop(self.model, None)
+            self._packed = None
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """ValueError where the model has become one that this runtime cannot run."""
-        why = refusal(self.model)
-        if why is None and self.model.dtype != self._dtype:
-            why = f"it was in {str(self._dtype).removeprefix('torch.')}"
-        if why:
-            raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")
-        key = tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in self.model.parameters())
+        why = self.refusal()
         with _packs_lock:
             kinds = _packs.setdefault(self.model, {})
-            if self.kind not in kinds or kinds[self.kind][0] != key:
-                kinds[self.kind] = key, _Packed(self.model, self.kind)
-            self._packed = kinds[self.kind][1]
+            packed = kinds.get(self.kind)
+            if why is None and (packed is None or not packed.is_of(self.model, entirely=self._packed is None)):
+                why = refusal(self.model)
+                if why is None:
+                    packed = kinds[self.kind] = _Packed(self.model, self.kind)
+            if why is None:
+                self._packed = packed
+        if why is not None:
+            raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")
         yield
 
     @torch.no_grad()
@@ -129,15 +144,18 @@ class CpuRuntime:
         rows, verified = len(forest), len(forest.verified_rows)
         lists, runs, longest = forest.paths()
         cos, sin = packed.rotary(longest)  # a position is the length of the path before it
-        indices = (forest.input_ids, forest.position_ids, forest.slots, forest.verified_rows)
-        assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in indices)
-        hidden = torch.empty(verified, packed.hidden * (1 + len(taps)))
-        buffers = scratch.buffers(rows, verified)
+        hidden = floats(verified, packed.hidden * (1 + len(taps)))
+        buffers, sizes = scratch.buffers(rows, verified), scratch.sizes(rows, verified)
+        tables = (address(table, torch.float32, longest * packed.heads.head_dim) for table in (cos, sin))
+        indices = (address(each, torch.int64, rows) for each in (forest.position_ids, forest.slots))
+        arrays = (torch.from_numpy(array) for array in (lists, runs))
         step = library.Step(
             *(rows, verified, len(taps), longest),
-            *(tensor.data_ptr() for tensor in (forest.input_ids, cos, sin, forest.position_ids, forest.slots)),
-            *(lists.ctypes.data, runs.ctypes.data, forest.verified_rows.data_ptr(), hidden.data_ptr()),
-            *(tensor.data_ptr() for tensor in buffers),
+            *(address(forest.input_ids, torch.int64, rows), *tables, *indices),
+            *(address(array, torch.int32, array.numel()) for array in arrays),
+            address(forest.verified_rows, torch.int64, verified),
+            address(hidden, torch.float32, verified * packed.hidden * (1 + len(taps))),
+            *(address(buffer, torch.float32, size) for buffer, size in zip(buffers, sizes, strict=True)),
             ctypes.addressof(self.seconds) if self.profile else None,
         )
         model = scratch.model(pool, taps)
@@ -167,6 +185,7 @@ class _Packed:
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
         self.kind = kind
+        self._settings, self._contents = _settings(model), Contents(_weights(model))  # before any of it is copied
         self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
         self.eps = decoder.norm.variance_epsilon
         dim = attention.head_dim
@@ -175,12 +194,16 @@ class _Packed:
         self.unembedding = PackedMatrix(
             model.get_output_embeddings().weight, kind, getattr(model.get_output_embeddings(), "bias", None)
         )
-        table = model.get_input_embeddings().weight.detach().contiguous()
+        table = decoder.embed_tokens.weight.detach().contiguous()
         self.table = table if table.dtype == torch.bfloat16 else table.float()
         self._context = context_length(model)
         self._rotary = decoder.rotary_emb
         self._table: tuple[Tensor, Tensor] | None = None
-        self.layers = [_layer(layer, kind) for layer in decoder.layers]
+        self.layers = [_layer(layer, kind) for layer in decoder.layers[: config.num_hidden_layers]]
+
+    def is_of(self, model: PreTrainedModel, entirely: bool) -> bool:
+        """Whether the model still is what was packed."""
+        return self._settings == _settings(model) and self._contents.same(_weights(model), entirely)
 
     def rotary(self, needed: int) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [positions, head_dim] of at least so many positions, from the model's own module."""
@@ -189,7 +212,8 @@ class _Packed:
             longest = 1 << max(needed - 1, 255).bit_length()
             if self._context is not None:  # beyond, some modules turn to other frequencies, for all positions
                 longest = max(min(longest, self._context), needed)
-            cos, sin = self._rotary(torch.empty(0), torch.arange(longest)[None])
+            positions = torch.arange(longest, dtype=torch.int64, device="cpu")
+            cos, sin = self._rotary(floats(0), positions[None])
             table = self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
             assert cos.shape == sin.shape == (1, longest, self.heads.head_dim)
         return table
@@ -205,10 +229,15 @@ def _layer(layer: Any, kind: str) -> tuple[tuple[Tensor, Tensor], tuple[PackedMa
         PackedMatrix(interleaved(mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()), kind),
         PackedMatrix(mlp.down_proj.weight, kind),
     )
-    window = getattr(attention, "sliding_window", None)
+    return norms, matrices, _window(layer)
+
+
+def _window(layer: Any) -> int:
+    """Last positions of its path that a layer sees, 0 for all."""
+    window = getattr(layer.self_attn, "sliding_window", None)
     if window is None and type(layer).__name__ == "MistralDecoderLayer":
-        window = getattr(attention.config, "sliding_window", None)
-    return norms, matrices, window or 0
+        window = getattr(layer.self_attn.config, "sliding_window", None)
+    return window or 0
 
 
 def _vector(norm: nn.Module) -> Tensor:
@@ -226,39 +255,49 @@ class _Scratch:
         self._widths = max(width, packed.hidden), max(packed.intermediate, packed.hidden, width)
         self._vocabulary = packed.unembedding.outputs
         self._rows = self._verified = 0
-        self._logits = torch.empty(0)
+        self._logits = floats(0)
         self._others: tuple[Tensor, ...] = ()
+
+    def sizes(self, rows: int, verified: int) -> tuple[int, ...]:
+        """How many floats each of `buffers` has at least."""
+        narrow, wide = self._widths
+        return (
+            *(verified * self._vocabulary, rows * self.packed.hidden, rows * narrow),
+            *(rows * wide, rows * (wide + 1), rows),
+        )
 
     def buffers(self, rows: int, verified: int) -> tuple[Tensor, ...]:
         """logits, x, qkv, wide, act, act_scales of library.Step."""
         if verified > self._verified:
             self._verified = verified
-            self._logits = torch.empty(verified, self._vocabulary)
+            self._logits = floats(verified, self._vocabulary)
         if rows > self._rows:
             self._rows = rows
-            narrow, wide = (torch.empty(rows, width) for width in self._widths)
-            x = torch.empty(rows, self.packed.hidden)
-            self._others = x, narrow, wide, torch.empty(rows, self._widths[1] + 1), torch.empty(rows)
+            self._others = tuple(floats(size) for size in self.sizes(rows, verified)[1:])
         return self._logits, *self._others
 
     def model(self, pool: KVPool, taps: tuple[int, ...]) -> Any:
         """library.Model; made anew when the pool has grown."""
         if self._model[0] != (pool.capacity, taps):
             self._fill(pool)
-            packed = self.packed
+            packed, heads = self.packed, self.packed.heads
+            steps = packed.kind == "int8"
+            stored, size = torch.int16 if steps else torch.float32, pool.capacity * heads.kv_heads
             layers = (library.Layer * len(packed.layers))()
             for index, (norms, matrices, window) in enumerate(packed.layers):
+                stores = (pool.keys[index], pool.values[index])
                 layers[index] = library.Layer(
-                    *(norm.data_ptr() for norm in norms),
+                    *(address(norm, torch.float32, packed.hidden) for norm in norms),
                     *(matrix.struct for matrix in matrices),
-                    *(pool.keys[index].data_ptr(), pool.values[index].data_ptr()),
-                    pool.scales[index].data_ptr() if pool.scales else None,
+                    *(address(store, stored, size * heads.head_dim) for store in stores),
+                    address(pool.scales[index], torch.float32, size * 2) if steps else None,
                     *(window, taps.index(index) if index in taps else -1),
                 )
+            table = packed.table
             model = library.Model(
-                *(len(layers), packed.hidden, packed.intermediate, len(packed.table)),
-                KINDS[str(packed.table.dtype).removeprefix("torch.")],
-                *(packed.heads, packed.eps, packed.norm.data_ptr(), packed.table.data_ptr()),
+                *(len(layers), packed.hidden, packed.intermediate, len(table)),
+                *(KINDS[str(table.dtype).removeprefix("torch.")], heads, packed.eps),
+                *(address(packed.norm, torch.float32, packed.hidden), address(table, table.dtype, table.numel())),
                 *(layers, packed.unembedding.struct),
             )
             self._model = (pool.capacity, taps), model
@@ -270,7 +309,8 @@ class _Scratch:
         shape = (pool.capacity, heads.kv_heads)
         for index in range(len(self.packed.layers)):
             if index not in pool.keys:
+                stored = torch.int16 if steps else torch.float32
                 for store in (pool.keys, pool.values):
-                    store[index] = torch.zeros(*shape, heads.head_dim, dtype=torch.int16 if steps else torch.float32)
+                    store[index] = torch.zeros(*shape, heads.head_dim, dtype=stored, device="cpu")
                 if steps:
-                    pool.scales[index] = torch.zeros(*shape, 2)
+                    pool.scales[index] = floats(*shape, 2).zero_()

@@ -1,5 +1,6 @@
 // One forward pass of a Llama-like decoder over a forest, in one parallel region: what eager transformers does in some
 // thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
+#include "contents.h"
 #include "float_cache.h"
 #include "hydra.h"
 #include "product.h"
@@ -61,7 +62,8 @@ enum Phase { NORM = 0, QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, UNEMBED, PHASES };
 EXPORTED int mapar_phases() { return PHASES; }
 // Bytes of a struct, so that its mirror can be compared.
 EXPORTED int mapar_sizes(int which) {
-    const int sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Step), sizeof(Hydra), sizeof(Tree)};
+    const int sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Step),
+                         sizeof(Hydra),  sizeof(Tree),  sizeof(Span)};
     return sizes[which];
 }
 }
@@ -292,8 +294,18 @@ EXPORTED void mapar_top(const float* x, int rows, int width, int count, int64_t*
 }
 
 // Tokens and their log-probabilities for the nodes of `tree` below each of `roots`: ids and log_probs [roots][nodes].
-EXPORTED void mapar_hydra(const Hydra* heads, const Tree* tree, const float* states, const int64_t* roots, int count,
-                          float least, int64_t* ids, float* log_probs, int threads) {
+// Returns 0, or 1 where a root is none of the base's tokens and nothing was done.
+EXPORTED int mapar_hydra(const Hydra* heads, const Tree* tree, const float* states, const int64_t* roots, int count,
+                         float least, int64_t* ids, float* log_probs, int threads) {
+    for (int t = 0; t < count; t++)
+        if (roots[t] < 0 || roots[t] >= heads->tokens) return 1;
     propose(*heads, *tree, states, roots, count, least, ids, log_probs, threads);
+    return 0;
+}
+
+// Adds to sums[count][TURNS] those of `contents.h`, of one turn or, with -1, of all.
+EXPORTED void mapar_sums(const Span* spans, int count, int turn, uint64_t* sums, int threads) {
+#pragma omp parallel num_threads(threads)
+    for (int i = 0; i < count; i++) add_sums(spans[i], turn, sums + (size_t)i * TURNS);
 }
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import library
+from .library import address, floats
 
 PANEL = 16
 GROUP_INPUTS = 64
@@ -23,7 +24,7 @@ class PackedMatrix:
     def __init__(self, weight: Tensor, kind: str, bias: Tensor | None = None) -> None:
         self.outputs, self.inputs = weight.shape
         outputs, inputs = _up(self.outputs, PANEL), _up(self.inputs, GROUP_INPUTS if kind == "int8" else 1)
-        whole = torch.zeros(outputs, inputs)
+        whole = floats(outputs, inputs).zero_()
         whole[: self.outputs, : self.inputs] = weight.detach().float()
         self.kind = kind
         self.scales: Tensor | None = None
@@ -39,11 +40,13 @@ class PackedMatrix:
         self.panels = panels.contiguous()
         self.bias: Tensor | None = None
         if bias is not None:
-            self.bias = torch.zeros(outputs)
+            self.bias = floats(outputs).zero_()
             self.bias[: self.outputs] = bias.detach().float()
+        stored = torch.int8 if kind == "int8" else getattr(torch, kind)
         self.struct = library.Matrix(
-            *(KINDS[kind], outputs, inputs, self.panels.data_ptr()),
-            *(None if tensor is None else tensor.data_ptr() for tensor in (self.scales, self.bias)),
+            *(KINDS[kind], outputs, inputs, address(self.panels, stored, outputs * inputs)),
+            None if self.scales is None else address(self.scales, torch.float32, outputs * inputs // GROUP_INPUTS),
+            None if self.bias is None else address(self.bias, torch.float32, outputs),
         )
 
     def dense(self) -> Tensor:
@@ -57,13 +60,16 @@ class PackedMatrix:
     def __call__(self, x: Tensor) -> Tensor:
         """float32 [..., inputs] -> [..., outputs]; a row's bits do not depend on the other rows."""
         rows = x.reshape(-1, self.inputs).float().contiguous()
-        out = torch.empty(len(rows), self.outputs)
-        act = torch.empty(len(rows), self.struct.inputs, dtype=torch.int16) if self.kind == "int8" else None
-        scales = torch.empty(len(rows)) if self.kind == "int8" else None
+        count, inputs = len(rows), self.struct.inputs
+        out, act, scales = floats(count, self.outputs), None, None
+        if self.kind == "int8":
+            act, scales = torch.empty(count, inputs, dtype=torch.int16, device="cpu"), floats(count)
         library.library().mapar_linear(
             self.struct,
-            *(rows.data_ptr(), len(rows), self.inputs, out.data_ptr(), self.outputs),
-            *(None if tensor is None else tensor.data_ptr() for tensor in (act, scales)),
+            *(address(rows, torch.float32, count * self.inputs), count, self.inputs),
+            *(address(out, torch.float32, count * self.outputs), self.outputs),
+            None if act is None else address(act, torch.int16, count * inputs),
+            None if scales is None else address(scales, torch.float32, count),
             torch.get_num_threads(),
         )
         return out.view(*x.shape[:-1], self.outputs)
@@ -73,26 +79,28 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Of float32 logits [..., width]: the `count` likeliest, log-probabilities and indices [..., count], best first and
     of equals the first."""
     rows = logits.reshape(-1, logits.shape[-1]).contiguous()
-    assert rows.dtype == torch.float32 and 0 < count <= rows.shape[1]
-    values, sums = torch.empty(len(rows), count), torch.empty(len(rows), 1)
-    indices = torch.empty(len(rows), count, dtype=torch.long)
-    library.library().mapar_top(
-        *(rows.data_ptr(), len(rows), rows.shape[1], count),
-        *(indices.data_ptr(), values.data_ptr(), sums.data_ptr(), torch.get_num_threads()),
-    )
+    assert 0 < count <= rows.shape[1]
+    sums = floats(len(rows), 1)
+    values, indices = _top(rows, count, sums)
     shape = (*logits.shape[:-1], count)
     return (values - sums).view(shape), indices.view(shape)
 
 
 def argmax(logits: Tensor) -> Tensor:
     """Of float32 logits [rows, width]: the index of the largest, and of equals the first, [rows]."""
-    rows = logits.contiguous()
-    values, indices = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.long)
+    return _top(logits.contiguous(), 1)[1].view(-1)
+
+
+def _top(rows: Tensor, count: int, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """values and indices [rows, count]; `sums` [rows] takes the logarithms of the sums of all exponentials."""
+    size, width = rows.shape
+    values, indices = floats(size, count), torch.empty(size, count, dtype=torch.long, device="cpu")
     library.library().mapar_top(
-        *(rows.data_ptr(), len(rows), rows.shape[1], 1),
-        *(indices.data_ptr(), values.data_ptr(), None, torch.get_num_threads()),
+        *(address(rows, torch.float32, size * width), size, width, count),
+        *(address(indices, torch.long, size * count), address(values, torch.float32, size * count)),
+        *(None if sums is None else address(sums, torch.float32, size), torch.get_num_threads()),
     )
-    return indices
+    return values, indices
 
 
 def interleaved(first: Tensor, second: Tensor) -> Tensor:
@@ -105,7 +113,7 @@ def joined(layers: Sequence[nn.Linear]) -> Tensor | None:
     """Their biases, one after the other; None where none has any."""
     if all(layer.bias is None for layer in layers):
         return None
-    return torch.cat([torch.zeros(x.out_features) if x.bias is None else x.bias.detach().float() for x in layers])
+    return torch.cat([floats(x.out_features).zero_() if x.bias is None else x.bias.detach().float() for x in layers])
 
 
 def _up(count: int, multiple: int) -> int:

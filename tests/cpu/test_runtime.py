@@ -276,14 +276,14 @@ def test_what_it_cannot_run_is_refused_or_left_to_torch(monkeypatch):
     assert "hooks" in refusal(llama)
     handle.remove()
     assert refusal(llama) is None
-    library.library.cache_clear()
+    library.outcome.cache_clear()
     monkeypatch.setenv("CXX", "/no/such/compiler")
     try:
         assert isinstance(medusa_apar.attach(llama).runtime, TorchRuntime)
         with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
             medusa_apar.attach(llama, quantize="int8")
     finally:
-        library.library.cache_clear()
+        library.outcome.cache_clear()
 
 
 def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
@@ -292,13 +292,13 @@ def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "cache"))
-    library.library.cache_clear()
+    library.outcome.cache_clear()
     try:
         with pytest.raises(ValueError, match=r"c\+\+ cannot compile .*step.cpp: no such option"):
             medusa_apar.attach(model_of(), quantize="int8")
         assert not list((tmp_path / "cache" / "cpu").glob("*/step.so"))
     finally:
-        library.library.cache_clear()
+        library.outcome.cache_clear()
 
 
 def test_without_wide_instructions_int8_has_the_same_sums(tmp_path, monkeypatch):
@@ -323,11 +323,11 @@ def test_a_cache_that_was_cleaned_or_cannot_be_written(tmp_path, monkeypatch):
     assert library._compiled([str(compiler)]) == made and made.is_file()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "file" / "cache"))
-    library.library.cache_clear()
+    library.outcome.cache_clear()
     try:
         assert isinstance(medusa_apar.attach(model_of()).runtime, TorchRuntime)
     finally:
-        library.library.cache_clear()
+        library.outcome.cache_clear()
 
 
 def test_the_compiler_may_have_arguments(monkeypatch):

@@ -1,0 +1,109 @@
+"""Sums over bits: the compiled ones and their twin agree, and whatever changes a tensor changes them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medusa_apar import contents
+from medusa_apar.contents import TURNS, Contents, plain, sums
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool)
+
+
+def numbers(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(9).to(dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 5000), st.sampled_from(DTYPES), st.sampled_from([1, 2, 3]), st.integers(0, 99))
+def test_compiled_sums_are_those_of_the_twin(size, dtype, threads, seed):
+    tensors = [numbers(size, dtype=dtype, seed=seed), numbers(), numbers(3, 7).T]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = sums(tensors)
+        expected = torch.stack([contents._sums_in_torch(contents._bytes(tensor)) for tensor in tensors])
+        assert torch.equal(found, expected)
+        for turn in range(TURNS):
+            assert torch.equal(sums(tensors, turn)[:, turn], found[:, turn])
+    finally:
+        torch.set_num_threads(before)
+
+
+def set_nan(tensor):
+    tensor.view(-1)[17] = float("nan")
+
+
+CHANGES = {
+    "a value": lambda t: t.view(-1)[41].add_(1e-3),
+    "its lowest bit": lambda t: t.view(torch.int32).view(-1)[-1].bitwise_xor_(1),
+    "a sign of zero": lambda t: t.view(-1)[:2].mul_(-1),
+    "all signs": lambda t: t.neg_(),
+    "two rows swapped": lambda t: t.copy_(t[[1, 0, *range(2, len(t))]]),
+    "two columns swapped": lambda t: t.copy_(t[:, [1, 0, *range(2, t.shape[1])]]),
+    "what one value lost another gained": lambda t: (t.view(-1)[3].add_(0.5), t.view(-1)[4].sub_(0.5)),
+    "a NaN": set_nan,
+    "a whole row": lambda t: t[7].mul_(2),
+}
+
+
+@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_through_data_is_seen(change, twin, monkeypatch):
+    if twin:
+        monkeypatch.setattr(contents.library, "outcome", lambda: "no compiler")
+    weight = torch.nn.Parameter(numbers(40, 96))
+    kept = Contents([weight])
+    assert kept.same([weight])
+    CHANGES[change](weight.data)
+    assert not kept.same([weight])
+
+
+def test_other_places_shapes_and_counted_writes_are_seen():
+    weight, other = numbers(40, 96), numbers(8)
+    kept = Contents([weight, other])
+    assert kept.same([weight, other])
+    for tensors in ([weight], [weight.clone(), other], [weight.view(96, 40), other], [other, weight]):
+        assert not kept.same(tensors)
+    other.add_(0)
+    assert not kept.same([weight, other])
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """A tensor that is too dear to be read in every call, and what is known of it."""
+    monkeypatch.setattr(contents, "_ALWAYS", 0)
+    weight = numbers(300, 1152)
+    kept = Contents([weight])
+    kept._seconds = 1e9
+    return weight, kept
+
+
+@pytest.mark.parametrize("turns", range(0, TURNS, 5))
+@pytest.mark.parametrize("where", ["a row", "a column", "everything"])
+def test_of_large_weights_rows_columns_and_whole_changes_show_in_any_turn(large, where, turns):
+    weight, kept = large
+    for _ in range(turns):
+        assert kept.same([weight])
+    changed = {"a row": weight[123], "a column": weight[:, 77], "everything": weight}[where]
+    changed.data.add_(1)
+    assert not kept.same([weight])
+
+
+def test_of_large_weights_single_values_show_when_their_turn_comes_and_when_all_is_read(large):
+    weight, kept = large
+    weight.data[123, 456] += 1
+    assert not all(kept.same([weight]) for _ in range(TURNS))
+    assert not kept.same([weight], entirely=True)
+    kept._seconds = 0.0  # cheap by what time has passed
+    assert not kept.same([weight])
+
+
+def test_what_cannot_be_read_is_not_plain():
+    assert plain(torch.zeros(2)) and plain(torch.nn.Parameter(torch.zeros(2)))
+    assert not plain(torch.zeros(2, device="meta")) and not plain(None)
+
+
+def test_nothing_is_nothing_new():
+    assert Contents([]).same([])
