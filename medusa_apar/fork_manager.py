@@ -74,11 +74,21 @@ class ForkManager:
         self.ledger.settle(thread)
 
     def trim(self, request: Request) -> None:
-        """Cancels what can no longer show: everything once the request is done, else threads beyond its limit."""
+        """Cancels what can no longer show: everything once the request is done, else threads beyond its limit, and
+        those whose path is longer than an answer within the limit can make it, whatever they choose."""
         threads = request.tree.threads if request.done else request.beyond_limit()
         for thread in threads:
             if thread.live:
                 self.cancel(thread, "length" if len(request.text) >= request.max_new_tokens else "cancelled")
+        if request.done:
+            return
+        for thread in request.tree.threads:
+            hidden = self.policy.hidden(request.max_new_tokens, thread.depth)
+            if thread.live and thread.end > len(request.prompt_ids) + request.max_new_tokens + hidden:
+                self.cancel(thread, "length")
+        if not request.tree.live:
+            request.publish()
+            request.done = True
 
     def resume(self, request: Request, max_new_tokens: int) -> None:
         """Goes on with a request that its limit had ended, as if this had been the limit all along."""

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+from transformers import GenerationConfig
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from .paragraph_tree import ParagraphTree, ReadingCursor, Thread
+
+
+class Ends(NamedTuple):
+    """What ends an answer. `eos_ids` end a thread, `criteria` are asked of the reading order."""
+
+    max_new_tokens: int
+    eos_ids: frozenset[int]
+    criteria: list[Callable]
+
+    @classmethod
+    def of(
+        cls, stopping_criteria: Sequence[Callable], config: GenerationConfig, prompt_length: int, one_thread: bool
+    ) -> Ends:
+        """From the list that transformers makes of a call's own criteria and of the config's.
+
+        A `MaxLengthCriteria` or `EosTokenCriteria` of the call's, but no subclass of them, replaces the config's there.
+        Threads end at the config's end tokens all the same, as they were trained to; with `one_thread` nothing does.
+        """
+        lengths = [criterion.max_length for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
+        eos: torch.Tensor | None = config._eos_token_tensor
+        eos_ids = frozenset() if eos is None else frozenset(eos.flatten().tolist())
+        ends = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
+        configs = [criterion for criterion in ends if set(criterion.eos_token_id.flatten().tolist()) == eos_ids]
+        criteria = [
+            criterion
+            for criterion in stopping_criteria
+            if type(criterion) is not MaxLengthCriteria and not any(criterion is known for known in configs)
+        ]
+        replaced = one_thread and bool(ends) and not configs
+        length = math.ceil(min(lengths, default=config.max_length)) - prompt_length
+        # transformers asks a criterion behind a token, so that there is one.
+        return cls(max(length, 1), frozenset() if replaced else eos_ids, criteria)
 
 
 class Request:
@@ -16,6 +52,7 @@ class Request:
     prompt_ids: the row without padding: what the model sees.
     max_new_tokens: limit on the visible text.
     criteria: transformers' stopping criteria, asked after every token of the reading order.
+    scores: of each thread's own tokens, as far as it has come, float32 [vocab]; what criteria see. None: they see none.
     """
 
     def __init__(
@@ -28,6 +65,7 @@ class Request:
         max_new_tokens: int,
         criteria: list[Callable] | None = None,
         device: torch.device | str = "cpu",
+        scores: dict[Thread, list[torch.Tensor]] | None = None,
     ):
         self.row, self.batch_size = row, batch_size
         self.row_ids, self.prompt_ids = row_ids, prompt_ids
@@ -37,6 +75,7 @@ class Request:
         self.text_ids: list[int] = []
         self.done = False
         self._criteria, self._device = criteria or [], device
+        self._scores, self._shown = scores, list[torch.Tensor]()  # those of `text`, as criteria see them
         self._cursor = ReadingCursor(tree)
 
     def path(self, thread: Thread) -> list[int]:
@@ -63,5 +102,11 @@ class Request:
             return False
         # Criteria may hold something per row of the batch, so they are shown the whole batch and asked for one row.
         ids = torch.tensor([self.row_ids + self.text_ids], device=self._device).expand(self.batch_size, -1)
-        verdicts = [torch.as_tensor(criterion(ids, None)).expand(self.batch_size) for criterion in self._criteria]
+        scores = None
+        if self._scores is not None:
+            for thread, index in self.text[len(self._shown) :]:
+                own = self._scores[thread][index - thread.num_forced]
+                self._shown.append(own.expand(self.batch_size, -1))
+            scores = tuple(self._shown)
+        verdicts = [torch.as_tensor(criterion(ids, scores)).expand(self.batch_size) for criterion in self._criteria]
         return any(bool(verdict[self.row]) for verdict in verdicts)
