@@ -1,11 +1,11 @@
-# `make demo` and `make test` set everything up in .venv on a machine that has only Python (3.10 or newer).
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# `make demo` and `make test` set everything up in .venv on a machine that has only Python (3.11 to 3.13).
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
 TORCH_INDEX ?=
 
-.PHONY: install demo test bench notebooks notebooks-run lint clean
+.PHONY: install demo test test-newest bench notebooks notebooks-run lint clean
 
 install: $(READY)
 
@@ -25,6 +25,20 @@ demo: install
 # A process a core, a file of tests to each; ARGS="-n 0 tests/test_trees.py" runs one file plainly.
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# What must be exact, with the newest releases of everything, as pip resolves them for a new user: no constraints.txt.
+NEWEST := .venv-newest/.installed
+EXACTNESS := $(addprefix tests/, test_generate.py test_threads.py test_drop_in.py test_checks.py test_sampling.py \
+	test_speculation.py test_fork_policy.py test_loading.py test_merge.py cpu/test_runtime.py)
+$(NEWEST): setup.py
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	test -z "$(TORCH_INDEX)" || .venv-newest/bin/python -m pip install --index-url "$(TORCH_INDEX)" --no-deps torch
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
+	touch $(NEWEST)
+
+test-newest: $(NEWEST)
+	.venv-newest/bin/python -c "import torch, transformers, peft; print(*(m.__name__ + ' ' + m.__version__ for m in (torch, transformers, peft)))"
+	.venv-newest/bin/python -m pytest -n auto --dist loadfile $(EXACTNESS) $(ARGS)
 
 # 160 tokens keep it under ten minutes on two cores where transformers writes nine a second. Delete bench-results to
 # measure anew: what it holds is not answered again.

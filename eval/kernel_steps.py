@@ -51,7 +51,7 @@ def measure(name: str, shape: dict[str, Any], device: str, copy: float) -> list[
     read = sum(p.nbytes for n, p in model.named_parameters() if "embed_tokens" not in n or config.tie_word_embeddings)
     rows = []
     for graphs in (True, False):
-        costs = curve(attach(model, attention="triton", cuda_graphs=graphs), ROWS)
+        costs = curve(attach(model, attention="triton", cuda_graphs=graphs, speculation="off"), ROWS)
         for size, seconds in costs["rows"].items():
             weights = 1e3 * read / copy
             row = {"model": name, "graphs": graphs, "rows": size, "slots": costs["slots"], "ms": 1e3 * seconds}

@@ -115,7 +115,7 @@ def merged(apar: MedusaApar, model: str) -> Path:
 
     def build(_: Path, folder: Path) -> None:
         # Loaded again: by now our own systems may have put other layers into `apar.model`.
-        again = load(model, heads=None, dtype=apar.model.dtype, device="cpu")
+        again = load(model, heads=None, speculation="off", dtype=apar.model.dtype, device="cpu")
         again.model.save_pretrained(folder)
         tokenizer: Any = again.tokenizer
         tokenizer.save_pretrained(folder)

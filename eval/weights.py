@@ -257,13 +257,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     def tuned() -> MedusaApar:
         if "tuned" not in loaded:
             loaded.clear()
-            loaded["tuned"] = load(args.model, heads=None, dtype=args.dtype)
+            loaded["tuned"] = load(args.model, heads=None, speculation="off", dtype=args.dtype)
         return loaded["tuned"]
 
     def base() -> MedusaApar:
         if "base" not in loaded:
             loaded.clear()  # one model in memory at a time
-            loaded["base"] = load(args.base, heads=None, apar=None, dtype=args.dtype)
+            loaded["base"] = load(args.base, heads=None, speculation="off", apar=None, dtype=args.dtype)
         return loaded["base"]
 
     with Job(args.out, "eval.weights", vars(args)) as job:
@@ -345,7 +345,9 @@ def attached(apar: MedusaApar, args: argparse.Namespace, heads: DraftHeads | Non
     tree = None if heads is None else drafting(args, heads).tree
     budget = (args.nodes + 1) * args.batch * MOST_THREADS
     control: ControlTokens | None = apar.control_token_ids
-    return attach(apar.model, heads, control, tokenizer=apar.tokenizer, draft_tree=tree, budget=budget)
+    speculation = "off" if heads is None else "even"
+    options = {"draft_tree": tree, "budget": budget, "speculation": speculation}
+    return attach(apar.model, heads, control, tokenizer=apar.tokenizer, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

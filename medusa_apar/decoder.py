@@ -108,9 +108,9 @@ class Decoder:
             gains = self.fork_manager.commit(owner[stem].tree, stem, verdict)
             if self.reporter is not None:
                 self.reporter.commits(owner[stem], stem, gains)
+            gained = next((gained for thread, _, gained in gains if thread is stem.thread), 0)
+            self._learn(stem, verdict.nodes[:gained])
             for thread, its, gained in gains:
-                if thread is stem.thread:
-                    self._learn(stem, verdict.nodes[:gained])
                 self.stats.accepted_lengths[gained] += 1
                 self._keep_scores(thread, its, gained)
                 advanced.append((owner[stem], thread, its))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import sys
@@ -75,6 +76,7 @@ class MedusaApar:
         cost: StepCost | None,
         speculation: Speculation | None,
         typical: TypicalAcceptance | None = None,
+        fork: str = "auto",
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
         self.draft_tree, self.budget = draft_tree, budget
@@ -82,10 +84,28 @@ class MedusaApar:
         self.runtime, self.pool_slots = runtime, pool_slots
         # What a step costs, None to be measured before the first that drafts; not asked where `budget` was given.
         self.cost, self.speculation, self.typical = cost, speculation, typical
+        self.fork = fork  # where a call does not say
         self._streamer: Any = None
         if isinstance(heads, DraftHeads):
             heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
             heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
+
+    def __repr__(self) -> str:
+        """What runs, what guesses and where answers fork, on one line."""
+        guesses = []
+        if self.speculation is not None:
+            if self.heads is not None:
+                guesses.append(f"{self.heads.num_heads} {type(self.heads).__name__.removesuffix('Heads')} heads")
+            if self.speculation.siblings:
+                guesses.append("n-grams")
+        control = self.control_token_ids
+        forks = "never forks"
+        if self.fork == "lists":
+            forks = "forks at list items"
+        elif self.fork == "auto" and control is not None:
+            forks = f"forks at token {control.fork_id}"
+        drafts = f"guesses by {' and '.join(guesses)}" if guesses else "guesses nothing"
+        return f"MedusaApar({type(self.model).__name__}, {self.runtime.description}, {drafts}, {forks})"
 
     def without_heads(self) -> MedusaApar:
         """The same model, weights laid out once for both, that decodes without drafting."""
@@ -155,7 +175,7 @@ class MedusaApar:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        fork: bool | str = "auto",
+        fork: bool | str | None = None,
         fork_if: ForkIf | None = None,
         max_threads: int | None = None,
         max_depth: int | None = None,
@@ -168,10 +188,11 @@ class MedusaApar:
     ) -> MedusaAparOutput | torch.Tensor:
         """The hook transformers calls after preparing its inputs; further arguments of `model.generate`:
 
-        fork: where answers split. "auto" (or True): where the model emits `[Fork]`. "off" (or False): nowhere. "lists":
-            by rule, at titled items of lists that the model writes by itself; for any chat model, untuned, and needs
-            the tokenizer. The model was never tuned for it: items cannot see each other, so they repeat each
-            other more, and lists grow longer; compare with "off" before you use it. `ListForks` has the rule.
+        fork: where answers split; None is what `attach` was given. "auto" (or True): where the model emits `[Fork]`.
+            "off" (or False): nowhere. "lists": by rule, at titled items of lists that the model writes by itself; for
+            any chat model, untuned, and needs the tokenizer. The model was never tuned for it: items cannot see each
+            other, so they repeat each other more, and lists grow longer; compare with "off" before you use it.
+            `ListForks` has the rule.
         fork_if: asked with a `ForkPoint` wherever the answer is about to fork; False goes on there in one thread, as if
             the model could not fork. It must go by nothing but the `ForkPoint`.
         max_threads, max_depth: of this call, in place of those given to `attach`. Lists fork the trunk only.
@@ -220,7 +241,7 @@ class MedusaApar:
         prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
         checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
         max_depth = self.max_depth if asked.max_depth is None else asked.max_depth
-        mode, fork_if = fork_mode(asked.fork), asked.fork_if
+        mode, fork_if = fork_mode(self.fork if asked.fork is None else asked.fork), asked.fork_if
         checks.check_asked(self, generation_config, fork_if, mode)
         if mode == "auto" and self.control_token_ids is None:
             mode = "off"
@@ -357,10 +378,15 @@ class MedusaApar:
         )
 
 
+@functools.cache
+def _say_once(sentence: str) -> None:
+    logger.warning(sentence)
+
+
 class Asked(NamedTuple):
     """What `MedusaApar.__call__` takes beside what transformers prepares."""
 
-    fork: bool | str
+    fork: bool | str | None
     fork_if: ForkIf | None
     max_threads: int | None
     max_depth: int | None
@@ -394,6 +420,7 @@ def attach(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     speculation: Speculation | str | None = None,
+    fork: bool | str = "auto",
     draft_tree: DraftTree | None = None,
     budget: int | None = None,
     step_cost: StepCost | None = None,
@@ -409,14 +436,15 @@ def attach(
     """Readies a causal language model of transformers for `custom_generate=`; the model itself is not changed.
 
     Args:
-        heads: Medusa or Hydra heads trained for this model, or where they lie; None drafts nothing unless `speculation`
-            asks for it.
+        heads: Medusa or Hydra heads trained for this model, or where they lie. None guesses from n-grams alone: what
+            followed the same words in the prompt and in the answer's threads.
         apar: control tokens of an APAR-tuned model, as `ControlTokens`, a directory with `apar_config.json`, or
             (fork id, child id); None never forks.
         tokenizer: only needed for `stop_strings` and `fork="lists"`.
         speculation: what is guessed ahead and how a step's nodes are chosen: a `Speculation`, "forest" or "even" (its
-            two plans with all, or none, of what goes with them). By default "forest" with heads, "even" where a
-            `draft_tree` is given. "forest" without heads guesses from what the prompt and the answer's threads say.
+            two plans with all, or none, of what goes with them), or "off", which decodes one token per thread and step.
+            By default "forest", and "even" where heads come with a `draft_tree`.
+        fork: where answers split unless a call says otherwise; `generate` has what it can be.
         draft_tree: which of the heads' guesses can become nodes (default: the likeliest by measured acceptance).
         budget: rows of a step's forest, threads' roots included, to be filled (default: at most 24 on a CPU and 64 on a
             GPU, and no more than pay).
@@ -461,10 +489,14 @@ def attach(
     if max_depth is None:
         max_depth = DEFAULT_MAX_DEPTH if apar is None else apar.max_depth
     checks.check_limits(budget=budget, max_depth=max_depth, max_threads=max_threads, pool_slots=pool_slots)
-    if isinstance(speculation, str):
-        speculation = Speculation.even() if speculation == "even" else Speculation(speculation)
-    elif speculation is None and heads is not None:
-        speculation = Speculation() if draft_tree is None else Speculation.even()
+    default = Speculation.even() if heads is not None and draft_tree is not None else Speculation()
+    if speculation is None and heads is None:
+        _say_once(
+            f"{type(model).__name__} has no draft heads: guessed is what followed the same words in the prompt and the "
+            "answer (speculation='off' guesses nothing)."
+        )
+    speculation = default if speculation is None else Speculation.named(speculation)
+    fork = fork_mode(fork)
     if draft_tree is None:
         size = budget or _BUDGET.get(model.device.type, _BUDGET["cpu"])
         if speculation is not None and speculation.plan == "forest":
@@ -480,4 +512,5 @@ def attach(
         cost=step_cost,
         speculation=speculation,
         typical=typical,
+        fork=fork,
     )

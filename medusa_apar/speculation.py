@@ -32,3 +32,14 @@ class Speculation:
     def even(cls) -> Speculation:
         """Medusa's: the heads' guesses alone, the same tree below every thread."""
         return cls("even", worths=False, siblings=False, forks=False)
+
+    @classmethod
+    def named(cls, name: Speculation | str) -> Speculation | None:
+        """What `attach(speculation=...)` may be given; None guesses nothing. ValueError for any other name."""
+        if isinstance(name, Speculation):
+            return name
+        if name == "off":
+            return None
+        if name not in ("forest", "even"):
+            raise ValueError(f"speculation={name!r} is not 'forest', 'even', 'off' or a Speculation.")
+        return cls.even() if name == "even" else cls(name)

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 ROWS = {"cpu": (1, 2, 4, 6, 8, 12, 16, 24, 32), "cuda": (1, 8, 16, 32, 64)}
 THREADS = (1, 2, 4, 8)  # that draft
 SLOTS, REPEATS = 256, 4
+LONGEST = 4.0  # seconds that all of it may take by the first step's measure; a slower model is measured coarsely
+COARSE, FEW_SLOTS = 4, 32  # then only every fourth size, once each, below so few slots
 NODES = 8  # of a draft that is timed: a whole tree, pruned as it is in decoding, takes about as long
 FILE = "step_costs.json"
 
@@ -125,12 +127,18 @@ def finish(device: torch.device) -> None:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTree) -> StepCost:
-    """In milliseconds, the least of a few runs; sizes take turns, so that a busy moment harms no single one."""
+    """In milliseconds, the least of a few runs; sizes take turns, so that a busy moment harms no single one. A model
+    whose steps are long is measured coarsely: the first call of a large model on a CPU would wait a minute."""
     sizes = [size for size in ROWS.get(model.device.type, ROWS["cpu"]) if size <= (runtime.most_nodes or size)]
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * SLOTS
+    taps = () if heads is None else tuple(heads.taps)
     with runtime.running():
-        slots = max(1, min(SLOTS, positions - max(sizes)))
-        timer = StepTimer(model, runtime, () if heads is None else tuple(heads.taps), slots)
+        slots, repeats = max(1, min(SLOTS, positions - max(sizes))), REPEATS
+        first = StepTimer(model, runtime, taps, 1)
+        first.fill()
+        if first.rows(1) * len(sizes) * repeats > LONGEST:
+            sizes, slots, repeats = sizes[::COARSE], min(slots, FEW_SLOTS), 1
+        timer = StepTimer(model, runtime, taps, slots)
         timer.fill()
         runs: dict[tuple[str, int], Callable[[], float]] = {("rows", size): partial(timer.rows, size) for size in sizes}
         # Where steps are captured so is drafting, and costs far less than its kernels one by one.
@@ -138,7 +146,7 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTre
             drafter = heads.drafter() if hasattr(heads, "drafter") else heads
             for threads in THREADS:
                 runs["drafts", threads] = partial(_draft, model, heads, drafter, tree.first(NODES), threads)
-        runs_of = [[run() for run in runs.values()] for _ in range(REPEATS)]
+        runs_of = [[run() for run in runs.values()] for _ in range(repeats)]
     least = dict(zip(runs, map(min, zip(*runs_of, strict=True)), strict=True))
 
     def curve(kind: str) -> tuple[tuple[float, float], ...]:

@@ -31,6 +31,10 @@ class Runtime(Protocol):
     def kind(self) -> str:
         """What the weights are: a dtype's name, or "int8"."""
 
+    @property
+    def description(self) -> str:
+        """What runs and in which weights, in a few words."""
+
     def pool(self, max_slots: int | None) -> KVPool:
         """An empty pool for a generate call."""
 
@@ -83,6 +87,11 @@ class TorchRuntime:
     @property
     def kind(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def description(self) -> str:
+        kernels = " with Triton kernels" if self.backend == "triton" else ""
+        return f"torch{kernels} on {self.model.device.type} in {self.kind}"
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ def some_heads(model, kind):
 
 def records(model, prompts, limit, fork):
     """Answers decoded without heads, in the format of `heads.ask`."""
-    apar = attach(model, None, CONTROL)
+    apar = attach(model, None, CONTROL, speculation="off")
     found = []
     for prompt in prompts:
         output = apar.generate(

@@ -99,7 +99,7 @@ def test_a_request_in_a_batch_counts_the_steps_it_takes_alone(seed, drafting):
 
 
 def test_one_thread_without_heads_takes_a_step_per_token():
-    apar = attach(forking_model(1), None, CONTROL)
+    apar = attach(forking_model(1), None, CONTROL, speculation="off")
     for record in answering.answer(apar, PROMPTS, 24, fork=False):
         assert record["steps"] == record["thread_steps"] == len(record["ids"]) == record["gained"]
         assert len(record["threads"]) == 1

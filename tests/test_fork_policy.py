@@ -404,7 +404,6 @@ def test_true_and_false_still_mean_auto_and_off():
     ("options", "sentence"),
     [
         ({"fork": "always"}, "'auto', 'off', 'lists'"),
-        ({"fork": None}, "'auto', 'off', 'lists'"),
         ({"fork": 2}, "'auto', 'off', 'lists'"),
         ({"fork": "lists"}, "tokenizer"),
         ({"max_threads": 0}, "max_threads must be positive, got 0"),

@@ -74,7 +74,7 @@ def test_equals_transformers_under_processors_and_limits(options, rows):
 def test_drafts_are_accepted_and_save_steps():
     model = tiny_model("llama", seed=5, eos=-50.0)
     inputs = prompts(1, 9)
-    plain = medusa_apar.attach(model).generate(
+    plain = medusa_apar.attach(model, speculation="off").generate(
         **inputs, max_new_tokens=LIMIT, do_sample=False, return_dict_in_generate=True
     )
     heads = RecallHeads(model, plain.paragraph_tree, wrong_every=100)

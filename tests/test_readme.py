@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -80,6 +82,8 @@ def run(words: list[str]) -> None:
         run_target(words)
     elif program == "medusa-apar":
         run_command(words[1:])
+    elif program == "pip":
+        run_pip(words[1:])
     else:
         nobody_runs(words)
 
@@ -99,6 +103,35 @@ def run_target(words: list[str]) -> None:
     targets = {word for word in words[1:] if "=" not in word}
     if not targets or not targets <= by_ci():
         run(shlex.split(recipe.stdout.splitlines()[-1]))
+
+
+def run_pip(arguments: list[str]) -> None:
+    """What is installed from a copy of the clone works outside it, weights and kernels included; what it depends on is
+    here already."""
+    assert arguments[0] == "install" and re.fullmatch(r"\.(\[\w+\])?", arguments[1])
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).is_file() and not name.startswith(("eval/results", "notebooks")):
+            Path("clone", name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, Path("clone", name))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        "site",
+    ]
+    subprocess.run([*command, "./clone" + arguments[1].removeprefix(".")], check=True)
+    asked = (
+        "import medusa_apar.eval, medusa_apar.triton_kernels, medusa_apar.loading as l; print(l.locate('smollm2-135m'))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path("site").absolute())}
+    told = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert str(Path("site/medusa_apar/heads/weights").absolute()) in told.stdout
 
 
 def by_ci() -> set[str]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import medusa_apar
+from medusa_apar import generate as generate_module
 from medusa_apar.forest_budget import ForestBudget
 from medusa_apar.heads import HydraHeads
 from medusa_apar.proposals import Proposal
@@ -32,7 +33,8 @@ POLICIES = {
 
 
 def run(model, heads=None, rows=2, limit=40, generate=None, **options):
-    apar = medusa_apar.attach(model, heads, CONTROL, **options)
+    plain = {"speculation": "off"} if heads is None else {}
+    apar = medusa_apar.attach(model, heads, CONTROL, **plain | options)
     arguments = prompts(rows, 6, seed=rows, ragged=True) | {"do_sample": False} | (generate or {})
     return apar.generate(**arguments, max_new_tokens=limit, return_dict_in_generate=True)
 
@@ -94,6 +96,41 @@ def test_threads_speculate_without_heads():
     assert not plain.stats.drafted
     out = run(model, rows=1, speculation="forest")
     assert torch.equal(out.sequences, plain.sequences) and out.stats.drafted["siblings"] > 0
+
+
+def test_a_model_without_heads_guesses_unless_it_is_told_not_to(caplog):
+    model = forking_model(24)
+    generate_module._say_once.cache_clear()
+    arguments = prompts(1, 6) | {"do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True}
+    outs = [medusa_apar.attach(model, None, CONTROL, speculation=how).generate(**arguments) for how in (None, "off")]
+    assert outs[0].stats.drafted["siblings"] > 0 and not outs[1].stats.drafted
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    medusa_apar.attach(model)
+    assert [record.message for record in caplog.records if "n-gram" in record.message or "off" in record.message] == [
+        "LlamaForCausalLM has no draft heads: guessed is what followed the same words in the prompt and the answer "
+        "(speculation='off' guesses nothing)."
+    ]
+
+
+def test_a_fork_mode_of_attach_holds_where_a_call_says_nothing():
+    apar = medusa_apar.attach(forking_model(24), None, CONTROL, fork="off")
+    arguments = prompts(1, 6) | {"do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True}
+    assert apar.generate(**arguments).stats.forks == 0
+    assert apar.generate(**arguments, fork="auto").stats.forks > 0
+    with pytest.raises(ValueError, match="'auto', 'off', 'lists'"):
+        medusa_apar.attach(forking_model(24), None, CONTROL, fork="everywhere")
+
+
+def test_a_representation_says_what_runs():
+    model = tiny_model("wide_llama")
+    threads = medusa_apar.attach(model, HydraHeads.random(model), CONTROL, runtime="torch")
+    assert repr(threads) == (
+        "MedusaApar(LlamaForCausalLM, torch on cpu in float32, guesses by 3 Hydra heads and n-grams, forks at token 3)"
+    )
+    plain = medusa_apar.attach(model, speculation="off", runtime="cpu")
+    assert repr(plain) == (
+        "MedusaApar(LlamaForCausalLM, compiled code on cpu in float32, guesses nothing, never forks)"
+    )
 
 
 def test_plans_are_two():

@@ -58,6 +58,19 @@ def test_other_models_have_other_costs(attached):
     assert len(json.loads((hub.cache_dir() / step_cost.FILE).read_text())) == 2
 
 
+def test_a_model_with_long_steps_is_measured_coarsely(attached, monkeypatch):
+    """Every size once would take a large model a minute on a CPU, before its first token."""
+    monkeypatch.setattr(step_cost, "LONGEST", 0.0)
+    fed = []
+    forward = attached.runtime.step
+    monkeypatch.setattr(
+        attached.runtime, "step", lambda forest, *more: fed.append(len(forest)) or forward(forest, *more)
+    )
+    cost = known(attached)
+    assert [size for size, _ in cost.curve] == [1, 8, 32]
+    assert sum(fed) < 2 * step_cost.FEW_SLOTS + sum((1, 8, 32))
+
+
 def test_costs_between_and_beyond_what_was_measured():
     cost = StepCost(((1, 10.0), (3, 14.0), (4, 20.0)), ((1, 1.0),))
     assert cost.rows(6).tolist() == [10.0, 12.0, 14.0, 20.0, 26.0, 32.0]

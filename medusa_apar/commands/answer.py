@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     apar = load(
         args.model,
         heads=None,
+        speculation="off",  # what a thread writes beyond an answer's end is kept, and guesses would change how much
         apar=True if args.tuned else None,
         dtype=dtype,
         trust_remote_code=args.trust_remote_code,

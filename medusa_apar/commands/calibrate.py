@@ -122,12 +122,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _asked(job: Job, apar: MedusaApar, prompts: list[Prompt], args: argparse.Namespace) -> AnswerFile:
     """The model's answers to --count prompts, those of an earlier run among them."""
-    from ..generate import attach
     from ..heads.answers import AnswerFile
     from ..heads.ask import ANSWERS, Limits, ask
 
     path = args.out / ANSWERS
-    bare = attach(apar.model, None, apar.control_token_ids, tokenizer=apar.tokenizer)
+    bare = apar.without_heads()
     limits = Limits(args.count, max_new_tokens=args.max_new_tokens, batch=args.batch, seed=args.seed)
     ask(bare, prompts, path, limits, job)
     answers = AnswerFile.read(path)

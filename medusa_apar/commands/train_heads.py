@@ -141,7 +141,14 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     dtype = fast_dtype(device.type) if args.dtype == "auto" else args.dtype
-    apar = load(args.model, heads=None, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
+    apar = load(
+        args.model,
+        heads=None,
+        speculation="off",  # what a thread writes beyond an answer's end is kept: guesses would change how much
+        dtype=dtype,
+        device=device,
+        trust_remote_code=args.trust_remote_code,
+    )
     given.check_ids(unembedding_size(apar.model)[0])
     with Job(args.out, "train-heads", vars(args)) as job:
         file = _records(apar, args, prompts, given.records, examples, job)

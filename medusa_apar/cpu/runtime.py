@@ -94,6 +94,10 @@ class CpuRuntime:
 
     verify = most_nodes = None
 
+    @property
+    def description(self) -> str:
+        return f"compiled code on cpu in {self.kind}"
+
     def pool(self, max_slots: int | None) -> KVPool:
         return KVPool(max_slots)
 

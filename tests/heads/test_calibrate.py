@@ -212,7 +212,7 @@ def loaded(folders):
 
 
 def own_answers(model):
-    output = attach(model, None, CONTROL).generate(
+    output = attach(model, None, CONTROL, speculation="off").generate(
         **prompts(4, 5), max_new_tokens=40, do_sample=False, return_dict_in_generate=True
     )
     return [as_record(str(row), tree) for row, tree in enumerate(output.paragraph_tree)]
