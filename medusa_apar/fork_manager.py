@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .control_tokens import DEFAULT_MAX_DEPTH
 from .forest import Stem
 from .fork_policy import ControlTokenForks, NoForks, Turn
 from .paragraph_tree import Fork, ParagraphTree, Thread, thread_key
@@ -14,11 +15,13 @@ from .verdict import Verdict
 
 @dataclass(slots=True)
 class ForkManager:
-    """`context_length`: most tokens a path may have; a thread that reaches it ends with reason "length"."""
+    """`context_length`: most tokens a path may have; a thread that reaches it ends with reason "length". `max_depth`:
+    of threads, as far as it bounds what a path can hold."""
 
     ledger: SlotLedger
     context_length: int | None
     policy: NoForks = field(default_factory=ControlTokenForks)
+    max_depth: int = DEFAULT_MAX_DEPTH
 
     def commit(self, tree: ParagraphTree, stem: Stem, verdict: Verdict) -> list[tuple[Thread, Verdict, int]]:
         """Appends the verdict's tokens up to an end token or an insertion of the fork policy, behind which the model
@@ -82,8 +85,8 @@ class ForkManager:
                 self.cancel(thread, "length" if len(request.text) >= request.max_new_tokens else "cancelled")
         if request.done:
             return
+        hidden = self.policy.hidden(request.max_new_tokens, self.max_depth)
         for thread in request.tree.threads:
-            hidden = self.policy.hidden(request.max_new_tokens, thread.depth)
             if thread.live and thread.end > len(request.prompt_ids) + request.max_new_tokens + hidden:
                 self.cancel(thread, "length")
         if not request.tree.live:

@@ -370,7 +370,7 @@ class MedusaApar:
             runtime=self.runtime,
             scheduler=Scheduler(ledger, budget, max_threads, context),
             verifier=verifier,
-            fork_manager=ForkManager(ledger, context, policy),
+            fork_manager=ForkManager(ledger, context, policy, verifier.max_depth),
             requests=requests,
             speculation=speculation or Speculation.even(),
             draft_tree=self.draft_tree,

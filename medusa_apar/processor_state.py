@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,17 @@ class _Growing(dict):
     """The state of a dict or a set."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Same:
+    """The state of what is told apart by being itself; kept, so that nothing new can take its address."""
+
+    what: Any
+    version: int | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.what is other.what and self.version == other.version
+
+
 def _state(value: Any, depth: int) -> Any:
     """A picture of a value that a later one can be compared with."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
@@ -49,9 +61,9 @@ def _state(value: Any, depth: int) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
     if isinstance(value, torch.Tensor):
-        return id(value), None if value.is_inference() else value._version
+        return _Same(value, None if value.is_inference() else value._version)
     if isinstance(value, (type, types.ModuleType, torch.nn.Module)) or not depth:
-        return id(value)
+        return _Same(value)
     if isinstance(value, (list, tuple)):
         return len(value), [_state(entry, depth - 1) for entry in value[-_MOST:]]
     if isinstance(value, dict):
@@ -67,7 +79,7 @@ def _state(value: Any, depth: int) -> Any:
     own = getattr(value, "__dict__", {})
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(value, name)]
     parts |= dict(own) | {name: getattr(value, name) for name in slots if isinstance(name, str)}
-    return id(value), {name: _state(part, depth - 1) for name, part in list(parts.items())[:_MOST]}
+    return _Same(value), {name: _state(part, depth - 1) for name, part in list(parts.items())[:_MOST]}
 
 
 def _is_filled(cell: types.CellType) -> bool:
