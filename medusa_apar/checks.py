@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper
 from transformers.generation import GenerationMode
 
 from .draft_tree import DEFAULT_ACCEPTANCE
@@ -14,11 +16,44 @@ from .triton_kernels.reference import TypicalAcceptance
 
 if TYPE_CHECKING:
     from .generate import MedusaApar
+    from .request import Request
 
 # Layers whose state is not a list of keys and values: a rejected draft node could not be taken back from them.
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "rwkv", "short_conv", "hybrid")
-# Arguments transformers prepares for the model and we prepare anew.
-_PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+# Rotary scalings that depend on the longest row of a batch.
+_SWITCHING = ("longrope", "dynamic")
+# Arguments transformers prepares for the model and we prepare anew. Caches have had several names.
+_CACHES = ("past_key_values", "cache", "cache_params")
+_PREPARED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *_CACHES}
+# Those of `generate` beside the config's that cannot be had, each with the reason.
+_REFUSED_ARGUMENTS = {
+    "assistant_model": "the draft heads are the drafter",
+    "assistant_tokenizer": "the draft heads are the drafter",
+    "synced_gpus": "every process decodes by itself",
+    "negative_prompt_ids": "there is no classifier-free guidance",
+    "negative_prompt_attention_mask": "there is no classifier-free guidance",
+}
+# Fields of the config with what transformers takes for them by itself, and the reason why it cannot be anything else.
+_REFUSED_FIELDS = {
+    "guidance_scale": ((None, 1), "every step would need a second pass"),
+    "watermarking_config": ((None,), "it counts calls, and drafting changes their number"),
+    "cache_implementation": ((None, "dynamic"), "the KV pool is the cache"),
+    "compile_config": ((None,), "steps change their shape; attach(cuda_graphs=True) is what saves launches on a GPU"),
+    "prefill_chunk_size": ((None,), "a prompt is fed in one step"),
+    "token_healing": ((None, False), "it would change the prompt"),
+    "is_assistant": ((None, False), "the model decodes by itself"),
+}
+# What sampling takes, as half a sentence; transformers goes on in silence with some of what it does not.
+_SAMPLING: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 < value < math.inf, "a positive number"),
+    "top_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "min_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "top_h": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "typical_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "epsilon_cutoff": (lambda value: 0 <= value < 1, "from 0 to below 1"),
+    "eta_cutoff": (lambda value: 0 <= value < 1, "from 0 to below 1"),
+    "top_k": (lambda value: value >= 0, "0 or more"),
+}
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -50,11 +85,15 @@ def context_length(model: PreTrainedModel) -> int | None:
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return length  # learned positions: there is no embedding beyond
-    kinds = rope.values() if all(isinstance(kind, dict) for kind in rope.values()) else [rope]
-    if any(kind.get("rope_type") in ("longrope", "dynamic") for kind in kinds):
+    kinds = _rope_kinds(rope)
+    if any(kind.get("rope_type") in _SWITCHING for kind in kinds):
         originals = [kind.get("original_max_position_embeddings") for kind in kinds]
         return next((original for original in originals if original), length)
     return None
+
+
+def _rope_kinds(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(rope.values()) if all(isinstance(kind, dict) for kind in rope.values()) else [rope]
 
 
 def expected_acceptance(heads: DraftHeads | None) -> list[tuple[float, ...]]:
@@ -90,27 +129,81 @@ def typical_acceptance(acceptance: str | TypicalAcceptance) -> TypicalAcceptance
 
 
 def check_call(
-    apar: MedusaApar, model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict
+    apar: MedusaApar,
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    config: GenerationConfig,
+    processors: Sequence[LogitsProcessor],
+    model_kwargs: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> None:
+    """arguments: what `generate` itself was called with, as far as it is known."""
     if model is not apar.model:
         raise ValueError("custom_generate was attached to another model than the one that generates.")
+    for name, reason in _REFUSED_ARGUMENTS.items():
+        value = arguments.get(name)
+        if value is not None and value is not False:
+            raise NotImplementedError(f"{name} is not supported: {reason}.")
+    check_config(config, processors)
+    for name in _CACHES:
+        if getattr(model_kwargs.get(name), "_is_user_defined", False):
+            raise NotImplementedError(f"A {name} of your own is not supported: the KV pool is the cache.")
+    for name, value in model_kwargs.items():
+        reported = name.startswith("output_") and value is True  # of these the config speaks
+        if name not in _PREPARED and value is not None and value is not False and not reported:
+            raise NotImplementedError(f"{name} is not supported; give the prompt as input_ids and attention_mask.")
+    check_ids(model, input_ids, model_kwargs.get("attention_mask"))
+    check_positions(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+
+
+def check_config(config: GenerationConfig, processors: Sequence[LogitsProcessor]) -> None:
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise NotImplementedError(f"{mode.value.replace('_', ' ')} is not supported; use greedy decoding or sampling.")
-    if config.guidance_scale not in (None, 1, 1.0):
-        raise NotImplementedError(f"guidance_scale={config.guidance_scale} is not supported.")
-    if config.watermarking_config is not None:
-        raise NotImplementedError("watermarking is not supported: it counts calls, and drafting changes their number.")
+    for name, (taken, reason) in _REFUSED_FIELDS.items():
+        value = getattr(config, name, None)
+        if value not in taken:
+            raise NotImplementedError(f"{name}={value!r} is not supported: {reason}.")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise NotImplementedError("output_attentions and output_hidden_states are not supported.")
-    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
-        raise NotImplementedError("A past_key_values of your own is not supported: the KV pool is the cache.")
-    for name, value in model_kwargs.items():
-        if name not in _PREPARED and isinstance(value, torch.Tensor):
-            raise NotImplementedError(f"{name} is not supported; give the prompt as input_ids and attention_mask.")
+    if not config.do_sample:
+        return
+    for name, (fits, sentence) in _SAMPLING.items():
+        value = getattr(config, name, None)
+        if value is not None and not fits(value):
+            raise ValueError(f"{name}={value} is not {sentence}.")
+    for processor in processors:
+        if isinstance(processor, TemperatureLogitsWarper) and not 0 < processor.temperature < math.inf:
+            raise ValueError(f"temperature={processor.temperature} is not a positive number.")
+
+
+def check_ids(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
     vocab_size = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
-        raise ValueError(f"input_ids hold {int(input_ids.max())}, but the model's vocabulary has {vocab_size} ids.")
+    if input_ids.dtype.is_floating_point or input_ids.dtype.is_complex or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids are {input_ids.dtype}, but token ids are integers.")
+    wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+    if len(wrong):
+        raise ValueError(
+            f"input_ids hold {int(wrong[0])}, but the model's vocabulary has ids from 0 to {vocab_size - 1}."
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        shapes = tuple(attention_mask.shape), tuple(input_ids.shape)
+        raise ValueError("attention_mask has the shape {}, but input_ids have {}.".format(*shapes))
+
+
+def check_positions(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> None:
+    """Position ids have to be what they are without: each row's tokens are counted from 0, masked ones left out."""
+    if position_ids is None:
+        return
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    kept = mask.to(position_ids.device).bool()
+    usual = kept.long().cumsum(-1) - 1
+    if position_ids.shape[-1:] != usual.shape[-1:] or ((position_ids != usual) & kept).any():
+        raise NotImplementedError(
+            "position_ids of your own are not supported: a path's tokens are counted from 0, masked ones left out."
+        )
 
 
 def check_verified(
@@ -144,6 +237,26 @@ def check_verified(
         raise ValueError("regenerate_below cannot take back what a streamer has shown: leave one of them out.")
     if criteria:
         raise ValueError("regenerate_below changes the text behind stop strings and stopping criteria: leave them out.")
+
+
+def cut_short(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int) -> str | None:
+    """What to say where the text of a thread ended at the model's context, before the limit and not by itself."""
+    limit = context_length(model)
+    if limit is None:
+        return None
+    if not any(
+        thread.end >= limit and index == len(thread.tokens) - 1 and thread.finish_reason == "length"
+        for request in requests
+        for thread, index in request.text[: max_new_tokens - 1]
+    ):
+        return None
+    why = "its positions end there"
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
+    if rope and any(kind.get("rope_type") in _SWITCHING for kind in _rope_kinds(rope)):
+        why = "beyond, its rotary scaling depends on the whole batch, which parallel threads cannot have"
+    return (
+        f"{type(model).__name__} stopped at {limit} tokens, prompt included, before max_new_tokens was reached: {why}."
+    )
 
 
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:

@@ -97,7 +97,10 @@ class Decoder:
             clock.skip(self.reporter.deliver())  # what is guessed is to be seen while it is checked
         logits, hidden, chosen = self.runtime.step(forest, pool, taps, choice)
         clock.lap("forward")
-        verdicts = self.verifier(forest, logits, owner) if choice is None or chosen is None else choice.read(chosen)
+        if choice is None or chosen is None:
+            verdicts = self.verifier(forest, logits, owner)
+        else:
+            verdicts = self.verifier.read(choice, chosen, forest, logits, owner)
         clock.lap("verify")
         if self.reporter is not None and not self.reporter.watched:
             self.reporter.plans(forest, owner, pool)

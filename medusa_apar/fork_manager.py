@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .control_tokens import DEFAULT_MAX_DEPTH
 from .forest import Stem
 from .fork_policy import ControlTokenForks, NoForks, Turn
 from .paragraph_tree import Fork, ParagraphTree, Thread, thread_key
@@ -14,11 +15,13 @@ from .verdict import Verdict
 
 @dataclass(slots=True)
 class ForkManager:
-    """`context_length`: most tokens a path may have; a thread that reaches it ends with reason "length"."""
+    """`context_length`: most tokens a path may have; a thread that reaches it ends with reason "length". `max_depth`:
+    of threads, as far as it bounds what a path can hold."""
 
     ledger: SlotLedger
     context_length: int | None
     policy: NoForks = field(default_factory=ControlTokenForks)
+    max_depth: int = DEFAULT_MAX_DEPTH
 
     def commit(self, tree: ParagraphTree, stem: Stem, verdict: Verdict) -> list[tuple[Thread, Verdict, int]]:
         """Appends the verdict's tokens up to an end token or an insertion of the fork policy, behind which the model
@@ -74,11 +77,21 @@ class ForkManager:
         self.ledger.settle(thread)
 
     def trim(self, request: Request) -> None:
-        """Cancels what can no longer show: everything once the request is done, else threads beyond its limit."""
+        """Cancels what can no longer show: everything once the request is done, else threads beyond its limit, and
+        those whose path is longer than an answer within the limit can make it, whatever they choose."""
         threads = request.tree.threads if request.done else request.beyond_limit()
         for thread in threads:
             if thread.live:
                 self.cancel(thread, "length" if len(request.text) >= request.max_new_tokens else "cancelled")
+        if request.done:
+            return
+        hidden = self.policy.hidden(request.max_new_tokens, self.max_depth)
+        for thread in request.tree.threads:
+            if thread.live and thread.end > len(request.prompt_ids) + request.max_new_tokens + hidden:
+                self.cancel(thread, "length")
+        if not request.tree.live:
+            request.publish()
+            request.done = True
 
     def resume(self, request: Request, max_new_tokens: int) -> None:
         """Goes on with a request that its limit had ended, as if this had been the limit all along."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import (
@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria, StopStringCriteria
+from transformers.generation import GenerationMixin, StopStringCriteria
 
-from . import checks
+from . import checks, draft_watch
 from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from .cpu.runtime import CpuRuntime
 from .decoder import Decoder
@@ -36,17 +36,17 @@ from .fork_policy import ForkIf, NoForks, fork_mode, fork_policy
 from .heads import DraftHeads, load_heads
 from .heads.draft_heads import unembedding_size
 from .output import MedusaAparOutput
-from .paragraph_tree import ParagraphTree, thread_key
+from .paragraph_tree import ParagraphTree, Thread, thread_key
 from .proposals import Proposer
 from .reporting import Reporter
-from .request import Request
+from .request import Ends, Request
 from .runtimes import pick_runtime
 from .scheduler import Scheduler
 from .slot_ledger import SlotLedger
 from .speculation import Speculation
 from .step_cost import StepCost, known_cost
 from .stitched import Stitcher, first_limit, last_limit
-from .streaming import TextColumns
+from .streaming import TextColumns, ended_on_error
 from .torch_runtime import Runtime, TorchRuntime
 from .triton_kernels.reference import TypicalAcceptance
 from .verify import Verifier
@@ -165,33 +165,43 @@ class MedusaApar:
         """`model.generate` with our decoder: transformers' signature, and `fork`, `fork_if`, `max_threads`,
         `max_depth`, `seed`, `events`, `verify` and `regenerate_below` of `__call__`.
 
-        It also serves `stop_strings`, which the bare hook cannot: transformers drops the tokenizer they need.
+        It also serves `stop_strings` of a generation config, which the bare hook cannot: transformers drops the
+        tokenizer they need. However the call ends, its streamer is told.
         """
-        if kwargs.get("assistant_model") is not None:
-            raise NotImplementedError("assistant_model is not supported: the Medusa heads are the drafter.")
-        self._fit()
+        if kwargs.get("cache_implementation") == "paged":  # transformers would decode by itself, without the hook
+            raise NotImplementedError("cache_implementation='paged' is not supported: the KV pool is the cache.")
+        with ended_on_error(streamer):
+            self._fit()
         bound = copy.copy(self)
         bound._streamer, bound.tokenizer = streamer, tokenizer or self.tokenizer
-        stop_strings = kwargs.pop("stop_strings", None)
         config = generation_config
-        if stop_strings is None:
-            stop_strings = (config and config.stop_strings) or self.model.generation_config.stop_strings
-        if stop_strings:
-            if bound.tokenizer is None:
-                raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")
-            criteria = kwargs.get("stopping_criteria") or StoppingCriteriaList()
-            kwargs["stopping_criteria"] = StoppingCriteriaList(
-                [*criteria, StopStringCriteria(tokenizer=bound.tokenizer, stop_strings=stop_strings)]
-            )
-            if config is not None:
-                config = copy.deepcopy(config)
-                config.stop_strings = None
-            if self.model.generation_config.stop_strings:
-                # transformers fills a None from the model's defaults: give it the same model with other defaults.
-                bound.model = copy.copy(self.model)
-                bound.model.generation_config = copy.deepcopy(self.model.generation_config)
-                bound.model.generation_config.stop_strings = None
-        return cast(Any, bound.model).generate(inputs, config, custom_generate=bound, **kwargs)
+        if kwargs.get("stop_strings") is None:
+            kwargs["stop_strings"] = (config and config.stop_strings) or self.model.generation_config.stop_strings
+        if config is not None and config.stop_strings:
+            config = copy.deepcopy(config)
+            config.stop_strings = None
+        if self.model.generation_config.stop_strings:
+            # transformers fills a None from the model's defaults: give it the same model with other defaults.
+            bound.model = copy.copy(self.model)
+            bound.model.generation_config = copy.deepcopy(self.model.generation_config)
+            bound.model.generation_config.stop_strings = None
+        with ended_on_error(streamer):
+            return cast(Any, bound.model).generate(inputs, config, custom_generate=bound, **kwargs)
+
+    def __copy__(self) -> MedusaApar:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict) -> MedusaApar:
+        """Of the same model, as that is the one it is attached to."""
+        return copy.copy(self)
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "A hook cannot be pickled, as it holds a model and what runs it: save the model and its heads, and attach "
+            "them again where they are loaded."
+        )
 
     @torch.no_grad()
     def __call__(
@@ -209,7 +219,7 @@ class MedusaApar:
         events: Consumer | None = None,
         verify: str | None = None,
         regenerate_below: float | None = None,
-        synced_gpus: bool = False,
+        stop_strings: str | list[str] | None = None,
         **model_kwargs,
     ) -> MedusaAparOutput | torch.Tensor:
         """The hook transformers calls after preparing its inputs; further arguments of `model.generate`:
@@ -235,40 +245,72 @@ class MedusaApar:
             rewritten threads are much shorter it may end before `max_new_tokens`. Costs: up to 64 tokens beyond the
             limit, as many more as rewriting has made the answer shorter, a prefill and decoding without threads for
             every thread that is written anew, a second pass. `events` do not tell of what is rewritten.
+        stop_strings: need the tokenizer, the call's own or the one given to `attach`.
 
-        Raises ValueError or NotImplementedError, in one sentence and before any work, for what cannot be combined.
+        Raises ValueError or NotImplementedError, in one sentence and before any work, for what cannot be combined; and
+        ValueError in mid-run where logits processors leave no token to choose, or keep state that threads would mix up.
         """
-        checks.check_call(self, model, input_ids, generation_config, model_kwargs)
+        arguments = _callers_arguments()
+        streamer, tokenizer = arguments.get("streamer"), arguments.get("tokenizer") or self.tokenizer
+        with ended_on_error(streamer):
+            return self._answer(
+                *(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs),
+                Asked(fork, fork_if, max_threads, max_depth, seed, events, verify, regenerate_below, stop_strings),
+                *(self._streamer or streamer, tokenizer, arguments),
+            )
+
+    def _answer(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        asked: Asked,
+        streamer: Any,
+        tokenizer: Any,
+        arguments: dict[str, Any],
+    ) -> MedusaAparOutput | torch.Tensor:
+        processors = logits_processor
+        checks.check_call(self, model, input_ids, generation_config, processors, model_kwargs, arguments)
         self._fit()
         prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
-        max_new_tokens = generation_config.max_length - input_ids.shape[1]
-        checks.check_limits(max_threads=max_threads, max_depth=max_depth)
-        max_depth = self.max_depth if max_depth is None else max_depth
-        mode = fork_mode(self.fork if fork is None else fork)
+        checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
+        max_depth = self.max_depth if asked.max_depth is None else asked.max_depth
+        mode, fork_if = fork_mode(self.fork if asked.fork is None else asked.fork), asked.fork_if
         checks.check_asked(self, generation_config, fork_if, mode)
         if mode == "auto" and self.control_token_ids is None:
             mode = "off"
-        policy = fork_policy(mode, fork_if, max_depth, self.tokenizer)
+        policy = fork_policy(mode, fork_if, max_depth, tokenizer)
+        max_new_tokens, eos_ids, criteria = Ends.of(
+            stopping_criteria, generation_config, input_ids.shape[1], one_thread=mode == "off"
+        )
+        if asked.stop_strings:
+            if tokenizer is None:
+                raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")
+            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=asked.stop_strings))
+        seed, verify, regenerate_below = asked.seed, asked.verify, asked.regenerate_below
         last = last_limit(max_new_tokens, regenerate_below)
         checks.check_lengths(self, prompts, last, policy.hidden(last, max_depth))
         if generation_config.do_sample and seed is None:
             seed = int(torch.randint(2**62, (), dtype=torch.long, device="cpu"))
         returns_dict = bool(generation_config.return_dict_in_generate)
-        streamer = self._streamer or _callers_streamer()
-        # The limit and the end tokens are ours to apply: criteria see a row, and a row has several ends here.
-        criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         checks.check_verified(self, generation_config, verify, regenerate_below, mode, streamer, criteria)
         first = first_limit(max_new_tokens, regenerate_below)
-        requests = self._requests(input_ids, prompts, first, criteria, generation_config)
+        scores: dict[Thread, list[torch.Tensor]] | None = (
+            {} if returns_dict and generation_config.output_scores else None
+        )
+        requests = self._requests(input_ids, prompts, Ends(first, eos_ids, criteria), scores)
         decoder = self._decoder(
             requests,
             Verifier(
                 control=self.control_token_ids,
                 fork=mode == "auto",
                 max_depth=max_depth,
-                processors=logits_processor,
+                processors=processors,
                 seed=seed if generation_config.do_sample else None,
-                keep_scores=returns_dict and bool(generation_config.output_scores),
+                keep_scores=scores is not None,
                 keep_logits=returns_dict and bool(generation_config.output_logits),
                 argmax=self.runtime.argmax,
                 in_one_launch=self.runtime.verify,
@@ -277,13 +319,15 @@ class MedusaApar:
                 typical=self.typical if generation_config.do_sample else None,
             ),
             policy,
-            max_threads or self.max_threads,
+            asked.max_threads or self.max_threads,
         )
+        if scores is not None:
+            decoder.scores = scores
         columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
         reporter = None
-        if returns_dict or events is not None:
-            reporter = decoder.reporter = Reporter(requests, events, returns_dict, max_new_tokens)
-        if self._streamer is not None:
+        if returns_dict or asked.events is not None:
+            reporter = decoder.reporter = Reporter(requests, asked.events, returns_dict, max_new_tokens)
+        if self._streamer is not None:  # a streamer of `model.generate` has seen it
             streamer.put(input_ids.cpu())
         for _ in decoder.run():
             if streamer is not None:
@@ -293,6 +337,7 @@ class MedusaApar:
                 reporter.deliver()
         if streamer is not None:
             streamer.end()
+        self._remark(decoder, max_new_tokens, generation_config)
         decoder.reporter = None  # what the stitcher decodes is no part of the call's own steps
         agreement = Stitcher(decoder, max_new_tokens, regenerate_below).run() if verify else None
         sequences = torch.cat([input_ids, columns.text().to(input_ids.device)], dim=1)
@@ -308,12 +353,24 @@ class MedusaApar:
             agreement=agreement,
             events=reporter.events,
         )
-        output.tokenizer = self.tokenizer
+        output.tokenizer = tokenizer
         return output
 
-    def _requests(self, input_ids, prompts, max_new_tokens, criteria, generation_config) -> list[Request]:
-        eos = generation_config._eos_token_tensor
-        eos_ids = set() if eos is None else set(eos.flatten().tolist())
+    def _remark(self, decoder: Decoder, max_new_tokens: int, config: GenerationConfig) -> None:
+        """Warnings about a call that has run."""
+        if sentence := checks.cut_short(self.model, decoder.requests, max_new_tokens):
+            logger.warning(sentence)
+        # A hot sample, and processors that the heads know nothing of, make good heads look bad.
+        if not decoder.verifier.before and not (config.do_sample and (config.temperature or 1.0) > 1):
+            draft_watch.watch(self.runtime, decoder.stats, unembedding_size(self.model)[0])
+
+    def _requests(
+        self,
+        input_ids: torch.Tensor,
+        prompts: list[list[int]],
+        ends: Ends,
+        scores: dict[Thread, list[torch.Tensor]] | None,
+    ) -> list[Request]:
         control = self.control_token_ids
         seen: Counter = Counter()
         requests = []
@@ -321,12 +378,11 @@ class MedusaApar:
             # Equal prompts (num_return_sequences) get noise of their own, whatever else is in the batch.
             key = thread_key(prompt, seen[tuple(prompt)])
             seen[tuple(prompt)] += 1
-            tree = ParagraphTree(prompt, key, eos_ids)
+            tree = ParagraphTree(prompt, key, ends.eos_ids)
             if control is not None:
                 tree.fork_id, tree.child_id = control.fork_id, control.child_id
-            requests.append(
-                Request(row, len(prompts), row_ids, prompt, tree, max_new_tokens, criteria, input_ids.device)
-            )
+            limits = ends.max_new_tokens, ends.criteria, input_ids.device, scores
+            requests.append(Request(row, len(prompts), row_ids, prompt, tree, *limits))
         return requests
 
     def _decoder(
@@ -351,7 +407,7 @@ class MedusaApar:
             runtime=self.runtime,
             scheduler=Scheduler(ledger, budget, max_threads, context),
             verifier=verifier,
-            fork_manager=ForkManager(ledger, context, policy),
+            fork_manager=ForkManager(ledger, context, policy, verifier.max_depth),
             requests=requests,
             speculation=speculation or Speculation.even(),
             draft_tree=self.draft_tree,
@@ -369,16 +425,34 @@ def _state(model: PreTrainedModel) -> tuple:
     return model.dtype, model.training, device_of(model)
 
 
-def _callers_streamer() -> Any:
-    """The streamer given to `model.generate(streamer=...)` itself, which has shown it the prompt.
+class Asked(NamedTuple):
+    """What `MedusaApar.__call__` takes beside what transformers prepares."""
 
-    transformers 5.23 hands a callable `custom_generate` everything but that, and whoever reads a TextIteratorStreamer
-    would wait for ever: it is fetched from the frame that calls us.
+    fork: bool | str | None
+    fork_if: ForkIf | None
+    max_threads: int | None
+    max_depth: int | None
+    seed: int | None
+    events: Consumer | None
+    verify: str | None
+    regenerate_below: float | None
+    stop_strings: str | list[str] | None
+
+
+def _callers_arguments() -> dict[str, Any]:
+    """What `model.generate` itself was called with; nothing where it was not.
+
+    transformers keeps some of it from a callable `custom_generate`: a streamer, whose reader would wait for ever, a
+    tokenizer, an assistant model. They are fetched from the frames that call us. `generate` takes the tokenizers out
+    of its own `kwargs`, but torch.no_grad, which wraps it, has them still.
     """
     frame = sys._getframe(2)
     while frame is not None and frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
         frame = cast(Any, frame.f_back)
-    return frame and frame.f_locals.get("streamer")
+    if frame is None:
+        return {}
+    wrapped = frame.f_back.f_locals.get("kwargs") if frame.f_back is not None else None
+    return dict(wrapped if isinstance(wrapped, dict) else {}) | dict(frame.f_locals)
 
 
 def attach(

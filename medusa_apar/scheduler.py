@@ -41,6 +41,7 @@ class Scheduler:
         for request in requests:
             self._choose(request, requests, chosen)
         if not chosen:
+            assert self.ledger.pool.max_slots is not None, "a request that is not done has a live thread"
             raise MemoryError(
                 f"The KV pool's {self.ledger.pool.max_slots} slots are too few to go on with any thread; "
                 "give `pool_slots` more room or lower `max_new_tokens`."

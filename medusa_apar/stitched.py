@@ -23,6 +23,7 @@ from .output import ThreadAgreement
 from .paragraph_tree import ParagraphTree, Thread
 from .request import Request
 from .slot_ledger import SlotLedger
+from .triton_kernels.reference import likeliest
 
 # A thread is judged by what it wrote among the first so many tokens of its part of the text, which is its own and its
 # descendants'. Were it judged by everything, a limit would change what is judged and no longer just cut the text.
@@ -183,18 +184,19 @@ class Stitcher:
         verifier, first = self.decoder.verifier, len(scored.log_probs)
         actual = torch.tensor(text_ids[first : first + len(logits)], dtype=torch.long, device=logits.device)
         logits = logits.float()
-        if verifier.control is not None:  # one thread never writes them
-            logits[:, [verifier.control.fork_id, verifier.control.child_id]] = -torch.inf
+        # One thread never writes them.
+        banned = [] if verifier.control is None else [verifier.control.fork_id, verifier.control.child_id]
+        if verifier.seed is None and verifier.processors:
+            for row, token in enumerate(actual.tolist()):
+                path = request.row_ids + text_ids[: first + row]
+                scored.chosen.append(likeliest(verifier.processed(path, logits[row].clone(), request, banned)) == token)
+        logits[:, banned] = -torch.inf
         log_probs = logits.gather(1, actual[:, None])[:, 0] - logits.logsumexp(dim=-1)
         scored.log_probs += log_probs.tolist()
-        if verifier.seed is not None:
-            return
-        if not verifier.processors:
-            scored.chosen += (verifier.argmax(logits) == actual).tolist()
-            return
-        for row, token in enumerate(actual.tolist()):
-            path = request.row_ids + text_ids[: first + row]
-            scored.chosen.append(int(verifier.processed(path, logits[row], request).argmax()) == token)
+        if verifier.seed is None and not verifier.processors:
+            scored.chosen += [
+                mine == token for mine, token in zip(verifier.greedy(logits), text_ids[first:], strict=False)
+            ]
 
     def _revise(self, scored: list[Scored]) -> list[Revision]:
         """Final texts; where they are too short because of what was rewritten, more is written first."""

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
 from .paragraph_tree import Thread
 from .request import Request
+
+
+@contextmanager
+def ended_on_error(streamer: Any) -> Iterator[None]:
+    """Ends a streamer, if there is one, where the block fails: whoever reads it would wait for ever."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            with suppress(Exception):  # the first error is the one to tell
+                streamer.end()
+        raise
 
 
 class TextColumns:

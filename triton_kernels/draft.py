@@ -92,7 +92,8 @@ def top_logits(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k greatest logits of each row, of equals the lowest index first, without the logits ever being written.
+    """The k greatest logits of each row, of equals the lowest index first, without the logits ever being written. NaN
+    counts as -inf.
 
     Args:
         states: [R, H], or [B, R, H] for B products at once; contiguous, float32, float16 or bfloat16.
@@ -298,7 +299,7 @@ def _tile_top_kernel(
     x *= scale
     if CAP:
         x = cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0)
-    x = tl.where((column < vocab)[None, :], x, -float("inf"))
+    x = tl.where((column < vocab)[None, :] & (x == x), x, -float("inf"))
 
     out = (batch * rows + row) * tiles + tile
     high = tl.max(x, axis=1)

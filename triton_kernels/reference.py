@@ -181,8 +181,25 @@ def gumbel_noise(
 
 
 def sample(scores: torch.Tensor, seed: int, thread: int, position: int) -> int:
-    """The token that this (seed, thread, position) draws from softmax(scores), `scores` float [vocab_size]."""
-    return int(torch.argmax(noisy(scores, seed, thread, position)))
+    """The token that this (seed, thread, position) draws from softmax(scores), `scores` float [vocab_size]; as of
+    `likeliest`, NaN is drawn by nobody and -1 stands where nothing can be."""
+    return likeliest(noisy(scores, seed, thread, position))
+
+
+def likeliest(scores: torch.Tensor) -> int:
+    """Where the greatest of `scores` [vocab_size] is, of equals the first. NaN is as impossible as -inf, and where
+    nothing is possible it is -1."""
+    token = int(scores.argmax())
+    if scores[token] > -torch.inf:  # NaN, which argmax takes first, is not
+        return token
+    scores = _possible(scores)
+    token = int(scores.argmax())
+    return token if scores[token] > -torch.inf else -1
+
+
+def _possible(scores: torch.Tensor) -> torch.Tensor:
+    """A copy with -inf for NaN."""
+    return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def noisy(scores: torch.Tensor, seed: int, thread: int, position: int) -> torch.Tensor:
@@ -264,10 +281,11 @@ def verify(
 ) -> Verified:
     """From logits to accepted tokens: each draft tree is walked for as long as it guessed what the model chooses.
 
-    A row chooses the argmax of its logits, or of `noisy` logits; of equals the lowest id, and NaN beats all, as in
-    torch.argmax. With `typical` a node is accepted iff its parent is and p(token | parent) > min(epsilon, delta *
-    exp(-H(p(. | parent)))); the deepest accepted node ends the path, of equally deep ones the likeliest path, then
-    the lowest row, as medusa-llm's `evaluate_posterior` has it, and its row chooses the last token as above.
+    A row chooses the argmax of its logits, or of `noisy` logits, and of equals the lowest id. NaN is as impossible as
+    -inf, and a row where nothing is possible chooses -1, which ends the walk. With `typical` a node is accepted iff its
+    parent is and p(token | parent) > min(epsilon, delta * exp(-H(p(. | parent)))); the deepest accepted node ends the
+    path, of equally deep ones the likeliest path, then the lowest row, as medusa-llm's `evaluate_posterior` has it, and
+    its row chooses the last token as above.
 
     Args:
         logits: [M, vocab] float32, float16 or bfloat16; each thread's rows together, its root first, then its draft
@@ -285,8 +303,7 @@ def verify(
     """
     if depth < 0:
         raise ValueError(f"depth is {depth}, must be 0 or more.")
-    scores = logits.float()
-    scores = scores.clone() if scores.data_ptr() == logits.data_ptr() else scores
+    scores = _possible(logits.float())
     fork_id, child_id = control or (-1, -1)
     if control is not None:
         scores[:, child_id] = -torch.inf
@@ -306,7 +323,8 @@ def verify(
             accepted = _likeliest_path(first, stop, scores, ids, above, depth, typical)
         last = accepted[-1] if accepted else first
         chosen = [ids[row] for row in accepted] + [_choice(scores, noise, thread, last)]
-        flags = (fork_id in chosen) | any(token in ends for token in chosen) << 1
+        real = [token for token in chosen if token >= 0]
+        flags = (fork_id in real) | any(token in ends for token in real) << 1
         padding = [-1] * (width - len(chosen))
         packed.append([len(chosen), last, flags, *chosen, *padding, *accepted, -1, *padding])
     return Verified(torch.tensor(packed, dtype=torch.int32, device=logits.device).view(-1, 3 + 2 * width))
@@ -316,7 +334,7 @@ def _choice(scores: torch.Tensor, noise: Noise | None, thread: int, row: int) ->
     seen = scores[row]
     if noise is not None:
         seen = noisy(seen, int(noise.seeds[thread]), int(noise.keys[thread]), int(noise.positions[row]))
-    return int(seen.argmax())
+    return likeliest(seen)
 
 
 def _walk(
@@ -326,7 +344,7 @@ def _walk(
     row = first
     while len(path) < depth:
         token = choice(row)
-        guessed = [node for node in range(first + 1, stop) if above[node] == row and ids[node] == token]
+        guessed = [node for node in range(first + 1, stop) if above[node] == row and ids[node] == token >= 0]
         if not guessed:
             break
         row = guessed[0]
@@ -377,7 +395,8 @@ def top_logits(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k greatest logits of each row, of equals the lowest index first, and the log of the sum of exponentials.
+    """The k greatest logits of each row, of equals the lowest index first, and the log of the sum of exponentials; NaN
+    counts as -inf.
 
     states [R, H] and unembedding [vocab, H], bias [vocab] or None; or all of them with a batch dimension in front.
     scale, softcap: logits are multiplied, then capped: softcap * tanh(logits / softcap).
@@ -389,6 +408,7 @@ def top_logits(
     logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    logits = _possible(logits)
     values, indices = logits.sort(dim=-1, descending=True, stable=True)  # topk leaves the order of equals open
     return values[..., :k], indices[..., :k].int(), logits.logsumexp(-1)
 

@@ -24,6 +24,7 @@ _NUM_WARPS = 4
 _MERGED = 512  # partial results merged at once, at most
 
 _LOWEST = tl.constexpr(-(2**31))
+_IMPOSSIBLE = tl.constexpr(-0x7F800001)  # _sortable(-inf)
 
 
 @dataclass(slots=True)
@@ -138,9 +139,9 @@ def _chunk_block(chunks: int, node_block: int) -> int:
 
 @triton.jit
 def _sortable(x):
-    """float32 -> int32 in the order of torch.argmax: NaN above all, -0 equal to 0."""
+    """float32 -> int32 in the same order, -0 equal to 0; not for NaN."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -226,7 +227,7 @@ def _verify_kernel(
             here = chunk * CHUNK + offset + tl.arange(0, BLOCK)
             inside = here < vocab
             x = tl.load(line_ptr + here, mask=inside, other=-float("inf")).to(tl.float32)
-            x = tl.where((here == child_id) | ((here == fork_id) & banned), -float("inf"), x)
+            x = tl.where((x != x) | (here == child_id) | ((here == fork_id) & banned), -float("inf"), x)
             scores = x
             if NOISE:
                 seed = tl.load(seeds_ptr + thread)
@@ -337,7 +338,7 @@ def _walk(
         banned = False
         if BANS:
             banned = (token == fork_id) & ((tl.load(bans_ptr + first + parent, mask=drafted, other=0) & 1) != 0)
-        x = tl.where((token == child_id) | banned, -float("inf"), x)
+        x = tl.where((x != x) | (token == child_id) | banned, -float("inf"), x)
         log_prob = x - tl.gather(log_sum, parent, 0)
         limit = tl.minimum(epsilon, delta * tl.exp(-tl.gather(entropy, parent, 0)))
         fits = known & (tl.exp(log_prob) > limit)
@@ -363,7 +364,7 @@ def _walk(
             step_of = tl.where(node == above, left, step_of)
             above = tl.sum(tl.where(node == above, parent, 0))
     else:
-        guessed = drafted & (token == tl.gather(choice, parent, 0))
+        guessed = drafted & (token >= 0) & (token == tl.gather(choice, parent, 0))
         going = depth > 0
         while going:
             child = tl.min(tl.where(guessed & (parent == last), node, NODE_BLOCK))
@@ -375,12 +376,13 @@ def _walk(
 
     bonus = tl.sum(tl.where(node == last, choice, 0))
     on_path = step_of >= 0
-    flags = tl.max((on_path & (token == fork_id)).to(tl.int32)) | (bonus == fork_id).to(tl.int32)
+    flags = tl.max((on_path & (token == fork_id)).to(tl.int32)) | ((bonus == fork_id) & (bonus >= 0)).to(tl.int32)
     if EOS_BLOCK > 0:
         i_eos = tl.arange(0, EOS_BLOCK)
         eos = tl.load(eos_ptr + i_eos, mask=i_eos < eos_count, other=-1)
         ends = on_path[:, None] & (token[:, None] == eos[None, :])
-        flags |= (tl.max(tl.max(ends.to(tl.int32), axis=1)) | tl.max((eos == bonus).to(tl.int32))) << 1
+        ended = (eos == bonus) & (bonus >= 0)
+        flags |= (tl.max(tl.max(ends.to(tl.int32), axis=1)) | tl.max(ended.to(tl.int32))) << 1
     tl.store(out_ptr, length + 1)
     tl.store(out_ptr + 1, first + last)
     tl.store(out_ptr + 2, flags)
@@ -398,7 +400,7 @@ def _walk(
 
 @triton.jit
 def _merge_best(best_ptr, first, exists, chunks, NODE_BLOCK: tl.constexpr, CHUNK_BLOCK: tl.constexpr):
-    """What each node's row chooses, int32 [NODE_BLOCK]."""
+    """What each node's row chooses, int32 [NODE_BLOCK]; -1 where nothing is possible."""
     node = tl.arange(0, NODE_BLOCK)
     best = tl.full([NODE_BLOCK], -(2**63), tl.int64)
     start = 0
@@ -413,7 +415,7 @@ def _merge_best(best_ptr, first, exists, chunks, NODE_BLOCK: tl.constexpr, CHUNK
         )
         best = tl.maximum(best, tl.max(words, axis=1))
         start += CHUNK_BLOCK
-    return (0xFFFFFFFF - (best & 0xFFFFFFFF)).to(tl.int32)
+    return tl.where((best >> 32) > _IMPOSSIBLE, 0xFFFFFFFF - (best & 0xFFFFFFFF), -1).to(tl.int32)
 
 
 @triton.jit

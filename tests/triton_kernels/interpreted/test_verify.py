@@ -167,7 +167,8 @@ def test_equals_and_values_that_are_no_numbers(dtype, far):
         logits[row, 3], logits[row, 4 + far] = here, there
     logits = logits.to(dtype)
     out = verify(**rows_of(logits, workspace=poisoned(rows_of(logits))))
-    assert out.tokens[:, 0].tolist() == logits.float().argmax(-1).tolist()
+    assert out.tokens[:, 0].tolist() == [reference.likeliest(row) for row in logits.float()]
+    assert out.tokens[-2, 0] == -1 and (out.tokens[2:4, 0] == 0).all()  # nothing possible; NaN no more than nothing
     ids = torch.arange(len(pairs))
     assert_equals_reference(rows_of(logits, noise=Noise(ids, ids, ids)))
 
