@@ -345,7 +345,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         keys = _head_keys(keys, file)
         with reading(file), safe_open(file, framework="pt") as tensors:
             return {key: tensors.get_tensor(key) for key in keys}
-    with reading(file):
+    with reading(file, "is no plain file of tensors"):
         state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} is no plain file of tensors: it holds a {type(state).__name__} of something else")

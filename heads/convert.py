@@ -119,6 +119,8 @@ def convert(
 
 def read(source: str | Path) -> Heads:
     """The heads of a folder, file or Hub repository in any layout, with nothing lost."""
+    if not str(source):
+        raise ValueError("the name of the heads is empty")
     path = expanded(source)
     if not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
         raise FileNotFoundError(f"{source} is no file, folder or Hub id")

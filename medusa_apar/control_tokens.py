@@ -52,12 +52,12 @@ class ControlTokens:
             config, path = field(kept, MODEL_ENTRY, dict, model) or {}, model
         else:
             raise FileNotFoundError(f"{path} does not exist, so the control tokens of this APAR model are unknown.")
-        ids = [field(config, key, int, path) for key in ("fork_token_id", "child_token_id")]
-        if None in ids:
+        fork, child = (field(config, key, int, path) for key in ("fork_token_id", "child_token_id"))
+        if fork is None or child is None:
             raise ValueError(f"{path} does not give fork_token_id and child_token_id, two whole numbers.")
         max_depth = field(config, "max_depth", int, path)
         try:
-            return cls(*ids, DEFAULT_MAX_DEPTH if max_depth is None else max_depth)
+            return cls(fork, child, DEFAULT_MAX_DEPTH if max_depth is None else max_depth)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -162,7 +162,7 @@ def whole_model(source: str | Path, place: str | Path, **options: Any) -> Any:
 
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it names them
     with reading(source):
-        model, found = AutoModelForCausalLM.from_pretrained(place, **options)
+        model, found = cast(Any, AutoModelForCausalLM.from_pretrained(place, **options))
     if other := sorted(found["mismatched_keys"]):
         name, stored, wanted = other[0]
         raise ValueError(

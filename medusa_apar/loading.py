@@ -156,6 +156,8 @@ def _located(name: str | Path, revision: str | None, token: str | bool | None, b
     """`building`: the folders that name this one as their base."""
     from medusa_apar.heads import checkpoints
 
+    if not str(name):
+        raise ValueError("the model's name is empty")
     path = expanded(name)
     here = name in hub.EMBEDDED or path.exists()
     if revision is not None and here:

@@ -334,6 +334,8 @@ def no_weights(monkeypatch):
 @pytest.mark.usefixtures("no_weights")
 class TestRefusals:
     def test_missing_paths(self):
+        with pytest.raises(ValueError, match="name is empty"):
+            load("")
         for name in ("./nothing", "/no/such/folder", "~/nothing", "model.gguf"):
             with pytest.raises(FileNotFoundError, match="does not exist"):
                 load(name)

@@ -311,13 +311,16 @@ def of_another_rank(state):
 
 
 MISFITS = {
-    "renamed layers": (renamed, r"lacks 4 of the tensors, .*q_proj.lora_A"),
-    "a missing tensor": (lambda state: dict(list(state.items())[1:]), r"lacks 1 of the tensors, .*lora_A"),
-    "half of each pair": (lambda state: {k: v for k, v in state.items() if "lora_A" in k}, r"lacks 2 .*lora_B"),
-    "nothing": (lambda state: {}, "lacks 4 of the tensors"),
+    "renamed layers": (renamed, r"4 of its tensors are missing from its file, .*q_proj.lora_A"),
+    "a missing tensor": (lambda state: dict(list(state.items())[1:]), r"1 of its tensors are missing .*lora_A"),
+    "half of each pair": (
+        lambda state: {k: v for k, v in state.items() if "lora_A" in k},
+        r"2 of its tensors are missing .*lora_B",
+    ),
+    "nothing": (lambda state: {}, "4 of its tensors are missing"),
     "a tensor too many": (
         lambda state: state | {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)},
-        r"of which the model has no 1 of the tensors, .*layers\.7",
+        r"1 of its tensors have no place in that model, .*layers\.7",
     ),
     "another rank": (of_another_rank, "size mismatch for .*lora_A"),
 }

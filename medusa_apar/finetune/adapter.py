@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from medusa_apar.attention import current_forest, forest_attention
 from medusa_apar.control_tokens import CONFIG_NAME
+from medusa_apar.finetune.merge import put_adapter
 from medusa_apar.finetune.packing import IGNORED, PackedForest, PackedRow, Tokens, pack_threads
 from medusa_apar.heads.draft_heads import base_logit_scale
 from medusa_apar.job import filling, write_text
@@ -49,13 +50,7 @@ def attach_lora(
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     names = [_name(model, module) for module in (inputs, outputs)]  # before peft wraps them
     if init is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-            try:
-                tuned = PeftModel.from_pretrained(model, str(init), is_trainable=True)
-            except Exception as error:  # each of the libraries below has its own kinds for a damaged file
-                why = str(error).strip().partition("\n")[0]
-                raise ValueError(f"{init} holds no adapter that fits this model and can be read ({why})") from None
+        tuned = put_adapter(model, init, is_trainable=True)
         trained = getattr(tuned.peft_config["default"], "trainable_token_indices", None)
         found = trained.get(names[0]) if isinstance(trained, dict) else trained
         if found != [tokens.fork, tokens.child]:

@@ -139,17 +139,18 @@ def put_adapter(model: Any, adapter: Path, is_trainable: bool = False) -> Any:
     with reading(adapter, "does not fit its base model"), _without_deprecations():
         tuned = PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=is_trainable)
         # peft alone drops what finds no place, and leaves what it lacks as if it had never been trained.
-        found = set_peft_model_state_dict(tuned, stored)
+        found: Any = set_peft_model_state_dict(tuned, stored)
         biases = {key for key in get_peft_model_state_dict(tuned, save_embedding_layers=False) if key.endswith(".bias")}
     absent = set(found.missing_keys)
     state = tuned.state_dict()
     filled = {tensor.data_ptr() for key, tensor in state.items() if key not in absent}  # tied ones lie in the file once
     missing = [key for key in found.missing_keys if "default" in key.split(".") and state[key].data_ptr() not in filled]
     missing += sorted(biases - stored.keys())
-    for keys, fault in ((missing, "lacks"), (found.unexpected_keys, "holds, of which the model has no")):
+    faults = (missing, "are missing from its file"), (found.unexpected_keys, "have no place in that model")
+    for keys, fault in faults:
         if keys:
             raise ValueError(
-                f"{adapter} does not fit its base model: its file {fault} {len(keys)} of the tensors, {keys[0]} for one"
+                f"{adapter} does not fit its base model: {len(keys)} of its tensors {fault}, {keys[0]} for one"
             )
     return tuned
 
