@@ -120,10 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for argument in given:
             _check_text(argument)
         args = parser().parse_args(given)
-        if args.command is None:
-            parser().print_help()
-            return 0
-        code = COMMANDS[args.command](args)
+        code = COMMANDS[args.command](args) if args.command else run_help()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `| head` has read enough
@@ -189,6 +186,11 @@ def _check_text(argument: str) -> None:
     except UnicodeEncodeError as error:
         shown = argument.encode("utf-8", "backslashreplace").decode()[:60]
         raise ValueError(f"an argument is no text in UTF-8: {shown}") from error
+
+
+def run_help() -> int:
+    parser().print_help()
+    return 0
 
 
 def run_demo(args: argparse.Namespace) -> int:
