@@ -142,7 +142,7 @@ def _fetch(request: urllib.request.Request, timeout: float) -> bytes:
         finally:
             ended.set()
 
-    threading.Thread(target=fetch, daemon=True).start()
+    threading.Thread(target=fetch, name="judge's answer", daemon=True).start()
     if not ended.wait(timeout) or monotonic() >= until:
         raise TimeoutError(f"timed out after {timeout:g} seconds")
     if failed:
