@@ -37,9 +37,7 @@ def test_a_damaged_checkpoint_is_said_without_torchs_advice(checkpoint, capsys):
     sentence = r"state\.pt is damaged: delete it to start anew, or give another --out"
     for content in damages(checkpoint.read_bytes()):
         checkpoint.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"state\.pt is damaged: delete it to start anew, or give another --out"
-        ) as said:
+        with pytest.raises(ValueError, match=sentence) as said:
             read_checkpoint(checkpoint, "cpu", ("step", "weights"))
         assert said.value.__cause__ is None and said.value.__suppress_context__
     assert capsys.readouterr().out == ""

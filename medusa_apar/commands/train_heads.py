@@ -177,7 +177,7 @@ def _device(name: str) -> torch.device:
     import torch
 
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=torch.device(name)).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"--device {name} is none that torch can use here ({why})") from error
