@@ -396,5 +396,5 @@ def test_an_adapter_to_go_on_from_that_is_damaged_is_said(tmp_path, base, data, 
     more = ["--init", str(adapter), "--out", str(tmp_path / "two")]
     assert main(["finetune", "--base", str(base), *options, *more]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"medusa-apar: {adapter} holds no adapter that fits this model and can be read")
+    assert error.startswith("medusa-apar: ") and str(adapter) in error
     assert not (tmp_path / "two" / "adapter").exists()

@@ -625,7 +625,8 @@ def test_a_device_that_is_not_there_is_said(tuned, data, tmp_path, capsys, devic
     options = ["--answers", str(data), "--device", device, "--out", str(tmp_path / "out")]
     assert main(["train-heads", "--model", str(tuned), *options]) == 2
     error = capsys.readouterr().err
-    assert f"--device {device} is none that torch can use here" in error and error.count("\n") == 1
+    assert error.startswith(f"medusa-apar: --device {device}".strip()) and error.count("\n") == 1
+    assert "is none that torch can use here" in error
     assert not (tmp_path / "out").exists()
 
 
