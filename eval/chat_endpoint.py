@@ -120,7 +120,9 @@ def _fetch(request: urllib.request.Request, timeout: float) -> bytes:
 
     In a thread of its own: a socket's own timeout begins anew with every byte, that of an answer's headers too.
     """
-    ended, got, failed = threading.Event(), [], []
+    ended = threading.Event()
+    got: list[bytes] = []
+    failed: list[Exception] = []
     until = monotonic() + timeout
 
     def read(answer: Any) -> bytes:
@@ -142,7 +144,7 @@ def _fetch(request: urllib.request.Request, timeout: float) -> bytes:
         finally:
             ended.set()
 
-    threading.Thread(target=fetch, daemon=True).start()
+    threading.Thread(target=fetch, name="judge's answer", daemon=True).start()
     if not ended.wait(timeout) or monotonic() >= until:
         raise TimeoutError(f"timed out after {timeout:g} seconds")
     if failed:

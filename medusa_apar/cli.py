@@ -120,10 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for argument in given:
             _check_text(argument)
         args = parser().parse_args(given)
-        if args.command is None:
-            parser().print_help()
-            return 0
-        code = COMMANDS[args.command](args)
+        code = COMMANDS[args.command](args) if args.command else run_help()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `| head` has read enough
@@ -187,8 +184,13 @@ def _check_text(argument: str) -> None:
     try:
         argument.encode("utf-8")
     except UnicodeEncodeError as error:
-        shown = argument.encode("utf-8", "surrogateescape")[:40]
-        raise ValueError(f"an argument is no text in UTF-8: {str(shown)[1:]}") from error
+        shown = argument.encode("utf-8", "backslashreplace").decode()[:60]
+        raise ValueError(f"an argument is no text in UTF-8: {shown}") from error
+
+
+def run_help() -> int:
+    parser().print_help()
+    return 0
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -232,7 +234,8 @@ def run_generate(args: argparse.Namespace) -> int:
 def run_doctor(args: argparse.Namespace) -> int:
     from .doctor import doctor
 
-    doctor(Console(soft_wrap=not sys.stdout.isatty()), args.model, dtype=args.dtype, quantize=args.quantize)
+    width = None if sys.stdout.isatty() else 1000  # for who searches it, a line a finding
+    doctor(Console(width=width), args.model, dtype=args.dtype, quantize=args.quantize)
     return 0
 
 

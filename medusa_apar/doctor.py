@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -64,7 +65,7 @@ def findings() -> Iterator[tuple[str, str]]:
     yield "kernels", _kernels()
     yield "cache", _or_why_not(_cache)
     for name in hub.EMBEDDED:
-        yield name, _or_why_not(lambda name=name: _embedded(name))
+        yield name, _or_why_not(partial(_embedded, name))
 
 
 def model_findings(name: str, **options: Any) -> Iterator[tuple[str, str]]:

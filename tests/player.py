@@ -6,7 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Player:
-    """A judge on a local port: `play` sees the messages and gives its answer, or an HTTP status with headers."""
+    """A judge on a local port: `play` sees the messages and gives its answer, or an HTTP status with headers, or what
+    is to be done with the handler."""
 
     def __init__(self):
         self.play = lambda messages: "[[5]]"
@@ -25,6 +26,8 @@ class Player:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 player.requests.append((self.path, dict(self.headers), body))
                 answer = player.play(body["messages"])
+                if callable(answer):
+                    return answer(self)
                 if isinstance(answer, tuple):
                     return self.reply(*answer)
                 self.reply(200, {"choices": [{"message": {"role": "assistant", "content": answer}}]})

@@ -294,3 +294,25 @@ def test_a_judge_that_cannot_be_asked_is_said_before_anything_is_timed(
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "given", ["[[10000000000]]", "[[0]]", "[[10.5]]", "[[-3]]", "[[nan]]", "[[1e3]]", "[[" + "9" * 400 + "]]"]
+)
+def test_a_rating_that_is_not_on_the_scale_is_none(player, data, tmp_path, given):
+    """One of them would be the mean of all others."""
+    player.play = lambda messages: given if "bad 102" in messages[-1]["content"] else "Rating: [[9]]"
+    found = have_judged(player, *answered(tmp_path, a="good", b="bad"))
+    assert judge.rating(given) is None
+    assert found["rated"] == 2 and found["systems"]["b"]["unreadable"] == 1
+    assert found["systems"]["b"]["rating"] == {"value": 9.0, "low": 9.0, "high": 9.0}
+
+
+@pytest.mark.parametrize("line", ["{", "5", "{}", '{"judge": "judge-1"}', '{"judge": [], "asked": {}}', "[" * 100_000])
+def test_what_is_no_verdict_of_ours_is_named(player, data, tmp_path, line):
+    job, results = answered(tmp_path, a="good")
+    have_judged(player, job, results, names=("a",))
+    said = tmp_path / "out/judge/said.jsonl"
+    said.write_text(f"{said.read_text()}{line}\n")
+    with pytest.raises(ValueError, match=r"said\.jsonl:4 is no line of such results: "):
+        have_judged(player, job, results, names=("a",))

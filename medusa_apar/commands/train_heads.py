@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     given = AnswerFile.read(*args.answers, drops=drops)
     prompts = read_prompts(args.prompts, drops) if args.prompts else []
     examples = _examples(args, drops)
-    device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
     settings = Settings(
         kind=args.kind,
         num_heads=args.num_heads,
@@ -177,7 +177,7 @@ def _device(name: str) -> torch.device:
     import torch
 
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=torch.device(name)).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"--device {name} is none that torch can use here ({why})") from error

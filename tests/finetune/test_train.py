@@ -375,3 +375,26 @@ def test_sources_without_shares_give_all_they_have(tmp_path, tokenizer, tokens):
     assert drawn == sum(not is_held_out(example.id) for example in forking)
     with pytest.raises(ValueError, match="1 of 3 sources have a share"):
         draw([Source(forking, 0.5), *sources[1:]], tokenizer, tokens, Limits(), seed=0)
+
+
+@pytest.mark.parametrize("texts", [("a", "a"), ("", "b"), (" ", "b")])
+def test_control_tokens_that_cannot_be_are_refused(tmp_path, base, data, capsys, texts):
+    options = ["--data", str(data), "--out", str(tmp_path / "out"), "--dtype", "float32", "--control-tokens", *texts]
+    assert main(["finetune", "--base", str(base), *options]) == 2
+    assert "they must be two, with a text each" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "config"])
+def test_an_adapter_to_go_on_from_that_is_damaged_is_said(tmp_path, base, data, capsys, damage):
+    options = ["--data", str(data), "--dtype", "float32", "--rank", "1", "--total-tokens", "600"]
+    assert main(["finetune", "--base", str(base), *options, "--out", str(tmp_path / "one")]) == 0
+    adapter = tmp_path / "one" / "adapter"
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    content = {"cut": weights.read_bytes()[:900], "empty": b"", "text": b"no weights", "config": b'{"peft_type": 5}'}
+    (config if damage == "config" else weights).write_bytes(content[damage])
+    capsys.readouterr()
+    more = ["--init", str(adapter), "--out", str(tmp_path / "two")]
+    assert main(["finetune", "--base", str(base), *options, *more]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("medusa-apar: ") and str(adapter) in error
+    assert not (tmp_path / "two" / "adapter").exists()

@@ -618,3 +618,28 @@ def test_code_of_the_model_runs_where_it_is_trusted(tuned, tmp_path, capsys):
     assert main(command) == 2
     assert "trust_remote_code" in capsys.readouterr().err
     assert main([*command, "--trust-remote-code"]) == 0
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:77", "", "cpu:x"])
+def test_a_device_that_is_not_there_is_said(tuned, data, tmp_path, capsys, device):
+    options = ["--answers", str(data), "--device", device, "--out", str(tmp_path / "out")]
+    assert main(["train-heads", "--model", str(tuned), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"medusa-apar: --device {device}".strip()) and error.count("\n") == 1
+    assert "is none that torch can use here" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_said(tuned, tmp_path, capsys):
+    out, prompts = tmp_path / "out", tmp_path / "p.jsonl"
+    prompts.write_text("".join(f'{{"messages": [{{"role": "user", "content": "a{n}"}}]}}\n' for n in range(4)))
+    command = ["train-heads", "--model", str(tuned), "--prompts", str(prompts), "--out", str(out), "--epochs", "0.1"]
+    command += ["--max-new-tokens", "4", "--dtype", "float32"]
+    assert main(command) == 0
+    state = out / "train" / "state.pt"
+    state.write_bytes(state.read_bytes()[:500])
+    capsys.readouterr()
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"medusa-apar: {state} is damaged: delete it to start anew, or give another --out"
+    )
