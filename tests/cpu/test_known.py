@@ -1,4 +1,4 @@
-"""The compiled runtime takes what transformers defines, module by module; all else runs in torch, and as it is there."""
+"""The compiled runtime takes what transformers defines, module by module; all else runs in torch, as it is there."""
 
 import functools
 
