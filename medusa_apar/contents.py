@@ -1,9 +1,9 @@
 """Whether tensors still hold what was copied from them.
 
 torch counts what is written to a tensor, but not what goes through `.data`, as merging an adapter, averaging weights
-and most weight surgery do. So the bits are summed up too. That reads all of them, at memory speed: 20 ms for the 135M
-model, which a short call would feel. There a sixteenth is read (2 ms), by turns, and all as soon as that costs no more
-than a fiftieth of the time since it was last done.
+and most weight surgery do. So the bits are summed up too, at memory speed: 540 MB of the 135M model, 65 ms for one core
+at 8 GB/s, which a short call would feel. Of so much a sixteenth is read (7 ms), by turns, and all of it as soon as that
+costs no more than a fiftieth of the time since it was last done: every few seconds.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("runtime", ["cpu", "torch"])
+@pytest.mark.parametrize("runtime", ["auto", "torch"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_next_call_is_the_models(change, runtime):
     model = model_of(seed=1)

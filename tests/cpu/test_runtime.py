@@ -254,7 +254,7 @@ def test_a_model_that_has_changed_under_it_is_refused():
     model = model_of(seed=1)
     apar = medusa_apar.attach(model, runtime="cpu")
     model.train()
-    with pytest.raises(ValueError, match="cannot run this model any more: the model is in training mode"):
+    with pytest.raises(ValueError, match="CPU runtime, which cannot run this model: the model is in training mode"):
         apar.generate(**prompts(1, 5), max_new_tokens=4)
     model.eval()
     assert apar.generate(**prompts(1, 5), max_new_tokens=4).shape == (1, 9)
@@ -344,14 +344,14 @@ def test_broken_activations_stay_broken():
 
 
 def test_an_impostor_is_left_to_torch():
-    """Built like Llama by name, with another inside."""
+    """Built like Llama, with another inside."""
     model = model_of(seed=2)
     for layer in model.model.layers:
         layer.self_attn.scaling *= 3
     scalings = {layer.self_attn.scaling for layer in model.model.layers}
     model.model.layers[1].self_attn.scaling = 0.01  # the runtime reads the first layer's
     assert isinstance(medusa_apar.attach(model).runtime, TorchRuntime) and len(scalings) == 1
-    with pytest.raises(ValueError, match="off its own"):
+    with pytest.raises(ValueError, match="its layers differ in how they scale"):
         medusa_apar.attach(model, runtime="cpu")
 
 

@@ -1,0 +1,188 @@
+"""Which runtime a model gets, however its weights are kept, and what becomes of that when it changes."""
+
+import pytest
+import torch
+from accelerate import disk_offload, dispatch_model
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import medusa_apar
+from medusa_apar.cpu.runtime import CpuRuntime
+from medusa_apar.decoder import _some_text
+from medusa_apar.heads import HydraHeads, MedusaHeads
+from medusa_apar.packed_linear import PackedLinears, can_pack
+from medusa_apar.torch_runtime import TorchRuntime
+from tests.cpu.test_runtime import model_of
+from tests.tiny import VOCAB, prompts, tiny_model
+
+INPUTS = prompts(2, 9)
+GREEDY = {"do_sample": False, "max_new_tokens": 20}
+HEADS = {
+    "no heads": lambda model: None,
+    "hydra": lambda model: HydraHeads.random(model, 3),
+    "medusa": lambda model: MedusaHeads.random(model, 3),
+}
+
+
+class Rounded(torch.Tensor):
+    """A weight as quantisers keep it: a subclass that becomes an ordinary tensor in whatever is done with it."""
+
+    @staticmethod
+    def __new__(cls, steps, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, steps.shape, dtype=scale.dtype, device=steps.device)
+
+    def __init__(self, steps, scale):
+        self.steps, self.scale = steps, scale
+
+    def __tensor_flatten__(self):
+        return ["steps", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].steps, args[0].scale)
+        whole = lambda x: x.steps * x.scale if isinstance(x, cls) else x  # noqa: E731
+        return function(*tree_map(whole, args), **tree_map(whole, kwargs or {}))
+
+
+def quantised(model):
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
+            steps = (module.weight.detach() / scale).round().to(torch.int8)
+            module.weight = nn.Parameter(Rounded(steps, scale), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_quantised_models_run_in_torch(heads):
+    model = quantised(model_of(seed=1))
+    hook = medusa_apar.attach(model, HEADS[heads](model))
+    assert isinstance(hook.runtime, TorchRuntime)
+    expected = model.generate(**INPUTS, **GREEDY)
+    assert torch.equal(model.generate(**INPUTS, **GREEDY, custom_generate=hook), expected)
+    with pytest.raises(ValueError, match="needs the CPU runtime, which cannot run this model: its weights are quant"):
+        medusa_apar.attach(model, quantize="int8")
+
+
+def wholly_offloaded(model, folder):
+    disk_offload(model, folder, execution_device=torch.device("cpu"))
+    return model
+
+
+def partly_offloaded(model, folder):
+    on_disk = {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
+    kept = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"), "cpu")
+    return dispatch_model(model, kept | on_disk, main_device="cpu", offload_dir=folder)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("offloaded", [wholly_offloaded, partly_offloaded])
+def test_offloaded_models_run_in_torch(offloaded, heads, tmp_path):
+    model = model_of(seed=1)
+    expected = model.generate(**INPUTS, **GREEDY)
+    model = offloaded(model, tmp_path)
+    hook = medusa_apar.attach(model, HEADS[heads](model))
+    assert isinstance(hook.runtime, TorchRuntime)
+    assert torch.equal(hook.generate(**INPUTS, **GREEDY), expected)
+    with pytest.raises(ValueError, match="needs the CPU runtime, which cannot run this model: a .* has hooks"):
+        medusa_apar.attach(model, runtime="cpu")
+
+
+@pytest.mark.parametrize("make", [lambda w: w.to("meta"), lambda w: Rounded(w.to(torch.int8), torch.ones(len(w), 1))])
+def test_what_cannot_be_read_is_not_packed(make):
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    layers[0].weight = nn.Parameter(make(layers[0].weight.data), requires_grad=False)
+    assert not can_pack(layers[0].weight)
+    with PackedLinears(layers).in_use():
+        assert "forward" not in vars(layers[0]) and "forward" in vars(layers[1])
+
+
+def test_a_model_on_several_gpus_is_refused():
+    model = tiny_model()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for place, layer in enumerate(model.model.layers):
+            norm = layer.input_layernorm
+            norm.weight = nn.Parameter(torch.empty(norm.weight.shape, device=f"cuda:{place}"))
+    with pytest.raises(ValueError, match="LlamaForCausalLM lies on 2 GPUs, and must lie on one here .* vLLM"):
+        medusa_apar.attach(model)
+
+
+def test_a_hook_follows_its_model():
+    model = model_of(seed=1)
+    hook = medusa_apar.attach(model, HydraHeads.random(model, 3))
+
+    def check(kind, runtime):
+        torch.manual_seed(0)
+        expected = model.generate(**INPUTS, **GREEDY)
+        assert torch.equal(model.generate(**INPUTS, **GREEDY, custom_generate=hook), expected)
+        assert (hook.runtime.kind, type(hook.runtime)) == (kind, runtime)
+        assert hook.heads.packing == (kind if runtime is CpuRuntime else None)
+
+    check("float32", CpuRuntime)
+    model.to(torch.bfloat16)
+    check("bfloat16", CpuRuntime)
+    model.half()
+    check("float16", TorchRuntime)
+    model.float()
+    check("float32", CpuRuntime)
+    model.train()
+    check("float32", TorchRuntime)
+    model.eval()
+    check("float32", CpuRuntime)
+
+
+def in_place(model):
+    model.compile(backend="eager")
+
+
+def by_layer(model):
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+
+
+def by_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("compiled", [in_place, by_layer, by_forward])
+def test_compiled_models_are_run_as_they_are(compiled, heads):
+    model = model_of(seed=1)
+    expected = model.generate(**INPUTS, **GREEDY)
+    compiled(model)
+    hook = medusa_apar.attach(model, HEADS[heads](model), runtime="torch")
+    frames = torch._dynamo.utils.counters["frames"]["total"]
+    assert torch.equal(hook.generate(**INPUTS, **GREEDY), expected)
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames  # nothing was compiled for it
+    torch._dynamo.reset()
+
+
+def halved(module, query, key, value, *args, **kwargs):
+    return sdpa_attention_forward(module, query / 2, key, value, *args, **kwargs)
+
+
+def test_attention_of_the_users_own_is_refused():
+    AttentionInterface.register("halved", halved)
+    for family in ("llama", "wide_llama"):
+        model = tiny_model(family, scale=6.0)
+        model.set_attn_implementation("halved")
+        with pytest.raises(ValueError, match="over a KV pool its logits are .* off its own"):
+            medusa_apar.attach(model)
+
+
+def test_the_text_that_runtimes_are_held_against_is_of_all_tokens_and_long():
+    for model in (tiny_model(), tiny_model("gpt2"), model_of()):
+        ids = _some_text(model)
+        assert len(ids) > 200 and len(set(ids)) > 0.9 * VOCAB
+        assert ids == _some_text(model)
+
+
+def test_a_model_whose_context_is_short_is_held_against_a_shorter_one():
+    model = tiny_model()
+    model.config.max_position_embeddings = 20
+    assert len(_some_text(model)) == 20
+    medusa_apar.attach(model)
