@@ -1,6 +1,5 @@
 """Logits processors: the user's see what plain transformers shows them, bans come behind them, NaN never wins."""
 
-
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
