@@ -145,9 +145,8 @@ def check_call(
         if value is not None and value is not False:
             raise NotImplementedError(f"{name} is not supported: {reason}.")
     check_config(config, processors)
-    for name in _CACHES:
-        if getattr(model_kwargs.get(name), "_is_user_defined", False):
-            raise NotImplementedError(f"A {name} of your own is not supported: the KV pool is the cache.")
+    if any(getattr(model_kwargs.get(name), "_is_user_defined", False) for name in _CACHES):
+        raise NotImplementedError("A cache (past_key_values) of your own is not supported: the KV pool is the cache.")
     for name, value in model_kwargs.items():
         reported = name.startswith("output_") and value is True  # of these the config speaks
         if name not in _PREPARED and value is not None and value is not False and not reported:

@@ -88,7 +88,7 @@ class Request:
         for thread, index in self._cursor.advance():
             self.text.append((thread, index))
             self.text_ids.append(thread.tokens[index])
-            if len(self.text) >= self.max_new_tokens or self._criterion_met():
+            if self._criterion_met() or len(self.text) >= self.max_new_tokens:
                 self.done = True
                 return
         self.done = self._cursor.done

@@ -90,7 +90,9 @@ class TorchRuntime:
             from .cuda_graphs import GraphedSteps
 
             self._graphed = GraphedSteps(self._forward, device_of(model))
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        taken = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in taken
+        self._cache = "cache" if "cache" in taken else "past_key_values"  # its name from transformers 5.24 on
 
     @property
     def kind(self) -> str:
@@ -143,7 +145,7 @@ class TorchRuntime:
             logits = self.model(
                 input_ids=forest.input_ids,
                 position_ids=forest.position_ids,
-                past_key_values=pool,
+                **{self._cache: pool},
                 use_cache=True,
                 return_dict=True,
                 **keep,

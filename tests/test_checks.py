@@ -21,7 +21,7 @@ from medusa_apar import ControlTokens, DraftTree
 from medusa_apar.attention import BACKENDS, current_forest
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.triton_kernels.tree_attention import INTERPRETED
-from tests.tiny import CONTROL, VOCAB, prompts, tiny_model
+from tests.tiny import CONTROL, VOCAB, forking_model, prompts, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,12 @@ def test_assistant_model_and_embeddings_are_refused(model):
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "empty"),
         ({"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.tensor([[1] * 4, [0] * 4])}, "empty"),
         ({"input_ids": torch.full((1, 256), 7)}, "context"),
-        ({"input_ids": torch.full((1, 5), VOCAB)}, "vocabulary"),
-        ({"input_ids": torch.full((1, 5), -1)}, "vocabulary"),
+        ({"input_ids": torch.tensor([[7, VOCAB + 4, 60]])}, f"hold {VOCAB + 4}, .* from 0 to {VOCAB - 1}"),
+        ({"input_ids": torch.tensor([[7, 60, -3]])}, f"hold -3, .* from 0 to {VOCAB - 1}"),
+        ({"input_ids": torch.tensor([[7, -1, VOCAB]])}, "hold -1, "),
+        ({"input_ids": torch.ones(1, 4)}, "torch.float32, but token ids are integers"),
     ],
-    ids=["no tokens", "all masked", "too long", "id too high", "id negative"],
+    ids=["no tokens", "all masked", "too long", "id too high", "id negative", "ids of both kinds", "no integers"],
 )
 def test_bad_prompts(model, inputs, sentence):
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -91,6 +93,57 @@ def test_bad_prompts(model, inputs, sentence):
             apar.generate(**inputs, max_new_tokens=4)
     finally:
         handle.remove()
+
+
+def test_a_mask_of_another_shape(model):
+    inputs = {"input_ids": torch.full((1, 5), 7), "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \(1, 6\), but input_ids have \(1, 5\)"):
+        medusa_apar.attach(model).generate(**inputs, max_new_tokens=4)
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
+SWITCHING = {
+    "longrope": (80, LONG | {"original_max_position_embeddings": 20}),
+    "dynamic": (20, {"rope_type": "dynamic", "factor": 4.0}),
+}
+
+
+def cuts(caplog):
+    return [record.message for record in caplog.records if "stopped at" in record.message]
+
+
+@pytest.mark.parametrize("rope", SWITCHING)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_answer_that_ends_at_a_rotary_switch_says_so(caplog, rope, rows):
+    """Up to there it is transformers'; one that ends before is as ever."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    longest, parameters = SWITCHING[rope]
+    sizes |= {"max_position_embeddings": longest, "rope_parameters": parameters | {"rope_theta": 10000.0}}
+    config = LlamaConfig(vocab_size=VOCAB, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    apar = medusa_apar.attach(model, MedusaHeads.random(model))
+    inputs, options = prompts(rows, 6), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**inputs, max_new_tokens=14, **options)
+    assert torch.equal(apar.generate(**inputs, max_new_tokens=14, **options), expected)
+    assert not cuts(caplog)
+    assert torch.equal(apar.generate(**inputs, max_new_tokens=40, **options), expected)
+    (sentence,) = cuts(caplog)
+    assert "stopped at 20 tokens, prompt included, before max_new_tokens" in sentence
+    assert "rotary scaling" in sentence and "\n" not in sentence
+    with pytest.raises(ValueError, match="The prompt has 20 tokens, but .* 20"):
+        apar.generate(**prompts(1, 20), max_new_tokens=4)
+
+
+def test_a_thread_that_ends_at_the_last_position_says_so(caplog):
+    model = forking_model(24, "gpt2")
+    model.config.n_positions = model.config.max_position_embeddings = 24
+    apar = medusa_apar.attach(model, None, CONTROL)
+    out = apar.generate(**prompts(1, 6, seed=2), max_new_tokens=60, do_sample=False)
+    (sentence,) = cuts(caplog)
+    assert "stopped at 24 tokens" in sentence and "positions end there" in sentence and out.shape[1] > 24
+    apar.generate(**prompts(1, 6, seed=2), max_new_tokens=5, do_sample=False)
+    assert len(cuts(caplog)) == 1
 
 
 def test_a_pool_too_small(model):

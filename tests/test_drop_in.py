@@ -1,10 +1,14 @@
 """Everything else a user of `model.generate` sets: streamers, stop strings, criteria, constraints, batches."""
 
+import copy
+import io
+import pickle
 import threading
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import CompileConfig, TextIteratorStreamer, pipeline
+from transformers.generation import BaseStreamer
 
 import medusa_apar
 from medusa_apar.events import StepFinished
@@ -40,6 +44,86 @@ def test_transformers_own_streamer(model, tokenizer, bare_hook):
     work.join()
     plain = model.generate(**inputs, **GREEDY)[0, 6:]
     assert "".join(pieces) == tokenizer.decode(plain)
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("in mid-run")
+
+
+FAILURES = {
+    "a refused argument": {"assistant_model": object()},
+    "a refused field": {"compile_config": CompileConfig()},
+    "a bad prompt": {"input_ids": torch.full((1, 5), VOCAB), "attention_mask": None},
+    "a bad mode": {"fork": "sometimes"},
+    "no tokenizer": {"stop_strings": ["x"]},
+    "a failing processor": {"logits_processor": [fail]},
+    "a failing criterion": {"stopping_criteria": [fail]},
+    "a failing consumer": {"events": fail},
+    "nothing possible": {"suppress_tokens": list(range(VOCAB))},
+}
+
+
+@pytest.mark.parametrize("bare_hook", [True, False])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_call_that_fails_ends_its_streamer(model, tokenizer, failure, bare_hook):
+    """Once: a reader of the next call's text would take a second end for that one's."""
+    apar = medusa_apar.attach(model)
+    streamer = TextIteratorStreamer(tokenizer, timeout=5)
+    options = {**prompts(1, 6), **GREEDY, "streamer": streamer, **FAILURES[failure]}
+    with pytest.raises((ValueError, NotImplementedError, RuntimeError)) as raised:
+        model.generate(**options, custom_generate=apar) if bare_hook else apar.generate(**options)
+    assert list(streamer) is not None and streamer.text_queue.empty()
+    assert "in mid-run" in str(raised.value) or not failure.startswith("a failing")
+
+
+@pytest.mark.parametrize("bare_hook", [True, False])
+def test_a_streamer_that_fails_is_the_error_that_is_told(model, bare_hook):
+    class Broken(BaseStreamer):
+        put = end = fail
+
+    apar = medusa_apar.attach(model)
+    options = {**prompts(1, 6), **GREEDY, "streamer": Broken()}
+    with pytest.raises(RuntimeError, match="in mid-run"):
+        model.generate(**options, custom_generate=apar) if bare_hook else apar.generate(**options)
+
+
+def test_a_hook_is_copied_with_its_model_and_says_why_it_cannot_be_pickled(model):
+    apar = medusa_apar.attach(model, MedusaHeads.random(model))
+    expected = model.generate(**prompts(1, 6), **GREEDY)
+    for other in (copy.deepcopy(apar), copy.copy(apar), copy.deepcopy({"custom_generate": apar})["custom_generate"]):
+        assert other is not apar and other.model is model
+        assert torch.equal(model.generate(**prompts(1, 6), **GREEDY, custom_generate=other), expected)
+    for pickled in (pickle.dumps, lambda hook: torch.save(hook, io.BytesIO())):
+        with pytest.raises(TypeError, match="attach them again") as raised:
+            pickled(apar)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("whose", ["the hook's", "the call's"])
+@pytest.mark.parametrize("stop", [str, list])
+def test_stop_strings_of_the_bare_hook(tokenizer, whose, stop):
+    model, inputs = tiny_model(seed=5), prompts(1, 6)
+    text = tokenizer.decode(model.generate(**inputs, **GREEDY)[0, 10:12])  # it may have come before
+    options = {**inputs, **GREEDY, "stop_strings": text if stop is str else [text, "never"]}
+    expected = model.generate(**options, tokenizer=tokenizer)
+    assert expected.shape[1] <= 12
+    apar = medusa_apar.attach(model, tokenizer=tokenizer if whose == "the hook's" else None)
+    given = {} if whose == "the hook's" else {"tokenizer": tokenizer}
+    assert torch.equal(model.generate(**options, **given, custom_generate=apar), expected)
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate(**options, custom_generate=medusa_apar.attach(model))
+
+
+@pytest.mark.parametrize("name", ["stop_strings", "stop_sequence"])
+def test_a_pipeline_takes_stop_strings(tokenizer, name):
+    model = tiny_model(seed=5)
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    text = pipe("Hello", return_full_text=False, **GREEDY)[0]["generated_text"]
+    options = {**GREEDY, name: [text[4:6]] if name == "stop_strings" else text[4:6]}
+    expected = pipe("Hello", **options, **({"tokenizer": tokenizer} if name == "stop_strings" else {}))
+    assert len(expected[0]["generated_text"]) < len("Hello") + len(text)
+    apar = medusa_apar.attach(model, MedusaHeads.random(model), tokenizer=tokenizer)
+    assert pipe("Hello", **options, custom_generate=apar) == expected
 
 
 @pytest.mark.parametrize("where", ["argument", "config", "model"])
