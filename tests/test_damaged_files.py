@@ -66,9 +66,11 @@ def damages(data, is_json):
         yield from {"no object": b"[]", "too deep": b"[" * 100_000}.items()
         for number, key in enumerate(entries):
             others = [value for value in OTHER_TYPES if type(value) is not type(entries[key])]
-            for value in (others[number % len(others)], others[(number + 3) % len(others)]):
+            said = entries[key] not in (None, False)  # peft writes thirty entries that say nothing
+            for value in (others[number % len(others)], others[(number + 3) % len(others)])[: 1 + said]:
                 yield f"{key} = {value!r}", json.dumps(entries | {key: value}).encode()
-            yield f"no {key}", json.dumps({k: v for k, v in entries.items() if k != key}).encode()
+            if said:
+                yield f"no {key}", json.dumps({k: v for k, v in entries.items() if k != key}).encode()
 
 
 def logits(model):
@@ -119,7 +121,7 @@ CASES = [
     ("pickle", "pytorch_model.bin", loaded, plain),
     ("gguf", "tiny.gguf", lambda folder: logits(load(folder / "tiny.gguf").model), None),
     *(("adapter", "adapter_model.safetensors", read, plain_adapter) for read in (loaded, merged)),
-    *(("adapter", "adapter_config.json", read, plain_adapter) for read in (loaded, merged)),
+    ("adapter", "adapter_config.json", loaded, plain_adapter),
     ("adapter", "apar_config.json", loaded, plain_adapter),
     ("adapter", "apar_config.json", control, None),
     *((kind, "medusa_lm_head.safetensors", of_heads, None) for kind in ("v1", "v2", "hydra")),
