@@ -175,12 +175,13 @@ class MedusaApar:
         bound = copy.copy(self)
         bound._streamer, bound.tokenizer = streamer, tokenizer or self.tokenizer
         config = generation_config
-        if kwargs.get("stop_strings") is None:
-            kwargs["stop_strings"] = (config and config.stop_strings) or self.model.generation_config.stop_strings
-        if config is not None and config.stop_strings:
+        for defaults in (config, self.model.generation_config):
+            if kwargs.get("stop_strings") is None and defaults is not None:
+                kwargs["stop_strings"] = defaults.stop_strings
+        if config is not None and config.stop_strings is not None:
             config = copy.deepcopy(config)
             config.stop_strings = None
-        if self.model.generation_config.stop_strings:
+        if self.model.generation_config.stop_strings is not None:
             # transformers fills a None from the model's defaults: give it the same model with other defaults.
             bound.model = copy.copy(self.model)
             bound.model.generation_config = copy.deepcopy(self.model.generation_config)
@@ -286,7 +287,7 @@ class MedusaApar:
         max_new_tokens, eos_ids, criteria = Ends.of(
             stopping_criteria, generation_config, input_ids.shape[1], one_thread=mode == "off"
         )
-        if asked.stop_strings:
+        if asked.stop_strings is not None:
             if tokenizer is None:
                 raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")
             criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=asked.stop_strings))

@@ -103,10 +103,10 @@ def test_a_hook_is_copied_with_its_model_and_says_why_it_cannot_be_pickled(model
 @pytest.mark.parametrize("stop", [str, list])
 def test_stop_strings_of_the_bare_hook(tokenizer, whose, stop):
     model, inputs = tiny_model(seed=5), prompts(1, 6)
-    text = tokenizer.decode(model.generate(**inputs, **GREEDY)[0, 10:12])  # it may have come before
+    text = tokenizer.decode(model.generate(**inputs, **GREEDY)[0, 7:9])
     options = {**inputs, **GREEDY, "stop_strings": text if stop is str else [text, "never"]}
     expected = model.generate(**options, tokenizer=tokenizer)
-    assert expected.shape[1] <= 12
+    assert expected.shape[1] == 9
     apar = medusa_apar.attach(model, tokenizer=tokenizer if whose == "the hook's" else None)
     given = {} if whose == "the hook's" else {"tokenizer": tokenizer}
     assert torch.equal(model.generate(**options, **given, custom_generate=apar), expected)
