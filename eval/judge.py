@@ -25,7 +25,7 @@ from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.runs import Runs
 from medusa_apar.eval.statistics import ratio_of_totals
 from medusa_apar.job import Job, write_text
-from medusa_apar.json_files import read_object
+from medusa_apar.json_files import json_object
 
 SAID = "said.jsonl"
 RATING = re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]")
@@ -112,7 +112,7 @@ def run(
     found = summarise(ratings, games, {p.id: p.category for p in asked})
     found = {"judge": judge.endpoint.model, "url": judge.endpoint.url, "against": against, **found}
     job.log("judge", **found)
-    summary = read_object(job.folder / SUMMARY)
+    summary = json_object(job.folder / SUMMARY)
     write_text(job.folder / SUMMARY, json.dumps(summary | {"judge": found}, indent=2, ensure_ascii=False) + "\n")
     speeds = (job.folder / TABLE).read_text(encoding="utf-8")
     write_text(job.folder / TABLE, f"{speeds}\n{table(found)}")

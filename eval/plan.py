@@ -15,7 +15,7 @@ from medusa_apar.eval.runs import Runs
 from medusa_apar.generate import MedusaApar
 from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import machine, write_text
-from medusa_apar.json_files import read_object
+from medusa_apar.json_files import json_object
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
 
@@ -40,7 +40,7 @@ def open_results(folder: Path, plan: Plan) -> Runs:
     """results.jsonl by (system, prompt, repeat); ValueError where the folder holds results of another plan."""
     settings = folder / SETTINGS
     if settings.exists():
-        before = read_object(settings)
+        before = json_object(settings)
         for name, value in asdict(plan).items():
             if before.get(name) != value:
                 raise ValueError(

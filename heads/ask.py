@@ -22,7 +22,7 @@ from medusa_apar.finetune.packing import Tokens, tokenize_example
 from medusa_apar.finetune.rules import Thread, splice
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, append_lines, cut_half_a_line, write_text
-from medusa_apar.json_files import is_text, numbered_lines, parse, read_object
+from medusa_apar.json_files import is_text, json_object, numbered_lines, parse
 from medusa_apar.paragraph_tree import ParagraphTree
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"  # in a job's folder: answers, and what they were made with
@@ -132,7 +132,7 @@ def check_same_answers(out: Path, settings: dict[str, Any]) -> None:
     """ValueError where the folder's answers were made with other settings."""
     asked = out / ASKED
     if asked.exists() and (out / ANSWERS).exists():
-        check_same(read_object(asked), settings, f"{out} holds answers")
+        check_same(json_object(asked), settings, f"{out} holds answers")
 
 
 def keep_settings(out: Path, settings: dict[str, Any]) -> None:

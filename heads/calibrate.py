@@ -24,7 +24,7 @@ from medusa_apar.finetune.packing import IGNORED
 from medusa_apar.heads.answers import AnswerFile, Answers, encode, greedy
 from medusa_apar.heads.draft_heads import DraftHeads
 from medusa_apar.job import write_text
-from medusa_apar.json_files import read_object
+from medusa_apar.json_files import json_object
 
 UNKNOWN = -1  # the rank where the thread has ended, or has left the path the base would have taken
 LEAST = 1e-4  # chance of a rank that was never right: config.json keeps four digits, and a tree divides by it
@@ -338,5 +338,5 @@ def report(ranks: Ranks, reliability: Reliability, nodes: int) -> dict[str, Any]
 def write_acceptance(folder: Path, table: Table) -> None:
     """Puts the table into the heads' config.json, from where `attach` makes the draft tree."""
     path = folder / "config.json"
-    config = read_object(path) if path.exists() else {}
+    config = json_object(path) if path.exists() else {}
     write_text(path, json.dumps(config | {"acceptance": positive(table)}, indent=2) + "\n")

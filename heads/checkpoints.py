@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_apar.job import replacing, write_text
-from medusa_apar.reading import expanded, field, json_object, reading, shards
+from medusa_apar.json_files import json_object
+from medusa_apar.reading import expanded, field, reading, shards
 
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 FULL_MODEL_FILES = (

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import LogitsProcessor
 
-from medusa_apar.reading import expanded, field, json_object
+from medusa_apar.json_files import json_object
+from medusa_apar.reading import expanded, field
 
 CONFIG_NAME = "apar_config.json"
 MODEL_ENTRY = "apar_config"  # the same in a model's own config.json, where transformers' save_pretrained keeps it

@@ -43,7 +43,7 @@ def is_text(text: str) -> bool:
     return True
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """The one object that a file holds."""
     with path.open("rb") as file:
         text = file.read(MOST_RECORD + 1)
@@ -52,7 +52,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = parse(text)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object, but {type(found).__name__}")
     return found

@@ -13,7 +13,8 @@ import torch
 from medusa_apar import hub
 from medusa_apar.control_tokens import CONFIG_NAME, MODEL_ENTRY, ControlTokens
 from medusa_apar.job import write_text
-from medusa_apar.reading import expanded, field, json_object, reading, shards
+from medusa_apar.json_files import json_object
+from medusa_apar.reading import expanded, field, reading, shards
 
 if TYPE_CHECKING:
     from medusa_apar.generate import MedusaApar

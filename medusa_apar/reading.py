@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from .json_files import json_object
 
 T = TypeVar("T")
 
@@ -50,17 +51,6 @@ def _reason(error: Exception) -> str:
 def expanded(path: str | os.PathLike[str]) -> Path:
     """With the home directory for `~`; where there is none, the path as it is, which then does not exist."""
     return Path(os.path.expanduser(path))
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; ValueError where that is no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
 
 
 def field(config: Mapping[str, Any], name: str, kind: type[T], path: Path) -> T | None:

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from medusa_apar import json_files
-from medusa_apar.json_files import numbered_lines, numbered_records, parse, read_object
+from medusa_apar.json_files import json_object, numbered_lines, numbered_records, parse
 
 
 def array(seed):
@@ -89,11 +89,11 @@ def test_a_line_that_unpacks_to_a_gigabyte_is_not_read_whole(tmp_path, start, fi
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "cannot be read: broken JSON"),
+        (b"", r"is not valid JSON \(broken JSON"),
         (b"[1]", "holds no JSON object, but list"),
         (b"null", "holds no JSON object, but NoneType"),
-        (b"\xff\xfe{\0}\0", "cannot be read: broken text"),
-        (b'{"a":' * 100_000, "cannot be read: broken JSON, it nests too deeply"),
+        (b"\xff\xfe{\0}\0", r"is not valid JSON \(broken text"),
+        (b'{"a":' * 100_000, r"is not valid JSON \(broken JSON, it nests too deeply"),
         (b'{"a": ' + b"1" * 9999 + b"}", "a number has thousands of digits"),
         (b" " * ((1 << 26) + 1), "is longer than 64 MiB"),
     ],
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_object_is_a_sentence(tmp_path, content, sentence):
     path = tmp_path / "o.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"o\.json .*{sentence}|o\.json {sentence}"):
-        read_object(path)
+        json_object(path)
 
 
 def test_lines_keep_their_numbers_and_all_that_is_in_them(tmp_path):

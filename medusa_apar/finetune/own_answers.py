@@ -15,7 +15,7 @@ from medusa_apar.generate import MedusaApar
 from medusa_apar.heads.answers import fingerprint
 from medusa_apar.heads.ask import Limits, Prompt, answered, check_same, encoded_prompts
 from medusa_apar.job import Job, append_lines, write_text
-from medusa_apar.json_files import read_object
+from medusa_apar.json_files import json_object
 
 CHATS = "chats.jsonl"
 ASKED = "asked.jsonl"  # every prompt that was answered, those whose answer did not end among them
@@ -98,7 +98,7 @@ def _check_same_answers(apar: MedusaApar, limits: Limits, sampling: Sampling, jo
     }
     path = job.folder / SETTINGS
     if path.exists():
-        check_same(read_object(path), fixed, f"{job.folder} holds answers")
+        check_same(json_object(path), fixed, f"{job.folder} holds answers")
     write_text(path, json.dumps(fixed, indent=2) + "\n")
 
 
