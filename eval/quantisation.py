@@ -76,7 +76,7 @@ def main() -> None:
         measured: dict[str, Any] = {}
         written: list[list[list[int]]] = []
         for kind in KINDS:
-            options = {"speculation": "off", "runtime": "cpu", "quantize": kind}
+            options: dict[str, Any] = {"speculation": "off", "runtime": "cpu", "quantize": kind}
             apar = load(args.model, heads=None, dtype="float32", device="cpu", **options)
             dialogues = plain_dialogues(held_out(args.corpus, SEED), args.dialogues, apar.tokenizer)
             total, count = loss(apar, dialogues)

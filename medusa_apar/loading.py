@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -114,7 +115,10 @@ def load(
         heads = load_heads(heads, model)
     if control is not None:  # so that what `model.save_pretrained` writes forks too
         setattr(model.config, MODEL_ENTRY, control.as_config())
-    return attach(model, heads=heads, apar=control, tokenizer=tokenizer, attention=attention, **attach_options)
+    attached = attach(model, heads=heads, apar=control, tokenizer=tokenizer, attention=attention, **attach_options)
+    if sys.stderr.isatty():
+        print(f"{name}: {attached!r}", file=sys.stderr)
+    return attached
 
 
 def save(apar: MedusaApar, folder: str | Path) -> None:

@@ -360,10 +360,10 @@ def test_doctor_says_what_the_disk_holds(tmp_path, monkeypatch, capsys):
 def test_what_doctor_cannot_find_out_does_not_hide_the_rest(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("MEDUSA_APAR_CACHE", "/dev/null/cache")
-    library.library.cache_clear()
+    library.outcome.cache_clear()
     try:
         assert cli.main(["doctor"]) == 0
     finally:
-        library.library.cache_clear()
+        library.outcome.cache_clear()
     out = capsys.readouterr().out
     assert "torch only" in out and re.search(r"^smollm2-135m +\S", out, re.M)

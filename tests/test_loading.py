@@ -13,11 +13,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from medusa_apar import hub
 from medusa_apar.control_tokens import ControlTokens
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load, locate
+from tests.tiny import forking_folder
 from tests.tiny_gguf import write_tiny_gguf
 
 FORK, CHILD = 3, 4
@@ -87,6 +89,15 @@ def logits(apar):
 
 
 # ---- what is loaded
+
+
+def test_nothing_is_drawn_where_nobody_watches(tmp_path, capsys):
+    """Neither transformers' bar nor the line that a terminal shows."""
+    logging.enable_progress_bar()
+    folder = forking_folder(tmp_path / "model")
+    capsys.readouterr()
+    load(folder, speculation="off")
+    assert capsys.readouterr().err == "" and logging.is_progress_bar_enabled()
 
 
 def test_a_folder_is_a_plain_model(base):
