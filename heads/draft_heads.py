@@ -284,7 +284,7 @@ class DraftHeads(nn.Module):
         assert self.token_map is not None
         lm_head, kept = self.base.get_output_embeddings(), self._draft_rows
         weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
-        if not plain(weight) or not weight.is_floating_point():
+        if weight is None or not plain(weight) or not weight.is_floating_point():
             if kept is None:  # quantised before the first draft
                 raise ValueError(f"cannot take rows of a quantised unembedding ({type(lm_head).__name__}).")
             return kept[1:]

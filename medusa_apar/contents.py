@@ -74,7 +74,7 @@ def sums(tensors: Sequence[Tensor], turn: int | None = None) -> Tensor:
     if not isinstance(library.outcome(), str) and all(tensor.device.type == "cpu" for tensor in tensors):
         kept = [_bytes(tensor) for tensor in tensors]
         spans = (library.Span * len(kept))(
-            *((library.address(each, torch.uint8, each.numel()), each.numel()) for each in kept)
+            *(library.Span(library.address(each, torch.uint8, each.numel()), each.numel()) for each in kept)
         )
         target = library.address(found, torch.int64, len(kept) * TURNS)
         library.library().mapar_sums(spans, len(kept), -1 if turn is None else turn, target, torch.get_num_threads())

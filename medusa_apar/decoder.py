@@ -291,7 +291,8 @@ def check_agrees(model: PreTrainedModel, runtime: Runtime, largest: float | None
     a text of random tokens tells at once what would otherwise fail, or silently differ, in mid-run.
     """
     device = device_of(model)
-    ids = _some_text(model)
+    interpreted = runtime.verify is not None and device.type == "cpu"  # kernels, a hundred times as slow
+    ids = _some_text(model, 32 if interpreted else 256)
     try:
         with runtime.running():
             rows, ours = _over_a_forest(runtime, ids, device)
@@ -312,11 +313,10 @@ _CHECKED = TreeShape(np.array([-1, -1, 0, 2]))  # the second node is a token tha
 _WORK = 10_000_000_000  # products of a forward pass: a quarter of a second, more or less
 
 
-def _some_text(model: PreTrainedModel) -> list[int]:
-    """Random ids of the whole vocabulary, the same ones for the same model: a few hundred, and fewer where they
-    would take their time."""
+def _some_text(model: PreTrainedModel, most: int = 256) -> list[int]:
+    """Random ids of the whole vocabulary, the same ones for the same model; fewer where they would take their time."""
     vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-    length = max(16, min(256, _WORK // sum(parameter.numel() for parameter in model.parameters())))
+    length = max(16, min(most, _WORK // sum(parameter.numel() for parameter in model.parameters())))
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     length = min(length, context_length(model) or length, longest or length)
     return np.random.default_rng(0).integers(vocabulary, size=length).tolist()

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 # Families whose decoder layers are Llama's: norm, rotary attention, norm, gated SiLU, both residual.
 _FAMILIES = ("Llama", "Mistral", "Qwen2")
 _HELPERS = ("apply_rotary_pos_emb", "rotate_half")  # what a module's `forward` calls of its own file
-_FOLDERS = tuple(str(Path(package.__file__).parent) for package in (transformers, torch))
+_FOLDERS = tuple(str(Path(str(package.__file__)).parent) for package in (transformers, torch))
 
 
 def strangeness(model: PreTrainedModel) -> str | None:
@@ -34,7 +34,7 @@ def strangeness(model: PreTrainedModel) -> str | None:
     except (AttributeError, KeyError, TypeError) as error:
         return f"{type(model).__name__} is not built like Llama ({error})"
     for module, *names in parts:
-        kind = type(module)
+        kind: Any = type(module)
         if kind.__name__ not in names:
             return f"its {names[0]} is a {kind.__name__}"
         if not _is_own(kind, home, vars(kind).get("forward"), kind.__call__):
@@ -83,7 +83,7 @@ def _parts(model: Any, family: str) -> Iterator[tuple[Any, ...]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _is_own(kind: type, home: str, forward: Any, call: Any) -> bool:
+def _is_own(kind: Any, home: str, forward: Any, call: Any) -> bool:
     """Whether a class and its `forward` are those of transformers or torch; asked again where either is replaced."""
     if kind.__module__ != home and not kind.__module__.startswith(("torch.nn.modules.", "transformers.activations")):
         return False
