@@ -360,7 +360,7 @@ def _applied(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor
     if type(processor) in _BY_ROW or request.batch_size == 1:
         return processor(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
     rows = request.batch_size
-    return processor(ids.expand(rows, -1), scores.repeat(rows, 1))[request.row, None]  # type: ignore[arg-type]
+    return processor(ids.expand(rows, -1), scores.repeat(rows, 1))[request.row, None]
 
 
 def _own(processor: LogitsProcessor) -> Callable:
