@@ -34,9 +34,10 @@ inline void top(const float* x, int width, int count, int64_t* indices, float* v
     std::fill(indices, indices + count, 0);
     int i = 0;
     for (; i + 4 * LANES <= width; i += 4 * LANES) {  // most stretches hold nothing new: one comparison tells
-        const vf most = larger(larger(load(x + i), load(x + i + LANES)),
-                               larger(load(x + i + 2 * LANES), load(x + i + 3 * LANES)));
-        if (!any_above(most, values[count - 1])) continue;
+        // Each vector by itself: the larger of a number and a NaN may be the NaN, which is above nothing.
+        bool above = false;
+        for (int k = 0; k < 4; k++) above |= any_above(load(x + i + k * LANES), values[count - 1]);
+        if (!above) continue;
         for (int k = i; k < i + 4 * LANES; k++)
             if (x[k] > values[count - 1]) insert(x[k], k, count, indices, values);
     }

@@ -94,3 +94,11 @@ def test_interleaved_panels():
     rows = interleaved(first, second)[:, 0]
     assert rows[:16].tolist() == list(range(16)) and rows[16:32].tolist() == [-n for n in range(16)]
     assert rows[32:48].tolist() == list(range(16, 32))
+
+
+@pytest.mark.parametrize("share", [0.06, 0.5, 0.99])
+def test_a_nan_hides_no_number_beside_it(share):
+    torch.manual_seed(4)
+    logits = torch.randn(200, 1003)
+    logits[torch.rand(logits.shape) < share] = torch.nan
+    assert torch.equal(argmax(logits), logits.nan_to_num(-torch.inf).argmax(1))
