@@ -13,6 +13,7 @@ install: $(READY)
 # while their declared dependencies (web servers, tokenizers, a package without a wheel) are two dozen more downloads.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 $(READY): setup.py constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and '$(PYTHON) is Python %d.%d: name one from 3.11 to 3.13 with PYTHON=...' % sys.version_info[:2])"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	test -z "$(TORCH_INDEX)" || $(PIP) --index-url "$(TORCH_INDEX)" --no-deps torch
 	$(PIP) --editable '.[dev,train]'
@@ -27,18 +28,18 @@ test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What must be exact, with the newest releases of everything, as pip resolves them for a new user: no constraints.txt.
-NEWEST := .venv-newest/.installed
-EXACTNESS := $(addprefix tests/, test_generate.py test_threads.py test_drop_in.py test_checks.py test_sampling.py \
-	test_speculation.py test_fork_policy.py test_loading.py test_merge.py cpu/test_runtime.py)
-$(NEWEST): setup.py
-	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
-	test -z "$(TORCH_INDEX)" || .venv-newest/bin/python -m pip install --index-url "$(TORCH_INDEX)" --no-deps torch
-	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
-	touch $(NEWEST)
+NEWEST := .venv-newest/bin/python
+EXACTNESS := $(addprefix tests/, test_generate.py test_threads.py test_drop_in.py test_options.py test_processors.py \
+	test_stopping.py test_checks.py test_sampling.py test_speculation.py test_fork_policy.py test_loading.py test_merge.py \
+	test_runtimes.py test_ambient.py test_changed_weights.py heads/test_resized.py cpu/test_runtime.py cpu/test_known.py)
 
-test-newest: $(NEWEST)
-	.venv-newest/bin/python -c "import torch, transformers, peft; print(*(m.__name__ + ' ' + m.__version__ for m in (torch, transformers, peft)))"
-	.venv-newest/bin/python -m pytest -n auto --dist loadfile $(EXACTNESS) $(ARGS)
+# pip is asked every time: what was newest when the environment was made is not what is newest now.
+test-newest:
+	test -x $(NEWEST) || $(PYTHON) -m venv .venv-newest
+	test -z "$(TORCH_INDEX)" || $(NEWEST) -m pip install --index-url "$(TORCH_INDEX)" --no-deps torch
+	$(NEWEST) -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(NEWEST) -c "import torch, transformers, peft; print(*(m.__name__ + ' ' + m.__version__ for m in (torch, transformers, peft)))"
+	$(NEWEST) -m pytest -n auto --dist loadfile $(EXACTNESS) $(ARGS)
 
 # 160 tokens keep it under ten minutes on two cores where transformers writes nine a second. Delete bench-results to
 # measure anew: what it holds is not answered again.
