@@ -22,7 +22,7 @@ from medusa_apar.finetune.packing import Tokens, tokenize_example
 from medusa_apar.finetune.rules import Thread, splice
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, append_lines, cut_half_a_line, write_text
-from medusa_apar.json_files import is_text, json_object, numbered_lines, parse
+from medusa_apar.json_files import is_text, json_object, parsed_lines
 from medusa_apar.paragraph_tree import ParagraphTree
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"  # in a job's folder: answers, and what they were made with
@@ -170,11 +170,7 @@ def answered(out: Path) -> set[str]:
         return set()
     cut_half_a_line(out)
     found = set()
-    for number, line in numbered_lines(out):
-        try:
-            record = parse(line)
-        except ValueError as error:
-            raise ValueError(f"{out}:{number}: {error}") from error
+    for number, record in parsed_lines(out):
         if not isinstance(record, dict) or not isinstance(record.get("id"), str):
             raise ValueError(f"{out}:{number}: no answer, which has an id")
         found.add(record["id"])
