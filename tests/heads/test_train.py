@@ -630,7 +630,7 @@ def test_a_device_that_is_not_there_is_said(tuned, data, tmp_path, capsys, devic
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 100, None])
+@pytest.mark.parametrize("content", [b"", b"no tensors", None])
 def test_a_damaged_shard_of_hidden_states_is_named(model, tmp_path, content):
     (path,) = Encoder(model, AnswerFile([RECORD]), [EOS], tmp_path).run(range(1))
     path.write_bytes(path.read_bytes()[:-10] if content is None else content)
