@@ -25,7 +25,7 @@ from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.runs import Runs
 from medusa_apar.eval.statistics import ratio_of_totals
 from medusa_apar.job import Job, write_text
-from medusa_apar.json_files import json_object
+from medusa_apar.json_files import json_object, parsed_lines
 
 SAID = "said.jsonl"
 RATING = re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]")
@@ -42,8 +42,7 @@ class Judge:
 
     def __init__(self, url: str, model: str | None, set_name: str) -> None:
         self.endpoint = ChatEndpoint(url, model)
-        text = prompts.fetch(prompts.JUDGE_PROMPTS).read_text(encoding="utf-8")
-        self.templates = {row["name"]: row for row in map(json.loads, filter(None, text.split("\n")))}
+        self.templates = {row["name"]: row for _, row in parsed_lines(prompts.fetch(prompts.JUDGE_PROMPTS))}
         self.references = references(set_name)
 
     def rate(self, said: Runs, prompt: Prompt, answer: str) -> float | None:

@@ -17,6 +17,7 @@ from medusa_apar.eval import prompts
 from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.runs import Runs
 from medusa_apar.job import Job, write_text
+from medusa_apar.json_files import parsed_lines
 
 FOLDER = "judge"
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories, by FastChat's names
@@ -60,8 +61,7 @@ def references(set_name: str) -> dict[str, dict[str, Any]]:
     """GPT-4's answers by id of the question, FastChat's lines; none for sets that have no question of MT-bench."""
     if set_name not in MT_BENCH:
         return {}
-    text = prompts.fetch(prompts.REFERENCES).read_text(encoding="utf-8")
-    return {str(row["question_id"]): row for row in map(json.loads, filter(None, text.split("\n")))}
+    return {str(row["question_id"]): row for _, row in parsed_lines(prompts.fetch(prompts.REFERENCES))}
 
 
 def _id(id: str) -> int | str:

@@ -13,6 +13,7 @@ from medusa_apar.chat import encode_messages
 from medusa_apar.finetune.corpus import Example, read_examples
 from medusa_apar.finetune.mixture import is_held_out
 from medusa_apar.finetune.rules import splice
+from medusa_apar.json_files import parsed_lines
 
 CORPUS = "corpus"  # the name of the held-out corpus prompts among the prompt sets
 PLAIN = "plain"  # the kind of corpus answers that should not fork, code among them
@@ -35,13 +36,12 @@ class Question:
 def read_questions(name: str, path: Path) -> list[Question]:
     """First turns of a FastChat JSONL file; ValueError names the first line that is none."""
     questions = []
-    for index, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n")):
+    for number, row in parsed_lines(path):
         try:
-            row = json.loads(line)
             messages = [{"role": "user", "content": row["turns"][0]}]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{path}:{index + 1} is no question with `turns`, as FastChat writes them") from error
-        questions.append(Question(name, str(row.get("question_id", index)), messages))
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no question with `turns`, as FastChat writes them") from error
+        questions.append(Question(name, str(row.get("question_id", number - 1)), messages))
     if not questions:
         raise ValueError(f"{path} holds no questions")
     return questions

@@ -52,6 +52,7 @@ from medusa_apar.generate import MedusaApar, attach
 from medusa_apar.heads import DraftHeads, checkpoints, load_heads
 from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import Job, write_text
+from medusa_apar.json_files import json_object
 from medusa_apar.loading import heads_name, load, locate
 
 SYSTEMS = ("threads", "single", "heads", "both", "base")
@@ -220,7 +221,7 @@ def check_same_settings(args: argparse.Namespace) -> None:
                     fixed[str(file)] = f"{file.stat().st_size} bytes of {file.stat().st_mtime_ns}"
     path = args.out / "settings.json"
     if path.exists() and (args.out / "runs.jsonl").exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = json_object(path)
         for name in fixed.keys() | earlier.keys():
             if fixed.get(name) != earlier.get(name):
                 raise ValueError(

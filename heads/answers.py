@@ -30,6 +30,7 @@ from medusa_apar.finetune.packing import PackedForest, TokenThread, join, pack_t
 from medusa_apar.heads.captured import Captured
 from medusa_apar.job import replacing
 from medusa_apar.json_files import numbered_lines, parse
+from medusa_apar.reading import reading
 
 SHARD_RECORDS = 64  # a killed run encodes at most so many again for each of its workers
 ROW_TOKENS = 512  # short records share a forward pass up to here: products of few rows waste half of a core
@@ -183,7 +184,7 @@ def _checked_record(line: bytes) -> dict:
         why = f"it lacks {error}" if isinstance(error, KeyError) else "its fields have other types"
         raise ValueError(f"no answer record with prompt_ids and threads, {why}") from error
     if not sound:
-        raise ValueError("an answer record whose ids, parents or fork indices are impossible")
+        raise ValueError("an impossible answer record, by its ids, parents or fork indices")
     return record
 
 
@@ -254,7 +255,8 @@ class Store:
         columns: list[list[Tensor]] = []
         threads = 0
         for path in shards:
-            with safe_open(path, framework="pt") as file:
+            damaged = "is damaged: delete it, and the next run makes it anew"
+            with reading(path, damaged), safe_open(path, framework="pt") as file:
                 hidden, ids, next_ids, thread, record = (file.get_tensor(name) for name in Answers.__slots__)
             if not len(ids):
                 continue

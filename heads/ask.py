@@ -22,7 +22,7 @@ from medusa_apar.finetune.packing import Tokens, tokenize_example
 from medusa_apar.finetune.rules import Thread, splice
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, append_lines, cut_half_a_line, write_text
-from medusa_apar.json_files import is_text, json_object, numbered_lines, parse
+from medusa_apar.json_files import is_text, json_object, parsed_lines
 from medusa_apar.paragraph_tree import ParagraphTree
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"  # in a job's folder: answers, and what they were made with
@@ -32,11 +32,6 @@ class Prompt(NamedTuple):
     id: str
     messages: list[Message]  # the conversation up to the answer
     place: str  # file and line
-
-
-class Encoded(NamedTuple):
-    prompt: Prompt
-    inputs: dict[str, torch.Tensor]  # of `encode_messages`
 
 
 @dataclass(slots=True)
@@ -92,30 +87,34 @@ def _question(record: Any) -> list[Message]:
     return messages
 
 
-def encoded_prompts(
-    tokenizer: Any, prompts: Sequence[Prompt], limits: Limits, drops: Drops | None = None
-) -> tuple[list[Encoded], int]:
+def fitting_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], limits: Limits, job: Job, drops: Drops | None = None
+) -> tuple[list[Prompt], int]:
     """The first `limits.count` prompts in the order of the run that are short enough, and how many were too long.
+
+    Their tokens are not kept: those of a large corpus would fill the memory long before their turn comes.
 
     drops: says what is done about those that the chat template refuses; None raises BadCorpus with file and line.
     """
     drops = drops if drops is not None else Drops()
     order = list(prompts)
     random.Random(limits.seed).shuffle(order)
-    found: list[Encoded] = []
+    found: list[Prompt] = []
     too_long = 0
-    for prompt in order:
-        if len(found) == limits.count:
-            break
-        try:
-            inputs = encode_messages(tokenizer, prompt.messages)
-        except ValueError as error:
-            drops.bad(str(error), prompt.place)
-            continue
-        if inputs["input_ids"].shape[1] > limits.max_prompt:
-            too_long += 1
-        else:
-            found.append(Encoded(prompt, inputs))
+    with job.bar("measuring prompts", len(order)) as bar:
+        for prompt in order:
+            if len(found) == limits.count:
+                break
+            bar.advance()
+            try:
+                tokens = encode_messages(tokenizer, prompt.messages)["input_ids"].shape[1]
+            except ValueError as error:
+                drops.bad(str(error), prompt.place)
+                continue
+            if tokens > limits.max_prompt:
+                too_long += 1
+            else:
+                found.append(prompt)
     return found, too_long
 
 
@@ -142,18 +141,18 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     write_text(out / ASKED, json.dumps(settings, indent=2) + "\n")
 
 
-def ask(apar: MedusaApar, prompts: Sequence[Encoded], out: Path, limits: Limits, job: Job) -> None:
+def ask(apar: MedusaApar, prompts: Sequence[Prompt], out: Path, limits: Limits, job: Job) -> None:
     """Appends an answer per prompt to `out` until the time is over; those that it holds are not asked again."""
     started, done = time.monotonic(), answered(out)
-    todo = [encoded for encoded in prompts if encoded.prompt.id not in done]
+    todo = [prompt for prompt in prompts if prompt.id not in done]
     tokens = 0
     with job.bar("answering prompts", len(prompts), len(prompts) - len(todo)) as bar:
         for first in range(0, len(todo), limits.batch):
             if time.monotonic() - started > 60 * limits.max_minutes:
                 break
             batch = todo[first : first + limits.batch]
-            names, inputs = [encoded.prompt.id for encoded in batch], [encoded.inputs for encoded in batch]
-            records = answer(apar, names, inputs, limits.max_new_tokens)
+            inputs = [encode_messages(apar.tokenizer, prompt.messages) for prompt in batch]
+            records = answer(apar, [prompt.id for prompt in batch], inputs, limits.max_new_tokens)
             append_lines(out, records)
             tokens += sum(len(thread["token_ids"]) for record in records for thread in record["threads"])
             rate = tokens / (time.monotonic() - started)
@@ -170,11 +169,7 @@ def answered(out: Path) -> set[str]:
         return set()
     cut_half_a_line(out)
     found = set()
-    for number, line in numbered_lines(out):
-        try:
-            record = parse(line)
-        except ValueError as error:
-            raise ValueError(f"{out}:{number}: {error}") from error
+    for number, record in parsed_lines(out):
         if not isinstance(record, dict) or not isinstance(record.get("id"), str):
             raise ValueError(f"{out}:{number}: no answer, which has an id")
         found.add(record["id"])

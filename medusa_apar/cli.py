@@ -36,7 +36,9 @@ examples:
   medusa-apar demo
   medusa-apar demo --prompt "Name five rivers and what they are known for." --no-baseline
 """
-GENERATE = """Prints the answer to PROMPT as it becomes readable, and to a terminal's standard error what runs it.
+GENERATE = """Prints the answer to PROMPT as it becomes readable.
+
+On a terminal it also says, on standard error, what runs the model.
 
 examples:
   medusa-apar generate "Give me three tips for better sleep."
@@ -217,7 +219,8 @@ def run_generate(args: argparse.Namespace) -> int:
     apar, options = _load(args), _options(args)
     inputs = demo.prompt(apar, question)
     with ExitStack() as waiting:
-        waiting.enter_context(slow(f"reading the prompt of {inputs['input_ids'].shape[1]} tokens"))
+        doing = "answering" if args.json else "reading"  # without a Printer nothing is seen before all is answered
+        waiting.enter_context(slow(f"{doing} the prompt of {inputs['input_ids'].shape[1]} tokens"))
         if args.json:
             demo.warm_up(demo.run_apar, apar, inputs, options)
         streamer = None if args.json else demo.Printer(apar.tokenizer, waiting)

@@ -94,11 +94,11 @@ def model_findings(name: str, **options: Any) -> Iterator[tuple[str, str]]:
     yield "control tokens", _control_tokens(apar)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     yield "memory", f"{_size(weights)} of weights; loading it took {_size(max(taken, 0))} in all"
-    yield "disk", ", ".join(f"{part} {_size(size)}" for part, size in _on_disk(source).items() if size)
+    yield "disk", _or_why_not(partial(_on_disk, source))
 
 
-def _on_disk(source: Source) -> dict[str, int]:
-    """Bytes of a model's parts."""
+def _on_disk(source: Source) -> str:
+    """What each of a model's parts takes."""
     if source.base in hub.EMBEDDED:
         base = hub.embedded_model_path(source.base)
     elif not (base := Path(source.base)).exists():
@@ -108,7 +108,7 @@ def _on_disk(source: Source) -> dict[str, int]:
         sizes["adapter"] = sum(map(_bytes, source.adapter.glob("adapter_model.*")))
     if source.heads:
         sizes["heads"] = sum(map(_bytes, checkpoints.find(source.heads)))
-    return sizes
+    return ", ".join(f"{part} {_size(size)}" for part, size in sizes.items() if size)
 
 
 def _why_torch(apar: MedusaApar) -> list[str]:
@@ -156,9 +156,9 @@ def _size(count: int) -> str:
 
 
 def _bytes(place: Path) -> int:
-    """Of a file, or of all files in a folder."""
-    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files)
+    """Of a file, or of all files in a folder, each counted once: the Hub's cache links a snapshot's to its blobs."""
+    found = [path.stat() for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file()]
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in found}.values())
 
 
 def _cache() -> str:

@@ -64,8 +64,17 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield from _lines(file, path)
 
 
+def parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The same, parsed; ValueError with file and line for the first that is no JSON."""
+    for number, line in numbered_lines(path):
+        try:
+            yield number, parse(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+
+
 def numbered_records(path: Path) -> Iterator[tuple[int, bytes | Any]]:
-    """The same, or the parsed records of a file that is one JSON array."""
+    """What `numbered_lines` gives, or the parsed records of a file that is one JSON array."""
     with _opened(path) as file:
         yield from (_array if _is_array(file) else _lines)(file, path)
 

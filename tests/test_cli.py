@@ -13,7 +13,7 @@ from tokenizers.normalizers import Replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import medusa_apar
-from medusa_apar import cli, demo, hub, job
+from medusa_apar import cli, demo, doctor, hub, job
 from medusa_apar.commands import SUBCOMMANDS
 from medusa_apar.cpu import library
 from medusa_apar.display.terminal import Lanes
@@ -208,6 +208,8 @@ def test_every_command_that_reads_corpora_has_the_option_for_bad_lines():
     commands = cli.parser()._subparsers._group_actions[0].choices
     having = {name for name, command in commands.items() if "--bad-lines" in command._option_string_actions}
     assert having == {"answer", "data", "finetune", "train-heads", "calibrate"}
+    templated = {name for name in having if "chat template" in commands[name].format_help()}
+    assert templated == having - {"data"}  # which has no model
 
 
 def numbers():
@@ -256,6 +258,18 @@ def test_where_nothing_can_be_written_is_said_at_once(command, kind, tmp_path, m
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("command", list(SUBCOMMANDS))
+def test_a_folder_to_write_into_may_begin_with_the_home_directory(command, tmp_path, monkeypatch):
+    """A shell leaves the `~` of --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (option,) = (
+        action
+        for action in cli.parser()._subparsers._group_actions[0].choices[command]._actions
+        if "--out" in action.option_strings
+    )
+    assert option.type("~/x") == tmp_path / "x"
+
+
 @pytest.mark.parametrize("argument", ["a\udcff", "\ud800"])
 @pytest.mark.parametrize("before", [["generate"], ["demo", "--prompt"], ["data", "--out"], ["merge", "x", "--out"]])
 def test_an_argument_that_is_no_text_is_refused(before, argument, capsys):
@@ -297,8 +311,9 @@ def test_what_takes_long_is_said_on_a_terminal_alone(monkeypatch, waits, seconds
         assert stream.getvalue() == ("loading it ...\n" if shown else "")
 
 
-def test_the_first_text_of_an_answer_ends_the_waiting(run, monkeypatch):
-    """A line about the prompt must not come between the words of the answer."""
+@pytest.mark.parametrize(("more", "what"), [([], "reading"), (["--json"], "answering")])
+def test_the_first_text_of_an_answer_ends_the_waiting(run, monkeypatch, more, what):
+    """A line about the prompt must not come between the words of the answer; with --json these come at the end."""
     left = []
 
     @contextlib.contextmanager
@@ -308,8 +323,8 @@ def test_the_first_text_of_an_answer_ends_the_waiting(run, monkeypatch):
 
     monkeypatch.setattr(job, "slow", slow)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert run("generate", QUESTION, "--max-new-tokens", "5")[0] == 0
-    assert left == [("reading the prompt of 4 tokens", "")]
+    assert run("generate", QUESTION, "--max-new-tokens", "5", *more)[0] == 0
+    assert left == [(f"{what} the prompt of 4 tokens", "")]
 
 
 @pytest.mark.parametrize("plan", cli.SPECULATION)
@@ -355,6 +370,29 @@ def test_doctor_says_what_the_disk_holds(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert re.search(rf"^cache +{tmp_path}, \d+\.\d MB *$", out, re.M) and "base 2.5 MB" in out
     assert re.search(r"step\.so, \d\.\d MB", out) or "torch only" in out
+
+
+def test_doctor_counts_a_linked_file_once(tmp_path):
+    """As the Hub's cache holds a model: blobs, and a snapshot of links to them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "a"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "1").write_bytes(bytes(1000))
+    (snapshot / "model.safetensors").symlink_to(blobs / "1")
+    (snapshot / "gone").symlink_to(blobs / "2")
+    sizes = [doctor._bytes(place) for place in (tmp_path, snapshot, snapshot / "model.safetensors")]
+    assert sizes == [1000, 1000, 1000]
+
+
+def test_doctor_says_why_it_cannot_tell_the_size_on_the_disk(tmp_path, monkeypatch, capsys):
+    folder = forking_folder(tmp_path / "model")
+
+    def fails(place):
+        raise PermissionError(13, "Permission denied", str(place))
+
+    monkeypatch.setattr(doctor, "_bytes", fails)
+    found = dict(doctor.model_findings(str(folder)))
+    assert found["disk"].startswith("cannot be told: ") and "Permission denied" in found["disk"]
 
 
 def test_what_doctor_cannot_find_out_does_not_hide_the_rest(monkeypatch, capsys):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from medusa_apar import attach
 from medusa_apar.draft_tree import DraftTree
-from medusa_apar.eval import answering, goals, weights
+from medusa_apar.eval import answering, goals, questions, weights
 from medusa_apar.eval.loops import looping_share
 from medusa_apar.finetune.mixture import is_held_out
 from medusa_apar.heads import HydraHeads, MedusaHeads
@@ -265,3 +265,29 @@ def test_bad_input_is_one_sentence_before_any_work(folders, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     with pytest.raises(SystemExit):
         weights.main([*arguments(folders, tmp_path / "new"), "--prompts", "no-such-file"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", r"q\.jsonl:2: broken JSON"),
+        (b"\xff", r"q\.jsonl:2: broken text"),
+        (b"[" * 100_000, r"q\.jsonl:2: broken JSON, it nests too deeply"),
+        (b"5", r"q\.jsonl:2 is no question with `turns`"),
+    ],
+)
+def test_what_is_no_question_is_named_with_its_line(tmp_path, content, words):
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b'{"turns": ["Why?"]}\n' + content + b"\n")
+    with pytest.raises(ValueError, match=words):
+        questions.read_questions("q", path)
+
+
+def test_damaged_settings_are_named(tmp_path):
+    for name in ("settings.json", "runs.jsonl"):
+        (tmp_path / name).write_text("{")
+    (tmp_path / "model").mkdir()
+    args = SimpleNamespace(model=str(forking_folder(tmp_path / "model")), base=None, dtype="float32", max_new_tokens=4)
+    args.out = tmp_path
+    with pytest.raises(ValueError, match=r"settings\.json is not valid JSON"):
+        weights.check_same_settings(args)

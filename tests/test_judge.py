@@ -207,6 +207,17 @@ def test_the_files_are_fastchats(fastchat, data, tmp_path):
 MULTI_TURN = TEMPLATES + [row | {"name": f"{row['name']}-multi-turn"} for row in TEMPLATES]
 
 
+@pytest.mark.parametrize("name", ["JUDGE_PROMPTS", "REFERENCES"])
+def test_a_broken_line_of_fastchats_files_is_named(player, data, tmp_path, monkeypatch, name):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(path.read_text() + "{\n")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(prompts, name, prompts.PromptSet(path.name, digest, ""))
+    line = path.read_text().count("\n")
+    with pytest.raises(ValueError, match=rf"{path}:{line}: broken JSON"):
+        judge.Judge(player.url, None, "mt")
+
+
 def test_no_reference_is_borrowed_by_a_set_with_the_same_ids(data, tmp_path):
     job, results = answered(tmp_path, a="good")
     judge_files.write(job, results, ASKED, ["a"], "mine.jsonl")

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     quiet()
     drops = Drops(skip_bad=args.bad_lines == "skip")
-    prompts = read_prompts(args.prompts, drops)
+    with slow("reading the prompts"):
+        prompts = read_prompts(args.prompts, drops)
     dtype = fast_dtype() if args.dtype == "auto" else args.dtype
     # Without guesses: what a thread writes beyond an answer's end is kept, and they would change how much.
     options = {"speculation": "off", "dtype": dtype, "trust_remote_code": args.trust_remote_code}

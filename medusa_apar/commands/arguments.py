@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..reading import expanded
+
 MOST_THREADS = 1024  # of a CPU; OpenMP ends the process where it cannot start as many as were asked for
 MOST = {int: 2**63 - 1, float: sys.float_info.max}  # what torch and C++ can hold
 
@@ -38,7 +40,7 @@ def out_folder(text: str) -> Path:
     """An argparse type: a folder to write into, there already or not."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} names no folder")
-    path = Path(text)
+    path = expanded(text)
     nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
         raise argparse.ArgumentTypeError(f"{nearest} is no folder")
@@ -47,14 +49,18 @@ def out_folder(text: str) -> Path:
     return path
 
 
-def add_bad_lines(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """`--bad-lines`, the same in every command that reads corpora."""
+def add_bad_lines(parser: argparse.ArgumentParser | argparse._ArgumentGroup, templated: bool = True) -> None:
+    """`--bad-lines`, the same in every command that reads corpora.
+
+    templated: whether the command has a model, whose chat template conversations must suit.
+    """
+    refused = ", or whose conversation the model's chat template refuses," if templated else ""
     parser.add_argument(
         "--bad-lines",
         choices=("fail", "skip"),
         default="fail",
-        help="a line that cannot be read, or whose conversation the model's chat template refuses, is an error before "
-        "any work, or is left out and reported (default: %(default)s)",
+        help=f"a line that cannot be read{refused} is an error before any work, or is left out and reported "
+        "(default: %(default)s)",
     )
 
 

@@ -23,7 +23,7 @@ from .arguments import add_bad_lines, check_files, number, out_folder
 if TYPE_CHECKING:
     from ..generate import MedusaApar
     from ..heads.answers import AnswerFile
-    from ..heads.ask import Encoded, Limits
+    from ..heads.ask import Limits, Prompt
     from ..job import Job
 
 HELP = "measure the heads' acceptance and choose the draft tree"
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from ..finetune.corpus import Drops
     from ..heads import calibrate, checkpoints
     from ..heads.answers import fingerprint, loops
-    from ..heads.ask import ANSWERS, Limits, check_same_answers, encoded_prompts, keep_settings, read_prompts
+    from ..heads.ask import ANSWERS, Limits, check_same_answers, fitting_prompts, keep_settings, read_prompts
     from ..heads.calibration_plot import plot
     from ..heads.draft_heads import unembedding_size
     from ..job import Job, quiet, slow
@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: str(getattr(args, name)) for name in ("model", "prompts", "max_new_tokens", "dtype", "seed")}
     drops = Drops(skip_bad=args.bad_lines == "skip")
     if args.prompts:
-        prompts = read_prompts(args.prompts, drops)
+        with slow("reading the prompts"):
+            prompts = read_prompts(args.prompts, drops)
         check_same_answers(args.out, settings)
     else:
         read = calibrate.AnswerFile.read(*args.answers, drops=drops)
@@ -94,11 +95,11 @@ def run(args: argparse.Namespace) -> int:
     with Job(args.out, "calibrate", vars(args)) as job:
         if args.prompts:
             limits = Limits(args.count, max_new_tokens=args.max_new_tokens, batch=args.batch, seed=args.seed)
-            encoded, too_long = encoded_prompts(apar.tokenizer, prompts, limits, drops)
-            if not encoded:
+            fitting, too_long = fitting_prompts(apar.tokenizer, prompts, limits, job, drops)
+            if not fitting:
                 raise ValueError(f"{args.prompts[0]} holds no prompt of at most {limits.max_prompt} tokens")
             keep_settings(args.out, settings | {"model_fingerprint": fingerprint(apar.model)[:16]})
-            read = _asked(job, apar, encoded, args.out / ANSWERS, limits)
+            read = _asked(job, apar, fitting, args.out / ANSWERS, limits)
             job.log("asked", too_long=too_long)
         if drops.counts:
             job.say(f"left out: {drops}")
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(job: Job, apar: MedusaApar, prompts: list[Encoded], path: Path, limits: Limits) -> AnswerFile:
+def _asked(job: Job, apar: MedusaApar, prompts: list[Prompt], path: Path, limits: Limits) -> AnswerFile:
     """The model's answers to the prompts, those of an earlier run among them."""
     from ..heads.answers import AnswerFile
     from ..heads.ask import ask

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("corpora", nargs="+", metavar="CORPUS", help="file or data set name")
     add("--out", type=out_folder, required=True, metavar="DIR", help="where the examples go")
-    add_bad_lines(parser)
+    add_bad_lines(parser, templated=False)
     add("--all-turns", action="store_true", help="every answer of a conversation is a target, not only its last")
     add("--max-depth", type=number(int, 0, 8), default=2, metavar="N", help="of the trees (default: %(default)s)")
     add(

@@ -136,9 +136,10 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(threads)
     check_out(args.out)
     drops = Drops(skip_bad=args.bad_lines == "skip")
-    given = AnswerFile.read(*args.answers, drops=drops)
-    prompts = read_prompts(args.prompts, drops) if args.prompts else []
-    examples = _examples(args, drops)
+    with slow("reading answers, prompts and corpora"):
+        given = AnswerFile.read(*args.answers, drops=drops)
+        prompts = read_prompts(args.prompts, drops) if args.prompts else []
+        examples = _examples(args, drops)
     device = _device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
     settings = Settings(
         kind=args.kind,
@@ -206,22 +207,27 @@ def _records(
     from itertools import islice
 
     from medusa_apar.heads.answers import AnswerFile, fingerprint, loops
-    from medusa_apar.heads.ask import ANSWERS, Limits, ask, copied_records, encoded_prompts, keep_settings
+    from medusa_apar.heads.ask import ANSWERS, Limits, ask, copied_records, fitting_prompts, keep_settings
     from medusa_apar.heads.draft_heads import unembedding_size
 
-    copied = list(islice(copied_records(apar, examples, args.max_copied, drops), args.copy_count))
+    copied: list[dict] = []
+    if examples:
+        with job.bar("copying corpus answers", args.copy_count or len(examples)) as bar:
+            for record in islice(copied_records(apar, examples, args.max_copied, drops), args.copy_count):
+                copied.append(record)
+                bar.advance()
     own: list[dict] = []
     too_long = 0
     if prompts:
         minutes = float("inf") if args.answer_minutes is None else args.answer_minutes
         limits = Limits(args.count, args.max_prompt, args.max_new_tokens, args.answer_batch, minutes, args.seed)
-        encoded, too_long = encoded_prompts(apar.tokenizer, prompts, limits, drops)
+        fitting, too_long = fitting_prompts(apar.tokenizer, prompts, limits, job, drops)
         settings = {name: str(getattr(args, name)) for name in ("prompts", "max_prompt", "max_new_tokens", "seed")}
         keep_settings(args.out, settings | {"model_fingerprint": fingerprint(apar.model)[:16]})
         path = args.out / ANSWERS
         # Once training has begun its answers are settled, even if --answer-minutes cut them short.
         if not ((args.out / "train" / "state.pt").exists() and path.exists()):
-            ask(apar, encoded, path, limits, job)
+            ask(apar, fitting, path, limits, job)
         answered = AnswerFile.read(path)
         answered.check_ids(unembedding_size(apar.model)[0])
         own = answered.records

@@ -108,6 +108,8 @@ def read_conversations(source: str | Path, bad: Callable[[str, str], None]) -> I
     path = Path(source)
     if path.is_dir():
         raise IsADirectoryError(f"{source or path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{source} is no regular file: write what it gives into one first")
     if path.exists():
         records = file_records(path, bad)
     elif path.suffix in (".json", ".jsonl", ".gz") or str(source).startswith((".", "/", "~")):
@@ -257,12 +259,14 @@ def _dataset_records(name: str) -> Iterator[tuple[str, Any]]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     name, _, split = name.partition(":")
+    number = 0
     try:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{name}:{number}", row
     except Exception as error:  # datasets raises a dozen kinds, its own and those of the Hub and of HTTP
-        raise BadCorpus(f"{name} is neither a file nor a data set that can be had ({error})") from error
+        why = f"breaks off after row {number}" if number else "is neither a file nor a data set that can be had"
+        raise BadCorpus(f"{name} {why} ({error})") from error
 
 
 def _as_lists(thread: Thread) -> list:

@@ -34,7 +34,8 @@ def make_examples(
     """
     drops = Drops(skip_bad)
     seen: set[int] = set()
-    others = read_examples(agree_with, Drops(skip_bad), all_turns=all_turns, max_depth=max_depth)
+    others_drops = Drops(skip_bad)
+    others = read_examples(agree_with, others_drops, all_turns=all_turns, max_depth=max_depth)
     forms = {example.id: bool(example.tree.forks) for example in others}
     if agree_with and not forms:
         raise BadCorpus(f"{', '.join(map(str, agree_with))} holds no usable answer to agree with")
@@ -86,6 +87,7 @@ def make_examples(
         whole=dict(reasons.most_common()),
         depths={str(depth): count for depth, count in sorted(depths.items())},
         dropped=drops.as_report(),
+        agree_with_dropped=others_drops.as_report(),
     )
     job.log("end", **totals)
     job.say(_summary(report))
@@ -97,6 +99,7 @@ def _summary(report: dict[str, Any]) -> str:
     for corpus, kinds in report["kinds"].items():
         lines.append(f"  {Path(corpus).name}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
     lines.append("whole: " + ", ".join(f"{count} {reason}" for reason, count in report["whole"].items()))
-    for reason, entry in report["dropped"].items():
-        lines.append(f"dropped: {entry['count']} {reason}, first {entry['first'][0]}")
+    for name, what in (("dropped", "dropped"), ("agree_with_dropped", "dropped of --agree-with")):
+        for reason, entry in report[name].items():
+            lines.append(f"{what}: {entry['count']} {reason}, first {entry['first'][0]}")
     return "\n".join(lines)

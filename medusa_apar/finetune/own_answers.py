@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from medusa_apar.chat import left_padded
+from medusa_apar.chat import encode_messages, left_padded
 from medusa_apar.finetune.corpus import Drops
 from medusa_apar.generate import MedusaApar
 from medusa_apar.heads.answers import fingerprint
-from medusa_apar.heads.ask import Limits, Prompt, answered, check_same, encoded_prompts
+from medusa_apar.heads.ask import Limits, Prompt, answered, check_same, fitting_prompts
 from medusa_apar.job import Job, append_lines, write_text
 from medusa_apar.json_files import json_object
 
@@ -38,7 +38,7 @@ def own_answers(
 
     drops: says what is done about prompts that the chat template refuses, and what was about other bad lines.
     """
-    todo, too_long = encoded_prompts(apar.tokenizer, prompts, limits, drops)
+    todo, too_long = fitting_prompts(apar.tokenizer, prompts, limits, job, drops)
     _check_same_answers(apar, limits, sampling, job)
     chats, asked = job.folder / CHATS, job.folder / ASKED
     done, written = answered(asked), answered(chats)
@@ -47,15 +47,16 @@ def own_answers(
     with job.bar("answering prompts", len(todo)) as bar:
         for first in range(0, len(todo), limits.batch):
             batch = todo[first : first + limits.batch]
-            if all(encoded.prompt.id in done for encoded in batch):
+            if all(prompt.id in done for prompt in batch):
                 bar.advance(len(batch))
                 continue
             if job.seconds > budget:
                 break
             seed = random.Random(f"{limits.seed} {first}").getrandbits(62)
-            answers = _answers(apar, [encoded.inputs for encoded in batch], limits.max_new_tokens, sampling, seed)
+            inputs = [encode_messages(apar.tokenizer, prompt.messages) for prompt in batch]
+            answers = _answers(apar, inputs, limits.max_new_tokens, sampling, seed)
             rows, marks = [], []
-            for ((name, messages, _), _), (ids, finished) in zip(batch, answers, strict=True):
+            for (name, messages, _), (ids, finished) in zip(batch, answers, strict=True):
                 if name in done:  # of a batch whose writing was cut short
                     continue
                 tokens += len(ids)
@@ -67,7 +68,7 @@ def own_answers(
             # In this order: an answer that is marked but not written would be lost for good.
             append_lines(chats, rows)
             append_lines(asked, marks)
-            done.update(encoded.prompt.id for encoded in batch)
+            done.update(prompt.id for prompt in batch)
             bar.advance(len(batch), f"{tokens / max(1e-6, job.seconds):.0f} tokens/s")
     kept = len(written)
     report = job.report(

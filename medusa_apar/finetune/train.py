@@ -267,7 +267,8 @@ def finetune(
         torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
     drops = Drops(skip_bad)
-    sources = [Source(list(load_examples(folder / EXAMPLES, drops)), share, str(folder)) for folder, share in data]
+    with slow("reading the examples"):
+        sources = [Source(list(load_examples(folder / EXAMPLES, drops)), share, str(folder)) for folder, share in data]
     with slow(f"loading {base}"):
         found = load_base(base, getattr(torch, settings.dtype), control, trust_remote_code)
     tokenizer, tokens = found.tokenizer, found.tokens
@@ -283,7 +284,8 @@ def finetune(
     check_forward(tuned)
     max_depth = max((example.tree.depth for source in sources for example in source.examples), default=0)
     limits = Limits(total=settings.total_tokens)
-    rows, held_out, given = draw(sources, tokenizer, tokens, limits, settings.seed, settings.plain_share, drops)
+    with slow("drawing from the examples"):
+        rows, held_out, given = draw(sources, tokenizer, tokens, limits, settings.seed, settings.plain_share, drops)
     if not rows:
         count = sum(len(list(source.examples)) for source in sources)
         forking = sum(bool(example.tree.forks) for source in sources for example in source.examples)

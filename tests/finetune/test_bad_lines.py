@@ -126,7 +126,15 @@ def test_what_is_no_conversation(folder, tmp_path, capsys, command, bad):
         assert entry == {"count": 1, "first": [f"{path}:5"]}
 
 
-@pytest.mark.parametrize("bad", ["{", '{"prompt_ids": [5]}', '{"prompt_ids": [5], "threads": [{"token_ids": "abc"}]}'])
+NO_ANSWERS = {
+    "{": "broken JSON",
+    '{"prompt_ids": [5]}': "no answer record with prompt_ids and threads",
+    '{"prompt_ids": [5], "threads": [{"token_ids": "abc"}]}': "an impossible answer record",
+    '{"prompt_ids": [], "threads": [{"token_ids": [5]}]}': "an impossible answer record",
+}
+
+
+@pytest.mark.parametrize("bad", NO_ANSWERS)
 @pytest.mark.parametrize("command", ["train-heads", "calibrate"])
 def test_what_is_no_answer(folder, tmp_path, capsys, command, bad):
     good = {"prompt_ids": [40, 41], "threads": [{"parent": -1, "fork_index": -1, "token_ids": [50, 51, 52, 53, 54]}]}
@@ -138,7 +146,7 @@ def test_what_is_no_answer(folder, tmp_path, capsys, command, bad):
     assert "a.jsonl:4: " in error and error.count("\n") == 1 and not out.exists()
     if command == "train-heads":
         assert main([*arguments, "--bad-lines", "skip", "--num-heads", "1", "--epochs", "0.01"]) == 0
-        assert "left out: 1 " in capsys.readouterr().err
+        assert f"left out: 1 {NO_ANSWERS[bad]}, first {path}:4\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", ["{", "5", '{"id": "e"}', '{"id": 5, "kind": "plain", "messages": [], "tree": []}',

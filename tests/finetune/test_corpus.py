@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,8 +109,6 @@ def test_a_data_set_of_the_datasets_library(tmp_path):
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
     write(folder / "train.jsonl", {"messages": conversation("Tips?", LIST)})
-    import os
-
     here = os.getcwd()
     os.chdir(tmp_path)
     try:
@@ -170,6 +171,47 @@ def test_agreement_is_by_the_same_rules_and_with_something(tmp_path, capsys):
     empty = write(tmp_path / "e.jsonl", {"messages": conversation("q", " ")})
     assert main(["data", own, "--agree-with", empty, "--out", str(tmp_path / "none")]) == 2
     assert "e.jsonl holds no usable answer to agree with" in capsys.readouterr().err
+
+
+def test_what_is_left_out_of_the_corpus_to_agree_with_is_reported(tmp_path, capsys):
+    record = {"id": "a", "messages": conversation("q", LIST)}
+    own, theirs = write(tmp_path / "o.jsonl", record), write(tmp_path / "t.jsonl", record, "{")
+    more = ["--agree-with", theirs, "--bad-lines", "skip", "--out", str(tmp_path / "out")]
+    assert main(["data", own, *more]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["dropped"] == {}
+    assert report["agree_with_dropped"] == {"broken JSON": {"count": 1, "first": [f"{theirs}:2"]}}
+    assert f"dropped of --agree-with: 1 broken JSON, first {theirs}:2" in capsys.readouterr().err
+
+
+def test_what_is_no_regular_file_is_named(tmp_path, capsys):
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    assert main(["data", str(pipe), "--out", str(tmp_path / "out")]) == 2
+    said = f"medusa-apar: {pipe} is no regular file: write what it gives into one first\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (0, "o/n is neither a file nor a data set that can be had (the line is cut)"),
+        (3, "o/n breaks off after row 3 (the line is cut)"),
+    ],
+)
+def test_a_data_set_that_breaks_off_is_said(monkeypatch, rows, words):
+    def load_dataset(name, split, streaming):
+        for n in range(rows):
+            yield {"messages": conversation(f"q{n}", "Plain.")}
+        raise ConnectionError("the line is cut")
+
+    stub = SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    read = read_examples(["o/n"])
+    assert len([next(read) for _ in range(rows)]) == rows
+    with pytest.raises(BadCorpus) as error:
+        next(read)
+    assert str(error.value) == words
 
 
 def test_an_answer_of_two_corpora_is_taken_once(tmp_path):

@@ -1,12 +1,16 @@
 """A model's own answers become a corpus; a stopped run goes on to the same one."""
 
 import json
+import random
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from medusa_apar.cli import main
 from medusa_apar.finetune.corpus import read_examples
+from medusa_apar.heads.ask import Limits, fitting_prompts, read_prompts
+from medusa_apar.job import Job
 
 
 @pytest.fixture
@@ -125,3 +129,26 @@ def test_only_a_tuned_model_answers_as_tuned(tmp_path, base, capsys):
     (base / "apar_config.json").write_text(json.dumps({"fork_token_id": 3, "child_token_id": 4}))
     assert answer(base, questions, tmp_path / "own", "--tuned") == 0
     assert len((tmp_path / "own/asked.jsonl").read_text().splitlines()) == 2
+
+
+class Watched(Job):
+    """Keeps how far its bars came, by their names."""
+
+    @contextmanager
+    def bar(self, description, total, done=0):
+        with super().bar(description, total, done) as bar:
+            yield bar
+            self.bars = getattr(self, "bars", {}) | {description: (self._progress.tasks[-1].completed, total)}
+
+
+@pytest.mark.parametrize(("count", "measured"), [(None, 9), (2, 3)])
+def test_prompts_are_measured_under_a_bar_and_their_tokens_not_kept(tmp_path, tokenizer, count, measured):
+    order = read_prompts([prompts(tmp_path / "p.jsonl")])
+    random.Random(0).shuffle(order)
+    long = order[1]
+    long.messages[0]["content"] *= 400
+    job = Watched(tmp_path / "out", "answer", {})
+    with job:
+        found = fitting_prompts(tokenizer, sorted(order), Limits(count), job)
+    assert found == ([prompt for prompt in order if prompt is not long][:count], 1)
+    assert job.bars == {"measuring prompts": (measured, 9)}

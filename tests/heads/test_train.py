@@ -630,6 +630,15 @@ def test_a_device_that_is_not_there_is_said(tuned, data, tmp_path, capsys, devic
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"no tensors", None])
+def test_a_damaged_shard_of_hidden_states_is_named(model, tmp_path, content):
+    (path,) = Encoder(model, AnswerFile([RECORD]), [EOS], tmp_path).run(range(1))
+    path.write_bytes(path.read_bytes()[:-10] if content is None else content)
+    with pytest.raises(ValueError, match=f"{path} is damaged: delete it, and the next run makes it anew") as error:
+        Store([path])
+    assert "\n" not in str(error.value)
+
+
 def test_a_damaged_checkpoint_is_said(tuned, tmp_path, capsys):
     out, prompts = tmp_path / "out", tmp_path / "p.jsonl"
     prompts.write_text("".join(f'{{"messages": [{{"role": "user", "content": "a{n}"}}]}}\n' for n in range(4)))
