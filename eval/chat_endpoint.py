@@ -156,7 +156,7 @@ def _content(answer: Any, url: str) -> str:
     try:
         content = answer["choices"][0]["message"]["content"] or ""
         if isinstance(content, str):
-            return content
+            return content.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate, no file can hold it
     except (KeyError, IndexError, TypeError):
         pass
     raise ValueError(f"{url} answers otherwise than OpenAI's chat completions do: {str(answer)[:200]}")

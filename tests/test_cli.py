@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from rich.console import Console
 from tokenizers.normalizers import Replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +22,7 @@ from medusa_apar.events import StepFinished
 from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
 from tests.test_loading import save_tokenizer
+from tests.test_merge import own_code
 from tests.tiny import CONTROL, VOCAB, forking_folder, forking_model
 
 QUESTION = "w1 w2 w9 w3"
@@ -168,6 +170,27 @@ def test_the_prompt_comes_from_standard_input(run, monkeypatch):
     expected = run("generate", QUESTION, "--max-new-tokens", "5")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(QUESTION.encode())))
     assert run("generate", "-", "--max-new-tokens", "5") == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["doctor", "MODEL"],
+        ["generate", "ab", "--model", "MODEL", "--max-new-tokens", "2"],
+        ["demo", "--prompt", "ab", "--model", "MODEL", "--max-new-tokens", "2", "--no-baseline"],
+        ["convert", "HEADS", "--to", "v1", "--out", "OUT", "--base", "MODEL"],
+    ],
+)
+def test_code_of_the_model_runs_where_it_is_trusted(tmp_path, capsys, command):
+    model = forking_folder(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    MedusaHeads.random(base, num_heads=1).save_pretrained(tmp_path / "heads", dtype=torch.float32)
+    own_code(model)
+    places = {"MODEL": str(model), "HEADS": str(tmp_path / "heads"), "OUT": str(tmp_path / "out")}
+    command = [places.get(word, word) for word in command]
+    assert cli.main(command) == 2
+    assert "runs only where it is trusted (trust_remote_code=True, or --trust-remote-code)" in capsys.readouterr().err
+    assert cli.main([*command, "--trust-remote-code"]) == 0
 
 
 def test_doctor_names_what_it_found(capsys):
