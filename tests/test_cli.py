@@ -142,6 +142,8 @@ def test_lanes_restore_the_terminal(run, monkeypatch, capsys):
         (["generate", "x", "--top-p", "1.5"], "'1.5' must be a number above 0 and at most 1"),
         (["demo", "--temperature", "0"], "'0' must be a number above 0"),
         (["demo", "--dtype", "int4"], "invalid choice: 'int4'"),
+        (["train-heads", "--num-heads", "33"], "'33' must be a whole number at least 1 and at most 32"),
+        (["train-heads", "--num-layers", "9"], "'9' must be a whole number at least 1 and at most 8"),
     ],
 )
 def test_bad_arguments_are_one_sentence(args, sentence, capsys):
