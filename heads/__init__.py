@@ -26,9 +26,17 @@ from medusa_apar.reading import reading
 __all__ = ["DraftHeads", "HydraHeads", "MedusaHeads", "ResidualBlock", "load_heads"]
 
 
-def load_heads(path: str | os.PathLike[str], model: PreTrainedModel, dtype: torch.dtype | None = None) -> DraftHeads:
-    """Heads of any kind from a directory, file or Hub repository, attached to the model; dtype: None is the model's."""
-    state, config = checkpoints.read(path)
+def load_heads(
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    dtype: torch.dtype | None = None,
+    token: str | bool | None = None,
+) -> DraftHeads:
+    """Heads of any kind from a directory, file or Hub repository, attached to the model.
+
+    dtype: None is the model's. token: of a Hub account; None is the one of `hf auth login`.
+    """
+    state, config = checkpoints.read(path, token)
     kind: type[MedusaHeads] | type[HydraHeads] = HydraHeads if "from_states" in state else MedusaHeads
     with reading(path, "cannot be used"):
         return kind.from_state(state, config, model, dtype)

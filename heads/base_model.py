@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class Base:
     """The model the heads sit on, read only as far as it is needed."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, trust_remote_code: bool = False) -> None:
         from medusa_apar import hub
 
-        self.name = name
+        self.name, self.trust_remote_code = name, trust_remote_code
         path = expanded(name)
         self.local = path.resolve() if name not in hub.EMBEDDED and path.is_dir() else None
 
@@ -42,10 +42,10 @@ class Base:
         if self.source.adapter or loading.is_gguf(self.source.base):
             from medusa_apar.finetune.merge import merged_model
 
-            model, _ = merged_model(self.source)
+            model, _ = merged_model(self.source, trust_remote_code=self.trust_remote_code)
             weight, bias = _output(model, self.name)
         else:
-            weight, bias = _stored_unembedding(self.folder(), self.name)
+            weight, bias = _stored_unembedding(self.folder(), self.name, self.trust_remote_code)
         if bias is not None:
             raise ValueError(f"the unembedding of {self.name} has a bias, for which head files have no place")
         return weight.detach()
@@ -88,16 +88,16 @@ def model_shards(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"no model weights in {folder}: none of {', '.join(checkpoints.FULL_MODEL_FILES)} is there")
 
 
-def _stored_unembedding(folder: Path, name: str) -> tuple[Tensor, Tensor | None]:
+def _stored_unembedding(folder: Path, name: str, trust_remote_code: bool) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the unembedding: the one tensor where its name is plain, else the whole model is loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from medusa_apar.loading import read_model
 
     with reading(folder / "config.json"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     weight, bias = _output(empty, name)
     names = [key for key, parameter in empty.named_parameters(remove_duplicate=False) if parameter is weight]
     if bias is None and getattr(config, "quantization_config", None) is None:
@@ -107,7 +107,7 @@ def _stored_unembedding(folder: Path, name: str) -> tuple[Tensor, Tensor | None]
                     for key in names:
                         if key in file.keys():  # noqa: SIM118
                             return file.get_tensor(key), None
-    return _output(read_model(str(folder), "auto"), name)
+    return _output(read_model(str(folder), "auto", trust_remote_code=trust_remote_code), name)
 
 
 def _output(model: Any, name: str) -> tuple[Tensor, Tensor | None]:

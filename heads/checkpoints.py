@@ -32,7 +32,7 @@ from torch import Tensor
 
 from medusa_apar.job import replacing, write_text
 from medusa_apar.json_files import json_object
-from medusa_apar.reading import expanded, field, reading, shards
+from medusa_apar.reading import MAX_HEADS, MAX_LAYERS, expanded, field, reading, shards
 
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 FULL_MODEL_FILES = (
@@ -54,9 +54,6 @@ PREFIX = re.compile(r"^(?:.*\.)?medusa_heads?\.")
 BLOCK = re.compile(
     r"(?:blocks\.)?(?P<head>\d{1,9})\.(?:layers\.)?(?P<layer>\d{1,9})\.(?:linear\.)?(?P<kind>weight|bias)"
 )
-# Beyond any that were trained: a key alone must not decide how much is allocated.
-MAX_HEADS, MAX_LAYERS = 32, 8
-
 VLLM_UNEMBEDDING = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
 
 
@@ -143,10 +140,7 @@ def parse(state: Mapping[str, Tensor]) -> HeadFile:
             raise ValueError(f"not a Medusa head file: it holds the key {key!r}.")
     heads = sorted({head for head, _ in blocks} | set(unembeddings))
     deepest = max([layer + 1 for _, layer in blocks] + list(depths.values()), default=0)
-    if len(heads) > MAX_HEADS or deepest > MAX_LAYERS:
-        raise ValueError(
-            f"{len(heads)} Medusa heads of {deepest} residual blocks: at most {MAX_HEADS} of {MAX_LAYERS} are read."
-        )
+    check_counts(len(heads), deepest)
     blocks = {place: block for place, block in blocks.items() if "weight" in block}
     if not heads or heads != list(range(len(heads))):
         raise ValueError(f"Medusa heads must be numbered from 0 without gaps, the file has {heads}.")
@@ -164,6 +158,14 @@ def parse(state: Mapping[str, Tensor]) -> HeadFile:
     file = HeadFile(blocks, unembeddings, shared, state.get("token_map"), len(heads), num_layers)
     _check_shapes(file)
     return file
+
+
+def check_counts(heads: int, layers: int) -> None:
+    """ValueError for more than a file may hold, be it read or written."""
+    if heads > MAX_HEADS or layers > MAX_LAYERS:
+        raise ValueError(
+            f"{heads} draft heads of {layers} residual blocks: a file holds at most {MAX_HEADS} of {MAX_LAYERS}."
+        )
 
 
 def check_dense(key: str, tensor: Tensor) -> None:
@@ -269,20 +271,22 @@ def vllm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- files
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict]:
+def read(path: str | os.PathLike[str], token: str | bool | None = None) -> tuple[dict[str, Tensor], dict]:
     """State dict and config ({} where there is none) of a directory, a file or a Hub repository."""
-    files = find(path)
+    files = find(path, token)
     return read_files(files), read_config(files[0].parent)
 
 
-def find(path: str | os.PathLike[str]) -> list[Path]:
+def find(path: str | os.PathLike[str], token: str | bool | None = None) -> list[Path]:
     """The files that hold the heads of a directory, a file or a Hub repository; a config lies beside them.
 
     FileNotFoundError: there are none.
     """
+    if not os.fspath(path).strip():
+        raise ValueError("the name of the heads is empty")
     path = expanded(path)
     if not path.exists():
-        path = _download(str(path))
+        path = _download(str(path), token)
     file = path
     if path.is_dir():
         # A model directory with a `medusa/` folder keeps its heads there: its own weights come last.
@@ -355,12 +359,14 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     return {key: state[key] for key in _head_keys(state, file)}
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, token: str | bool | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(repository, allow_patterns=["config.json", *FILES, f"{SUBFOLDER}/*"]))
+    heads_alone = ["config.json", *FILES, f"{SUBFOLDER}/*"]
+    folder = Path(snapshot_download(repository, token=token, allow_patterns=heads_alone))
     if not any((folder / place / name).exists() for place in (".", SUBFOLDER) for name in FILES):
-        snapshot_download(repository, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
+        whole_model = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        snapshot_download(repository, token=token, allow_patterns=whole_model)
     return folder
 
 

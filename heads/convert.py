@@ -83,6 +83,7 @@ def convert(
     dtype: torch.dtype | None = None,
     file_format: str | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[Summary, Summary, list[str]]:
     """Heads of `source` (folder, file or Hub id) in layout `to`, written into folder `out`.
 
@@ -91,6 +92,7 @@ def convert(
     dtype: of all floating point tensors written; None keeps each one's own.
     file_format: safetensors or pt; None: pt for APAR, whose own code reads nothing else, safetensors otherwise.
     force: replace heads, or for "medusa2" a model, that lie in `out` already.
+    trust_remote_code: whether code from the base's repository may run.
 
     Returns what was read, what was written, and what the user should know. ValueError: the target cannot hold these
     heads, or the files are broken. FileNotFoundError: no heads. FileExistsError: `out` is in use. Nothing is written
@@ -100,13 +102,13 @@ def convert(
     name = _file_name(to, file_format)
     folder = out / checkpoints.SUBFOLDER if to == "apar" else out
     heads = read(source)
-    given = Base(base) if base else None
+    given = Base(base, trust_remote_code) if base else None
     _check_free(folder, to, force, heads, given)
-    target = _in_layout(heads, to, given)
+    target = _in_layout(heads, to, given, trust_remote_code)
     state = _state_dict(target, to, name)
     config = _config(target, to, folder)
     if to == "medusa2":
-        owner = given or _own_base(heads, "a medusa2 model holds its weights")
+        owner = given or _own_base(heads, "a medusa2 model holds its weights", trust_remote_code)
         _write_full_model(out, state, config, dtype, owner)
     else:
         checkpoints.write(folder, state, config, dtype, name)
@@ -178,7 +180,7 @@ def _layout(state: dict[str, Tensor], file: HeadFile, folder: Path) -> str:
 # ---- what a target can hold
 
 
-def _in_layout(heads: Heads, to: str, given: Base | None) -> Heads:
+def _in_layout(heads: Heads, to: str, given: Base | None, trust_remote_code: bool) -> Heads:
     """The same heads with the unembeddings that layout `to` has. ValueError: it cannot hold them."""
     file = heads.file
     if file.token_map is not None and to in ("medusa2", "apar"):
@@ -199,7 +201,7 @@ def _in_layout(heads: Heads, to: str, given: Base | None) -> Heads:
         return heads
     shared = file.shared
     if shared is None:
-        owner = given or _own_base(heads, f"the {to} layout holds a copy of its unembedding")
+        owner = given or _own_base(heads, f"the {to} layout holds a copy of its unembedding", trust_remote_code)
         shared = _draft_rows(owner.unembedding, file.token_map)
         heads.vocab_size = len(owner.unembedding)
     if to == "vllm":
@@ -357,18 +359,20 @@ def _check_free(folder: Path, to: str, force: bool, heads: Heads, given: Base | 
         raise FileExistsError(f"{folder} is a file, not a folder to write into")
     if to == "medusa2":
         if folder.is_dir() and folder.resolve() in (heads.folder.resolve(), given and given.local):
-            raise ValueError(f"{folder} is what the model is made from: choose another --out")
+            raise ValueError(f"{folder} is what the model is made from: choose another folder")
         check_empty(folder, force)
         return
     if checkpoints.holds_model(folder):
-        raise FileExistsError(f"{folder} holds a model, whose config.json stays: use --out {folder / 'medusa'}")
+        raise FileExistsError(f"{folder} holds a model, whose config.json stays: write into {folder / 'medusa'}")
     names = (*checkpoints.FILES, "model.safetensors") if to == "vllm" else checkpoints.FILES
     found = [name for name in (*names, "config.json") if (folder / name).exists()]
     inner = folder / checkpoints.SUBFOLDER
     if to == "vllm" and any((inner / name).exists() for name in checkpoints.FILES + checkpoints.FULL_MODEL_FILES):
-        raise FileExistsError(f"{inner} holds heads, which would be read instead of new ones: choose another --out")
+        raise FileExistsError(f"{inner} holds heads, which would be read instead of new ones: choose another folder")
     if found and not force:
-        raise FileExistsError(f"{folder} already holds {' and '.join(found)}: choose another --out, or --force")
+        raise FileExistsError(
+            f"{folder} already holds {' and '.join(found)}: choose another folder, or force=True (--force)"
+        )
 
 
 def _write_full_model(out: Path, state: dict[str, Tensor], config: dict, dtype: torch.dtype | None, base: Base) -> None:
@@ -407,12 +411,12 @@ def _without_heads(shard: Path) -> dict[str, Tensor]:
         return {key: tensor for key, tensor in tensors.items() if not checkpoints.PREFIX.match(key)}
 
 
-def _own_base(heads: Heads, why: str) -> Base:
+def _own_base(heads: Heads, why: str, trust_remote_code: bool) -> Base:
     """The base that the heads' own folder or config names."""
     root = heads.folder.parent if heads.folder.name == checkpoints.SUBFOLDER else heads.folder
     config = checkpoints.read_config(root)
     if (root / "adapter_config.json").is_file() or config.get("model_type", "medusa") != "medusa":
-        return Base(str(root))
+        return Base(str(root), trust_remote_code)
     if not heads.base:
         raise ValueError(f"name the base model with --base: {why}, and the heads' config does not say which it is")
-    return Base(heads.base)
+    return Base(heads.base, trust_remote_code)

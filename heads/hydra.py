@@ -98,6 +98,7 @@ class HydraHeads(DraftHeads):
                 raise ValueError(f"the heads' file is damaged: {key!r} has the shape {list(state[key].shape)}.")
         num_heads, hidden_size, _ = state["from_states"].shape
         num_layers = sum(key.startswith("blocks.") and key.endswith(".weight") for key in state)
+        checkpoints.check_counts(num_heads, num_layers)
         taps = tuple(state.pop("taps").tolist()) if "taps" in state else ()
         vocab_size = config.get("vocab_size") or unembedding_size(model)[0]
         sequential = "from_token.0" in state
@@ -112,6 +113,7 @@ class HydraHeads(DraftHeads):
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """`medusa_lm_head.safetensors` with keys of its own and a `config.json` with `"kind": "hydra"`."""
+        checkpoints.check_counts(self.num_heads, len(self.blocks))
         state = {key: value.detach() for key, value in self.state_dict().items()}
         if self.taps:
             state["taps"] = torch.tensor(self.taps, dtype=torch.long, device="cpu")

@@ -86,11 +86,13 @@ class MedusaHeads(DraftHeads):
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """`medusa_lm_head.safetensors` (V2, or V1 where the heads own their unembedding) and `config.json`."""
+        checkpoints.check_counts(self.num_heads, self.num_layers)
         config = {"version": "2" if self.unembedding is None else "1", **self._config()}
         checkpoints.write(Path(folder), checkpoints.state_dict(self.tensors()), config, dtype)
 
     def export_vllm(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """The folder that vLLM's Medusa reads: `--speculative-config '{"method": "medusa", "model": FOLDER, ...}'`."""
+        checkpoints.check_counts(self.num_heads, self.num_layers)
         state = checkpoints.vllm_state_dict(self.tensors())
         if self.unembedding is None:
             base = self._base[0].get_output_embeddings().weight.detach()[: self.vocab_size]

@@ -13,7 +13,7 @@ from medusa_apar.job import with_ordinary_permissions, writing
 
 from . import checkpoints
 
-# What --force replaces of a model, and of the heads in its medusa/; other files may be anyone's.
+# What is replaced of a model, and of the heads in its medusa/; other files may be anyone's.
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "apar_config.json", "chat_template.jinja", "chat_template.json"),
@@ -29,15 +29,19 @@ def check_empty(folder: Path, force: bool) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not force:
-        raise FileExistsError(f"{folder} is not empty: choose another --out, or --force to replace the model it holds")
+        raise FileExistsError(
+            f"{folder} is not empty: choose another folder, or force=True (--force) to replace its model"
+        )
     if not checkpoints.holds_model(folder):
         raise FileExistsError(
-            f"{folder} is not empty and holds no model (a config.json with model_type) that --force could replace: "
-            "choose another --out"
+            f"{folder} is not empty and holds no model (a config.json with model_type) that could be replaced: "
+            "choose another folder"
         )
     for name in ("adapter_config.json", *checkpoints.FILES):  # a loader would take it for the new model's
         if (folder / name).exists():
-            raise FileExistsError(f"{folder / name} would be read with the new model: move it away, or another --out")
+            raise FileExistsError(
+                f"{folder / name} would be read with the new model: move it away, or choose another folder"
+            )
 
 
 @contextmanager

@@ -219,7 +219,7 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
         "model_fingerprint": fingerprint(model)[:16],
         "data_fingerprint": data_fingerprint(file),
     }
-    state = _read_state(out, fixed, model.device)
+    state = _read_state(out, fixed)
     model.requires_grad_(False)
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -347,10 +347,10 @@ def check_out(out: Path) -> None:
         raise FileExistsError(f"{out} holds a {kind} model, whose config.json stays: choose another --out")
 
 
-def _read_state(out: Path, fixed: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+def _read_state(out: Path, fixed: dict[str, Any]) -> dict[str, Any] | None:
     path = out / "train" / "state.pt"
     if not path.exists():
         return None
-    state = read_checkpoint(path, device, ("heads", "optimizer", "step", "seconds", "shards", "settings"))
+    state = read_checkpoint(path, ("heads", "optimizer", "step", "seconds", "shards", "settings"))
     check_same(state["settings"], fixed, f"{out} holds a run")
     return state

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -17,11 +16,11 @@ from . import __version__
 from .commands import SUBCOMMANDS
 from .commands.arguments import MOST_THREADS, number
 from .fork_policy import FORKS
+from .reading import out_of_memory
 
 PROGRAM = "medusa-apar"
 MOST_PROMPT = 1 << 24  # bytes of standard input
 MOST_SENTENCE = 1000  # characters
-_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")  # as torch says it on a CPU and on CUDA
 SPECULATION = ("auto", "forest", "even", "off")
 
 DESCRIPTION = """Answers written by several threads at once, several tokens per thread.
@@ -79,6 +78,7 @@ def parser() -> Parser:
     for command in (demo, generate):
         add = command.add_argument
         add("--model", default="smollm2-135m", help="name, folder, GGUF file or Hub id (default: %(default)s)")
+        add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
         add("--max-new-tokens", type=number(int, 1), default=256, metavar="N", help="limit (default: %(default)s)")
         add("--sample", action="store_true", help="sample instead of taking the likeliest token")
         add("--temperature", type=number(float, 0, open_low=True), metavar="T", help="of sampling; implies --sample")
@@ -109,6 +109,7 @@ def parser() -> Parser:
     doctor = add_command("doctor", "say what was found: versions, device, caches, kernels, what runs a model", DOCTOR)
     doctor.add_argument("model", nargs="?", metavar="MODEL", help="name, folder, GGUF file or Hub id")
     doctor.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of MODEL, as for generate")
+    doctor.add_argument("--trust-remote-code", action="store_true", help="let code from MODEL's repository run")
     doctor.add_argument("--quantize", choices=("int8",), help="of MODEL, as for generate")
     for name, module in SUBCOMMANDS.items():
         module.add_arguments(add_command(name, module.HELP, module.__doc__))
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def in_a_sentence(error: Exception) -> str | None:
     """What a user is told of an error; None for one that no user can have caused."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+    if out_of_memory(error):
         return "there is not enough memory for that"
     if isinstance(error, RecursionError):
         return "something that was read nests too deeply"
@@ -238,7 +239,8 @@ def run_doctor(args: argparse.Namespace) -> int:
     from .doctor import doctor
 
     width = None if sys.stdout.isatty() else 1000  # for who searches it, a line a finding
-    doctor(Console(width=width), args.model, dtype=args.dtype, quantize=args.quantize)
+    options = {"dtype": args.dtype, "quantize": args.quantize, "trust_remote_code": args.trust_remote_code}
+    doctor(Console(width=width), args.model, **options)
     return 0
 
 
@@ -277,6 +279,7 @@ def _load(args: argparse.Namespace) -> Any:
             dtype=args.dtype,
             max_threads=args.max_threads,
             quantize=args.quantize,
+            trust_remote_code=args.trust_remote_code,
             speculation=None if args.speculation == "auto" else args.speculation,
         )
 

@@ -33,6 +33,7 @@ class ControlTokens:
         for name in ("fork_id", "child_id", "max_depth"):
             if not isinstance(value := getattr(self, name), Integral) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}, must be a whole number.")
+            object.__setattr__(self, name, int(value))  # numpy's are none that JSON can hold
         if self.fork_id == self.child_id or min(self.fork_id, self.child_id) < 0:
             raise ValueError(
                 f"[Fork] and [Child] need two different non-negative ids, got {self.fork_id} and {self.child_id}."
@@ -46,6 +47,8 @@ class ControlTokens:
 
         FileNotFoundError where there is neither, ValueError where it lacks an id.
         """
+        if not str(directory).strip():
+            raise ValueError("the name of the control tokens' folder is empty.")
         path, model = expanded(directory) / CONFIG_NAME, expanded(directory) / "config.json"
         if path.exists():
             config = json_object(path)

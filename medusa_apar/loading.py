@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from medusa_apar import hub
 from medusa_apar.control_tokens import CONFIG_NAME, MODEL_ENTRY, ControlTokens
-from medusa_apar.job import write_text
+from medusa_apar.job import on_a_terminal, write_text
 from medusa_apar.json_files import json_object
 from medusa_apar.reading import expanded, field, reading, shards
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from medusa_apar.heads import DraftHeads
 
 RELEASED_TOKENS = ("[SplitMask]", "[SplitSop]")  # [Fork] and [Child] of the APAR models their authors released
+AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 HUB_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.*", "medusa_lm_head.*", "medusa/*"]
@@ -63,16 +65,18 @@ def load(
     apar: forking; `"auto"` uses the tuned weights and control tokens that come with the model, if any. True insists on
         them. None leaves both out: the base model as it was released. A folder gives an adapter or an
         `apar_config.json` of your own; `ControlTokens` the ids alone.
-    dtype: None is float32 on a CPU, where "the same tokens as transformers" then holds to the bit of an argmax, and
-        bfloat16 on CUDA, where kernels of other shapes round differently anyway. "auto" is the one that the weights
-        are stored in.
+    dtype: None is float32 where the whole model lies on a CPU, where "the same tokens as transformers" then holds to
+        the bit of an argmax, and bfloat16 on CUDA, where kernels of other shapes round differently anyway. "auto" is
+        the one that the weights are stored in.
     device: None is CUDA where there is one.
     device_map: as transformers takes it, in place of `device`, for a model of which a part stays in main memory or on
-        disk. NotImplementedError for one that lies on several GPUs.
+        disk. NotImplementedError for one that lies on several GPUs, which of "auto" and its like is known only once
+        transformers has spread the model.
     revision: branch, tag or commit of the Hub repository `name`.
     token: of a Hub account, for what is not public; None is the one of `hf auth login`.
     trust_remote_code: whether code from the model's repository may run; never on by itself.
-    attach_options: passed to `medusa_apar.attach`: `quantize="int8"`, say.
+    attach_options: passed to `medusa_apar.attach`: `fork` (where answers split), `speculation` (how tokens are guessed
+        ahead), `max_threads` (that run in one step), `quantize="int8"`, and others that are told there.
     """
     from medusa_apar.finetune.merge import merge_into
     from medusa_apar.generate import attach
@@ -82,10 +86,10 @@ def load(
         raise ValueError("give device or device_map, not both")
     _check_devices(device_map)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = _dtype(dtype, device)
+    chosen = _dtype(dtype, device if device_map is None else _fastest(device_map))
     source = locate(name, revision, token)
     if isinstance(apar, (str, Path)) and apar != "auto":
-        source = _with_apar_folder(source, expanded(apar))
+        source = _with_apar_folder(source, apar)
     elif apar is None or apar is False:
         source = replace(source, adapter=None, control=None)
     if isinstance(heads, (str, Path)):
@@ -112,11 +116,13 @@ def load(
         model = merge_into(model, source.adapter, tokenizer)
     model = (model.to(device) if device_map is None else model).eval()
     if isinstance(heads, (str, Path)):
-        heads = load_heads(heads, model)
+        heads = load_heads(heads, model, token=token)
     if control is not None:  # so that what `model.save_pretrained` writes forks too
         setattr(model.config, MODEL_ENTRY, control.as_config())
+    elif hasattr(model.config, MODEL_ENTRY):
+        delattr(model.config, MODEL_ENTRY)
     attached = attach(model, heads=heads, apar=control, tokenizer=tokenizer, attention=attention, **attach_options)
-    if sys.stderr.isatty():
+    if on_a_terminal():
         print(f"{name}: {attached!r}", file=sys.stderr)
     return attached
 
@@ -135,6 +141,9 @@ def save(apar: MedusaApar, folder: str | Path) -> None:
         if apar.control_token_ids is not None:
             text = json.dumps(apar.control_token_ids.as_config(), indent=2)
             write_text(built / CONFIG_NAME, f"{text}\n")
+        elif MODEL_ENTRY in (config := config_of(built)):  # of a model that forked before `attach` was told otherwise
+            del config[MODEL_ENTRY]
+            write_text(built / "config.json", json.dumps(config, indent=2) + "\n")
         if apar.heads is not None:
             heads = built / checkpoints.SUBFOLDER
             apar.heads.save_pretrained(heads, apar.heads.dtype)
@@ -142,9 +151,31 @@ def save(apar: MedusaApar, folder: str | Path) -> None:
             write_text(heads / "config.json", json.dumps(config, indent=2) + "\n")
 
 
+def _fastest(device_map: Any) -> torch.device:
+    """The GPU that a part of the model lies on, else the CPU."""
+    if isinstance(device_map, str) and device_map in AUTOMATIC_MAPS:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chips = _chips(device_map.values() if isinstance(device_map, dict) else [device_map])
+    return next(iter(chips), torch.device("cpu"))
+
+
+def _chips(places: Iterable[Any]) -> set[torch.device]:
+    """The GPUs among a device map's places, each under one name: 0, "cuda" and "cuda:0" are the same."""
+    chips = set()
+    for place in places:
+        if place == "disk":
+            continue
+        try:
+            device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device_map names {place!r}, which is no device of torch's") from error
+        if device.type not in ("cpu", "meta"):
+            chips.add(torch.device(device.type, device.index or 0))
+    return chips
+
+
 def _check_devices(device_map: str | dict[str, Any] | None) -> None:
-    devices = set(device_map.values()) if isinstance(device_map, dict) else set()
-    chips = {str(device) for device in devices} - {"cpu", "disk", "meta"}
+    chips = _chips(device_map.values()) if isinstance(device_map, dict) else ()
     if len(chips) > 1:
         raise NotImplementedError(
             f"device_map spreads the model over {len(chips)} GPUs, and a step runs on one: take one GPU "
@@ -178,8 +209,11 @@ def _located(name: str | Path, revision: str | None, token: str | bool | None, b
     else:
         folder, hub_id = path, str(path)
     parts = _parts(folder)
-    if parts.adapter and any((folder / file).exists() for file in checkpoints.FULL_MODEL_FILES):
-        raise ValueError(f"{name} holds a model's weights and an adapter too: move the one that is not meant")
+    if parts.adapter:
+        asked = hub_id if not path.is_dir() and config_of(folder).get("model_type") else None
+        if _file_names(folder, asked, revision, token) & set(checkpoints.FULL_MODEL_FILES):
+            words = "holds a model's weights and an adapter too (adapter_config.json)"
+            raise ValueError(f"{name} {words}: move the one that is not meant")
     # A whole model, perhaps with heads beside it; some tools write the base's config into an adapter's folder.
     if config_of(folder).get("model_type") and not parts.adapter:
         return replace(parts, base=hub_id, revision=revision)
@@ -269,7 +303,27 @@ def _hub_folder(name: str, revision: str | None, token: str | bool | None) -> Pa
         raise ConnectionError(f"unknown model {name!r}: {known}, and the Hub cannot be reached ({reason})") from error
 
 
-def _with_apar_folder(source: Source, folder: Path) -> Source:
+def _file_names(folder: Path, hub_id: str | None, revision: str | None, token: str | bool | None) -> set[str]:
+    """What a folder holds, or the Hub repository of which `folder` has the small files alone.
+
+    Where the Hub cannot be reached: what of it is in the cache.
+    """
+    here = {path.name for path in folder.iterdir()}
+    if hub_id is None:
+        return here
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(hub_id, revision=revision, token=token, timeout=10).siblings
+    except Exception:  # kinds of the Hub's, of HTTP and of the system
+        return here
+    return here | {file.rfilename for file in found or []}
+
+
+def _with_apar_folder(source: Source, name: str | Path) -> Source:
+    if not str(name).strip():
+        raise ValueError("apar is empty: name a folder")
+    folder = expanded(name)
     if not folder.is_dir():
         raise FileNotFoundError(f"apar={str(folder)!r} is no folder")
     parts = _parts(folder)
@@ -281,6 +335,8 @@ def _with_apar_folder(source: Source, folder: Path) -> Source:
 
 def heads_name(heads: str | Path, source: Source) -> str | Path:
     """Where heads of that name lie: a path, a folder beside the model's own heads, or a Hub id."""
+    if not str(heads).strip():
+        raise ValueError("heads is empty: name a folder or a Hub id")
     path = expanded(heads)
     if path.exists():
         return path
@@ -316,7 +372,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
         return "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, must be float32, bfloat16, float16 or auto")
+        raise ValueError(f"dtype is {dtype!r}, must be float32, bfloat16, float16, float64 or auto")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +15,22 @@ from .json_files import json_object
 T = TypeVar("T")
 
 MAX_REASON = 400  # characters
+# Beyond any that were trained: a key of a head file alone must not decide how much is allocated.
+MAX_HEADS, MAX_LAYERS = 32, 8
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")
 
 
 @contextmanager
 def reading(source: str | os.PathLike[str], verdict: str = "cannot be read") -> Iterator[None]:
     """Whatever a library raises while it reads `source` becomes a ValueError, or an OSError, of one line.
 
-    Each library has kinds of its own for a damaged file: SafetensorError, KeyError, struct.error, plain Exception.
+    Each library has kinds of its own for a damaged file: SafetensorError, KeyError, struct.error, plain Exception. Too
+    little memory is no fault of the file's and stays what it is.
     """
     try:
         yield
+    except MemoryError:
+        raise
     except OSError as error:
         if error.filename is not None:  # the system's own, which names the file
             raise
@@ -31,13 +38,23 @@ def reading(source: str | os.PathLike[str], verdict: str = "cannot be read") -> 
     except NotImplementedError as error:
         raise NotImplementedError(f"{source} {verdict} ({_reason(error)})") from error
     except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(f"{source} brings code of its own, which runs only with trust_remote_code=True") from error
+        if out_of_memory(error):
+            raise
+        if "`trust_remote_code=True` to" in str(error):
+            words = "brings code of its own, which runs only where it is trusted"
+            raise ValueError(f"{source} {words} (trust_remote_code=True, or --trust-remote-code)") from error
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             # Without the cause: torch's message tells people to load the file in a way that runs its code.
             words = "is no plain file of tensors: it is damaged, or a pickle of something else, which is not read"
             raise ValueError(f"{source} {words}") from None
         raise ValueError(f"{source} {verdict} ({_reason(error)})") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Python's own error, or torch's on a CPU or on CUDA."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    )
 
 
 def _reason(error: Exception) -> str:

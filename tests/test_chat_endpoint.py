@@ -8,6 +8,7 @@ import pytest
 
 from medusa_apar.eval import chat_endpoint
 from medusa_apar.eval.chat_endpoint import ChatEndpoint
+from medusa_apar.job import append_lines
 
 
 def test_what_the_judge_refuses_is_said(player, slept):
@@ -25,6 +26,16 @@ def test_what_the_judge_refuses_is_said(player, slept):
     with pytest.raises(ValueError, match="something that is not JSON"):
         endpoint.complete([])
     assert slept == []
+
+
+def test_what_no_file_can_hold_is_replaced(player, tmp_path):
+    player.play = lambda messages: (
+        200,
+        rb"""{"choices": [{"message": {"content": "\ud800 good \ud83d\ude00 [[5]]"}}]}""",
+    )
+    answer = ChatEndpoint(player.url).complete([])
+    append_lines(tmp_path / "kept.jsonl", [{"answer": answer}])
+    assert answer == "? good \U0001f600 [[5]]"
 
 
 def test_an_option_that_a_model_does_not_take_is_left_out(player):

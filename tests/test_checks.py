@@ -1,5 +1,8 @@
 """Bad input: one clear sentence, the right exception, nothing half done."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -177,6 +180,12 @@ def test_control_tokens_missing(model, tmp_path):
         medusa_apar.attach(model, apar=tmp_path)
     with pytest.raises(ValueError, match="different"):
         ControlTokens(3, 3)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+def test_control_tokens_of_numpy_can_be_written(kind):
+    control = ControlTokens(kind(3), kind(4), kind(2))
+    assert json.loads(json.dumps(control.as_config())) == ControlTokens(3, 4, 2).as_config()
 
 
 @pytest.mark.parametrize("options", [{"budget": 0}, {"max_threads": 0}, {"pool_slots": -1}, {"max_depth": -1}], ids=str)

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from rich.console import Console
 from tokenizers.normalizers import Replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +22,7 @@ from medusa_apar.events import StepFinished
 from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
 from tests.test_loading import save_tokenizer
+from tests.test_merge import own_code
 from tests.tiny import CONTROL, VOCAB, forking_folder, forking_model
 
 QUESTION = "w1 w2 w9 w3"
@@ -140,6 +142,8 @@ def test_lanes_restore_the_terminal(run, monkeypatch, capsys):
         (["generate", "x", "--top-p", "1.5"], "'1.5' must be a number above 0 and at most 1"),
         (["demo", "--temperature", "0"], "'0' must be a number above 0"),
         (["demo", "--dtype", "int4"], "invalid choice: 'int4'"),
+        (["train-heads", "--num-heads", "33"], "'33' must be a whole number at least 1 and at most 32"),
+        (["train-heads", "--num-layers", "9"], "'9' must be a whole number at least 1 and at most 8"),
     ],
 )
 def test_bad_arguments_are_one_sentence(args, sentence, capsys):
@@ -168,6 +172,27 @@ def test_the_prompt_comes_from_standard_input(run, monkeypatch):
     expected = run("generate", QUESTION, "--max-new-tokens", "5")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(QUESTION.encode())))
     assert run("generate", "-", "--max-new-tokens", "5") == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["doctor", "MODEL"],
+        ["generate", "ab", "--model", "MODEL", "--max-new-tokens", "2"],
+        ["demo", "--prompt", "ab", "--model", "MODEL", "--max-new-tokens", "2", "--no-baseline"],
+        ["convert", "HEADS", "--to", "v1", "--out", "OUT", "--base", "MODEL"],
+    ],
+)
+def test_code_of_the_model_runs_where_it_is_trusted(tmp_path, capsys, command):
+    model = forking_folder(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    MedusaHeads.random(base, num_heads=1).save_pretrained(tmp_path / "heads", dtype=torch.float32)
+    own_code(model)
+    places = {"MODEL": str(model), "HEADS": str(tmp_path / "heads"), "OUT": str(tmp_path / "out")}
+    command = [places.get(word, word) for word in command]
+    assert cli.main(command) == 2
+    assert "runs only where it is trusted (trust_remote_code=True, or --trust-remote-code)" in capsys.readouterr().err
+    assert cli.main([*command, "--trust-remote-code"]) == 0
 
 
 def test_doctor_names_what_it_found(capsys):

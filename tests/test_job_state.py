@@ -1,6 +1,7 @@
 """A long command's files: what it reads back is sound or is said to be damaged."""
 
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
 from medusa_apar import job
+from medusa_apar.cli import in_a_sentence
 from medusa_apar.job import append_lines, cut_half_a_line, quiet, read_checkpoint
+from medusa_apar.reading import reading
 
 
 class Code:
@@ -33,12 +36,12 @@ def damages(content):
 
 
 def test_a_damaged_checkpoint_is_said_without_torchs_advice(checkpoint, capsys):
-    assert read_checkpoint(checkpoint, "cpu", ("step", "weights"))["weights"][0].tolist() == list(range(9))
+    assert read_checkpoint(checkpoint, ("step", "weights"))["weights"][0].tolist() == list(range(9))
     sentence = r"state\.pt is damaged: delete it to start anew, or give another --out"
     for content in damages(checkpoint.read_bytes()):
         checkpoint.write_bytes(content)
         with pytest.raises(ValueError, match=sentence) as said:
-            read_checkpoint(checkpoint, "cpu", ("step", "weights"))
+            read_checkpoint(checkpoint, ("step", "weights"))
         assert said.value.__cause__ is None and said.value.__suppress_context__
     assert capsys.readouterr().out == ""
 
@@ -46,8 +49,40 @@ def test_a_damaged_checkpoint_is_said_without_torchs_advice(checkpoint, capsys):
 @pytest.mark.parametrize("state", [{"step": 3}, [1], torch.zeros(2)])
 def test_a_checkpoint_of_something_else_is_said(checkpoint, state):
     torch.save(state, checkpoint)
-    with pytest.raises(ValueError, match="is damaged"):
-        read_checkpoint(checkpoint, "cpu", ("step", "weights"))
+    with pytest.raises(ValueError, match="is of another command or version, without step, weights"):
+        read_checkpoint(checkpoint, ("step", "weights"))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), OSError(5, "I/O error")]
+)
+def test_a_checkpoint_that_cannot_be_read_here_is_not_called_damaged(checkpoint, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)):
+        read_checkpoint(checkpoint, ("step", "weights"))
+
+
+def test_a_checkpoint_from_a_gpu_is_read_without_one(tmp_path):
+    """As torch saves it there: the storage is tagged with the device that it lay on."""
+    tag = torch.serialization.location_tag
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"weights": torch.arange(3.0)}, tmp_path / "state.pt")
+    assert torch.serialization.location_tag is tag
+    with pytest.raises(RuntimeError) if not torch.cuda.is_available() else nullcontext():
+        torch.load(tmp_path / "state.pt", weights_only=True)
+    weights = read_checkpoint(tmp_path / "state.pt", ("weights",))["weights"]
+    assert weights.device.type == "cpu" and weights.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_too_little_memory_is_no_fault_of_a_file(error):
+    with pytest.raises(type(error)) as raised, reading("a model"):
+        raise error
+    assert raised.value is error and in_a_sentence(error) == "there is not enough memory for that"
 
 
 def test_lines_are_added_and_half_ones_taken_away(tmp_path):

@@ -1,9 +1,11 @@
 """`load`: what a name stands for, and that every part of it arrives in the model."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -15,10 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from medusa_apar import hub
+from medusa_apar import attach, hub
 from medusa_apar.control_tokens import ControlTokens
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.loading import load, locate
+from medusa_apar.job import Job, quiet, slow
+from medusa_apar.loading import _check_devices, load, locate
 from tests.tiny import forking_folder
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -227,6 +230,85 @@ def test_a_device_map_of_one_device(base, device_map):
     assert torch.equal(logits(load(base, device_map=device_map)), tiny_model()(PROMPT).logits)
 
 
+@pytest.mark.parametrize(
+    ("device_map", "gpu", "wanted"),
+    [
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("cuda:1", True, torch.bfloat16),
+        ("cpu", True, torch.float32),
+        ({"": "cpu"}, True, torch.float32),
+        ({"a": "cpu", "b": "disk"}, True, torch.float32),
+        ({"a": "cpu", "b": 0}, True, torch.bfloat16),
+        ({"a": torch.device("cuda"), "b": "disk"}, True, torch.bfloat16),
+    ],
+)
+def test_the_dtype_follows_the_device_map(base, monkeypatch, device_map, gpu, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+    class Stop(Exception):
+        pass
+
+    def read(name, dtype, **options):
+        raise Stop(dtype)
+
+    monkeypatch.setitem(load.__globals__, "read_model", read)
+    with pytest.raises(Stop) as stopped:
+        load(base, device_map=device_map)
+    assert stopped.value.args == (wanted,)
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [{"a": 0, "b": "cuda:0"}, {"a": "cuda", "b": "cuda:0"}, {"a": torch.device("cuda", 1), "b": 1, "c": "disk"}],
+)
+def test_one_gpu_by_several_names_is_one(device_map):
+    _check_devices(device_map)
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_a_hub_repository_with_an_adapter_is_taken_as_a_folder_is(base, adapter, tmp_path, monkeypatch, whole_model):
+    """Of which the first download has the small files alone."""
+    small = tmp_path / "small"
+    small.mkdir()
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    for place in (*(adapter[0] / name for name in names), base / "config.json"):
+        (small / place.name).write_bytes(place.read_bytes())
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(small))
+    names += ["model.safetensors"] if whole_model else []
+    kept = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, **options: kept)
+    if whole_model:
+        with pytest.raises(ValueError, match="someone/tiny holds a model's weights and an adapter too"):
+            locate("someone/tiny")
+    else:
+        assert locate("someone/tiny").adapter == small
+
+
+def test_the_token_arrives_where_heads_are_downloaded(base, tmp_path, monkeypatch):
+    MedusaHeads.random(tiny_model(), num_heads=2).save_pretrained(tmp_path / "heads")
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **options: asked.append((name, options.get("token"))) or str(tmp_path / "heads"),
+    )
+    assert load(base, heads="someone/private", token="secret").heads.num_heads == 2
+    assert asked == [("someone/private", "secret")]
+
+
+@pytest.mark.parametrize("stream", [None, open(os.devnull, "w")])  # noqa: SIM115
+def test_a_daemon_without_standard_error_loads(base, tmp_path, monkeypatch, capsys, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    quiet()
+    with slow("loading"):
+        apar = load(base)
+    with Job(tmp_path / "job", "train-heads", {}) as job:
+        job.say("done")
+    assert torch.equal(logits(apar), tiny_model()(PROMPT).logits)
+    assert capsys.readouterr().out == ""
+
+
 def test_weights_on_disk_are_read_as_they_are_needed(base):
     parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
     spread = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
@@ -269,7 +351,14 @@ def test_what_transformers_saves_of_a_loaded_model_forks_again(adapter, tmp_path
     apar.tokenizer.save_pretrained(tmp_path / "saved")
     assert load(tmp_path / "saved").control_token_ids == apar.control_token_ids is not None
     assert ControlTokens.from_pretrained(tmp_path / "saved") == apar.control_token_ids
-    assert load(tmp_path / "saved", apar=None).control_token_ids is None
+    plain = load(tmp_path / "saved", apar=None)
+    assert plain.control_token_ids is None
+    plain.save_pretrained(tmp_path / "plain")
+    plain.model.save_pretrained(tmp_path / "by transformers")
+    apar.tokenizer.save_pretrained(tmp_path / "by transformers")
+    attach(apar.model, apar=None, tokenizer=apar.tokenizer).save_pretrained(tmp_path / "attached")
+    for folder in ("plain", "by transformers", "attached"):
+        assert load(tmp_path / folder).control_token_ids is None
 
 
 def test_paths_of_every_kind(tmp_path, monkeypatch):
@@ -400,6 +489,8 @@ class TestRefusals:
     def test_several_gpus(self, base):
         with pytest.raises(NotImplementedError, match="over 2 GPUs.*vLLM"):
             load(base, device_map={"model.embed_tokens": 0, "model.layers": "cuda:1", "lm_head": "cpu"})
+        with pytest.raises(ValueError, match="device_map names 'gpu', which is no device"):
+            load(base, device_map={"": "gpu"})
         with pytest.raises(ValueError, match="device or device_map, not both"):
             load(base, device_map="auto", device="cpu")
 
@@ -420,9 +511,19 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match="heads='./nothing' is no file, folder or Hub id"):
             load(base, heads="./nothing")
 
+    def test_empty_names(self, base):
+        with pytest.raises(ValueError, match="heads is empty"):
+            load(base, heads="")
+        with pytest.raises(ValueError, match="apar is empty"):
+            load(base, apar="")
+        with pytest.raises(ValueError, match="name of the heads is empty"):
+            attach(tiny_model(), heads="")
+        with pytest.raises(ValueError, match="name of the control tokens' folder is empty"):
+            attach(tiny_model(), apar="")
+
     @pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64])
     def test_dtype(self, base, dtype):
-        with pytest.raises(ValueError, match="must be float32, bfloat16, float16 or auto"):
+        with pytest.raises(ValueError, match="must be float32, bfloat16, float16, float64 or auto"):
             load(base, dtype=dtype)
 
 

@@ -222,6 +222,21 @@ def test_code_of_the_model_runs_where_it_is_trusted(tmp_path, capsys):
     assert cli.main([*command, "--trust-remote-code"]) == 0
 
 
+def test_a_python_caller_is_told_of_no_option(tmp_path):
+    base = make_base(tmp_path / "base", True)
+    make_adapter(base, tmp_path / "adapter", [3, 4], (3, 4))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "stale").mkdir()
+    (tmp_path / "stale" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "stale" / "adapter_config.json").write_text("{}")
+    apar = load(tmp_path / "adapter")
+    for folder, words in (("mine", "holds no model"), ("stale", "would be read with the new model")):
+        with pytest.raises(FileExistsError, match=f"{words}.*choose another folder") as error:
+            apar.save_pretrained(tmp_path / folder)
+        assert "--" not in str(error.value)
+
+
 def test_a_failed_merge_leaves_nothing(tmp_path):
     base = make_base(tmp_path / "base", True)
     make_adapter(base, tmp_path / "adapter", [3, 4], (3, 4))

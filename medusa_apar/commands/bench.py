@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default, vicuna, mt, spec, gsm8k, humaneval, or JSON lines (default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", default=["hf", "ours-ar", "threads", "heads", "ours"], metavar="NAME",
         help="the first one is what the others are compared with (default: all of ours, and hf)")  # fmt: skip
+    add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
     add("--out", type=out_folder, required=True, metavar="DIR", help="folder of the results")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     heads = None if args.heads == "none" else args.heads
     options = {"quantize": args.quantize, "runtime": args.runtime, "budget": args.budget}
+    options["trust_remote_code"] = args.trust_remote_code
     with slow(f"loading {args.model}"):
         apar = load(args.model, heads=heads, dtype=args.dtype, **options)
     longest = max(len(encode(apar.tokenizer, p.text)["input_ids"][0]) for p in asked) + args.max_new_tokens

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder, head file or Hub id of the heads")
     add("--to", required=True, choices=("v1", "v2", "vllm", "medusa2", "apar"), help="layout to write")
+    add("--trust-remote-code", action="store_true", help="let code from the base's repository run")
     add("--out", type=out_folder, required=True, metavar="DIR", help="folder to write into")
     add(
         "--base",
@@ -56,7 +57,13 @@ def run(args: argparse.Namespace) -> int:
 
     quiet()
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
-    options = {"base": args.base, "dtype": dtype, "file_format": args.format, "force": args.force}
+    options = {
+        "base": args.base,
+        "dtype": dtype,
+        "file_format": args.format,
+        "force": args.force,
+        "trust_remote_code": args.trust_remote_code,
+    }
     with slow(f"converting {args.source}"):
         read, written, notes = convert(args.source, args.to, args.out, **options)
     for note in notes:

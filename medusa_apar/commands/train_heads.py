@@ -20,6 +20,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medusa_apar.reading import MAX_HEADS, MAX_LAYERS
+
 from .arguments import MOST_THREADS, add_bad_lines, check_files, number, out_folder
 
 if TYPE_CHECKING:
@@ -65,14 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="independent heads, or each seeing the tokens drafted before it (default: %(default)s)")  # fmt: skip
     add(
         "--num-heads",
-        type=number(int, 1, 64),
+        type=number(int, 1, MAX_HEADS),
         default=4,
         metavar="N",
         help="tokens guessed ahead (default: %(default)s)",
     )
     add(
         "--num-layers",
-        type=number(int, 1, 64),
+        type=number(int, 1, MAX_LAYERS),
         default=1,
         metavar="N",
         help="residual blocks of a head (default: %(default)s)",

@@ -7,7 +7,6 @@ Read are chat JSONL (`{"messages": [{"role", "content"}...]}`), ShareGPT's own J
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_apar.finetune.rules import KINDS, MAX_DEPTH, Thread, is_narrative, paragraph_tree, splice
-from medusa_apar.job import replacing
+from medusa_apar.job import on_a_terminal, replacing
 from medusa_apar.json_files import is_text, numbered_lines, numbered_records, parse
 
 ROLES = {
@@ -256,7 +255,7 @@ def _dataset_records(name: str) -> Iterator[tuple[str, Any]]:
         raise BadCorpus(
             f"{name} is no file; as a data set's name it needs `pip install 'medusa-apar[train]'`"
         ) from error
-    if not sys.stderr.isatty():
+    if not on_a_terminal():
         datasets.disable_progress_bars()
     name, _, split = name.partition(":")
     number = 0

@@ -52,7 +52,7 @@ def merge(
     base = expanded(source.base)
     for used in (source.adapter, base):
         if out.is_dir() and used.exists() and out.resolve() == used.resolve():
-            raise ValueError(f"{out} is what the merged model is made from: choose another --out")
+            raise ValueError(f"{out} is what the merged model is made from: choose another folder")
     check_empty(out, force)
     loading.adapter_weights(source.adapter)
     model, tokenizer = merged_model(source, dtype, trust_remote_code)

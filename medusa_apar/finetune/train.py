@@ -216,7 +216,7 @@ class Trainer:
         if not self._checkpoint.exists():
             return
         needed = ("settings", "weights", "optimizer", "update", "seconds")
-        state = read_checkpoint(self._checkpoint, self.accelerator.device, needed)
+        state = read_checkpoint(self._checkpoint, needed)
         ours = self.of | asdict(self.settings)
         theirs = json.loads(state.get("of", "{}")) | json.loads(state["settings"])
         if changed := [name for name in ours if ours[name] != theirs.get(name) and name != "max_minutes"]:

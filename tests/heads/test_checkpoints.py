@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
-from medusa_apar.heads.checkpoints import normalise
+from medusa_apar.heads.checkpoints import MAX_HEADS, MAX_LAYERS, normalise
 
 HIDDEN, VOCABULARY = 16, 37
 
@@ -209,6 +209,23 @@ def test_broken_files_are_refused(change, words):
     change(state)
     with pytest.raises(ValueError, match=words):
         normalise(state)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_layers"), [(MAX_HEADS, MAX_LAYERS), (MAX_HEADS + 1, 1), (1, MAX_LAYERS + 1)]
+)
+@pytest.mark.parametrize("kind", [MedusaHeads, HydraHeads])
+def test_what_is_written_can_be_read(tmp_path, model, kind, num_heads, num_layers):
+    heads = kind.random(model, num_heads, num_layers)
+    if num_heads <= MAX_HEADS and num_layers <= MAX_LAYERS:
+        heads.save_pretrained(tmp_path / "out")
+        assert load_heads(tmp_path / "out", model).num_heads == num_heads
+        return
+    writers = [heads.save_pretrained, *([heads.export_vllm] if kind is MedusaHeads else [])]
+    for write in writers:
+        with pytest.raises(ValueError, match=f"{num_heads} draft heads of {num_layers} residual blocks: .* at most 32"):
+            write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def expanded():
