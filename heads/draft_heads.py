@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.contents import Contents, plain
+from medusa_apar.cpu.contents import Contents, plain
 from medusa_apar.cpu.weights import PackedMatrix, top
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.packed_linear import can_pack, pack, packed_linear

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.contents import plain
+from medusa_apar.cpu.contents import plain
 from medusa_apar.cpu.drafting import CompiledHydra, Pruned, compilable
 from medusa_apar.devices import device_of
 from medusa_apar.draft_tree import DraftTree

@@ -112,7 +112,7 @@ class MedusaApar:
         """Drops what was copied from weights, so that the next call reads them all anew.
 
         Never needed after `load_state_dict`, merging, averaging or a training step: calls notice those by themselves
-        (`medusa_apar.contents`). It is for whoever changes single values of a large model through `.data`.
+        (`medusa_apar.cpu.contents`). It is for whoever changes single values of a large model through `.data`.
         """
         self.runtime.refresh()
         if isinstance(self.heads, DraftHeads):

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_apar.checks import context_length
-from medusa_apar.contents import Contents
 from medusa_apar.forest import Forest
 from medusa_apar.kv_pool import KVPool
 
 from . import known, library
+from .contents import Contents
 from .library import address, floats
 from .weights import KINDS, PackedMatrix, argmax, interleaved, joined
 
@@ -79,7 +79,7 @@ _packs_lock = threading.Lock()
 class CpuRuntime:
     """Runs `model` from weights packed as `kind`: "float32", "bfloat16" or "int8".
 
-    Weights that were changed are packed anew for the next call: `medusa_apar.contents` says how that is noticed.
+    Weights that were changed are packed anew for the next call: `medusa_apar.cpu.contents` says how that is noticed.
 
     `seconds` of a `profiled` one adds up the time of `library.PHASES`.
     """

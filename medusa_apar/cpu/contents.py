@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import library
+from . import library
 
-TURNS, _LINE = 16, 8  # int64 words of a line, as in `cpu/contents.h`
+TURNS, _LINE = 16, 8  # int64 words of a line, as in `contents.h`
 _ALWAYS = 1 << 23  # bytes: half a millisecond
 _SHARE = 0.02  # of the time that passes
 _PIECE = 1 << 16  # lines that the twin in torch has at hand at once
@@ -89,7 +89,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _sums_in_torch(data: Tensor) -> Tensor:
-    """As `cpu/contents.h` has it, int64 [TURNS]; products and sums wrap in either."""
+    """As `contents.h` has it, int64 [TURNS]; products and sums wrap in either."""
     total = torch.zeros(TURNS, dtype=torch.int64, device=data.device)
     for first in range(0, len(data), 8 * _LINE * _PIECE):
         piece = data[first : first + 8 * _LINE * _PIECE]
