@@ -1,9 +1,10 @@
 """Whether tensors still hold what was copied from them.
 
-torch counts what is written to a tensor, but not what goes through `.data`, as merging an adapter, averaging weights
-and most weight surgery do. So the bits are summed up too, at memory speed: 540 MB of the 135M model, 65 ms for one core
-at 8 GB/s, which a short call would feel. Of so much a sixteenth is read (7 ms), by turns, and all of it as soon as that
-costs no more than a fiftieth of the time since it was last done: every few seconds.
+torch counts what is written to a tensor, but not what is written through `.data`, as merging an adapter, averaging
+weights and most weight surgery do. So the bits are summed up too. That runs at memory speed, yet the 540 MB of the 135M
+model take 65 ms (one core, 8 GB/s), too much for a short call. Each call therefore reads one sixteenth of large weights
+(7 ms), another one every time. All is read when that takes less than a fiftieth of the time since it was last done,
+which is every few seconds. Without a compiler torch does the same at 1 GB/s.
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import library
 
 TURNS, _LINE = 16, 8  # int64 words of a line, as in `contents.h`
+_SQUARE = TURNS * TURNS * _LINE  # words of TURNS stretches, behind which a turn has the same lines again
+_PLACES = 0x9E3779B97F4A7C15
 _ALWAYS = 1 << 23  # bytes: half a millisecond
 _SHARE = 0.02  # of the time that passes
-_PIECE = 1 << 16  # lines that the twin in torch has at hand at once
+# Words that the twin in torch has at hand at once: few enough for a core's cache, where torch takes one thread.
+_PIECE, _PIECE_ON_GPU = 1 << 14, 1 << 22
 
 
 class Contents:
     """What tensors hold, in sums of their bits.
 
-    A sixteenth has something of every row of a kilobyte and of every column, so what changes whole matrices, rows or
-    columns shows in any turn, single values when theirs comes.
+    A turn reads a sixteenth of them, some of every column and of every row that is a kilobyte long. So a change of a
+    whole matrix, row or column shows in any turn; a change of a single value shows when its turn comes.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -64,23 +69,24 @@ def _places(tensors: Sequence[Tensor]) -> list[tuple]:
 
 
 def sums(tensors: Sequence[Tensor], turn: int | None = None) -> Tensor:
-    """int64 [tensors, TURNS] on the CPU, of one turn or of all; what is not asked for is zero, or is not.
+    """int64 [tensors, TURNS] on the CPU; with `turn` only this turn's lines are read, and the other columns are zero.
 
     In compiled code where that is to be had, else by its twin in torch.
     """
     found = torch.zeros(len(tensors), TURNS, dtype=torch.int64, device="cpu")
     if not tensors:
         return found
+    kept = [_bytes(tensor) for tensor in tensors]
     if not isinstance(library.outcome(), str) and all(tensor.device.type == "cpu" for tensor in tensors):
-        kept = [_bytes(tensor) for tensor in tensors]
         spans = (library.Span * len(kept))(
             *(library.Span(library.address(each, torch.uint8, each.numel()), each.numel()) for each in kept)
         )
         target = library.address(found, torch.int64, len(kept) * TURNS)
         library.library().mapar_sums(spans, len(kept), -1 if turn is None else turn, target, torch.get_num_threads())
-    else:
-        for row, tensor in enumerate(tensors):
-            found[row] = _sums_in_torch(_bytes(tensor))
+        return found
+    for device in {tensor.device for tensor in tensors}:  # read back once each
+        rows = [row for row, tensor in enumerate(tensors) if tensor.device == device]
+        found[rows] = torch.stack([_sums_in_torch(kept[row], turn) for row in rows]).cpu()
     return found
 
 
@@ -88,22 +94,46 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _sums_in_torch(data: Tensor) -> Tensor:
-    """As `contents.h` has it, int64 [TURNS]; products and sums wrap in either."""
-    total = torch.zeros(TURNS, dtype=torch.int64, device=data.device)
-    for first in range(0, len(data), 8 * _LINE * _PIECE):
-        piece = data[first : first + 8 * _LINE * _PIECE]
-        words = torch.zeros(-(-len(piece) // (8 * _LINE)), _LINE, dtype=torch.int64, device=data.device)
-        words.view(-1).view(torch.uint8)[: len(piece)] = piece
-        lines = torch.arange(len(words), dtype=torch.int64, device=data.device) + first // (8 * _LINE)
-        places = lines[:, None] * 8 + torch.arange(_LINE, dtype=torch.int64, device=data.device)
-        words += places * _signed(0x9E3779B97F4A7C15)
+def _sums_in_torch(data: Tensor, turn: int | None = None) -> Tensor:
+    """A row of `sums`, where the data is. Shifts of an int64 bring in its sign, which `contents.h` does not have."""
+    if data.storage_offset() % 8:  # cannot be seen as words
+        data = data.clone()
+    length = _PIECE if data.device.type == "cpu" else _PIECE_ON_GPU
+    length = min(length * (1 if turn is None else TURNS), -(-len(data) // (8 * _SQUARE)) * _SQUARE)  # words
+    squares = torch.arange(length // _SQUARE, dtype=torch.int64, device=data.device)[:, None, None] * _SQUARE
+    square = torch.arange(_SQUARE, dtype=torch.int64, device=data.device)
+    places = squares + _of_turn(square, turn) if turn is not None else (squares + square).view(-1)
+    spread = places * _signed(_PLACES)
+    total = torch.zeros_like(places)
+    whole = len(data) // (8 * _SQUARE) * _SQUARE
+    pieces = [(first, min(first + length, whole)) for first in range(0, whole, max(length, 1))]
+    for first, end in [*pieces, (whole, -(-len(data) // 8))]:
+        piece, left = data[8 * first : 8 * end], -len(data[8 * first : 8 * end]) % (8 * _SQUARE)
+        if left:
+            piece = F.pad(piece, (0, left))
+        words = _of_turn(piece.view(torch.int64), turn)
+        words = words + spread[: len(words)]
+        words += _signed(first * _PLACES)
         words ^= words >> 32 & 0xFFFFFFFF
         words *= _signed(0x2545F4914F6CDD1D)
         words ^= words >> 29 & 0x7FFFFFFFF
-        total.index_add_(0, (lines - lines // TURNS) % TURNS, words.sum(1))
-    return total.cpu()
+        if left:
+            words.masked_fill_(places[: len(words)] >= -(-(end - first) // _LINE) * _LINE, 0)
+        total[: len(words)] += words
+    if turn is not None:
+        return F.pad(total.sum()[None], (turn, TURNS - 1 - turn))
+    by_line = total.view(-1, TURNS, TURNS, _LINE).sum((0, 3))  # [stretch, line]
+    return torch.stack([by_line.roll(-each, 1).diagonal().sum() for each in range(TURNS)])
+
+
+def _of_turn(words: Tensor, turn: int | None) -> Tensor:
+    """What a turn has of words in whole squares, [squares, word of a line, stretch]; None: everything, as it is."""
+    if turn is None:
+        return words
+    squares = words.view(-1, TURNS, TURNS, _LINE)  # stretch, line
+    return torch.cat([squares.diagonal(turn, 1, 2), squares.diagonal(turn - TURNS, 1, 2)], dim=2)
 
 
 def _signed(word: int) -> int:
+    word &= (1 << 64) - 1
     return word - (1 << 64) if word >> 63 else word
