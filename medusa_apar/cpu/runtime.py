@@ -44,7 +44,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 def _refusal_now(model: PreTrainedModel) -> str | None:
-    """`refusal` as far as it can come to be without the weights being others: what every call asks."""
+    """What of `refusal` can come about while the weights stay the same: this much is asked in every call."""
     if why := known.strangeness(model) or known.odd_scale(model):
         return why
     weights = _weights(model)

@@ -16,7 +16,12 @@ def numbers(*shape, dtype=torch.float32, seed=0):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 5000) | st.sampled_from([16384, 50_000, 300_000]), st.sampled_from(DTYPES), st.sampled_from([1, 2, 3]), st.integers(0, 99))
+@given(
+    st.integers(0, 5000) | st.sampled_from([16384, 50_000, 300_000]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([1, 2, 3]),
+    st.integers(0, 99),
+)
 def test_compiled_sums_are_those_of_the_twin(size, dtype, threads, seed):
     tensors = [numbers(size, dtype=dtype, seed=seed), numbers(), numbers(3, 7).T]
     before = torch.get_num_threads()
