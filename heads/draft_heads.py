@@ -177,8 +177,8 @@ class DraftHeads(nn.Module):
 
         least: what hangs below nodes of less chance need not be looked for; it comes with log-probability -inf.
         """
-        copied = self._copied()
-        if self._contents is None or not self._contents.same(copied):
+        copied, contents = self._copied(), self._contents  # which another call may drop meanwhile
+        if contents is None or not contents.same(copied):
             self.refresh()
             self._contents = Contents(copied)
         return self

@@ -67,8 +67,8 @@ class Decoder:
 
     def run(self) -> Iterator[None]:
         """Steps until every request is done; yields after each step, with `requests` and `stats` up to date."""
-        with self.runtime.running():
-            # Looked up once: what it is made of is asked of every weight, 0.15 ms.
+        with self.runtime.running(checked=True):  # by whoever picked it for this call
+            # Looked up once, as it asks every weight that was copied whether it has changed.
             least = self.scheduler.budget.least_chance
             self.drafter = self.heads.drafter(least) if isinstance(self.heads, DraftHeads) else self.heads
             self.drafter_weights = self.heads.weights_key() if isinstance(self.heads, DraftHeads) else None

@@ -90,6 +90,7 @@ class MedusaApar:
         self.cost, self.speculation, self.typical = cost, speculation, typical
         self.fork = fork  # where a call does not say
         self._streamer: Any = None
+        self._fits = False  # whether `generate` has just seen to it
         self._take(runtime)
 
     def _take(self, runtime: Runtime) -> None:
@@ -173,7 +174,7 @@ class MedusaApar:
         with ended_on_error(streamer):
             self._fit()
         bound = copy.copy(self)
-        bound._streamer, bound.tokenizer = streamer, tokenizer or self.tokenizer
+        bound._fits, bound._streamer, bound.tokenizer = True, streamer, tokenizer or self.tokenizer
         config = generation_config
         for defaults in (config, self.model.generation_config):
             if kwargs.get("stop_strings") is None and defaults is not None:
@@ -275,7 +276,8 @@ class MedusaApar:
     ) -> MedusaAparOutput | torch.Tensor:
         processors = logits_processor
         checks.check_call(self, model, input_ids, generation_config, processors, model_kwargs, arguments)
-        self._fit()
+        if not self._fits:
+            self._fit()
         prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
         checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
         max_depth = self.max_depth if asked.max_depth is None else asked.max_depth

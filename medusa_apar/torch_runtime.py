@@ -40,8 +40,8 @@ class Runtime(Protocol):
     def pool(self, max_slots: int | None) -> KVPool:
         """An empty pool for a generate call."""
 
-    def running(self) -> AbstractContextManager[None]:
-        """Entered once for all steps of a generate call."""
+    def running(self, checked: bool = False) -> AbstractContextManager[None]:
+        """Entered once for all steps of a generate call. checked: `refusal` has just been asked, which takes a walk."""
 
     def refusal(self) -> str | None:
         """Why the model, as it has become, cannot be run any more, in half a sentence; None where it can."""
@@ -104,7 +104,7 @@ class TorchRuntime:
         return f"torch{kernels} on {self.model.device.type} in {self.kind}"
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, checked: bool = False) -> Iterator[None]:
         # Triton launches on the current device, wherever its arguments lie.
         device = device_of(self.model)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -211,3 +211,23 @@ def test_drafts_follow(kind, change, packing):
     heads.refresh()
     for ours, anew in zip(found, drafts(), strict=True):
         torch.testing.assert_close(ours, anew, rtol=0, atol=0)
+
+
+class Interrupted(MedusaHeads):
+    """Another call refreshes them whenever it has been looked what they know of their weights."""
+
+    @property
+    def _contents(self):
+        found = self.__dict__["known"]
+        self.refresh()
+        return found
+
+    @_contents.setter
+    def _contents(self, contents):
+        self.__dict__["known"] = contents
+
+
+def test_heads_may_be_refreshed_while_a_call_begins():
+    heads = mapped(Interrupted.random(model_of(seed=2), 3, seed=1))
+    for _ in range(2):
+        assert heads.drafter() is heads

@@ -9,8 +9,8 @@
 
 namespace mapar {
 
-// A stretch is TURNS lines of 64 bytes, and each of its lines belongs to one turn. Which line belongs to which turn moves
-// on by one from stretch to stretch: so each turn reads some of every row of a KB and, over the rows, of every column.
+// A stretch is TURNS lines of 64 bytes, and each of its lines belongs to one turn. Which one belongs to which moves on
+// by one from stretch to stretch: so each turn reads some of every row of a KB and, over the rows, of every column.
 constexpr int LINE = 64, TURNS = 16;
 
 typedef uint64_t vw __attribute__((vector_size(LINE)));

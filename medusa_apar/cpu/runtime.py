@@ -71,9 +71,21 @@ def _settings(model: Any) -> tuple:
     return layers[0].self_attn.scaling, decoder.norm.variance_epsilon, decoder.rotary_emb.attention_scaling, windows
 
 
-# What is packed of a model, by kind: attached twice, it is packed once.
-_packs: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, _Packed]] = weakref.WeakKeyDictionary()
-_packs_lock = threading.Lock()
+class _Packs:
+    """What is packed of a model, by kind: attached twice, it is packed once, and no call of another model waits for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.kinds: dict[str, _Packed] = {}
+
+
+_packs: weakref.WeakKeyDictionary[PreTrainedModel, _Packs] = weakref.WeakKeyDictionary()
+_packs_lock = threading.Lock()  # of `_packs` itself
+
+
+def _packs_of(model: PreTrainedModel) -> _Packs:
+    with _packs_lock:
+        return _packs.setdefault(model, _Packs())
 
 
 class CpuRuntime:
@@ -91,7 +103,8 @@ class CpuRuntime:
         self.profile = False
         self.seconds = library.Seconds()
         self._dtype = model.dtype
-        self._packed: _Packed | None = None  # None: the next call looks at every weight
+        self._packed: _Packed | None = None  # written by `running`, and kept: a call may be about to read it
+        self._entirely = True  # whether the next call looks at every weight
         self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
 
     verify = most_nodes = None
@@ -111,23 +124,24 @@ class CpuRuntime:
         return why
 
     def refresh(self) -> None:
-        with _packs_lock:
-            _packs.pop(self.model, None)
-            self._packed = None
+        packs = _packs_of(self.model)
+        with packs.lock:
+            packs.kinds.clear()
+            self._entirely = True
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, checked: bool = False) -> Iterator[None]:
         """ValueError where the model has become one that this runtime cannot run."""
-        why = self.refusal()
-        with _packs_lock:
-            kinds = _packs.setdefault(self.model, {})
-            packed = kinds.get(self.kind)
-            if why is None and (packed is None or not packed.is_of(self.model, entirely=self._packed is None)):
+        why = None if checked else self.refusal()
+        packs = _packs_of(self.model)
+        with packs.lock:
+            packed = packs.kinds.get(self.kind)
+            if why is None and (packed is None or not packed.is_of(self.model, self._entirely)):
                 why = refusal(self.model)
                 if why is None:
-                    packed = kinds[self.kind] = _Packed(self.model, self.kind)
+                    packed = packs.kinds[self.kind] = _Packed(self.model, self.kind)
             if why is None:
-                self._packed = packed
+                self._packed, self._entirely = packed, False
         if why is not None:
             raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")
         yield
