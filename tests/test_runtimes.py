@@ -1,5 +1,7 @@
 """Which runtime a model gets, however its weights are kept, and what becomes of that when it changes."""
 
+from functools import partial
+
 import pytest
 import torch
 from accelerate import disk_offload, dispatch_model
@@ -10,6 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import medusa_apar
+from medusa_apar import generate as generation
 from medusa_apar.cpu.runtime import CpuRuntime
 from medusa_apar.decoder import _some_text
 from medusa_apar.heads import HydraHeads, MedusaHeads
@@ -87,6 +90,7 @@ def test_offloaded_models_run_in_torch(offloaded, heads, tmp_path):
     model = offloaded(model, tmp_path)
     hook = medusa_apar.attach(model, HEADS[heads](model))
     assert isinstance(hook.runtime, TorchRuntime)
+    assert "torch on cpu in float32" in repr(hook)
     assert torch.equal(hook.generate(**INPUTS, **GREEDY), expected)
     with pytest.raises(ValueError, match="needs the CPU runtime, which cannot run this model: a .* has hooks"):
         medusa_apar.attach(model, runtime="cpu")
@@ -133,6 +137,44 @@ def test_a_hook_follows_its_model():
     check("float32", TorchRuntime)
     model.eval()
     check("float32", CpuRuntime)
+
+
+def test_a_hook_comes_back_when_its_model_does(caplog):
+    """As where somebody looked at a layer for one call."""
+    generation._say_once.cache_clear()
+    model = model_of(seed=1)
+    hook = medusa_apar.attach(model, HydraHeads.random(model, 3))
+    expected = model.generate(**INPUTS, **GREEDY)
+    for generate in (hook.generate, partial(model.generate, custom_generate=hook)):
+        for _ in range(2):
+            handle = model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: None)
+            for _ in range(2):
+                assert torch.equal(generate(**INPUTS, **GREEDY), expected)
+                assert isinstance(hook.runtime, TorchRuntime)
+            handle.remove()
+            assert torch.equal(generate(**INPUTS, **GREEDY), expected)
+            assert isinstance(hook.runtime, CpuRuntime)
+    said = [record.message for record in caplog.records if "from now on" in record.message]
+    assert said == ["LlamaForCausalLM runs in torch from now on, since a LlamaMLP of the model has hooks."]
+
+
+def test_other_threads_compile_between_a_calls_steps():
+    """What runs our forests eagerly holds for a process, and so for no longer than it must."""
+    model = model_of(seed=1)
+    model.compile(backend="eager")
+    hook = medusa_apar.attach(model, runtime="torch")
+    model.generate(**INPUTS, **GREEDY, custom_generate=hook)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    double = torch.compile(lambda x: x * 2, backend=backend)
+    with hook.runtime.running():
+        assert double(torch.ones(2)).tolist() == [2, 2]
+    assert len(compiled) == 1
+    torch._dynamo.reset()
 
 
 def in_place(model):

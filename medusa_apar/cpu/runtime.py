@@ -72,7 +72,7 @@ def _settings(model: Any) -> tuple:
 
 
 class _Packs:
-    """What is packed of a model, by kind: attached twice, it is packed once, and no call of another model waits for it."""
+    """What is packed of a model, by kind: attached twice, it is packed once. No call of another model waits for it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
