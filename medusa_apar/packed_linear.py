@@ -68,7 +68,7 @@ class PackedLinears:
         if self._contents is not None and self._contents.same(weights) and all(map(self._packed.__contains__, layers)):
             return
         _give_back(self._packed)
-        self._contents = Contents(weights)
+        self._packed, self._contents = {}, Contents(weights)  # the old copy goes before there is another
         self._packed = {layer: pack(layer.weight.detach()) for layer in layers}
 
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from accelerate import disk_offload, dispatch_model
@@ -218,13 +219,25 @@ def test_attention_of_the_users_own_is_refused():
 
 def test_the_text_that_runtimes_are_held_against_is_of_all_tokens_and_long():
     for model in (tiny_model(), tiny_model("gpt2"), model_of()):
-        ids = _some_text(model)
-        assert len(ids) > 200 and len(set(ids)) > 0.9 * VOCAB
-        assert ids == _some_text(model)
+        ids, logits = _some_text(model)
+        assert len(ids) == len(logits) == 256 and len(set(ids)) > 0.9 * VOCAB
+        assert ids == _some_text(model)[0]
+
+
+@pytest.mark.parametrize(("seconds", "length"), [(60.0, 256), (0.0, 16)])
+def test_that_text_is_long_where_a_pass_is_quick(seconds, length, monkeypatch):
+    """Which a model's size does not tell."""
+    monkeypatch.setattr("medusa_apar.decoder._WORK", 0)
+    monkeypatch.setattr("medusa_apar.decoder._SECONDS", seconds)
+    model = model_of()
+    ids, logits = _some_text(model)
+    assert len(ids) == length and ids == np.random.default_rng(0).integers(VOCAB, size=256).tolist()[:length]
+    torch.testing.assert_close(logits, model(torch.tensor([ids])).logits[0])
+    medusa_apar.attach(model)
 
 
 def test_a_model_whose_context_is_short_is_held_against_a_shorter_one():
     model = tiny_model()
     model.config.max_position_embeddings = 20
-    assert len(_some_text(model)) == 20
+    assert len(_some_text(model)[0]) == 20
     medusa_apar.attach(model)
