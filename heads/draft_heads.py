@@ -7,6 +7,9 @@ The weights of all heads lie in one tensor per residual block, so K heads cost o
 
 from __future__ import annotations
 
+import copy
+import functools
+import logging
 import os
 import weakref
 from collections.abc import Hashable, Iterator
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.contents import Contents, plain
+from medusa_apar.cpu.contents import Contents, plain
 from medusa_apar.cpu.weights import PackedMatrix, top
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.packed_linear import can_pack, pack, packed_linear
@@ -26,6 +29,8 @@ from medusa_apar.reading import reading
 
 from . import checkpoints
 from .captured import tapped_layers
+
+logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="DraftHeads")
 
@@ -177,8 +182,8 @@ class DraftHeads(nn.Module):
 
         least: what hangs below nodes of less chance need not be looked for; it comes with log-probability -inf.
         """
-        copied = self._copied()
-        if self._contents is None or not self._contents.same(copied):
+        copied, contents = self._copied(), self._contents  # which another call may drop meanwhile
+        if contents is None or not contents.same(copied):
             self.refresh()
             self._contents = Contents(copied)
         return self
@@ -195,9 +200,25 @@ class DraftHeads(nn.Module):
         return [self.token_map, *(weight for weight in lm_head.parameters() if plain(weight))]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without copies of weights, so that heads can be copied and pickled."""
+        """Without the base, which is saved by itself, and without copies of weights: heads that are unpickled are
+        attached anew."""
         kept = self.__dict__.copy()
-        return kept | dict.fromkeys(("_draft_rows", "_packed", "_in_panels", "_in_code", "_contents") & kept.keys())
+        kept |= dict.fromkeys(("_draft_rows", "_packed", "_in_panels", "_in_code", "_contents") & kept.keys())
+        return kept | {"_base": ()}
+
+    def __copy__(self: Self) -> Self:
+        return self._made_of(self.__getstate__(), self._base)
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        """On the same base, or on its copy where that is copied along."""
+        other = memo[id(self)] = self._made_of({}, tuple(memo.get(id(base), base) for base in self._base))
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo) | {"_base": other._base})
+        return other
+
+    def _made_of(self: Self, state: dict[str, Any], base: tuple[PreTrainedModel, ...]) -> Self:
+        other = cast(Self, object.__new__(type(self)))
+        other.__setstate__(state | {"_base": base})
+        return other
 
     @classmethod
     def from_state(
@@ -234,6 +255,9 @@ class DraftHeads(nn.Module):
             raise ValueError(
                 f"these are heads of another model: their vocabulary is {self.vocab_size}, the model's {vocab_size}."
             )
+        if vocab_size > self.vocab_size:
+            added, name = vocab_size - self.vocab_size, type(model).__name__
+            _say_once(f"these heads never draft {added} of the {vocab_size} tokens of {name}, which are new to them.")
         if self.taps:
             tapped_layers(model, self.taps)
 
@@ -382,6 +406,11 @@ class DraftHeads(nn.Module):
             "acceptance": self.acceptance and [[round(share, 4) for share in ranks] for ranks in self.acceptance],
             "base_model_name_or_path": self._base[0].name_or_path if self._base else "",
         }
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    logger.warning(sentence)
 
 
 def _checked_token_map(token_map: Tensor, vocab_size: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.contents import plain
+from medusa_apar.cpu.contents import plain
 from medusa_apar.cpu.drafting import CompiledHydra, Pruned, compilable
 from medusa_apar.devices import device_of
 from medusa_apar.draft_tree import DraftTree
@@ -159,8 +159,9 @@ class HydraHeads(DraftHeads):
         places = ((w.data_ptr(), None if w.is_inference() else w._version) for w in self._copied())
         key, kept = (self.packing, *places), self._in_code
         if kept is None or kept[0] != key:
-            unembedding = self.plain_unembedding() if compilable(self) else None
-            made = None if unembedding is None else CompiledHydra(self, unembedding, cast(str, self.packing))
+            made, unembedding = None, self.plain_unembedding()
+            if unembedding is not None and compilable(self, unembedding):
+                made = CompiledHydra(self, unembedding, cast(str, self.packing))
             kept = self._in_code = key, made
         return kept[1]
 
@@ -169,7 +170,7 @@ class HydraHeads(DraftHeads):
             return super()._copied()
         ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         weights = [*self.parameters(), *self.buffers(), *(weight for end in ends for weight in end.parameters())]
-        return [weight for weight in weights if plain(weight)]
+        return list({id(weight): weight for weight in weights if plain(weight)}.values())  # tied ones once
 
     def refresh(self) -> None:
         super().refresh()

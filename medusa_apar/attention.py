@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .devices import device_of
 from .forest import Forest, ForestMask
 from .triton_kernels.reference import dense_attention
 
@@ -112,7 +113,7 @@ for _name, (_attend, _mask) in BACKENDS.items():
 
 def pick_backend(attention: str, model: PreTrainedModel) -> str:
     """The backend's name; "auto" takes the kernels where they run compiled."""
-    device = model.device.type
+    device = device_of(model).type
     devices = {parameter.device for parameter in model.parameters()}
     if attention == "auto":
         return "triton" if device == "cuda" and len(devices) == 1 and "triton" in BACKENDS else "sdpa"

@@ -67,8 +67,8 @@ class Decoder:
 
     def run(self) -> Iterator[None]:
         """Steps until every request is done; yields after each step, with `requests` and `stats` up to date."""
-        with self.runtime.running():
-            # Looked up once: what it is made of is asked of every weight, 0.15 ms.
+        with self.runtime.running(checked=True):  # by whoever picked it for this call
+            # Looked up once, as it asks every weight that was copied whether it has changed.
             least = self.scheduler.budget.least_chance
             self.drafter = self.heads.drafter(least) if isinstance(self.heads, DraftHeads) else self.heads
             self.drafter_weights = self.heads.weights_key() if isinstance(self.heads, DraftHeads) else None
@@ -292,11 +292,11 @@ def check_agrees(model: PreTrainedModel, runtime: Runtime, largest: float | None
     """
     device = device_of(model)
     interpreted = runtime.verify is not None and device.type == "cpu"  # kernels, a hundred times as slow
-    ids = _some_text(model, 32 if interpreted else 256)
     try:
+        ids, logits = _some_text(model, 32 if interpreted else _LENGTH)
         with runtime.running():
             rows, ours = _over_a_forest(runtime, ids, device)
-        plain = model(input_ids=torch.tensor([ids], dtype=torch.long, device=device)).logits[0, rows].float()
+        plain = logits[rows].float()
         off = (ours - plain).abs().amax(dim=1) / plain.abs().amax(dim=1).clamp(min=1e-6)
         difference = float(off.max())
     except Exception as error:
@@ -310,16 +310,32 @@ def check_agrees(model: PreTrainedModel, runtime: Runtime, largest: float | None
 
 _DRAFTED = 3  # tokens of a text that are drafted, the last ones
 _CHECKED = TreeShape(np.array([-1, -1, 0, 2]))  # the second node is a token that is wrong
-_WORK = 10_000_000_000  # products of a forward pass: a quarter of a second, more or less
+_LENGTH = 256  # of a text where it is quick
+_WORK = 10_000_000_000  # products of a forward pass that a CPU does not feel: a quarter of a second, more or less
+_SECONDS = 2.0  # that a pass over the whole length may take on a CPU
 
 
-def _some_text(model: PreTrainedModel, most: int = 256) -> list[int]:
-    """Random ids of the whole vocabulary, the same ones for the same model; fewer where they would take their time."""
+def _some_text(model: PreTrainedModel, most: int = _LENGTH) -> tuple[list[int], torch.Tensor]:
+    """Random ids of the whole vocabulary, the same ones for the same model, and the model's own logits [ids, vocab].
+
+    On a CPU there are fewer where a first pass over these tells that a pass over all would take its time.
+    """
     vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-    length = max(16, min(most, _WORK // sum(parameter.numel() for parameter in model.parameters())))
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    length = min(length, context_length(model) or length, longest or length)
-    return np.random.default_rng(0).integers(vocabulary, size=length).tolist()
+    most = min(most, context_length(model) or most, longest or most)
+    ids = np.random.default_rng(0).integers(vocabulary, size=most).tolist()
+    device, few = device_of(model), most
+    if device.type == "cpu":
+        few = min(most, max(16, _WORK // sum(parameter.numel() for parameter in model.parameters())))
+    started = time.perf_counter()
+    logits = _logits(model, ids[:few], device)
+    if few < most and (time.perf_counter() - started) * most / few <= _SECONDS:
+        few, logits = most, _logits(model, ids, device)
+    return ids[:few], logits
+
+
+def _logits(model: PreTrainedModel, ids: list[int], device: torch.device) -> torch.Tensor:
+    return model(input_ids=torch.tensor([ids], dtype=torch.long, device=device)).logits[0]
 
 
 def _over_a_forest(runtime: Runtime, ids: list[int], device: torch.device) -> tuple[list[int], torch.Tensor]:

@@ -15,6 +15,7 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from .chat import encode
+from .devices import device_of
 from .display.terminal import Lanes, Milestones, answer_text
 from .events import Consumer, Event
 from .fork_policy import fork_mode
@@ -118,7 +119,7 @@ def decode(apar: MedusaApar, ids: list[int]) -> str:
 
 
 def prompt(apar: MedusaApar, question: str) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(apar.model.device) for name, tensor in encode(apar.tokenizer, question).items()}
+    return {name: tensor.to(device_of(apar.model)) for name, tensor in encode(apar.tokenizer, question).items()}
 
 
 def warm_up(run: Callable[..., Run], apar: MedusaApar, inputs: dict, options: dict) -> None:
@@ -176,8 +177,9 @@ def _dtype(model: Any) -> str:
 
 
 def _device(model: Any) -> str:
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
+    device = device_of(model)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU threads"
 
 

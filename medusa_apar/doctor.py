@@ -23,6 +23,7 @@ from rich.table import Table
 from . import __version__, hub
 from .cpu.library import library
 from .cpu.runtime import CpuRuntime, refusal
+from .devices import device_of
 from .generate import MedusaApar
 from .heads import checkpoints
 from .job import quiet, slow
@@ -112,7 +113,7 @@ def _on_disk(source: Source) -> str:
 
 
 def _why_torch(apar: MedusaApar) -> list[str]:
-    if isinstance(apar.runtime, CpuRuntime) or apar.model.device.type != "cpu":
+    if isinstance(apar.runtime, CpuRuntime) or device_of(apar.model).type != "cpu":
         return []
     return [refusal(apar.model) or "for the CPU runtime's copy of the weights there is too little free memory"]
 

@@ -25,7 +25,7 @@ from transformers.generation import GenerationMixin, StopStringCriteria
 
 from . import checks, draft_watch
 from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
-from .cpu.runtime import CpuRuntime
+from .cpu.runtime import CpuRuntime, refusal
 from .decoder import Decoder
 from .devices import device_of
 from .draft_tree import DraftTree
@@ -90,6 +90,8 @@ class MedusaApar:
         self.cost, self.speculation, self.typical = cost, speculation, typical
         self.fork = fork  # where a call does not say
         self._streamer: Any = None
+        self._fits = False  # whether `generate` has just seen to it
+        self._left_compiled = False  # whether the CPU runtime was left for what the model had become
         self._take(runtime)
 
     def _take(self, runtime: Runtime) -> None:
@@ -100,9 +102,18 @@ class MedusaApar:
             self.heads.refresh()
 
     def _fit(self) -> None:
-        """Has a runtime picked anew where the model has become another since; ValueError where that cannot be."""
-        if self._pick is not None and (self._state != _state(self.model) or self.runtime.refusal() is not None):
-            self._take(self._pick())
+        """Has a runtime picked anew where the model has become another since, and where it has become itself again;
+        ValueError where that cannot be."""
+        if self._pick is not None:
+            before, why = self.runtime, self.runtime.refusal()
+            same = self._state == _state(self.model)
+            back = self._left_compiled and refusal(self.model) is None
+            if not same or why is not None or back:
+                self._take(self._pick())
+                left = isinstance(before, CpuRuntime) and not isinstance(self.runtime, CpuRuntime)
+                self._left_compiled = left or (self._left_compiled and not back)
+                if left and same:
+                    _say_once(f"{type(self.model).__name__} runs in torch from now on, since {why}.")
         if isinstance(self.heads, DraftHeads):
             self.heads.check_matches(self.model)
         if self.control_token_ids is not None:
@@ -112,7 +123,7 @@ class MedusaApar:
         """Drops what was copied from weights, so that the next call reads them all anew.
 
         Never needed after `load_state_dict`, merging, averaging or a training step: calls notice those by themselves
-        (`medusa_apar.contents`). It is for whoever changes single values of a large model through `.data`.
+        (`medusa_apar.cpu.contents`). It is for whoever changes single values of a large model through `.data`.
         """
         self.runtime.refresh()
         if isinstance(self.heads, DraftHeads):
@@ -173,7 +184,7 @@ class MedusaApar:
         with ended_on_error(streamer):
             self._fit()
         bound = copy.copy(self)
-        bound._streamer, bound.tokenizer = streamer, tokenizer or self.tokenizer
+        bound._fits, bound._streamer, bound.tokenizer = True, streamer, tokenizer or self.tokenizer
         config = generation_config
         for defaults in (config, self.model.generation_config):
             if kwargs.get("stop_strings") is None and defaults is not None:
@@ -275,7 +286,8 @@ class MedusaApar:
     ) -> MedusaAparOutput | torch.Tensor:
         processors = logits_processor
         checks.check_call(self, model, input_ids, generation_config, processors, model_kwargs, arguments)
-        self._fit()
+        if not self._fits:
+            self._fit()
         prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
         checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
         max_depth = self.max_depth if asked.max_depth is None else asked.max_depth
@@ -393,7 +405,7 @@ class MedusaApar:
         cost = self.cost
         if cost is None and self.budget is None and speculation is not None:
             cost = known_cost(self.model, self.runtime, self.heads, self.draft_tree)
-        rows = _BUDGET.get(self.model.device.type, _BUDGET["cpu"]) if self.budget is None else self.budget
+        rows = _BUDGET.get(device_of(self.model).type, _BUDGET["cpu"]) if self.budget is None else self.budget
         if speculation is None:
             budget: Any = EvenBudget(0, DraftTree([]))
         elif speculation.plan == "even":
@@ -542,7 +554,7 @@ def attach(
     speculation = default if speculation is None else Speculation.named(speculation)
     fork = fork_mode(fork)
     if draft_tree is None:
-        size = budget or _BUDGET.get(model.device.type, _BUDGET["cpu"])
+        size = budget or _BUDGET.get(device_of(model).type, _BUDGET["cpu"])
         if speculation is not None and speculation.plan == "forest":
             size = _CANDIDATES
         size = size if chosen.most_nodes is None else min(size, chosen.most_nodes)

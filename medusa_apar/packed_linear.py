@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .contents import Contents, plain
+from .cpu.contents import Contents, plain
 
 _ROWS_HINT = 16  # the layout is chosen for so many rows; it serves 1 to 64 well
 _MOST_ROWS = 64  # beyond, as in a prefill, F.linear is as good
@@ -68,7 +68,7 @@ class PackedLinears:
         if self._contents is not None and self._contents.same(weights) and all(map(self._packed.__contains__, layers)):
             return
         _give_back(self._packed)
-        self._contents = Contents(weights)
+        self._packed, self._contents = {}, Contents(weights)  # the old copy goes before there is another
         self._packed = {layer: pack(layer.weight.detach()) for layer in layers}
 
 

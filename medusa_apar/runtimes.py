@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .attention import pick_backend
 from .cpu.runtime import CpuRuntime, refusal
 from .decoder import check_agrees
-from .devices import gpus_of
+from .devices import device_of, gpus_of
 from .torch_runtime import Runtime, TorchRuntime
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def pick_runtime(
             "serves models that need several."
         )
     backend = pick_backend(attention, model)
-    graphs = backend == "triton" and model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+    graphs = backend == "triton" and device_of(model).type == "cuda" if cuda_graphs is None else cuda_graphs
     if graphs and backend != "triton":
         raise ValueError(f"cuda_graphs=True needs attention='triton', not {backend!r}.")
     if runtime not in RUNTIMES:

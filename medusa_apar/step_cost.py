@@ -177,7 +177,7 @@ def known_cost(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: Draft
     """What an earlier call measured for such a model on this device, else measured now: a second on a small model."""
     shapes = None if heads is None else tuple(p.shape for p in getattr(heads, "parameters", list)())
     how = (
-        *(runtime.kind, getattr(runtime, "backend", ""), getattr(runtime, "graphs", False), str(model.device)),
+        *(runtime.kind, getattr(runtime, "backend", ""), getattr(runtime, "graphs", False), str(device_of(model))),
         *(torch.get_num_threads(), type(heads).__name__, shapes, getattr(heads, "draft_vocab_size", 0), len(tree)),
     )
     found = _measured.setdefault(model, {})
@@ -218,8 +218,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _key(model: PreTrainedModel, heads: Any, tree: DraftTree, how: tuple) -> str:
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor()
+    device = device_of(model)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     drafting = (getattr(heads, "num_heads", 0), tree.choices)
     digest = hashlib.sha256(repr((shapes, drafting, how, torch.__version__)).encode()).hexdigest()[:16]
-    return f"{type(model).__name__} {how[0]} on {device}, {digest}"
+    return f"{type(model).__name__} {how[0]} on {hardware}, {digest}"

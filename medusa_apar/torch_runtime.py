@@ -40,8 +40,8 @@ class Runtime(Protocol):
     def pool(self, max_slots: int | None) -> KVPool:
         """An empty pool for a generate call."""
 
-    def running(self) -> AbstractContextManager[None]:
-        """Entered once for all steps of a generate call."""
+    def running(self, checked: bool = False) -> AbstractContextManager[None]:
+        """Entered once for all steps of a generate call. checked: `refusal` has just been asked, which takes a walk."""
 
     def refusal(self) -> str | None:
         """Why the model, as it has become, cannot be run any more, in half a sentence; None where it can."""
@@ -91,6 +91,7 @@ class TorchRuntime:
 
             self._graphed = GraphedSteps(self._forward, device_of(model))
         taken = inspect.signature(model.forward).parameters
+        self._compiled = False  # whether torch.compile has compiled it; written by `running`
         self._keeps_logits = "logits_to_keep" in taken
         self._cache = "cache" if "cache" in taken else "past_key_values"  # its name from transformers 5.24 on
 
@@ -101,14 +102,15 @@ class TorchRuntime:
     @property
     def description(self) -> str:
         kernels = " with Triton kernels" if self.backend == "triton" else ""
-        return f"torch{kernels} on {self.model.device.type} in {self.kind}"
+        return f"torch{kernels} on {device_of(self.model).type} in {self.kind}"
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, checked: bool = False) -> Iterator[None]:
         # Triton launches on the current device, wherever its arguments lie.
         device = device_of(self.model)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with on_device, forest_attention(self.model, self.backend), self._packed.in_use(), _eager(self.model):
+        self._compiled = any(_is_compiled(module) for module in self.model.modules())
+        with on_device, forest_attention(self.model, self.backend), self._packed.in_use():
             yield
 
     def refusal(self) -> str | None:
@@ -141,7 +143,8 @@ class TorchRuntime:
     def _forward(self, forest: Forest | StaticForest, pool: KVPool, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         pool.slots, pool.write = forest.slots, self._write
         keep = {"logits_to_keep": forest.verified_rows} if self._keeps_logits else {}
-        with current_forest(forest), Captured(self.model, taps) as captured:
+        eager = _eager() if self._compiled else nullcontext()
+        with eager, current_forest(forest), Captured(self.model, taps) as captured:
             logits = self.model(
                 input_ids=forest.input_ids,
                 position_ids=forest.position_ids,
@@ -158,29 +161,26 @@ class TorchRuntime:
         return logits.argmax(dim=-1)
 
 
-_compiled_calls = 0  # under way, of models that torch.compile has compiled
+_compiled_passes = 0  # under way, of models that torch.compile has compiled
 _compiled_lock = threading.Lock()
 _stance: Any = None
 
 
 @contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
+def _eager() -> Iterator[None]:
     """Within the block a model that torch.compile has compiled runs without that: it would compile anew for every
-    forest, and cannot compile attention over one."""
-    if not any(_is_compiled(module) for module in model.modules()):
-        yield
-        return
-    global _compiled_calls, _stance
+    forest, and cannot compile attention over one. So do other Python threads' models, as torch has one stance."""
+    global _compiled_passes, _stance
     with _compiled_lock:
-        if not _compiled_calls:
+        if not _compiled_passes:
             _stance = torch.compiler.set_stance("force_eager")
-        _compiled_calls += 1
+        _compiled_passes += 1
     try:
         yield
     finally:
         with _compiled_lock:
-            _compiled_calls -= 1
-            if not _compiled_calls:
+            _compiled_passes -= 1
+            if not _compiled_passes:
                 _stance.__exit__(None, None, None)
 
 

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 import medusa_apar
 from medusa_apar import DraftTree
+from medusa_apar.cpu.runtime import CpuRuntime
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from tests.cpu.test_runtime import model_of
 from tests.tiny import VOCAB, prompts
@@ -81,6 +82,7 @@ def resize(model):
     model.lm_head.weight.data[VOCAB:] = model.lm_head.weight.data[5:14] * 1.5
 
 
+LEAVE_LAYERS_IN = {"an adapter merged in place", "an adapter merged and taken out"}
 CHANGES = {
     "an adapter merged": merge_and_unload,
     "an adapter merged in place": merge_adapter,
@@ -105,15 +107,15 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_next_call_is_the_models(change, runtime):
     model = model_of(seed=1)
-    hook = medusa_apar.attach(
-        model, HydraHeads.random(model, 3, seed=1), runtime="auto" if runtime == "cpu" else "torch"
-    )
+    hook = medusa_apar.attach(model, HydraHeads.random(model, 3, seed=1), runtime=runtime)
     before = model.generate(**INPUTS, **GREEDY, custom_generate=hook)
+    assert isinstance(hook.runtime, CpuRuntime) == (runtime == "auto")
     CHANGES[change](model)
     with torch.no_grad():
         expected = model.generate(**INPUTS, **GREEDY)
     assert torch.equal(model.generate(**INPUTS, **GREEDY, custom_generate=hook), expected)
     assert not torch.equal(expected, before)
+    assert isinstance(hook.runtime, CpuRuntime) == (runtime == "auto" and change not in LEAVE_LAYERS_IN)
 
 
 def test_biases_too():
@@ -139,8 +141,8 @@ def test_rounded_weights_follow(change):
 
 def test_a_new_attach_looks_at_every_weight(monkeypatch):
     """However small the change and large the model."""
-    monkeypatch.setattr("medusa_apar.contents._ALWAYS", 0)
-    monkeypatch.setattr("medusa_apar.contents._SHARE", 0.0)
+    monkeypatch.setattr("medusa_apar.cpu.contents._ALWAYS", 0)
+    monkeypatch.setattr("medusa_apar.cpu.contents._SHARE", 0.0)
     model = model_of(seed=1)
     medusa_apar.attach(model, runtime="cpu")
     for name in ("lm_head.weight", "model.layers.0.mlp.down_proj.weight"):
@@ -155,8 +157,8 @@ def test_refresh_reads_all_anew(runtime, monkeypatch):
     model = model_of(seed=1)
     heads = HydraHeads.random(model, 3, seed=1)
     hook = medusa_apar.attach(model, heads, runtime=runtime)
-    monkeypatch.setattr("medusa_apar.contents._places", lambda tensors: [])  # nothing is ever noticed
-    monkeypatch.setattr("medusa_apar.contents.sums", lambda tensors, turn=None: torch.zeros(len(tensors), 16))
+    monkeypatch.setattr("medusa_apar.cpu.contents._places", lambda tensors: [])  # nothing is ever noticed
+    monkeypatch.setattr("medusa_apar.cpu.contents.sums", lambda tensors, turn=None: torch.zeros(len(tensors), 16))
     hook.refresh()
     model.generate(**INPUTS, **GREEDY, custom_generate=hook)
     average(model)
@@ -209,3 +211,23 @@ def test_drafts_follow(kind, change, packing):
     heads.refresh()
     for ours, anew in zip(found, drafts(), strict=True):
         torch.testing.assert_close(ours, anew, rtol=0, atol=0)
+
+
+class Interrupted(MedusaHeads):
+    """Another call refreshes them whenever it has been looked what they know of their weights."""
+
+    @property
+    def _contents(self):
+        found = self.__dict__["known"]
+        self.refresh()
+        return found
+
+    @_contents.setter
+    def _contents(self, contents):
+        self.__dict__["known"] = contents
+
+
+def test_heads_may_be_refreshed_while_a_call_begins():
+    heads = mapped(Interrupted.random(model_of(seed=2), 3, seed=1))
+    for _ in range(2):
+        assert heads.drafter() is heads

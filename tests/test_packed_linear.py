@@ -1,10 +1,12 @@
 """Packed weights give the layer's own results, follow it when it changes, and leave no trace."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from medusa_apar.packed_linear import PackedLinears, can_pack
+from medusa_apar.packed_linear import PackedLinears, can_pack, pack
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="torch without oneDNN")
 
@@ -37,6 +39,21 @@ def test_a_changed_weight_is_packed_anew(layers):
         torch.testing.assert_close(layers(x), layers[1](nn.functional.linear(x, layers[0].weight, layers[0].bias)))
         assert not torch.allclose(layers(x), before)
         torch.testing.assert_close(layers[1](torch.ones(1, 40)), layers[1].weight.sum(1)[None], atol=1e-4, rtol=1e-4)
+
+
+def test_the_old_copy_goes_before_the_new_one_comes(layers, monkeypatch):
+    packed, kept = PackedLinears(layers), []
+    with packed.in_use():
+        kept += map(weakref.ref, packed._packed.values())
+    layers[0].weight.mul_(2)
+
+    def pack_alone(weight):
+        assert not any(old() is not None for old in kept)
+        return pack(weight)
+
+    monkeypatch.setattr("medusa_apar.packed_linear.pack", pack_alone)
+    with packed.in_use():
+        assert len(packed._packed) == len(kept) == 2
 
 
 def test_blocks_may_overlap(layers):

@@ -1,5 +1,8 @@
 """Which runtime a model gets, however its weights are kept, and what becomes of that when it changes."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from accelerate import disk_offload, dispatch_model
@@ -10,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import medusa_apar
+from medusa_apar import generate as generation
 from medusa_apar.cpu.runtime import CpuRuntime
 from medusa_apar.decoder import _some_text
 from medusa_apar.heads import HydraHeads, MedusaHeads
@@ -87,6 +91,7 @@ def test_offloaded_models_run_in_torch(offloaded, heads, tmp_path):
     model = offloaded(model, tmp_path)
     hook = medusa_apar.attach(model, HEADS[heads](model))
     assert isinstance(hook.runtime, TorchRuntime)
+    assert "torch on cpu in float32" in repr(hook)
     assert torch.equal(hook.generate(**INPUTS, **GREEDY), expected)
     with pytest.raises(ValueError, match="needs the CPU runtime, which cannot run this model: a .* has hooks"):
         medusa_apar.attach(model, runtime="cpu")
@@ -135,6 +140,44 @@ def test_a_hook_follows_its_model():
     check("float32", CpuRuntime)
 
 
+def test_a_hook_comes_back_when_its_model_does(caplog):
+    """As where somebody looked at a layer for one call."""
+    generation._say_once.cache_clear()
+    model = model_of(seed=1)
+    hook = medusa_apar.attach(model, HydraHeads.random(model, 3))
+    expected = model.generate(**INPUTS, **GREEDY)
+    for generate in (hook.generate, partial(model.generate, custom_generate=hook)):
+        for _ in range(2):
+            handle = model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: None)
+            for _ in range(2):
+                assert torch.equal(generate(**INPUTS, **GREEDY), expected)
+                assert isinstance(hook.runtime, TorchRuntime)
+            handle.remove()
+            assert torch.equal(generate(**INPUTS, **GREEDY), expected)
+            assert isinstance(hook.runtime, CpuRuntime)
+    said = [record.message for record in caplog.records if "from now on" in record.message]
+    assert said == ["LlamaForCausalLM runs in torch from now on, since a LlamaMLP of the model has hooks."]
+
+
+def test_other_threads_compile_between_a_calls_steps():
+    """What runs our forests eagerly holds for a process, and so for no longer than it must."""
+    model = model_of(seed=1)
+    model.compile(backend="eager")
+    hook = medusa_apar.attach(model, runtime="torch")
+    model.generate(**INPUTS, **GREEDY, custom_generate=hook)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    double = torch.compile(lambda x: x * 2, backend=backend)
+    with hook.runtime.running():
+        assert double(torch.ones(2)).tolist() == [2, 2]
+    assert len(compiled) == 1
+    torch._dynamo.reset()
+
+
 def in_place(model):
     model.compile(backend="eager")
 
@@ -176,13 +219,25 @@ def test_attention_of_the_users_own_is_refused():
 
 def test_the_text_that_runtimes_are_held_against_is_of_all_tokens_and_long():
     for model in (tiny_model(), tiny_model("gpt2"), model_of()):
-        ids = _some_text(model)
-        assert len(ids) > 200 and len(set(ids)) > 0.9 * VOCAB
-        assert ids == _some_text(model)
+        ids, logits = _some_text(model)
+        assert len(ids) == len(logits) == 256 and len(set(ids)) > 0.9 * VOCAB
+        assert ids == _some_text(model)[0]
+
+
+@pytest.mark.parametrize(("seconds", "length"), [(60.0, 256), (0.0, 16)])
+def test_that_text_is_long_where_a_pass_is_quick(seconds, length, monkeypatch):
+    """Which a model's size does not tell."""
+    monkeypatch.setattr("medusa_apar.decoder._WORK", 0)
+    monkeypatch.setattr("medusa_apar.decoder._SECONDS", seconds)
+    model = model_of()
+    ids, logits = _some_text(model)
+    assert len(ids) == length and ids == np.random.default_rng(0).integers(VOCAB, size=256).tolist()[:length]
+    torch.testing.assert_close(logits, model(torch.tensor([ids])).logits[0])
+    medusa_apar.attach(model)
 
 
 def test_a_model_whose_context_is_short_is_held_against_a_shorter_one():
     model = tiny_model()
     model.config.max_position_embeddings = 20
-    assert len(_some_text(model)) == 20
+    assert len(_some_text(model)[0]) == 20
     medusa_apar.attach(model)

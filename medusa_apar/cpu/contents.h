@@ -9,8 +9,8 @@
 
 namespace mapar {
 
-// Lines of 64 bytes are told off into TURNS, shifted by one from one stretch of TURNS lines to the next: each turn
-// meets every row of a KB, and, row after row, every column.
+// A stretch is TURNS lines of 64 bytes, and each of its lines belongs to one turn. Which one belongs to which moves on
+// by one from stretch to stretch: so each turn reads some of every row of a KB and, over the rows, of every column.
 constexpr int LINE = 64, TURNS = 16;
 
 typedef uint64_t vw __attribute__((vector_size(LINE)));
@@ -20,8 +20,8 @@ struct Span {
     int64_t bytes;
 };
 
-// Every operation is one-to-one, so that no single word can change without its sum; the place is in it, so that rows
-// cannot change places either.
+// Each step can be undone, so a word that changes always changes the result. The word's place is mixed in too, so the
+// sum over rows changes when two rows are swapped.
 inline vw mixed(const char* line, int64_t number, size_t bytes) {
     vw x = {};
     std::memcpy(&x, line, bytes);

@@ -27,9 +27,6 @@ class CompiledHydra:
         self._table = heads.base.get_input_embeddings().weight.detach()
         tokens, hidden = self._table.shape
         self._token_map = None if heads.token_map is None else heads.token_map.to("cpu", torch.long).contiguous()
-        drafted = heads.draft_vocab_size if self._token_map is None else 1 + int(self._token_map.max())
-        if hidden != heads.hidden_size or drafted > tokens or len(unembedding[0]) != heads.draft_vocab_size:
-            raise ValueError(f"heads that draft {drafted} tokens cannot read a table of {tokens}.")
         self._inputs = heads.input_size
         self._states = PackedMatrix(heads.from_states.flatten(0, 1), kind, heads.bias.flatten())
         self._unembedding = PackedMatrix(unembedding[0], kind, unembedding[1])
@@ -85,13 +82,17 @@ class Pruned:
         return self.drafter.propose(states, root_ids, tree, math.log(self.chance))
 
 
-def compilable(heads: Any) -> bool:
-    """Whether heads of these sizes, on such a base, can be compiled."""
+def compilable(heads: Any, unembedding: tuple[Tensor, Tensor | None]) -> bool:
+    """Whether heads of these sizes, on such a base, can be compiled: compiled code looks every drafted token up."""
     table = heads.base.get_input_embeddings()
     dtypes = (torch.float32, torch.bfloat16)
     if type(table) is not nn.Embedding or table.weight.dtype not in dtypes or not table.weight.is_contiguous():
         return False
-    return heads.hidden_size % PANEL == 0
+    tokens, hidden = table.weight.shape
+    drafted = heads.draft_vocab_size if heads.token_map is None else 1 + int(heads.token_map.max())
+    if drafted > tokens or len(unembedding[0]) != heads.draft_vocab_size:
+        return False
+    return hidden == heads.hidden_size and hidden % PANEL == 0
 
 
 def _tree(tree: DraftTree) -> tuple[Any, list[Tensor]]:

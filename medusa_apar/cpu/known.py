@@ -7,10 +7,11 @@ in an instance, and hooks may change what goes in and out. Such a model is left 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 # Families whose decoder layers are Llama's: norm, rotary attention, norm, gated SiLU, both residual.
 _FAMILIES = ("Llama", "Mistral", "Qwen2")
 _HELPERS = ("apply_rotary_pos_emb", "rotate_half")  # what a module's `forward` calls of its own file
-_FOLDERS = tuple(str(Path(str(package.__file__)).parent) for package in (transformers, torch))
+_FOLDERS = tuple(str(Path(str(package.__file__)).parent) + os.sep for package in (transformers, torch))
 
 
 def strangeness(model: PreTrainedModel) -> str | None:
@@ -39,7 +40,7 @@ def strangeness(model: PreTrainedModel) -> str | None:
             return f"its {names[0]} is a {kind.__name__}"
         if not _is_own(kind, home, vars(kind).get("forward"), kind.__call__):
             return f"the forward pass of its {kind.__name__} is not the one that transformers defines"
-    if not all(_is_code_of(vars(sys.modules[home]).get(name)) for name in _HELPERS):
+    if any(_innermost(vars(sys.modules[home]).get(name)) is None for name in _HELPERS):
         return f"the rotary embeddings of {family} are not the ones that transformers defines"
     for module in model.modules():
         its = vars(module)
@@ -87,28 +88,20 @@ def _is_own(kind: Any, home: str, forward: Any, call: Any) -> bool:
     """Whether a class and its `forward` are those of transformers or torch; asked again where either is replaced."""
     if kind.__module__ != home and not kind.__module__.startswith(("torch.nn.modules.", "transformers.activations")):
         return False
-    code = _is_code_of(forward) and _code(forward)
-    if not code or code.co_qualname != f"{kind.__name__}.forward":
+    code = _innermost(forward)
+    if code is None or code.co_qualname != f"{kind.__name__}.forward":
         return False
-    return code.co_filename == sys.modules[kind.__module__].__file__ and _is_code_of(call)
+    return code.co_filename == sys.modules[kind.__module__].__file__ and _innermost(call) is not None
 
 
-def _is_code_of(function: Any) -> bool:
-    """Whether a function, and what it wraps, was written in transformers or torch. `functools.wraps` makes anybody's
-    function bear another's name, but not its file."""
-    while isinstance(function, FunctionType):
-        if not function.__code__.co_filename.startswith(_FOLDERS):
-            return False
+def _innermost(function: Any) -> CodeType | None:
+    """The code of what a function wraps at last; None where any of them was written outside transformers and torch.
+    `functools.wraps` makes anybody's function bear another's name, but not its file."""
+    while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(_FOLDERS):
         if not hasattr(function, "__wrapped__"):
-            return True
+            return function.__code__
         function = function.__wrapped__
-    return False
-
-
-def _code(function: Any) -> Any:
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function.__code__
+    return None
 
 
 def _is_ours(hook: Any) -> bool:

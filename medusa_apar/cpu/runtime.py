@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_apar.checks import context_length
-from medusa_apar.contents import Contents
 from medusa_apar.forest import Forest
 from medusa_apar.kv_pool import KVPool
 
 from . import known, library
+from .contents import Contents
 from .library import address, floats
 from .weights import KINDS, PackedMatrix, argmax, interleaved, joined
 
@@ -44,7 +44,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 def _refusal_now(model: PreTrainedModel) -> str | None:
-    """`refusal` as far as it can come to be without the weights being others: what every call asks."""
+    """What of `refusal` can come about while the weights stay the same: this much is asked in every call."""
     if why := known.strangeness(model) or known.odd_scale(model):
         return why
     weights = _weights(model)
@@ -71,15 +71,27 @@ def _settings(model: Any) -> tuple:
     return layers[0].self_attn.scaling, decoder.norm.variance_epsilon, decoder.rotary_emb.attention_scaling, windows
 
 
-# What is packed of a model, by kind: attached twice, it is packed once.
-_packs: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, _Packed]] = weakref.WeakKeyDictionary()
-_packs_lock = threading.Lock()
+class _Packs:
+    """What is packed of a model, by kind: attached twice, it is packed once. No call of another model waits for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.kinds: dict[str, _Packed] = {}
+
+
+_packs: weakref.WeakKeyDictionary[PreTrainedModel, _Packs] = weakref.WeakKeyDictionary()
+_packs_lock = threading.Lock()  # of `_packs` itself
+
+
+def _packs_of(model: PreTrainedModel) -> _Packs:
+    with _packs_lock:
+        return _packs.setdefault(model, _Packs())
 
 
 class CpuRuntime:
     """Runs `model` from weights packed as `kind`: "float32", "bfloat16" or "int8".
 
-    Weights that were changed are packed anew for the next call: `medusa_apar.contents` says how that is noticed.
+    Weights that were changed are packed anew for the next call: `medusa_apar.cpu.contents` says how that is noticed.
 
     `seconds` of a `profiled` one adds up the time of `library.PHASES`.
     """
@@ -91,7 +103,8 @@ class CpuRuntime:
         self.profile = False
         self.seconds = library.Seconds()
         self._dtype = model.dtype
-        self._packed: _Packed | None = None  # None: the next call looks at every weight
+        self._packed: _Packed | None = None  # written by `running`, and kept: a call may be about to read it
+        self._entirely = True  # whether the next call looks at every weight
         self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
 
     verify = most_nodes = None
@@ -111,23 +124,24 @@ class CpuRuntime:
         return why
 
     def refresh(self) -> None:
-        with _packs_lock:
-            _packs.pop(self.model, None)
-            self._packed = None
+        packs = _packs_of(self.model)
+        with packs.lock:
+            packs.kinds.clear()
+            self._entirely = True
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, checked: bool = False) -> Iterator[None]:
         """ValueError where the model has become one that this runtime cannot run."""
-        why = self.refusal()
-        with _packs_lock:
-            kinds = _packs.setdefault(self.model, {})
-            packed = kinds.get(self.kind)
-            if why is None and (packed is None or not packed.is_of(self.model, entirely=self._packed is None)):
+        why = None if checked else self.refusal()
+        packs = _packs_of(self.model)
+        with packs.lock:
+            packed = packs.kinds.get(self.kind)
+            if why is None and (packed is None or not packed.is_of(self.model, self._entirely)):
                 why = refusal(self.model)
                 if why is None:
-                    packed = kinds[self.kind] = _Packed(self.model, self.kind)
+                    packed = packs.kinds[self.kind] = _Packed(self.model, self.kind)
             if why is None:
-                self._packed = packed
+                self._packed, self._entirely = packed, False
         if why is not None:
             raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")
         yield

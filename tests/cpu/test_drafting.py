@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import VOCAB, prompts, tiny_model
 
 SHAPES = {
     "hydra": {},
@@ -84,6 +84,29 @@ def test_heads_that_change_are_packed_anew_and_attach_says_how():
         assert heads.drafter() is not before
     (ids, _), (compiled_ids, _) = both(heads, [5], tree)
     assert torch.equal(compiled_ids, ids)
+
+
+def test_heads_of_a_padded_unembedding_draft_in_torch():
+    """What pads it has no embedding, which compiled code would look up."""
+    model = tiny_model("wide_llama", seed=2)
+    weight = model.lm_head.weight
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, VOCAB + 9)
+    with torch.no_grad():
+        model.lm_head.weight[:VOCAB] = weight
+        model.lm_head.bias[:VOCAB], model.lm_head.bias[VOCAB:] = 0, -1e4
+    hook = medusa_apar.attach(model, HydraHeads.random(model, 3, seed=3), runtime="cpu")
+    assert hook.heads.packing == "float32" and hook.heads.drafter() is hook.heads
+    call = prompts(1, 9) | {"do_sample": False, "max_new_tokens": 12}
+    expected = model.generate(**call)
+    assert torch.equal(hook.generate(**call), expected)
+
+
+def test_tied_weights_are_looked_at_once():
+    heads = heads_of("hydra")
+    heads.packing = "float32"
+    heads.base.lm_head.weight = heads.base.model.embed_tokens.weight
+    seen = [weight.data_ptr() for weight in heads._copied()]
+    assert len(seen) == len(set(seen)) and heads.base.lm_head.weight.data_ptr() in seen
 
 
 @settings(max_examples=40, deadline=None)

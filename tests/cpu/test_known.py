@@ -1,6 +1,7 @@
 """The compiled runtime takes what transformers defines, module by module; all else runs in torch as it is there."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +174,19 @@ def test_a_forward_that_was_replaced_in_the_class(name, decorated, monkeypatch):
     assert torch.equal(model.generate(**INPUTS, **GREEDY, custom_generate=hook), expected)
     monkeypatch.undo()
     assert refusal(model) is None
+
+
+@pytest.mark.parametrize("package", ["torchao", "torchtune", "transformers_too"])
+def test_a_forward_of_a_package_whose_name_begins_like_torchs(package, monkeypatch):
+    """It lies beside torch, and wraps what transformers defines."""
+    before = modeling_llama.LlamaMLP.forward
+    source = "def forward(self, x):\n    return before(self, x) * 1.2"
+    made = {"before": before}
+    exec(compile(source, str(Path(torch.__file__).parents[1] / package / "mlp.py"), "exec"), made)
+    model = model_of(seed=2)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", functools.wraps(before)(made["forward"]))
+    assert "forward pass" in refusal(model)
+    runs_in_torch(model)
 
 
 def test_a_helper_that_was_replaced_in_transformers(monkeypatch):

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.cpu import library
+from medusa_apar.cpu import known, library
+from medusa_apar.cpu import runtime as cpu_runtime
 from medusa_apar.cpu.runtime import CpuRuntime, refusal
 from medusa_apar.cpu.weights import PackedMatrix
 from medusa_apar.decoder import check_agrees
@@ -233,6 +234,58 @@ def test_calls_may_overlap():
     for caller in callers:
         caller.join()
     assert all(torch.equal(ours, alone) for ours, alone in zip(found, expected, strict=True))
+
+
+def test_a_call_that_is_about_to_begin_survives_refresh():
+    """Another Python thread may ask for it at any time."""
+    model = model_of(seed=1)
+    runtime = CpuRuntime(model, "float32")
+    expected = path_logits(runtime, [5, 6, 7, 8])
+    with runtime.running():
+        runtime.refresh()
+        ledger = SlotLedger(runtime.pool(None))
+        stem = Stem(ParagraphTree([5, 6, 7, 8]).trunk, 4)
+        found, _ = runtime.forward(Forest([[stem]], ledger, torch.device("cpu")), ledger.pool)
+    assert torch.equal(found[0], expected[-1])
+
+
+def test_packing_one_model_does_not_stop_calls_of_another(monkeypatch):
+    first, second = (medusa_apar.attach(model_of(seed=seed), runtime="cpu") for seed in (1, 2))
+    began, goes_on = threading.Event(), threading.Event()
+    pack = cpu_runtime._Packed.__init__
+
+    def slowly(self, model, kind):
+        if model is first.model:
+            began.set()
+            assert goes_on.wait(60)
+        pack(self, model, kind)
+
+    monkeypatch.setattr(cpu_runtime._Packed, "__init__", slowly)
+    first.refresh()
+    call = threading.Thread(target=lambda: first.generate(**prompts(1, 5), max_new_tokens=4))
+    call.start()
+    try:
+        assert began.wait(60)
+        other = threading.Thread(target=lambda: second.generate(**prompts(1, 5), max_new_tokens=4), daemon=True)
+        other.start()
+        other.join(20)
+        assert not other.is_alive()
+    finally:
+        goes_on.set()
+        call.join()
+
+
+@pytest.mark.parametrize("by", ["hook.generate", "custom_generate"])
+def test_a_call_looks_through_the_model_once(by, monkeypatch):
+    model = model_of(seed=1)
+    hook = medusa_apar.attach(model, HydraHeads.random(model, 3), runtime="cpu")
+    generate = hook.generate if by == "hook.generate" else functools.partial(model.generate, custom_generate=hook)
+    call = prompts(1, 9) | {"do_sample": False, "max_new_tokens": 8}
+    generate(**call)  # has measured what a step costs
+    looks, strangeness = [], known.strangeness
+    monkeypatch.setattr(known, "strangeness", lambda model: looks.append(model) or strangeness(model))
+    generate(**call)
+    assert looks == [model]
 
 
 def test_scores_logits_and_samples_are_those_of_the_torch_runtime():

@@ -80,5 +80,32 @@ def test_heads_that_have_drafted_can_be_copied(copied, kind):
     hook = medusa_apar.attach(model, heads, runtime="cpu")
     expected = hook.generate(**INPUTS, **GREEDY)
     other = copied(heads)
+    size = sum(tensor.nbytes for tensor in heads.state_dict().values())
+    assert len(pickle.dumps(heads)) < size + 20_000  # neither the base nor what was copied of it
     hook = medusa_apar.attach(model, other.attach(model), runtime="cpu")
     assert torch.equal(hook.generate(**INPUTS, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_copied_heads_sit_on_the_same_base_or_on_its_copy(kind):
+    model = model_of(seed=1)
+    heads = HEADS[kind](model)
+    assert copy.copy(heads).base is copy.deepcopy(heads).base is model
+    other, theirs = copy.deepcopy((model, heads))
+    assert theirs.base is other and theirs.state_dict().keys() == heads.state_dict().keys()
+    with pytest.raises(RuntimeError, match="call attach"):
+        assert pickle.loads(pickle.dumps(heads)).base
+
+
+def test_that_added_tokens_are_never_drafted_is_said_once(caplog):
+    model = model_of(seed=1)
+    heads = MedusaHeads.random(model, 3)
+    assert not caplog.records
+    grow(model, added=13)  # of which no other test has heard
+    hook = medusa_apar.attach(model, heads)
+    for _ in range(2):
+        hook.generate(**INPUTS, **GREEDY)
+    said = [record.message for record in caplog.records if "never draft" in record.message]
+    assert said == [
+        f"these heads never draft 13 of the {VOCAB + 13} tokens of LlamaForCausalLM, which they do not know."
+    ]

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar import contents
-from medusa_apar.contents import TURNS, Contents, plain, sums
+from medusa_apar.cpu import contents
+from medusa_apar.cpu.contents import TURNS, Contents, plain, sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool)
 
@@ -16,19 +16,51 @@ def numbers(*shape, dtype=torch.float32, seed=0):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 5000), st.sampled_from(DTYPES), st.sampled_from([1, 2, 3]), st.integers(0, 99))
+@given(
+    st.integers(0, 5000) | st.sampled_from([16384, 50_000, 300_000]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([1, 2, 3]),
+    st.integers(0, 99),
+)
 def test_compiled_sums_are_those_of_the_twin(size, dtype, threads, seed):
     tensors = [numbers(size, dtype=dtype, seed=seed), numbers(), numbers(3, 7).T]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         found = sums(tensors)
-        expected = torch.stack([contents._sums_in_torch(contents._bytes(tensor)) for tensor in tensors])
-        assert torch.equal(found, expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(contents.library, "outcome", lambda: "no compiler")
+            assert torch.equal(sums(tensors), found)
+            of_twin = [sums(tensors, turn) for turn in range(TURNS)]
         for turn in range(TURNS):
-            assert torch.equal(sums(tensors, turn)[:, turn], found[:, turn])
+            one = torch.zeros_like(found)
+            one[:, turn] = found[:, turn]
+            assert torch.equal(sums(tensors, turn), one)
+            assert torch.equal(of_twin[turn], one)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_a_turn_reads_a_sixteenth(twin, monkeypatch):
+    """Each value is in one turn's sums alone, and a sixteenth of the lines is in each turn."""
+    if twin:
+        monkeypatch.setattr(contents.library, "outcome", lambda: "no compiler")
+    weight = numbers(16 * 4096)
+    before = torch.cat([sums([weight], turn)[:, turn] for turn in range(TURNS)])
+    seen = torch.zeros(TURNS, dtype=torch.int64)
+    for line in range(64):
+        changed = weight.clone()
+        changed[1024 + 16 * line + line % 16] += 1
+        after = torch.cat([sums([changed], turn)[:, turn] for turn in range(TURNS)])
+        assert (after != before).sum() == 1
+        seen += after != before
+    assert seen.tolist() == [4] * TURNS
+
+
+def test_words_that_do_not_begin_at_a_word_are_read():
+    weight = numbers(999, dtype=torch.bfloat16)
+    assert torch.equal(contents._sums_in_torch(contents._bytes(weight[1:])), sums([weight[1:].clone()])[0])
 
 
 def set_nan(tensor):
