@@ -282,10 +282,10 @@ class Verifier:
             request.batch_size > 1 or len(request.tree.threads) > 1 or self.typical is not None
         ):
             raise ValueError(
-                f"{self.watch.stateful} keeps state between its calls, which the threads and rows of one answer would "
+                f"{self.watch.stateful} between its calls, which the threads and rows of one answer would "
                 "mix up: use it with fork=False, one row and exact acceptance, or have it go by the ids it is given."
             )
-        return scores[0]
+        return scores[0].clone()  # what a processor returns may be its own, and bans are written to this
 
     def _warped(self, scores: torch.Tensor, banned: Sequence[int]) -> torch.Tensor:
         """`scores` [vocab] behind the bans, which are written to it."""
@@ -316,13 +316,14 @@ class Verifier:
                     blamed = name_of(processor)
                     break
             else:
+                scores = scores.clone()
                 scores[..., list(banned)] = -math.inf
                 for warper in self.warpers:
                     scores = warper(_NO_IDS, scores)
                     if not possible(scores):
                         blamed = name_of(warper)
                         break
-        return ValueError(f"{blamed} leaves no token to choose behind {len(path)} others: every score is NaN or -inf.")
+        return ValueError(f"{blamed} left no token to choose after {len(path)} tokens: every score is NaN or -inf.")
 
     def _scored(
         self,
