@@ -172,6 +172,10 @@ class MedusaApar:
         with ended_on_error(told):
             if kwargs.get("cache_implementation") == "paged":  # transformers would decode by itself, without the hook
                 raise NotImplementedError("cache_implementation='paged' is not supported: the KV pool is the cache.")
+            # Of some of it transformers would make a TypeError before it asks the hook.
+            checks.check_sampling(
+                kwargs, vars(generation_config) if generation_config else {}, vars(self.model.generation_config)
+            )
             self._fit()
             bound = copy.copy(self)
             bound._streamer, bound.tokenizer = told, self.tokenizer if tokenizer is None else tokenizer
