@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GenerationConfig, GenerationMixin, WatermarkingConfig
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    WatermarkingConfig,
+)
 
 import medusa_apar
 from medusa_apar import checks
@@ -90,9 +97,11 @@ WITHOUT_A_TRACE = {
     "max_matching_ngram_size": {"max_matching_ngram_size": 3},
     "speculation_type": {"speculation_type": "dflash"},
     "low_memory": {"low_memory": True},
+    "continuous_batching_config": {"continuous_batching_config": ContinuousBatchingConfig()},
     # Of encoder-decoder models, and notes.
     "decoder_start_token_id": {"decoder_start_token_id": 9},
     "transformers_version": {"transformers_version": "4.0.0"},
+    "_from_model_config": {"_from_model_config": True},
     "synced_gpus": {"synced_gpus": False},
 }
 # Shown elsewhere: what they are set to has no plain counterpart, or is the way in itself.
@@ -107,8 +116,6 @@ ELSEWHERE = {
     "output_scores": "test_generate.py",
     "output_logits": "test_generate.py",
     "return_dict_in_generate": "test_generate.py",
-    "continuous_batching_config": "of generate_batch, which does not ask a hook",
-    "_from_model_config": "a note of where a config came from",
 }
 # name -> what it is set to, with what goes along.
 REFUSED = {
