@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "rwkv", "short_conv", "hybrid")
 # Rotary scalings that depend on the longest row of a batch.
 _SWITCHING = ("longrope", "dynamic")
-# Arguments transformers prepares for the model and we prepare anew. Caches have had several names.
+# Arguments of the model that transformers' `generate` prepares, and that are not used here: steps have their own. The
+# cache has had several names.
 _CACHES = ("past_key_values", "cache", "cache_params")
 _PREPARED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *_CACHES}
 # Those of `generate` beside the config's that cannot be had, each with the reason.
