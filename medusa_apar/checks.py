@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "rwkv", "short_conv", "hybrid")
 # Rotary scalings that depend on the longest row of a batch.
 _SWITCHING = ("longrope", "dynamic")
-# Arguments transformers prepares for the model and we prepare anew. Caches have had several names.
+# Arguments of the model that transformers' `generate` prepares, and that are not used here: steps have their own. The
+# cache has had several names.
 _CACHES = ("past_key_values", "cache", "cache_params")
 _PREPARED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *_CACHES}
 # Those of `generate` beside the config's that cannot be had, each with the reason.
@@ -123,7 +126,7 @@ def typical_acceptance(acceptance: str | TypicalAcceptance) -> TypicalAcceptance
         return TypicalAcceptance() if acceptance == "typical" else None
     if not isinstance(acceptance, TypicalAcceptance):
         raise ValueError(f"acceptance={acceptance!r} is not 'exact', 'typical' or a TypicalAcceptance.")
-    if not all(isinstance(value, (int, float)) and value >= 0 for value in acceptance):
+    if not all(_is_number(value) and value >= 0 for value in acceptance):
         raise ValueError(f"{acceptance} needs an epsilon and a delta of 0 or more.")
     return acceptance
 
@@ -165,15 +168,23 @@ def check_config(config: GenerationConfig, processors: Sequence[LogitsProcessor]
             raise NotImplementedError(f"{name}={value!r} is not supported: {reason}.")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise NotImplementedError("output_attentions and output_hidden_states are not supported.")
-    if not config.do_sample:
-        return
-    for name, (fits, sentence) in _SAMPLING.items():
-        value = getattr(config, name, None)
-        if value is not None and not fits(value):
-            raise ValueError(f"{name}={value} is not {sentence}.")
-    for processor in processors:
+    check_sampling(vars(config))
+    for processor in processors if config.do_sample else ():
         if isinstance(processor, TemperatureLogitsWarper) and not 0 < processor.temperature < math.inf:
             raise ValueError(f"temperature={processor.temperature} is not a positive number.")
+
+
+def check_sampling(*given: Mapping[str, Any]) -> None:
+    """given: options of a call and those that stand behind it; what the first leaves open the next ones say."""
+    asked = ChainMap(*({name: value for name, value in options.items() if value is not None} for options in given))
+    for name, (fits, sentence) in _SAMPLING.items() if asked.get("do_sample") else ():
+        if name in asked and not (_is_number(asked[name]) and fits(asked[name])):
+            raise ValueError(f"{name}={asked[name]!r} is not {sentence}.")
+
+
+def _is_number(value: object) -> bool:
+    """transformers takes some strings and truth values for numbers, and not everywhere the same."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_ids(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

@@ -8,10 +8,9 @@ import inspect
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from transformers import (
@@ -46,7 +45,7 @@ from .slot_ledger import SlotLedger
 from .speculation import Speculation
 from .step_cost import StepCost, known_cost
 from .stitched import Stitcher, first_limit, last_limit
-from .streaming import TextColumns, ended_on_error
+from .streaming import EndedOnce, TextColumns, ended_on_error
 from .torch_runtime import Runtime, TorchRuntime
 from .triton_kernels.reference import TypicalAcceptance
 from .verify import Verifier
@@ -80,7 +79,7 @@ class MedusaApar:
         speculation: Speculation | None,
         typical: TypicalAcceptance | None = None,
         fork: str = "auto",
-        pick: Callable[[], Runtime] | None = None,
+        pick: partial[Runtime] | None = None,
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
         self.draft_tree, self.budget = draft_tree, budget
@@ -89,13 +88,14 @@ class MedusaApar:
         # What a step costs, None to be measured before the first that drafts; not asked where `budget` was given.
         self.cost, self.speculation, self.typical = cost, speculation, typical
         self.fork = fork  # where a call does not say
-        self._streamer: Any = None
+        self._streamer: EndedOnce | None = None  # of a call of `generate`
         self._fits = False  # whether `generate` has just seen to it
         self._left_compiled = False  # whether the CPU runtime was left for what the model had become
         self._take(runtime)
 
     def _take(self, runtime: Runtime) -> None:
-        self.runtime, self._state = runtime, _state(self.model)
+        self.runtime = runtime
+        self._state: tuple | None = _state(self.model)  # None: to be picked anew
         if isinstance(self.heads, DraftHeads):
             self.heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
             self.heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
@@ -179,25 +179,30 @@ class MedusaApar:
         It also serves `stop_strings` of a generation config, which the bare hook cannot: transformers drops the
         tokenizer they need. However the call ends, its streamer is told.
         """
-        if kwargs.get("cache_implementation") == "paged":  # transformers would decode by itself, without the hook
-            raise NotImplementedError("cache_implementation='paged' is not supported: the KV pool is the cache.")
-        with ended_on_error(streamer):
+        told = None if streamer is None else EndedOnce(streamer)
+        with ended_on_error(told):
+            if kwargs.get("cache_implementation") == "paged":  # transformers would decode by itself, without the hook
+                raise NotImplementedError("cache_implementation='paged' is not supported: the KV pool is the cache.")
+            # Of some of it transformers would make a TypeError before it asks the hook.
+            checks.check_sampling(
+                kwargs, vars(generation_config) if generation_config else {}, vars(self.model.generation_config)
+            )
             self._fit()
-        bound = copy.copy(self)
-        bound._fits, bound._streamer, bound.tokenizer = True, streamer, tokenizer or self.tokenizer
-        config = generation_config
-        for defaults in (config, self.model.generation_config):
-            if kwargs.get("stop_strings") is None and defaults is not None:
-                kwargs["stop_strings"] = defaults.stop_strings
-        if config is not None and config.stop_strings is not None:
-            config = copy.deepcopy(config)
-            config.stop_strings = None
-        if self.model.generation_config.stop_strings is not None:
-            # transformers fills a None from the model's defaults: give it the same model with other defaults.
-            bound.model = copy.copy(self.model)
-            bound.model.generation_config = copy.deepcopy(self.model.generation_config)
-            bound.model.generation_config.stop_strings = None
-        with ended_on_error(streamer):
+            bound = copy.copy(self)
+            bound._fits, bound._streamer = True, told
+            bound.tokenizer = self.tokenizer if tokenizer is None else tokenizer
+            config = generation_config
+            for defaults in (config, self.model.generation_config):
+                if kwargs.get("stop_strings") is None and defaults is not None:
+                    kwargs["stop_strings"] = defaults.stop_strings
+            if config is not None and config.stop_strings is not None:
+                config = copy.deepcopy(config)
+                config.stop_strings = None
+            if self.model.generation_config.stop_strings is not None:
+                # transformers fills a None from the model's defaults: give it the same model with other defaults.
+                bound.model = copy.copy(self.model)
+                bound.model.generation_config = copy.deepcopy(self.model.generation_config)
+                bound.model.generation_config.stop_strings = None
             return cast(Any, bound.model).generate(inputs, config, custom_generate=bound, **kwargs)
 
     def __copy__(self) -> MedusaApar:
@@ -206,10 +211,16 @@ class MedusaApar:
         return other
 
     def __deepcopy__(self, memo: dict) -> MedusaApar:
-        """Of the same model, as that is the one it is attached to."""
-        return copy.copy(self)
+        """Of the same model, as that is the one it is attached to, unless that has just been copied too."""
+        other = copy.copy(self)
+        model = memo.get(id(self.model))
+        if model is not None and self._pick is not None:
+            other.model, other.heads = model, copy.deepcopy(self.heads, memo)
+            # A model that holds its hook is not complete yet: the first call picks what runs it.
+            other._pick, other._state = partial(self._pick.func, model, *self._pick.args[1:]), None
+        return other
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> NoReturn:
         raise TypeError(
             "A hook cannot be pickled, as it holds a model and what runs it: save the model and its heads, and attach "
             "them again where they are loaded."
@@ -263,12 +274,14 @@ class MedusaApar:
         ValueError in mid-run where logits processors leave no token to choose, or keep state that threads would mix up.
         """
         arguments = _callers_arguments()
-        streamer, tokenizer = arguments.get("streamer"), arguments.get("tokenizer") or self.tokenizer
+        streamer, tokenizer = self._streamer, arguments.get("tokenizer")
+        if streamer is None and arguments.get("streamer") is not None:
+            streamer = EndedOnce(arguments["streamer"])
         with ended_on_error(streamer):
             return self._answer(
                 *(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs),
                 Asked(fork, fork_if, max_threads, max_depth, seed, events, verify, regenerate_below, stop_strings),
-                *(self._streamer or streamer, tokenizer, arguments),
+                *(streamer, self.tokenizer if tokenizer is None else tokenizer, arguments),
             )
 
     def _answer(
@@ -280,7 +293,7 @@ class MedusaApar:
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         asked: Asked,
-        streamer: Any,
+        streamer: EndedOnce | None,
         tokenizer: Any,
         arguments: dict[str, Any],
     ) -> MedusaAparOutput | torch.Tensor:
@@ -341,7 +354,7 @@ class MedusaApar:
         if returns_dict or asked.events is not None:
             reporter = decoder.reporter = Reporter(requests, asked.events, returns_dict, max_new_tokens)
         if self._streamer is not None:  # a streamer of `model.generate` has seen it
-            streamer.put(input_ids.cpu())
+            self._streamer.put(input_ids.cpu())
         for _ in decoder.run():
             if streamer is not None:
                 for column in columns.new():
@@ -548,8 +561,8 @@ def attach(
     default = Speculation.even() if heads is not None and draft_tree is not None else Speculation()
     if speculation is None and heads is None:
         _say_once(
-            f"{type(model).__name__} has no draft heads: guessed is what followed the same words in the prompt and the "
-            "answer (speculation='off' guesses nothing)."
+            f"{type(model).__name__} has no draft heads: drafting from n-grams of the prompt and the answer "
+            "(speculation='off' disables it)."
         )
     speculation = default if speculation is None else Speculation.named(speculation)
     fork = fork_mode(fork)

@@ -52,7 +52,8 @@ class Request:
     prompt_ids: the row without padding: what the model sees.
     max_new_tokens: limit on the visible text.
     criteria: transformers' stopping criteria, asked after every token of the reading order.
-    scores: of each thread's own tokens, as far as it has come, float32 [vocab]; what criteria see. None: they see none.
+    scores: for each thread the processed scores, float32 [vocab], of every token it has chosen so far. Criteria are
+        given those of the text; None gives them no scores.
     """
 
     def __init__(

@@ -12,8 +12,23 @@ from .paragraph_tree import Thread
 from .request import Request
 
 
+class EndedOnce:
+    """A streamer whose reader is told of the end once: a second one would end the next call's text."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer, self._ended = streamer, False
+
+    def put(self, token_ids: torch.Tensor) -> None:
+        self._streamer.put(token_ids)
+
+    def end(self) -> None:
+        if not self._ended:
+            self._streamer.end()
+            self._ended = True
+
+
 @contextmanager
-def ended_on_error(streamer: Any) -> Iterator[None]:
+def ended_on_error(streamer: EndedOnce | None) -> Iterator[None]:
     """Ends a streamer, if there is one, where the block fails: whoever reads it would wait for ever."""
     try:
         yield

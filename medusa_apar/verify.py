@@ -42,9 +42,9 @@ def _exactly(*names: str) -> frozenset[type]:
     return frozenset(kind for kind in kinds if kind is not None)
 
 
-# Those that choose among what is possible: they may not see a banned token as that.
+# Those that keep the likeliest tokens. Bans come before them, or a banned token would take the place of a possible one.
 _WARPERS = _exactly("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilon", "Eta", "LogitNormalization")
-# Those that look at the scores alone: all rows of a forest go through them at once.
+# Those that ignore `input_ids`: all rows of a forest go through them at once.
 _PATH_FREE = _WARPERS | _exactly("InfNanRemove", "SuppressTokens")
 # Those that treat every row of a batch by itself: one row is enough to show them.
 _BY_ROW = _PATH_FREE | _exactly(
@@ -126,7 +126,7 @@ class Verifier:
         bans = self.fork_bans(forest)
 
         def choose(verdict: Verdict, path: list[int], request: Request, stem: Stem, key: int, end: int) -> int:
-            """Adds the token that the verdict's row chooses behind the path and what the verdict chose so far."""
+            """Chooses the next token of a verdict, from the logits of its row, and appends it."""
             ahead, banned = verdict.tokens, self._banned(bans[verdict.row])
             if targets is not None:
                 token = targets[verdict.row]
@@ -172,7 +172,7 @@ class Verifier:
         self, forest: Forest, logits: torch.Tensor, raw: torch.Tensor | None, requests: dict[Stem, Request]
     ) -> list[Verdict]:
         """By the rule's own reference, from the scores of every node: the longest path is known only in the end."""
-        scores = self._scores_of_all(forest, logits.clone(), requests)
+        scores = self._scores_of_all(forest, logits, requests)
         depth = max(stem.draft_tree.height for stem in forest.verified)
         unbanned = [False] * len(scores)  # what is banned is impossible by now
         choice = Choice.of(
@@ -189,7 +189,7 @@ class Verifier:
         return verdicts
 
     def _scores_of_all(self, forest: Forest, logits: torch.Tensor, requests: dict[Stem, Request]) -> torch.Tensor:
-        """What `logits` [M, vocab] are after each row's processors, float32."""
+        """What `logits` [M, vocab] are after each row's processors, float32. Bans may be written to `logits`."""
         if not self.before:
             logits = self._ban(forest, logits)
         if not self.processors:
@@ -282,10 +282,10 @@ class Verifier:
             request.batch_size > 1 or len(request.tree.threads) > 1 or self.typical is not None
         ):
             raise ValueError(
-                f"{self.watch.stateful} keeps state between its calls, which the threads and rows of one answer would "
+                f"{self.watch.stateful} between its calls, which the threads and rows of one answer would "
                 "mix up: use it with fork=False, one row and exact acceptance, or have it go by the ids it is given."
             )
-        return scores[0]
+        return scores[0].clone()  # what a processor returns may be its own, and bans are written to this
 
     def _warped(self, scores: torch.Tensor, banned: Sequence[int]) -> torch.Tensor:
         """`scores` [vocab] behind the bans, which are written to it."""
@@ -316,13 +316,14 @@ class Verifier:
                     blamed = name_of(processor)
                     break
             else:
+                scores = scores.clone()
                 scores[..., list(banned)] = -math.inf
                 for warper in self.warpers:
                     scores = warper(_NO_IDS, scores)
                     if not possible(scores):
                         blamed = name_of(warper)
                         break
-        return ValueError(f"{blamed} leaves no token to choose behind {len(path)} others: every score is NaN or -inf.")
+        return ValueError(f"{blamed} left no token to choose after {len(path)} tokens: every score is NaN or -inf.")
 
     def _scored(
         self,

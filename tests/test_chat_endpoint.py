@@ -172,9 +172,3 @@ def test_a_key_that_cannot_be_one_is_not_shown(player, monkeypatch, key):
     with pytest.raises(ValueError, match="OPENAI_API_KEY holds what no key has") as refusal:
         ChatEndpoint(player.url)
     assert "secret" not in str(refusal.value) and player.requests == []
-
-
-def test_half_a_character_of_an_answer_can_be_written_to_a_file(player):
-    player.play = lambda messages: "a\ud83d b \ud83d\ude00 [[5]]"
-    said = ChatEndpoint(player.url).complete([])
-    assert said == "a? b \U0001f600 [[5]]" and said.encode()

@@ -12,7 +12,7 @@ from transformers.generation import BaseStreamer
 
 import medusa_apar
 from medusa_apar.events import StepFinished
-from medusa_apar.heads import MedusaHeads
+from medusa_apar.heads import HydraHeads, MedusaHeads
 from tests.tiny import CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model, tiny_tokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
@@ -60,11 +60,14 @@ FAILURES = {
     "a failing criterion": {"stopping_criteria": [fail]},
     "a failing consumer": {"events": fail},
     "nothing possible": {"suppress_tokens": list(range(VOCAB))},
+    "a paged cache": {"cache_implementation": "paged"},  # of which transformers tells no hook
 }
 
 
-@pytest.mark.parametrize("bare_hook", [True, False])
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(
+    ("failure", "bare_hook"),
+    [(failure, bare) for failure in FAILURES for bare in (True, False) if not (bare and failure == "a paged cache")],
+)
 def test_a_call_that_fails_ends_its_streamer(model, tokenizer, failure, bare_hook):
     """Once: a reader of the next call's text would take a second end for that one's."""
     apar = medusa_apar.attach(model)
@@ -85,6 +88,75 @@ def test_a_streamer_that_fails_is_the_error_that_is_told(model, bare_hook):
     options = {**prompts(1, 6), **GREEDY, "streamer": Broken()}
     with pytest.raises(RuntimeError, match="in mid-run"):
         model.generate(**options, custom_generate=apar) if bare_hook else apar.generate(**options)
+
+
+@pytest.mark.parametrize("bare_hook", [True, False])
+def test_what_fails_behind_the_end_of_the_text_ends_no_streamer_again(model, tokenizer, bare_hook):
+    streamer, text = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=5), []
+
+    def fail_behind_the_end(input_ids, scores):
+        """The answer is asked about once more when it is held against plain decoding."""
+        text.extend(list(streamer) if streamer.stop_signal in streamer.text_queue.queue else [])
+        if text:
+            raise RuntimeError("behind the end")
+        return scores
+
+    apar = medusa_apar.attach(model)
+    options = {**prompts(1, 6), **GREEDY, "streamer": streamer, "return_dict_in_generate": True, "verify": "stitched"}
+    options["logits_processor"] = [fail_behind_the_end]
+    with pytest.raises(RuntimeError, match="behind the end"):
+        model.generate(**options, custom_generate=apar) if bare_hook else apar.generate(**options)
+    assert text and streamer.text_queue.empty()
+
+
+@pytest.mark.parametrize("runtime", ["torch", "auto"])
+@pytest.mark.parametrize("with_heads", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_hook_copied_beside_its_model_is_the_copys(runtime, with_heads, held):
+    """What is done to the first model afterwards is nothing to the copies."""
+    model = tiny_model("wide_llama", seed=5, eos=-50.0)
+    apar = medusa_apar.attach(model, HydraHeads.random(model) if with_heads else None, CONTROL, runtime=runtime)
+    expected = model.generate(**prompts(1, 6), **GREEDY)
+    if held:
+        model.hook = apar
+        other = copy.deepcopy(model)
+        hook = other.hook
+    else:
+        other, hook = copy.deepcopy((model, apar))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert hook.model is other is not model
+    assert with_heads == (hook.heads is not None) and (not with_heads or hook.heads is not apar.heads)
+    assert torch.equal(hook.generate(**prompts(1, 6), **GREEDY, fork=False), expected)
+    assert torch.equal(other.generate(**prompts(1, 6), **GREEDY, fork=False, custom_generate=hook), expected)
+    assert type(hook.runtime) is type(apar.runtime) and hook.runtime is not apar.runtime
+
+
+class Falsy:
+    """A tokenizer with a length of 0."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args, **options):
+        return self._tokenizer(*args, **options)
+
+    def __len__(self):
+        return 0
+
+
+@pytest.mark.parametrize("bare_hook", [True, False])
+def test_a_calls_tokenizer_is_taken_whatever_its_length(tokenizer, bare_hook):
+    model = tiny_model(seed=5)
+    given, inputs = Falsy(tokenizer), prompts(1, 6) | GREEDY | {"return_dict_in_generate": True}
+    for apar in (medusa_apar.attach(model, tokenizer=tokenizer), medusa_apar.attach(model)):
+        inputs["tokenizer"] = given
+        out = model.generate(**inputs, custom_generate=apar) if bare_hook else apar.generate(**inputs)
+        assert out.tokenizer is given
 
 
 def test_a_hook_is_copied_with_its_model_and_says_why_it_cannot_be_pickled(model):

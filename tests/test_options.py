@@ -4,13 +4,22 @@ Tables say which: what the installed transformers has beyond them fails.
 """
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GenerationConfig, GenerationMixin, WatermarkingConfig
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    WatermarkingConfig,
+)
 
 import medusa_apar
+from medusa_apar import checks
 from medusa_apar.heads import MedusaHeads
 from tests.tiny import prompts, tiny_model, tiny_tokenizer
 
@@ -88,11 +97,11 @@ WITHOUT_A_TRACE = {
     "max_matching_ngram_size": {"max_matching_ngram_size": 3},
     "speculation_type": {"speculation_type": "dflash"},
     "low_memory": {"low_memory": True},
-    "continuous_batching_config": {},
+    "continuous_batching_config": {"continuous_batching_config": ContinuousBatchingConfig()},
     # Of encoder-decoder models, and notes.
     "decoder_start_token_id": {"decoder_start_token_id": 9},
     "transformers_version": {"transformers_version": "4.0.0"},
-    "_from_model_config": {},
+    "_from_model_config": {"_from_model_config": True},
     "synced_gpus": {"synced_gpus": False},
 }
 # Shown elsewhere: what they are set to has no plain counterpart, or is the way in itself.
@@ -150,6 +159,7 @@ REFUSED = {
     "typical_p": lambda model: SAMPLED | {"typical_p": 1.5},
     "epsilon_cutoff": lambda model: SAMPLED | {"epsilon_cutoff": 2.0},
     "eta_cutoff": lambda model: SAMPLED | {"eta_cutoff": -1.0},
+    "temperature of a truth": lambda model: SAMPLED | {"temperature": True},
 }
 FOLDER = str(Path(medusa_apar.__file__).parent)
 WAYS = {
@@ -220,6 +230,23 @@ def test_refused_by_name_before_any_work(model, name, way):
     finally:
         handle.remove()
     assert len(ran) == 2 * tried and _says(name.split()[0], str(raised.value)), str(raised.value)
+
+
+@pytest.mark.parametrize("where", ["call", "config", "model"])
+@pytest.mark.parametrize("value", ["0.5", [0.5], True], ids=str)
+@pytest.mark.parametrize("name", checks._SAMPLING)
+def test_what_is_no_number_is_refused_before_transformers_stumbles_over_it(name, value, where):
+    model = tiny_model(seed=5)
+    options = plain(model, SAMPLED | {"top_k": None})
+    if where == "call":
+        options[name] = value
+    elif where == "config":
+        options["generation_config"] = GenerationConfig()
+        setattr(options["generation_config"], name, value)
+    else:
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"^{name}={re.escape(repr(value))} is not "):
+        medusa_apar.attach(model).generate(**options)
 
 
 def _says(name, sentence):

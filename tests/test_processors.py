@@ -1,10 +1,26 @@
 """Logits processors: the user's see what plain transformers shows them, bans come behind them, NaN never wins."""
 
+import io
+import itertools
+import logging
+import math
+import random
+import re
+import threading
+from array import array
+from collections import deque
+from datetime import datetime
+from decimal import Decimal
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 import medusa_apar
+from medusa_apar import processor_state
 from medusa_apar.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.heads import MedusaHeads
@@ -24,6 +40,7 @@ from tests.tiny import (
     forking_model,
     prompts,
     tiny_model,
+    tiny_tokenizer,
 )
 
 LIMIT = 24
@@ -113,6 +130,45 @@ def test_nothing_invisible_is_chosen_where_a_processor_wants_it(way):
         assert all((scores[:, CHILD] == -torch.inf).all() for scores in out.scores)
 
 
+class Table(LogitsProcessor):
+    """Returns rows of what it keeps, control tokens among the likeliest."""
+
+    def __init__(self, last):
+        self.last = last  # of the rows, what the tokens that end an answer are worth
+        self.rows = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(3))
+        self.rows[:, [FORK, CHILD]] += 2
+        self.rows[50] = last
+
+    def __call__(self, input_ids, scores):
+        return self.rows[int(input_ids[0, -1])].expand_as(scores)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 7, "top_k": 9}], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_bans_are_not_written_to_what_a_processor_keeps(rows, options):
+    model, process, untouched = forking_model(24), Table(0.0), Table(0.0)
+    options = GREEDY | {"return_dict_in_generate": True} | options
+    out = medusa_apar.attach(model, MedusaHeads.random(model), CONTROL).generate(
+        **prompts(rows, 6), **options, logits_processor=[process]
+    )
+    assert torch.equal(process.rows, untouched.rows)
+    warpers = [TopKLogitsWarper(9)] if "seed" in options else []
+    expected = LogitsProcessorList([untouched, rule(), *warpers])
+    assert_chosen_tokens_are_the_models(model, out.paragraph_tree, options.get("seed"), expected)
+    assert sum(len(tree.threads) for tree in out.paragraph_tree) > rows
+
+
+def test_nor_where_nothing_is_left_to_choose():
+    process, kept = Table(-torch.inf), Table(-torch.inf).rows
+    process.rows[:, :FORK] = process.rows[:, CHILD + 1 :] = -torch.inf
+    kept[:, :FORK] = kept[:, CHILD + 1 :] = -torch.inf
+    with pytest.raises(ValueError, match="Table left no token"):
+        medusa_apar.attach(tiny_model(seed=5), None, CONTROL).generate(
+            **prompts(1, 6), **GREEDY, fork=False, logits_processor=[process]
+        )
+    assert torch.equal(process.rows, kept)
+
+
 @pytest.mark.parametrize("in_one_launch", [False, True])
 def test_warpers_do_not_see_a_banned_token_as_possible(in_one_launch):
     """Were the ban behind them, nothing would be left of the one likeliest token."""
@@ -160,7 +216,7 @@ def test_scores_without_a_token_are_an_error_that_names_the_processor(way, value
     options = GREEDY | {"return_dict_in_generate": True} | options
     apar = medusa_apar.attach(model, MedusaHeads.random(model), CONTROL, **attach)
     processors = LogitsProcessorList([OnlyChildless(), Breaks(value), FINITE["zero"]])
-    with pytest.raises(ValueError, match=r"Breaks leaves no token to choose behind \d+ others") as raised:
+    with pytest.raises(ValueError, match=r"Breaks left no token to choose after \d+ tokens: ") as raised:
         apar.generate(**prompts(2, 6), **options, logits_processor=processors)
     assert "\n" not in str(raised.value)
 
@@ -171,7 +227,7 @@ def test_a_ban_of_everything_names_who_left_control_tokens_alone(in_one_launch):
     apar = medusa_apar.attach(model, None, CONTROL)
     if in_one_launch:
         apar.runtime.verify = reference.verify
-    with pytest.raises(ValueError, match="SuppressTokensLogitsProcessor leaves no token"):
+    with pytest.raises(ValueError, match="SuppressTokensLogitsProcessor left no token"):
         apar.generate(**prompts(1, 6), **GREEDY, suppress_tokens=[i for i in range(VOCAB) if i not in (FORK, CHILD)])
 
 
@@ -185,7 +241,7 @@ def test_a_model_of_nan_is_an_error(runtime, options):
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
     for which in (apar, in_one_launch):
-        with pytest.raises(ValueError, match="the model leaves no token"):
+        with pytest.raises(ValueError, match="the model left no token"):
             which.generate(**prompts(2, 6), **GREEDY | options)
 
 
@@ -253,6 +309,27 @@ class Buffered(LogitsProcessor):
         return scores - self.total
 
 
+class Window(LogitsProcessor):
+    """The last few tokens that were seen."""
+
+    def __init__(self):
+        self.seen = deque([0] * 4, maxlen=4)
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(int(input_ids[0, -1]))
+        return scores.roll(sum(self.seen) % 5, -1)
+
+
+class Words(LogitsProcessor):
+    """Of compiled code that cannot be looked into."""
+
+    def __init__(self):
+        self.shifts = itertools.cycle(range(5))
+
+    def __call__(self, input_ids, scores):
+        return scores.roll(next(self.shifts), -1)
+
+
 def enclosed():
     calls = 0
 
@@ -264,7 +341,7 @@ def enclosed():
     return count
 
 
-STATEFUL = [Counting, Remembering, Drawing, Nested, Buffered, enclosed]
+STATEFUL = [Counting, Remembering, Drawing, Nested, Buffered, Window, Words, enclosed]
 
 
 @pytest.mark.parametrize("make", STATEFUL)
@@ -292,7 +369,7 @@ def test_a_stateful_processor_is_refused_where_its_state_would_be_mixed(make, ho
     options = GREEDY | ({"do_sample": True} if attach else {})
     model = forking_model(24)
     apar = medusa_apar.attach(model, MedusaHeads.random(model), CONTROL, **attach)
-    with pytest.raises(ValueError, match="keeps state between its calls"):
+    with pytest.raises(ValueError, match="keeps? state .*between its calls"):
         apar.generate(**prompts(rows, 6), **options, fork=how == "threads", logits_processor=[Wants(make())])
 
 
@@ -336,6 +413,94 @@ class Thing:
     __slots__ = ("value",)
 
 
+class Registered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        self.register_buffer("count", torch.zeros(1))
+
+
+def remembering(seen=[]):  # noqa: B006
+    seen.append(0)
+
+
+# What is kept, and what a call does to it.
+STATES = {
+    "a deque": (lambda: deque([0] * 4, maxlen=4), lambda kept: kept.append(kept[-1] + 1)),
+    "a bytearray": (lambda: bytearray(8), lambda kept: kept.__setitem__(3, kept[3] + 1)),
+    "an array": (lambda: array("q", [0] * 9), lambda kept: kept.__setitem__(3, kept[3] + 1)),
+    "a numpy array": (lambda: np.zeros(VOCAB), lambda kept: kept.__setitem__(7, kept[7] + 1)),
+    "numpy of no dimension": (lambda: np.zeros(()), lambda kept: kept.__iadd__(1)),
+    "a large numpy array": (lambda: np.zeros((1000, 1000)), lambda kept: kept.__iadd__(1)),
+    "a strided numpy array": (lambda: np.zeros((9, 9))[:, ::2], lambda kept: kept.__iadd__(1)),
+    "numpy's generator": (lambda: np.random.default_rng(3), lambda kept: kept.random()),
+    "numpy's old generator": (lambda: np.random.RandomState(3), lambda kept: kept.rand()),
+    "python's generator": (lambda: random.Random(3), lambda kept: kept.random()),
+    "torch's generator": (lambda: torch.Generator(), lambda kept: torch.rand(1, generator=kept)),
+    "an iterator": (lambda: iter(range(9)), lambda kept: next(kept)),
+    "an iterator's method": (lambda: itertools.count().__next__, lambda kept: kept()),
+    "a generator": (lambda: (index for index in range(9)), lambda kept: next(kept)),
+    "a buffer of a module": (Registered, lambda kept: kept.count.add_(1)),
+    "a buffer of a module's module": (Registered, lambda kept: kept.inner(torch.ones(2, 2))),
+    "an attribute of a module": (Registered, lambda kept: setattr(kept, "calls", getattr(kept, "calls", 0) + 1)),
+    "a default argument": (lambda: remembering, lambda kept: kept()),
+    "an argument of a partial": (lambda: partial(list.append, []), lambda kept: kept(0)),
+    "a method of a list": (lambda: [].append, lambda kept: kept(0)),
+    "behind a large trie": (
+        lambda: [{first: {second: {} for second in range(64)} for first in range(64)}] * 3 + [[0]],
+        lambda kept: kept[-1].__setitem__(0, kept[-1][0] + 1),
+    ),
+    "a large set": (lambda: set(range(500)), lambda kept: kept.pop()),
+}
+NO_STATES = {
+    "a large set that grows": (lambda: set(range(40)), lambda kept: kept.update(range(len(kept) + 40))),
+    "a large dict that grows": (lambda: {-1: 0}, lambda kept: kept.update(dict.fromkeys(range(len(kept) + 40), 0))),
+    "a numpy array": (lambda: np.zeros(VOCAB), lambda kept: kept.sum()),
+    "an array of objects": (lambda: np.array([None, "a"], dtype=object), lambda kept: kept.tolist()),
+    "a module": (Registered, lambda kept: kept.eval().inner(torch.ones(2, 2))),
+    "a model": (lambda: tiny_model(), lambda kept: kept(torch.ones(1, 3, dtype=torch.long))),
+    "a tokenizer": (tiny_tokenizer, lambda kept: kept("ab")),
+    "a backend of a tokenizer": (lambda: tiny_tokenizer().backend_tokenizer, lambda kept: kept.encode("ab")),
+    "a compiled regex": (lambda: re.compile("a"), lambda kept: kept.match("a")),
+    "a lock": (threading.Lock, lambda kept: kept.locked()),
+    "a lock of an owner": (threading.RLock, lambda kept: kept.acquire()),
+    "a logger": (lambda: logging.getLogger("tests"), lambda kept: kept.debug("a call")),
+    "a stream": (io.StringIO, lambda kept: kept.write("a call")),
+    "functions": (lambda: [len, torch.softmax, np.mean, np.exp, str.upper, math.sqrt, partial(max, 1)], len),
+    "a cached function": (lambda: lru_cache(lambda value: value), lambda kept: kept(len(str(kept.cache_info())))),
+    "values": (lambda: [1j, b"", np.float32(2), range(3), datetime.now(), Decimal(1), ..., object()], len),
+    "of torch": (lambda: [torch.device("cpu"), torch.float16, torch.Size([2])], len),
+    "a path": (lambda: Path("a"), str),
+}
+
+
+@pytest.mark.parametrize("which", [*STATES, *(f"no state: {name}" for name in NO_STATES)])
+def test_what_a_call_changes_counts_as_state_unless_it_is_a_cache(which):
+    make, call = STATES[which] if which in STATES else NO_STATES[which.removeprefix("no state: ")]
+    thing = Thing()
+    thing.value = make()
+    watch = StateWatch([thing])
+    for _ in range(3):
+        call(thing.value)
+        watch.called()
+    assert (watch.stateful is not None) == (which in STATES), watch.stateful
+
+
+def test_state_that_begins_late_is_found():
+    thing = Thing()
+    watch = StateWatch([thing])
+    for thing.value in [0] * 300 + list(range(32)):
+        watch.called()
+    assert watch.stateful == "Thing keeps state"
+
+
+@pytest.mark.parametrize("branches", [8, 64])
+def test_a_look_takes_no_longer_for_a_large_trie(branches):
+    trie = {first: {second: dict.fromkeys(range(branches)) for second in range(branches)} for first in range(branches)}
+    picture = processor_state._picture(lambda row, ids: list(trie))
+    assert processor_state._ENTRIES < len(picture) <= processor_state._NODES
+
+
 @pytest.mark.parametrize(
     ("states", "stateful"),
     [
@@ -352,6 +517,8 @@ class Thing:
         ([torch.zeros(2), torch.zeros(2)], True),
         ([torch.Tensor, torch.Tensor], False),
         ([float("nan"), float("nan")], False),
+        ([float("nan"), 1.0], True),
+        ([1.0, 1], True),
     ],
     ids=str,
 )
@@ -360,4 +527,4 @@ def test_what_counts_as_state(states, stateful):
     watch = StateWatch([thing])
     for thing.value in states:
         watch.called()
-    assert (watch.stateful == "Thing") == stateful
+    assert (watch.stateful == "Thing keeps state") == stateful

@@ -107,8 +107,8 @@ def test_a_model_without_heads_guesses_unless_it_is_told_not_to(caplog):
     assert torch.equal(outs[0].sequences, outs[1].sequences)
     medusa_apar.attach(model)
     assert [record.message for record in caplog.records if "n-gram" in record.message or "off" in record.message] == [
-        "LlamaForCausalLM has no draft heads: guessed is what followed the same words in the prompt and the answer "
-        "(speculation='off' guesses nothing)."
+        "LlamaForCausalLM has no draft heads: drafting from n-grams of the prompt and the answer (speculation='off' "
+        "disables it)."
     ]
 
 
