@@ -1,5 +1,6 @@
 """The step of a Llama-like model in compiled code, for CPUs.
 
 `step.cpp` and what it includes: the code. `library.py`: compiles it once and mirrors its structs. `weights.py`: a
-model's weights in its layout. `contents.py`: whether they have changed since. `runtime.py`: a pass over a forest.
+model's weights in its layout. `contents.py`: whether weights still are what was copied. `runtime.py`: a forward pass
+over a forest.
 """

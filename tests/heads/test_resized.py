@@ -107,5 +107,5 @@ def test_that_added_tokens_are_never_drafted_is_said_once(caplog):
         hook.generate(**INPUTS, **GREEDY)
     said = [record.message for record in caplog.records if "never draft" in record.message]
     assert said == [
-        f"these heads never draft 13 of the {VOCAB + 13} tokens of LlamaForCausalLM, which they do not know."
+        f"these heads never draft 13 of the {VOCAB + 13} tokens of LlamaForCausalLM, which are new to them."
     ]
