@@ -112,7 +112,8 @@ class _Opaque:
 def _picture(processor: Callable) -> dict[tuple, Any]:
     """What is to be compared with a later picture, by where it was found."""
     picture: dict[tuple, Any] = {}
-    queue, seen = collections.deque([((), processor)]), set[int]()
+    queue = collections.deque[tuple[tuple, Any]]([((), processor)])
+    seen = set[int]()
     while queue:
         path, value = queue.popleft()
         picture[path], parts = _state(value)
@@ -190,7 +191,7 @@ def _digest(values: np.ndarray) -> int:
         return hash(tuple(map(id, values.flat[:_NODES])))
     if values.nbytes > _DIGESTED:
         values = values.flat[:: -(-values.nbytes // _DIGESTED)]
-    return zlib.crc32(np.ascontiguousarray(values).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)
 
 
 def _is_filled(cell: types.CellType) -> bool:
