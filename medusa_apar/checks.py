@@ -28,7 +28,7 @@ _SWITCHING = ("longrope", "dynamic")
 # cache has had several names.
 _CACHES = ("past_key_values", "cache", "cache_params")
 _PREPARED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *_CACHES}
-# Those of `generate` beside the config's that cannot be had, each with the reason.
+# Arguments of `generate` that are refused, each with the reason. The config's fields have a table of their own.
 _REFUSED_ARGUMENTS = {
     "assistant_model": "the draft heads are the drafter",
     "assistant_tokenizer": "the draft heads are the drafter",

@@ -52,7 +52,7 @@ def _show(console: Console, found: Iterator[tuple[str, str]]) -> None:
 
 
 def findings() -> Iterator[tuple[str, str]]:
-    """Of the machine. What cannot be found out does not hide the rest."""
+    """Findings about the machine. A finding that fails does not hide the others."""
     yield "medusa-apar", f"{__version__} in {Path(__file__).parent}"
     yield "python", f"{platform.python_version()} at {sys.executable}"
     for package in PACKAGES:
@@ -70,7 +70,7 @@ def findings() -> Iterator[tuple[str, str]]:
 
 
 def model_findings(name: str, **options: Any) -> Iterator[tuple[str, str]]:
-    """Of a model: what runs it, and what it takes. Nothing is generated."""
+    """Findings about a model: what runs it and what it takes. Nothing is generated."""
     yield "model", name
     source = locate(name)
     messages = _Messages()
@@ -157,7 +157,7 @@ def _size(count: int) -> str:
 
 
 def _bytes(place: Path) -> int:
-    """Of a file, or of all files in a folder, each counted once: the Hub's cache links a snapshot's to its blobs."""
+    """The size of a file or of all files in a folder. Each file counts once: the Hub's cache links to its blobs."""
     found = [path.stat() for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file()]
     return sum({(file.st_dev, file.st_ino): file.st_size for file in found}.values())
 

@@ -211,7 +211,7 @@ class MedusaApar:
         return other
 
     def __deepcopy__(self, memo: dict) -> MedusaApar:
-        """Of the same model, as that is the one it is attached to, unless that has just been copied too."""
+        """A hook of the same model, or of the model's copy where that is being copied with it."""
         other = copy.copy(self)
         model = memo.get(id(self.model))
         if model is not None and self._pick is not None:

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import medusa_apar
+from medusa_apar import decoder
 from medusa_apar import generate as generation
 from medusa_apar.cpu.runtime import CpuRuntime
 from medusa_apar.decoder import _some_text
@@ -215,6 +216,25 @@ def test_attention_of_the_users_own_is_refused():
         model.set_attn_implementation("halved")
         with pytest.raises(ValueError, match="over a KV pool its logits are .* off its own"):
             medusa_apar.attach(model)
+    with pytest.raises(ValueError, match="over a KV pool its logits are .* off its own"):
+        medusa_apar.attach(model, quantize="int8")
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(None, 1), ("int8", 3)])
+def test_rounded_weights_may_tip_single_tokens_over_but_not_most(kind, rows, monkeypatch):
+    over_a_forest, spoilt = decoder._over_a_forest, rows - 1
+
+    def spoiling(*args):
+        places, logits = over_a_forest(*args)
+        logits[:spoilt] = -logits[:spoilt]
+        return places, logits
+
+    monkeypatch.setattr(decoder, "_over_a_forest", spoiling)
+    model = tiny_model("wide_llama")
+    medusa_apar.attach(model, runtime="cpu", quantize=kind)
+    spoilt = rows
+    with pytest.raises(ValueError, match="off its own"):
+        medusa_apar.attach(model, runtime="cpu", quantize=kind)
 
 
 def test_the_text_that_runtimes_are_held_against_is_of_all_tokens_and_long():

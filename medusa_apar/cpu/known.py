@@ -25,7 +25,7 @@ _FOLDERS = tuple(str(Path(str(package.__file__)).parent) + os.sep for package in
 
 
 def strangeness(model: PreTrainedModel) -> str | None:
-    """What of a model is not as transformers has it, in half a sentence; None where all is."""
+    """How a model differs from what transformers defines, in half a sentence; None where it does not."""
     family = type(model).__name__.removesuffix("ForCausalLM")
     home = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
     if family not in _FAMILIES or type(model).__module__ != home:
@@ -122,7 +122,7 @@ def odd_scale(model: Any) -> str | None:
 
 
 def odd_shape(model: Any) -> str | None:
-    """What of a model built like Llama is not of its config's sizes."""
+    """Which weights of a model built like Llama have other sizes than its config says; None where all agree."""
     config, decoder = model.config, model.model
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

@@ -44,7 +44,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 def _refusal_now(model: PreTrainedModel) -> str | None:
-    """What of `refusal` can come about while the weights stay the same: this much is asked in every call."""
+    """The checks of `refusal` whose outcome can change while the weights stay the same. Every call makes them."""
     if why := known.strangeness(model) or known.odd_scale(model):
         return why
     weights = _weights(model)
