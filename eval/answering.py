@@ -18,7 +18,7 @@ from medusa_apar.events import (
     TokensInserted,
 )
 from medusa_apar.generate import MedusaApar
-from medusa_apar.paragraph_tree import Thread
+from medusa_apar.threads.paragraph_tree import Thread
 
 
 @dataclass(slots=True)

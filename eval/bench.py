@@ -14,15 +14,16 @@ from typing import Any
 import psutil
 
 from medusa_apar.chat import encode
-from medusa_apar.eval.loops import LOOPS, looping_share
-from medusa_apar.eval.plan import Plan, open_results
-from medusa_apar.eval.prompts import Prompt
-from medusa_apar.eval.runs import Runs
-from medusa_apar.eval.statistics import median_of, ratio_of_totals, speed_ratio
-from medusa_apar.eval.systems import System
 from medusa_apar.finetune.corpus import repeated_share
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, machine, write_text
+
+from .loops import LOOPS, looping_share
+from .plan import Plan, open_results
+from .prompts import Prompt
+from .runs import Runs
+from .statistics import median_of, ratio_of_totals, speed_ratio
+from .systems import System
 
 SUMMARY, TABLE = "summary.json", "table.md"
 WARM_UP_TOKENS = 16

@@ -7,8 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from medusa_apar.eval.runs import Runs
 from medusa_apar.job import replacing
+
+from .runs import Runs
 
 # Distinguishable in grey and by people who do not see red and green apart; hatches say the same again.
 COLOURS = ("#9aa0a6", "#c5c9cc", "#1b6ca8", "#2a9d6f", "#e07b39", "#a23b72", "#d9b44a", "#5b5f97")

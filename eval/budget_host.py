@@ -13,12 +13,13 @@ import time
 import numpy as np
 
 from medusa_apar.draft_tree import DraftTree
-from medusa_apar.eval.kernel_timing import table
 from medusa_apar.forest_budget import ForestBudget, worths
-from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.proposals import Proposer
 from medusa_apar.sibling_memory import SiblingMemory
 from medusa_apar.step_cost import StepCost
+from medusa_apar.threads.paragraph_tree import ParagraphTree
+
+from .kernel_timing import table
 
 THREADS, STEPS, WORDS = (1, 4, 16, 64), 200, 300
 FORK, CHILD = 1, 2

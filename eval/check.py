@@ -20,16 +20,17 @@ import torch
 
 from medusa_apar.chat import encode
 from medusa_apar.cpu.runtime import CpuRuntime
-from medusa_apar.eval.prompts import Prompt
-from medusa_apar.eval.runs import Runs
-from medusa_apar.eval.systems import System
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
 from medusa_apar.kv_pool import KVPool
-from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.torch_runtime import Runtime
+
+from .prompts import Prompt
+from .runs import Runs
+from .systems import System
 
 # Share of the largest score: some three units of a dtype's last place; in float32, what sums in another order lose.
 TIE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from medusa_apar.eval.loops import LOOPS, looping_share
-from medusa_apar.eval.questions import CORPUS, PLAIN
-from medusa_apar.eval.runs import Runs
 from medusa_apar.finetune.corpus import repeated_share
 from medusa_apar.finetune.rules import paragraph_tree
+
+from .loops import LOOPS, looping_share
+from .questions import CORPUS, PLAIN
+from .runs import Runs
 
 THREAD_LIMIT = 256  # tokens within which a thread should end
 GOALS = {"threads": {"vicuna": "2.0", "mt": "1.4"}, "both": {"vicuna": "4.5", "mt": "3.0"}}  # tokens per step

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
-from medusa_apar.control_tokens import ControlTokens
 from medusa_apar.generate import attach
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.job import machine, write_text
+from medusa_apar.threads.control_tokens import ControlTokens
 
 VOCAB, EOS, FORK, CHILD = 2000, 2, 3, 4
 _SIZES: dict[str, Any] = {

@@ -17,15 +17,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from medusa_apar.eval import prompts
-from medusa_apar.eval.bench import SUMMARY, TABLE
-from medusa_apar.eval.chat_endpoint import ChatEndpoint
-from medusa_apar.eval.judge_files import FOLDER, WITH_REFERENCE, references
-from medusa_apar.eval.prompts import Prompt
-from medusa_apar.eval.runs import Runs
-from medusa_apar.eval.statistics import ratio_of_totals
 from medusa_apar.job import Job, write_text
 from medusa_apar.json_files import json_object, parsed_lines
+
+from . import prompts
+from .bench import SUMMARY, TABLE
+from .chat_endpoint import ChatEndpoint
+from .judge_files import FOLDER, WITH_REFERENCE, references
+from .prompts import Prompt
+from .runs import Runs
+from .statistics import ratio_of_totals
 
 SAID = "said.jsonl"
 RATING = re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]")

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medusa_apar.eval import prompts
-from medusa_apar.eval.prompts import Prompt
-from medusa_apar.eval.runs import Runs
 from medusa_apar.job import Job, write_text
 from medusa_apar.json_files import parsed_lines
+
+from . import prompts
+from .prompts import Prompt
+from .runs import Runs
 
 FOLDER = "judge"
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories, by FastChat's names

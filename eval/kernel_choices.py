@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from medusa_apar.eval.kernel_timing import measure
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.draft import medusa_draft
 from medusa_apar.triton_kernels.verify import VerifyWorkspace, verify
+
+from .kernel_timing import measure
 
 
 def check_verify(device: str, dtype: torch.dtype, vocab: int) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import statistics
 
-from medusa_apar.eval.kernel_forests import Case
-from medusa_apar.eval.kernel_packing import Steps
-from medusa_apar.eval.kernel_timing import table
+from .kernel_forests import Case
+from .kernel_packing import Steps
+from .kernel_timing import table
 
 CASES = (Case(1, 64, 4096), Case(16, 8, 512), Case(16, 8, 4096), Case(16, 4, 32768), Case(64, 8, 4096))
 

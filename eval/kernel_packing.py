@@ -8,19 +8,20 @@ from typing import Any, NamedTuple
 import torch
 
 from medusa_apar.draft_tree import DraftTree
-from medusa_apar.eval.kernel_forests import SHAPES, Case
-from medusa_apar.eval.kernel_timing import measure
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv_pool import KVPool
 from medusa_apar.packed_forest import PackedForest
-from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.layout import CHUNK, MOST_WINDOWS, NO_WINDOW, LayoutKind, Sizes
 from medusa_apar.triton_kernels.pack import pack
 from medusa_apar.triton_kernels.tree_attention import tile_for
 from medusa_apar.verdict import Verdict
+
+from .kernel_forests import SHAPES, Case
+from .kernel_timing import measure
 
 WORD, FORK, CHILD = 9, 1, 2
 APART = 3  # tokens between two forks

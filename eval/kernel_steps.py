@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medusa_apar.eval.kernel_timing import copy_bandwidth, table
-from medusa_apar.eval.profile import curve
 from medusa_apar.generate import attach
 from medusa_apar.job import machine, write_text
+
+from .kernel_timing import copy_bandwidth, table
+from .profile import curve
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from medusa_apar.eval.kernel_choices import check_draft, check_verify, time_draft, time_verify
-from medusa_apar.eval.kernel_forests import OWN_TOKENS, SHAPES, Case, Problem, Shape
-from medusa_apar.eval.kernel_packing import check_pack, time_pack
-from medusa_apar.eval.kernel_timing import copy_bandwidth, host_ms, matmul_rate, measure, table
 from medusa_apar.job import machine, write_text
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.tree_attention import INTERPRETED, tree_attention
+
+from .kernel_choices import check_draft, check_verify, time_draft, time_verify
+from .kernel_forests import OWN_TOKENS, SHAPES, Case, Problem, Shape
+from .kernel_packing import check_pack, time_pack
+from .kernel_timing import copy_bandwidth, host_ms, matmul_rate, measure, table
 
 CASES = [
     *(Case(threads, 8, prefix) for prefix in (512, 4096, 32768) for threads in (1, 4, 16, 64)),

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from medusa_apar import hub
-from medusa_apar.eval import peer_files
-from medusa_apar.eval.peer_files import WORKERS, Environment
-from medusa_apar.eval.peer_worker import Worker
-from medusa_apar.eval.systems import Answer, System
 from medusa_apar.generate import MedusaApar
 from medusa_apar.loading import heads_name, locate
+
+from . import peer_files
+from .peer_files import WORKERS, Environment
+from .peer_worker import Worker
+from .systems import Answer, System
 
 CONTEXT = 4096  # tokens, at most: room is taken for all of them
 

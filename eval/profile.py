@@ -19,10 +19,11 @@ import torch
 from medusa_apar.chat import encode
 from medusa_apar.cpu import library
 from medusa_apar.cpu.runtime import CpuRuntime
-from medusa_apar.eval.prompts import Prompt
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, write_text
 from medusa_apar.step_cost import StepTimer, finish
+
+from .prompts import Prompt
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SLOTS, REPEATS = 512, 15

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 
 from medusa_apar.chat import encode
 from medusa_apar.commands.arguments import number
-from medusa_apar.eval import prompts
-from medusa_apar.eval.check import logits_alone
-from medusa_apar.eval.questions import held_out, plain_dialogues
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
 from medusa_apar.loading import load
+
+from . import prompts
+from .check import logits_alone
+from .questions import held_out, plain_dialogues
 
 SEED = 11  # of the order of held-out examples
 KINDS = (None, "int8")

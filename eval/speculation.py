@@ -13,12 +13,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from medusa_apar.eval.bench import Median, medians
-from medusa_apar.eval.loops import LOOPS
-from medusa_apar.eval.plan import RESULTS
-from medusa_apar.eval.runs import Runs
-from medusa_apar.eval.statistics import ratio_of_totals
 from medusa_apar.job import write_text
+
+from .bench import Median, medians
+from .loops import LOOPS
+from .plan import RESULTS
+from .runs import Runs
+from .statistics import ratio_of_totals
 
 SLOWER = 0.03  # share of its time that a prompt may lose (DESIGN.md, promise 7: never slower)
 SOURCES = ("heads", "siblings", "forks")
@@ -87,7 +88,7 @@ def sentence(ratios: list[tuple[str, float]], ours: str, plain: str) -> str:
 
 
 def plot(path: Path, ratios: list[tuple[str, float]], ours: str, plain: str) -> None:
-    from medusa_apar.eval.bench_plots import COLOURS, axes_of, save
+    from .bench_plots import COLOURS, axes_of, save
 
     figure, axes = axes_of(max(4.0, 1.5 + 0.14 * len(ratios)), 3.2)
     bars = axes.bar([prompt for prompt, _ in ratios], [ratio for _, ratio in ratios], color=COLOURS[2])

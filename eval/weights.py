@@ -41,19 +41,20 @@ from typing import Any
 from medusa_apar.chat import encode_messages
 from medusa_apar.checks import expected_acceptance
 from medusa_apar.commands.arguments import number
-from medusa_apar.control_tokens import ControlTokens
 from medusa_apar.draft_tree import DraftTree
-from medusa_apar.eval.answering import answer, answer_loss
-from medusa_apar.eval.goals import figures, table
-from medusa_apar.eval.questions import CORPUS, Question, corpus_questions, held_out, plain_dialogues, read_questions
-from medusa_apar.eval.replay import Drafting, as_answer, replay
-from medusa_apar.eval.runs import Runs
 from medusa_apar.generate import MedusaApar, attach
 from medusa_apar.heads import DraftHeads, checkpoints, load_heads
 from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import Job, write_text
 from medusa_apar.json_files import json_object
 from medusa_apar.loading import heads_name, load, locate
+from medusa_apar.threads.control_tokens import ControlTokens
+
+from .answering import answer, answer_loss
+from .goals import figures, table
+from .questions import CORPUS, Question, corpus_questions, held_out, plain_dialogues, read_questions
+from .replay import Drafting, as_answer, replay
+from .runs import Runs
 
 SYSTEMS = ("threads", "single", "heads", "both", "base")
 OF = {"heads": "single", "both": "threads"}  # whose answers are the same, token for token

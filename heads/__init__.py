@@ -17,11 +17,12 @@ import os
 import torch
 from transformers import PreTrainedModel
 
-from medusa_apar.heads import checkpoints
-from medusa_apar.heads.draft_heads import DraftHeads, ResidualBlock
-from medusa_apar.heads.hydra import HydraHeads
-from medusa_apar.heads.medusa import MedusaHeads
 from medusa_apar.reading import reading
+
+from . import checkpoints
+from .draft_heads import DraftHeads, ResidualBlock
+from .hydra import HydraHeads
+from .medusa import MedusaHeads
 
 __all__ = ["DraftHeads", "HydraHeads", "MedusaHeads", "ResidualBlock", "load_heads"]
 

@@ -23,7 +23,7 @@ from medusa_apar.finetune.rules import Thread, splice
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, append_lines, cut_half_a_line, write_text
 from medusa_apar.json_files import is_text, json_object, parsed_lines
-from medusa_apar.paragraph_tree import ParagraphTree
+from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"  # in a job's folder: answers, and what they were made with
 

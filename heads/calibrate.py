@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.finetune.packing import IGNORED
-from medusa_apar.heads.answers import AnswerFile, Answers, encode, greedy
-from medusa_apar.heads.draft_heads import DraftHeads
 from medusa_apar.job import write_text
 from medusa_apar.json_files import json_object
+
+from .answers import AnswerFile, Answers, encode, greedy
+from .draft_heads import DraftHeads
 
 UNKNOWN = -1  # the rank where the thread has ended, or has left the path the base would have taken
 LEAST = 1e-4  # chance of a rank that was never right: config.json keeps four digits, and a tree divides by it

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medusa_apar.heads.calibrate import LEAST, OCTAVES, Table
+from .calibrate import LEAST, OCTAVES, Table
 
 COLOURS = ("#1b6ca8", "#e07b39", "#2a9d6f", "#a23b72", "#7a6c5d", "#4c4c9d", "#b8a12b", "#555555")
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medusa_apar.heads import DraftHeads, HydraHeads
-from medusa_apar.heads.answers import Answers, Store
+from . import DraftHeads, HydraHeads
+from .answers import Answers, Store
 
 WINDOW = 256  # positions whose logits exist at once: 8 MB per head at 8192 ids
 RANKS = 10  # guesses per head that are counted

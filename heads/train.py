@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_apar.heads import DraftHeads, HydraHeads, MedusaHeads, checkpoints, load_heads
-from medusa_apar.heads.answers import AnswerFile, Answers, Encoder, Store, data_fingerprint, fingerprint, greedy
-from medusa_apar.heads.ask import check_same
-from medusa_apar.heads.draft_heads import unembedding_size
-from medusa_apar.heads.losses import WINDOW, evaluate, ridge_start, window_losses
 from medusa_apar.job import Job, read_checkpoint, replacing
+
+from . import DraftHeads, HydraHeads, MedusaHeads, checkpoints, load_heads
+from .answers import AnswerFile, Answers, Encoder, Store, data_fingerprint, fingerprint, greedy
+from .ask import check_same
+from .draft_heads import unembedding_size
+from .losses import WINDOW, evaluate, ridge_start, window_losses
 
 HEAD_DECAY = 0.8  # head h counts 0.8^h (Medusa, section 3.2)
 WARMUP = 0.03  # of the run, and at least so many steps:

@@ -12,13 +12,15 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper
 from transformers.generation import GenerationMode
 
+from medusa_apar.triton_kernels.reference import TypicalAcceptance
+
 from .draft_tree import DEFAULT_ACCEPTANCE
 from .heads import DraftHeads
-from .triton_kernels.reference import TypicalAcceptance
 
 if TYPE_CHECKING:
+    from medusa_apar.threads.request import Request
+
     from .generate import MedusaApar
-    from .request import Request
 
 # Layers whose state is not a list of keys and values: a rejected draft node could not be taken back from them.
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "rwkv", "short_conv", "hybrid")

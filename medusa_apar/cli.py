@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from medusa_apar.commands.arguments import MOST_THREADS, number
+from medusa_apar.threads.fork_policy import FORKS
+
 from . import __version__
 from .commands import SUBCOMMANDS
-from .commands.arguments import MOST_THREADS, number
-from .fork_policy import FORKS
 from .reading import out_of_memory
 
 PROGRAM = "medusa-apar"

@@ -13,21 +13,22 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from medusa_apar.cpu.drafting import Pruned
+from medusa_apar.heads.draft_heads import Drafter
+from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
+from medusa_apar.threads.request import Request
+
 from .checks import context_length
 from .choice import Drafting
-from .cpu.drafting import Pruned
 from .devices import device_of
 from .draft_tree import DraftTree, TreeShape
 from .forest import Forest, Stem
 from .fork_manager import ForkManager
 from .heads import DraftHeads
-from .heads.draft_heads import Drafter
 from .kv_pool import KVPool
 from .output import Stats
-from .paragraph_tree import ParagraphTree, Thread
 from .proposals import MOST_DEPTH, Proposal, Proposer
 from .reporting import Reporter
-from .request import Request
 from .scheduler import Scheduler
 from .sibling_memory import Recall, SiblingMemory
 from .slot_ledger import SlotLedger

@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
+from medusa_apar.display.terminal import Lanes, Milestones, answer_text
+from medusa_apar.threads.fork_policy import fork_mode
+
 from .chat import encode
 from .devices import device_of
-from .display.terminal import Lanes, Milestones, answer_text
 from .events import Consumer, Event
-from .fork_policy import fork_mode
 from .generate import MedusaApar
 from .job import slow
 

@@ -20,9 +20,10 @@ from huggingface_hub.file_download import repo_folder_name
 from rich.console import Console
 from rich.table import Table
 
+from medusa_apar.cpu.library import library
+from medusa_apar.cpu.runtime import CpuRuntime, refusal
+
 from . import __version__, hub
-from .cpu.library import library
-from .cpu.runtime import CpuRuntime, refusal
 from .devices import device_of
 from .generate import MedusaApar
 from .heads import checkpoints

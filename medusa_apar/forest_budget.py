@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medusa_apar.threads.paragraph_tree import Thread
+from medusa_apar.triton_kernels.layout import power_of_two
+
 from .draft_tree import DraftTree
-from .paragraph_tree import Thread
 from .proposals import Proposal
 from .step_cost import StepCost
-from .triton_kernels.layout import power_of_two
 
 LEAST_CHANCE = 0.01  # of being accepted: no node has less
 _SMALL = 6  # rows more, of which the cheapest counts

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .control_tokens import DEFAULT_MAX_DEPTH
+from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH
+from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks, Turn
+from medusa_apar.threads.paragraph_tree import Fork, ParagraphTree, Thread, thread_key
+from medusa_apar.threads.request import Request
+
 from .forest import Stem
-from .fork_policy import ControlTokenForks, NoForks, Turn
-from .paragraph_tree import Fork, ParagraphTree, Thread, thread_key
-from .request import Request
 from .slot_ledger import SlotLedger
 from .verdict import Verdict
 

@@ -22,23 +22,25 @@ from transformers import (
 )
 from transformers.generation import GenerationMixin, StopStringCriteria
 
+from medusa_apar.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.heads.draft_heads import unembedding_size
+from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
+from medusa_apar.threads.fork_policy import ForkIf, NoForks, fork_mode, fork_policy
+from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread, thread_key
+from medusa_apar.threads.request import Ends, Request
+from medusa_apar.triton_kernels.reference import TypicalAcceptance
+
 from . import checks, draft_watch
-from .control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
-from .cpu.runtime import CpuRuntime, refusal
 from .decoder import Decoder
 from .devices import device_of
 from .draft_tree import DraftTree
 from .events import Consumer
 from .forest_budget import EvenBudget, ForestBudget
 from .fork_manager import ForkManager
-from .fork_policy import ForkIf, NoForks, fork_mode, fork_policy
 from .heads import DraftHeads, load_heads
-from .heads.draft_heads import unembedding_size
 from .output import MedusaAparOutput
-from .paragraph_tree import ParagraphTree, Thread, thread_key
 from .proposals import Proposer
 from .reporting import Reporter
-from .request import Ends, Request
 from .runtimes import pick_runtime
 from .scheduler import Scheduler
 from .slot_ledger import SlotLedger
@@ -47,7 +49,6 @@ from .step_cost import StepCost, known_cost
 from .stitched import Stitcher, first_limit, last_limit
 from .streaming import EndedOnce, TextColumns, ended_on_error
 from .torch_runtime import Runtime, TorchRuntime
-from .triton_kernels.reference import TypicalAcceptance
 from .verify import Verifier
 
 logger = logging.getLogger(__name__)

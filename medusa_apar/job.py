@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
-from medusa_apar.reading import out_of_memory
+from .reading import out_of_memory
 
 TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")  # of torch.save, whose errors are RuntimeErrors
 

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medusa_apar import hub
-from medusa_apar.control_tokens import CONFIG_NAME, MODEL_ENTRY, ControlTokens
-from medusa_apar.job import on_a_terminal, write_text
-from medusa_apar.json_files import json_object
-from medusa_apar.reading import expanded, field, reading, shards
+from medusa_apar.threads.control_tokens import CONFIG_NAME, MODEL_ENTRY, ControlTokens
+
+from . import hub
+from .job import on_a_terminal, write_text
+from .json_files import json_object
+from .reading import expanded, field, reading, shards
 
 if TYPE_CHECKING:
-    from medusa_apar.generate import MedusaApar
-    from medusa_apar.heads import DraftHeads
+    from .generate import MedusaApar
+    from .heads import DraftHeads
 
 RELEASED_TOKENS = ("[SplitMask]", "[SplitSop]")  # [Fork] and [Child] of the APAR models their authors released
 AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -79,8 +80,9 @@ def load(
         ahead), `max_threads` (that run in one step), `quantize="int8"`, and others that are told there.
     """
     from medusa_apar.finetune.merge import merge_into
-    from medusa_apar.generate import attach
-    from medusa_apar.heads import load_heads
+
+    from .generate import attach
+    from .heads import load_heads
 
     if device is not None and device_map is not None:
         raise ValueError("give device or device_map, not both")
@@ -129,8 +131,9 @@ def load(
 
 def save(apar: MedusaApar, folder: str | Path) -> None:
     """What `MedusaApar.save_pretrained` does. FileExistsError where `folder` holds files that are no model's."""
-    from medusa_apar.heads import checkpoints
     from medusa_apar.heads.model_folder import check_empty, new_model_folder
+
+    from .heads import checkpoints
 
     folder = expanded(folder)
     check_empty(folder, force=True)
@@ -190,7 +193,7 @@ def locate(name: str | Path, revision: str | None = None, token: str | bool | No
 
 def _located(name: str | Path, revision: str | None, token: str | bool | None, building: tuple[Path, ...]) -> Source:
     """`building`: the folders that name this one as their base."""
-    from medusa_apar.heads import checkpoints
+    from .heads import checkpoints
 
     if not str(name):
         raise ValueError("the model's name is empty")
@@ -236,7 +239,7 @@ def _parts(folder: Path) -> Source:
 
 
 def _has_heads(folder: Path) -> bool:
-    from medusa_apar.heads import checkpoints
+    from .heads import checkpoints
 
     if any((folder / file).is_file() for file in checkpoints.FILES):
         return True

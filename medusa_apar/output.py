@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from medusa_apar.threads.paragraph_tree import ParagraphTree
+
 from .events import Event
-from .paragraph_tree import ParagraphTree
 from .recording import Recording
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .triton_kernels.layout import (
+from medusa_apar.triton_kernels.layout import (
     INTERPRETED,
     ITEM_FIELDS,
     MOST_WINDOWS,
@@ -21,7 +21,7 @@ from .triton_kernels.layout import (
     TreeLayout,
     aligned,
 )
-from .triton_kernels.reference import Descriptor, Packed
+from medusa_apar.triton_kernels.reference import Descriptor, Packed
 
 if TYPE_CHECKING:
     from .forest import Forest
@@ -179,9 +179,9 @@ def _descriptor(sections: Sections, buffer: Any) -> Any:  # of either kind
 
 def _packing(device: torch.device) -> Any:
     if device.type == "cpu" and not INTERPRETED:
-        from .triton_kernels.reference import pack as twin
+        from medusa_apar.triton_kernels.reference import pack as twin
 
         return twin
-    from .triton_kernels.pack import pack
+    from medusa_apar.triton_kernels.pack import pack
 
     return pack

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from medusa_apar.threads.paragraph_tree import Thread
+from medusa_apar.triton_kernels.layout import CHUNK, MAX_NODES
+
 from .kv_pool import KVStorage
-from .paragraph_tree import Thread
-from .triton_kernels.layout import CHUNK, MAX_NODES
 
 _FIRST_CHUNKS = 256
 _NONE = np.zeros(0, dtype=np.int64)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from medusa_apar.threads.paragraph_tree import Fork, ParagraphTree, ReadingCursor, Thread
+
 from .events import (
     Drafted,
     Event,
@@ -22,7 +24,6 @@ from .events import (
     TokensInserted,
     TokensRejected,
 )
-from .paragraph_tree import Fork, ParagraphTree, ReadingCursor, Thread
 
 
 class Origin(NamedTuple):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
+from medusa_apar.threads.paragraph_tree import Thread
+from medusa_apar.threads.request import Request
+
 from .events import (
     Consumer,
     Drafted,
@@ -22,8 +25,6 @@ from .events import (
 )
 from .forest import Forest, Stem
 from .kv_pool import KVPool
-from .paragraph_tree import Thread
-from .request import Request
 from .verdict import Verdict
 
 

@@ -7,8 +7,9 @@ import logging
 import psutil
 from transformers import PreTrainedModel
 
+from medusa_apar.cpu.runtime import CpuRuntime, refusal
+
 from .attention import pick_backend
-from .cpu.runtime import CpuRuntime, refusal
 from .decoder import check_agrees
 from .devices import device_of, gpus_of
 from .torch_runtime import Runtime, TorchRuntime

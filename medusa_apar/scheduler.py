@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medusa_apar.threads.paragraph_tree import Thread
+from medusa_apar.threads.request import Request
+
 from .draft_tree import TreeShape
 from .forest import Stem
 from .forest_budget import EvenBudget, ForestBudget, worths
-from .paragraph_tree import Thread
 from .proposals import Proposal
-from .request import Request
 from .slot_ledger import SlotLedger
 
 Guess = Callable[[Thread], Proposal | None]

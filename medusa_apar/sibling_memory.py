@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .paragraph_tree import Thread
+from medusa_apar.threads.paragraph_tree import Thread
 
 LONGEST, SHORTEST = 4, 2  # tokens of the n-grams that are looked up, the longest first
 MOST_PROMPT = 2048  # tokens of a prompt that are indexed, its last: 4 µs each, before the first token can be shown

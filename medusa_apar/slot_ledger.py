@@ -6,8 +6,9 @@ from array import array
 
 import numpy as np
 
+from medusa_apar.threads.paragraph_tree import Thread
+
 from .kv_pool import KVPool
-from .paragraph_tree import Thread
 from .path_table import PathTable
 
 _NONE = array("q")

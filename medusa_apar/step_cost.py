@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from medusa_apar.threads.paragraph_tree import ParagraphTree
+
 from .devices import device_of
 from .draft_tree import DraftTree, TreeShape
 from .forest import Forest, Stem
 from .hub import cache_dir
 from .job import processor, write_text
-from .paragraph_tree import ParagraphTree
 from .slot_ledger import SlotLedger
 
 if TYPE_CHECKING:

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
+from medusa_apar.threads.request import Request
+from medusa_apar.triton_kernels.reference import likeliest
+
 from .decoder import Decoder
 from .devices import device_of
 from .forest import Forest, Stem
 from .output import ThreadAgreement
-from .paragraph_tree import ParagraphTree, Thread
-from .request import Request
 from .slot_ledger import SlotLedger
-from .triton_kernels.reference import likeliest
 
 # A thread is judged by what it wrote among the first so many tokens of its part of the text, which is its own and its
 # descendants'. Were it judged by everything, a limit would change what is judged and no longer just cut the text.

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .paragraph_tree import Thread
-from .request import Request
+from medusa_apar.threads.paragraph_tree import Thread
+from medusa_apar.threads.request import Request
 
 
 class EndedOnce:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa_apar.heads.captured import Captured
+from medusa_apar.triton_kernels.layout import MAX_NODES
+from medusa_apar.triton_kernels.reference import Verified
+
 from .attention import current_forest, forest_attention
 from .devices import device_of
 from .forest import Forest
-from .heads.captured import Captured
 from .kv_pool import KVPool
 from .packed_linear import PackedLinears
-from .triton_kernels.layout import MAX_NODES
-from .triton_kernels.reference import Verified
 
 if TYPE_CHECKING:
     from .choice import Choice
@@ -81,8 +82,8 @@ class TorchRuntime:
         self._packed = PackedLinears(model)
         self._write = self.verify = self.most_nodes = None
         if backend == "triton":
-            from .triton_kernels.store import store_kv
-            from .triton_kernels.verify import verify
+            from medusa_apar.triton_kernels.store import store_kv
+            from medusa_apar.triton_kernels.verify import verify
 
             self._write, self.verify, self.most_nodes = store_kv, verify, MAX_NODES
         self._graphed, self.graphs = None, graphs

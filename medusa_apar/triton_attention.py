@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from .triton_kernels.layout import LayoutKind, TreeLayout
-from .triton_kernels.tree_attention import INTERPRETED, tile_for, tree_attention
+from medusa_apar.triton_kernels.layout import LayoutKind, TreeLayout
+from medusa_apar.triton_kernels.tree_attention import INTERPRETED, tile_for, tree_attention
 
 # Programs that fill an H100 twice over. A forest with as many query tiles walks its paths: partial results would weigh
 # more than what parallel chunks gain.

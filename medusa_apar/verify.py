@@ -21,15 +21,16 @@ import torch
 import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
+from medusa_apar.threads.control_tokens import ControlTokens
+from medusa_apar.threads.fork_policy import ForkIf, fork_point
+from medusa_apar.threads.paragraph_tree import Thread
+from medusa_apar.threads.request import Request
+from medusa_apar.triton_kernels.reference import TypicalAcceptance, Verified, likeliest, sample
+
 from .choice import Choice, Drafting
-from .control_tokens import ControlTokens
 from .forest import Forest, Stem
-from .fork_policy import ForkIf, fork_point
-from .paragraph_tree import Thread
 from .processor_state import StateWatch, name_of
-from .request import Request
 from .triton_kernels import reference
-from .triton_kernels.reference import TypicalAcceptance, Verified, likeliest, sample
 from .verdict import Verdict
 
 

@@ -15,8 +15,8 @@ from medusa_apar.display.guesses import chains
 from medusa_apar.display.pieces import Pieces
 from medusa_apar.events import StepStarted
 from medusa_apar.forest import Forest
-from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.recording import Recording
+from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.calls import CALLS, SAMPLED, fork_freely
 from tests.list_writer import Pieces as ListTokenizer
 from tests.list_writer import list_prompts, list_writer

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import medusa_apar
 from medusa_apar.forest_budget import LEAST_CHANCE, ForestBudget, worths
-from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.proposals import Proposal
 from medusa_apar.step_cost import StepCost
+from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.tiny import CHILD, FORK
 
 

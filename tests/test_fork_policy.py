@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.control_tokens import ControlTokensLogitsProcessor
-from medusa_apar.fork_policy import ListForks, NoForks, Turn
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from medusa_apar.paragraph_tree import Fork, ParagraphTree, ReadingCursor
+from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
+from medusa_apar.threads.fork_policy import ListForks, NoForks, Turn
+from medusa_apar.threads.paragraph_tree import Fork, ParagraphTree, ReadingCursor
 from medusa_apar.triton_kernels.reference import verify
 from tests import test_trees as trees
 from tests.list_writer import ID, PIECES, Pieces, list_prompts, list_writer

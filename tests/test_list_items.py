@@ -2,7 +2,7 @@
 
 import pytest
 
-from medusa_apar.list_items import ListItem, forking_item
+from medusa_apar.threads.list_items import ListItem, forking_item
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.utils import logging
 
 from medusa_apar import attach, hub
-from medusa_apar.control_tokens import ControlTokens
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.job import Job, quiet, slow
 from medusa_apar.loading import _check_devices, load, locate
+from medusa_apar.threads.control_tokens import ControlTokens
 from tests.tiny import forking_folder
 from tests.tiny_gguf import write_tiny_gguf
 

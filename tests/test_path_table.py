@@ -124,8 +124,8 @@ def test_chunks_that_are_complete_before_a_fork_are_shared_and_the_others_copied
     """Two children forked at different tokens of the third chunk, and one at a chunk's very edge."""
     from medusa_apar.forest import Forest
     from medusa_apar.kv_pool import KVPool
-    from medusa_apar.paragraph_tree import ParagraphTree
     from medusa_apar.slot_ledger import SlotLedger
+    from medusa_apar.threads.paragraph_tree import ParagraphTree
 
     with patch.object(PathTable, "chunk", 4):
         ledger = SlotLedger(KVPool())

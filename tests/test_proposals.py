@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_apar.draft_tree import DraftTree
-from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.proposals import Calibration, Proposer, Trust
 from medusa_apar.sibling_memory import LONGEST, MOST_RECALLED, SHORTEST, Recall, SiblingMemory
+from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.tiny import CHILD, FORK
 
 # ---- sibling memory

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
-from medusa_apar.control_tokens import ControlTokens, ControlTokensLogitsProcessor
 from medusa_apar.heads.convert import convert
 from medusa_apar.loading import load
+from medusa_apar.threads.control_tokens import ControlTokens, ControlTokensLogitsProcessor
 
 FORK, CHILD, EOS, HIDDEN, PIECES, HEADS = 32000, 32001, 2, 16, 32000, 5
 WORDS = 40  # the ids 259 to 298, of which the model writes

@@ -15,12 +15,12 @@ from transformers import (
 
 import medusa_apar
 from medusa_apar import DraftTree, TypicalAcceptance
-from medusa_apar.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
 from medusa_apar.forest import Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.paragraph_tree import ParagraphTree
-from medusa_apar.request import Request
+from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
+from medusa_apar.threads.paragraph_tree import ParagraphTree
+from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import sample
 from medusa_apar.verify import Verifier

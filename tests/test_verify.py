@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
-from medusa_apar.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.forest import Stem
-from medusa_apar.paragraph_tree import ParagraphTree
-from medusa_apar.request import Request
+from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
+from medusa_apar.threads.paragraph_tree import ParagraphTree
+from medusa_apar.threads.request import Request
 from medusa_apar.verify import Verifier
 from tests.tiny import CHILD, CONTROL, FORK
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from medusa_apar import ControlTokens, DraftTree
-from medusa_apar.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
+from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
 from medusa_apar.triton_kernels.reference import sample
 
 VOCAB, EOS, FORK, CHILD = 61, 2, 3, 4

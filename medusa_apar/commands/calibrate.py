@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from .arguments import add_bad_lines, check_files, number, out_folder
 
 if TYPE_CHECKING:
-    from ..generate import MedusaApar
-    from ..heads.answers import AnswerFile
-    from ..heads.ask import Limits, Prompt
-    from ..job import Job
+    from medusa_apar.generate import MedusaApar
+    from medusa_apar.heads.answers import AnswerFile
+    from medusa_apar.heads.ask import Limits, Prompt
+    from medusa_apar.job import Job
 
 HELP = "measure the heads' acceptance and choose the draft tree"
 
@@ -58,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..finetune.corpus import Drops
-    from ..heads import calibrate, checkpoints
-    from ..heads.answers import fingerprint, loops
-    from ..heads.ask import ANSWERS, Limits, check_same_answers, fitting_prompts, keep_settings, read_prompts
-    from ..heads.calibration_plot import plot
-    from ..heads.draft_heads import unembedding_size
-    from ..job import Job, quiet, slow
-    from ..loading import load, locate
+    from medusa_apar.finetune.corpus import Drops
+    from medusa_apar.heads import calibrate, checkpoints
+    from medusa_apar.heads.answers import fingerprint, loops
+    from medusa_apar.heads.ask import ANSWERS, Limits, check_same_answers, fitting_prompts, keep_settings, read_prompts
+    from medusa_apar.heads.calibration_plot import plot
+    from medusa_apar.heads.draft_heads import unembedding_size
+    from medusa_apar.job import Job, quiet, slow
+    from medusa_apar.loading import load, locate
 
     check_files(args.prompts or args.answers)
     if args.heads is not None and not args.heads.exists():
@@ -135,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _asked(job: Job, apar: MedusaApar, prompts: list[Prompt], path: Path, limits: Limits) -> AnswerFile:
     """The model's answers to the prompts, those of an earlier run among them."""
-    from ..heads.answers import AnswerFile
-    from ..heads.ask import ask
+    from medusa_apar.heads.answers import AnswerFile
+    from medusa_apar.heads.ask import ask
 
     bare = apar.without_heads()
     ask(bare, prompts, path, limits, job)

@@ -7,9 +7,10 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from ..output import MedusaAparOutput
-from ..paragraph_tree import Thread
-from ..recording import Origin, Recording
+from medusa_apar.output import MedusaAparOutput
+from medusa_apar.recording import Origin, Recording
+from medusa_apar.threads.paragraph_tree import Thread
+
 from .guesses import all_wrong_guesses, guess_text
 from .names import HUES, SOURCES, count, hue, name
 from .picture import Picture, sources

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..events import Drafted
-from ..output import MedusaAparOutput
-from ..paragraph_tree import Thread
-from ..recording import Recording
+from medusa_apar.events import Drafted
+from medusa_apar.output import MedusaAparOutput
+from medusa_apar.recording import Recording
+from medusa_apar.threads.paragraph_tree import Thread
+
 from .names import HUES, hue, name
 from .picture import Picture, sources
 from .pieces import Pieces

@@ -5,9 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from ..output import MedusaAparOutput
-from ..paragraph_tree import ParagraphTree, Thread
-from ..recording import Recording
+from medusa_apar.output import MedusaAparOutput
+from medusa_apar.recording import Recording
+from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
+
 from .guesses import chains, guess_text, wrong_guesses
 from .names import HUES, count, hue, name, state
 from .picture import Picture, sources

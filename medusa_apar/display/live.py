@@ -6,8 +6,9 @@ import math
 import time
 from typing import Any
 
-from ..events import Event, StepFinished, StepStarted
-from ..recording import Recording
+from medusa_apar.events import Event, StepFinished, StepStarted
+from medusa_apar.recording import Recording
+
 from .lanes_picture import frame
 from .pieces import Pieces
 from .terminal import FRAME_SECONDS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..paragraph_tree import Thread
+from medusa_apar.threads.paragraph_tree import Thread
 
 HUES = 6  # of the style's: .ma-h1 to .ma-h6
 SOURCES = {

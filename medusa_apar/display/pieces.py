@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..paragraph_tree import Thread
+from medusa_apar.threads.paragraph_tree import Thread
 
 # Tokens before a token that are decoded with it: by itself one may lose its leading space, or be half of a character.
 _CONTEXT = 6

@@ -11,9 +11,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..events import Event, StepFinished, ThreadFinished, ThreadStarted
-from ..paragraph_tree import ParagraphTree, Thread
-from ..recording import Recording
+from medusa_apar.events import Event, StepFinished, ThreadFinished, ThreadStarted
+from medusa_apar.recording import Recording
+from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
+
 from .names import hue, name
 from .pieces import Pieces
 

@@ -6,9 +6,10 @@ from html import escape
 from textwrap import shorten
 from typing import Any
 
-from ..output import MedusaAparOutput
-from ..paragraph_tree import Thread
-from ..recording import Recording
+from medusa_apar.output import MedusaAparOutput
+from medusa_apar.recording import Recording
+from medusa_apar.threads.paragraph_tree import Thread
+
 from .names import HUES, count, hue, name, state
 from .picture import Picture, sources
 from .pieces import Pieces

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from medusa_apar.attention import current_forest, forest_attention
-from medusa_apar.control_tokens import CONFIG_NAME
-from medusa_apar.finetune.merge import put_adapter
-from medusa_apar.finetune.packing import IGNORED, PackedForest, PackedRow, Tokens, pack_threads
 from medusa_apar.heads.draft_heads import base_logit_scale
 from medusa_apar.job import filling, write_text
+from medusa_apar.threads.control_tokens import CONFIG_NAME
+
+from .merge import put_adapter
+from .packing import IGNORED, PackedForest, PackedRow, Tokens, pack_threads
 
 FORK_LIKE = ":\n"  # [Fork] follows what ":" ends, and a line break follows it
 CHILD_LIKE = ": "  # after [Child], as after ":", comes the detail

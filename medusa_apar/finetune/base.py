@@ -11,7 +11,8 @@ import torch
 
 from medusa_apar import hub
 from medusa_apar.checks import check_model
-from medusa_apar.finetune.packing import Tokens
+
+from .packing import Tokens
 
 ADDED = ("[Fork]", "[Child]")
 # Tokens of a vocabulary that its chat model has no use for, best first. SmolLM2's come from its code pre-training.

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medusa_apar.finetune.rules import KINDS, MAX_DEPTH, Thread, is_narrative, paragraph_tree, splice
 from medusa_apar.job import on_a_terminal, replacing
 from medusa_apar.json_files import is_text, numbered_lines, numbered_records, parse
+
+from .rules import KINDS, MAX_DEPTH, Thread, is_narrative, paragraph_tree, splice
 
 ROLES = {
     "system": "system",

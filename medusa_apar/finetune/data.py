@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medusa_apar.finetune.corpus import BadCorpus, Drops, Example, read_examples, write_examples
-from medusa_apar.finetune.rules import Thread, show, splice
 from medusa_apar.job import Job
+
+from .corpus import BadCorpus, Drops, Example, read_examples, write_examples
+from .rules import Thread, show, splice
 
 EXAMPLES = "examples.jsonl"
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from medusa_apar.finetune.corpus import Drops, Example
-from medusa_apar.finetune.packing import PackedRow, Tokens, join, pack_example
+from .corpus import Drops, Example
+from .packing import PackedRow, Tokens, join, pack_example
 
 HELD_OUT_ONE_IN = 40
 

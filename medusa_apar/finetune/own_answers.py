@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from medusa_apar.chat import encode_messages, left_padded
-from medusa_apar.finetune.corpus import Drops
 from medusa_apar.generate import MedusaApar
 from medusa_apar.heads.answers import fingerprint
 from medusa_apar.heads.ask import Limits, Prompt, answered, check_same, fitting_prompts
 from medusa_apar.job import Job, append_lines, write_text
 from medusa_apar.json_files import json_object
+
+from .corpus import Drops
 
 CHATS = "chats.jsonl"
 ASKED = "asked.jsonl"  # every prompt that was answered, those whose answer did not end among them

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from medusa_apar.chat import rendered
-from medusa_apar.finetune.corpus import Example
-from medusa_apar.finetune.rules import Thread
 from medusa_apar.forest import ForestMask, Group
+
+from .corpus import Example
+from .rules import Thread
 
 IGNORED = -100  # label of a token whose prediction is not trained; cross_entropy's default
 NO_PARENT = -1

@@ -18,13 +18,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from medusa_apar.finetune.adapter import Losses, attach_lora, check_forward, control_rows, label_losses, save_adapter
-from medusa_apar.finetune.corpus import Drops, load_examples
-from medusa_apar.finetune.data import EXAMPLES
-from medusa_apar.finetune.mixture import Given, Limits, Source, draw, updates
-from medusa_apar.finetune.packing import PackedRow, Tokens
 from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import Job, read_checkpoint, replacing, slow
+
+from .adapter import Losses, attach_lora, check_forward, control_rows, label_losses, save_adapter
+from .corpus import Drops, load_examples
+from .data import EXAMPLES
+from .mixture import Given, Limits, Source, draw, updates
+from .packing import PackedRow, Tokens
 
 PARTS = ("trunk", "fork", "thread")
 
@@ -254,7 +255,7 @@ def finetune(
     (`finetune/base.py`). workers: rows worked on at a time on a CPU, None: one a core. skip_bad: examples that cannot
     be read or that the model's chat template refuses are left out and reported; else they end the run before training.
     """
-    from medusa_apar.finetune.base import load_base
+    from .base import load_base
 
     accelerator = Accelerator()
     if (started := int(os.environ.get("WORLD_SIZE") or 1)) > 1 and accelerator.num_processes == 1:

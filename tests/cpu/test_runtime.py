@@ -20,8 +20,8 @@ from medusa_apar.decoder import check_agrees
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.heads import HydraHeads
 from medusa_apar.kv_pool import KVPool
-from medusa_apar.paragraph_tree import ParagraphTree
 from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.torch_runtime import TorchRuntime
 from tests import tiny
 from tests.tiny import CHILD, CONTROL, EOS, FORK, VOCAB, WIDE, assert_threads_are_plain, prompts, tiny_model

@@ -11,8 +11,8 @@ from transformers import LogitsProcessorList
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.forest import Stem
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.paragraph_tree import ParagraphTree
-from medusa_apar.request import Request
+from medusa_apar.threads.paragraph_tree import ParagraphTree
+from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import Noise
 from medusa_apar.verify import Verifier

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .finetune.rules import MAX_HEAD_WORDS
+from medusa_apar.finetune.rules import MAX_HEAD_WORDS
 
 _MARKER = re.compile(r"(?P<indent>[ \t]*)(?:(?P<number>\d{1,3})(?P<stop>[.)])|(?P<bullet>[-*+•]))[ \t]+(?=\S)")
 _TITLE = re.compile(
