@@ -23,8 +23,8 @@ from medusa_apar.cpu.runtime import CpuRuntime
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
-from medusa_apar.kv_pool import KVPool
-from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.kv.pool import KVPool
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.torch_runtime import Runtime
 

@@ -10,9 +10,9 @@ import torch
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.fork_manager import ForkManager
-from medusa_apar.kv_pool import KVPool
+from medusa_apar.kv.pool import KVPool
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.packed_forest import PackedForest
-from medusa_apar.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.layout import CHUNK, MOST_WINDOWS, NO_WINDOW, LayoutKind, Sizes

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa_apar.kv.pool import KVPool, KVStorage
 from medusa_apar.triton_kernels.layout import CHUNK, LayoutKind, Sizes, TreeLayout, power_of_two
 
 from .choice import Choice
 from .forest import Forest
-from .kv_pool import KVPool, KVStorage
 from .packed_forest import PackedForest, fill
 
 logger = logging.getLogger(__name__)

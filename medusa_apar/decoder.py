@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from medusa_apar.cpu.drafting import Pruned
 from medusa_apar.heads.draft_heads import Drafter
+from medusa_apar.kv.pool import KVPool
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 from medusa_apar.threads.request import Request
 
@@ -25,13 +27,11 @@ from .draft_tree import DraftTree, TreeShape
 from .forest import Forest, Stem
 from .fork_manager import ForkManager
 from .heads import DraftHeads
-from .kv_pool import KVPool
 from .output import Stats
 from .proposals import MOST_DEPTH, Proposal, Proposer
 from .reporting import Reporter
 from .scheduler import Scheduler
 from .sibling_memory import Recall, SiblingMemory
-from .slot_ledger import SlotLedger
 from .speculation import Speculation
 from .torch_runtime import Runtime
 from .verdict import Verdict

@@ -24,6 +24,7 @@ from transformers.generation import GenerationMixin, StopStringCriteria
 
 from medusa_apar.cpu.runtime import CpuRuntime, refusal
 from medusa_apar.heads.draft_heads import unembedding_size
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, NoForks, fork_mode, fork_policy
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread, thread_key
@@ -43,7 +44,6 @@ from .proposals import Proposer
 from .reporting import Reporter
 from .runtimes import pick_runtime
 from .scheduler import Scheduler
-from .slot_ledger import SlotLedger
 from .speculation import Speculation
 from .step_cost import StepCost, known_cost
 from .stitched import Stitcher, first_limit, last_limit

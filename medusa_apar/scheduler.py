@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
 
@@ -15,7 +16,6 @@ from .draft_tree import TreeShape
 from .forest import Stem
 from .forest_budget import EvenBudget, ForestBudget, worths
 from .proposals import Proposal
-from .slot_ledger import SlotLedger
 
 Guess = Callable[[Thread], Proposal | None]
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 from .devices import device_of
@@ -25,7 +26,6 @@ from .draft_tree import DraftTree, TreeShape
 from .forest import Forest, Stem
 from .hub import cache_dir
 from .job import processor, write_text
-from .slot_ledger import SlotLedger
 
 if TYPE_CHECKING:
     from .torch_runtime import Runtime

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import likeliest
@@ -24,7 +25,6 @@ from .decoder import Decoder
 from .devices import device_of
 from .forest import Forest, Stem
 from .output import ThreadAgreement
-from .slot_ledger import SlotLedger
 
 # A thread is judged by what it wrote among the first so many tokens of its part of the text, which is its own and its
 # descendants'. Were it judged by everything, a limit would change what is judged and no longer just cut the text.

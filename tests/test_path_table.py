@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from medusa_apar.draft_tree import DraftTree
 from medusa_apar.forest import Stem
 from medusa_apar.fork_manager import ForkManager
+from medusa_apar.kv.path_table import PathTable
 from medusa_apar.packed_forest import PackedForest
-from medusa_apar.path_table import PathTable
 from medusa_apar.triton_kernels.layout import Sizes
 
 from .test_trees import Script
@@ -63,7 +63,7 @@ def on_device(forest, draw) -> torch.Tensor:
 @given(st.data(), st.sampled_from([1, 2, 3, 8]), st.integers(0, 3))
 def test_it_has_every_live_path_through_any_history(data, chunk, unasked):
     """unasked: steps before anybody wants the table, as with another backend."""
-    with patch.object(PathTable, "chunk", chunk), patch("medusa_apar.path_table._FIRST_CHUNKS", 2):
+    with patch.object(PathTable, "chunk", chunk), patch("medusa_apar.kv.path_table._FIRST_CHUNKS", 2):
         script = Evicting(data, steps=7)
         steps = 0
 
@@ -123,8 +123,8 @@ def test_a_chunk_that_is_lost_or_given_twice_is_found(data, harm):
 def test_chunks_that_are_complete_before_a_fork_are_shared_and_the_others_copied():
     """Two children forked at different tokens of the third chunk, and one at a chunk's very edge."""
     from medusa_apar.forest import Forest
-    from medusa_apar.kv_pool import KVPool
-    from medusa_apar.slot_ledger import SlotLedger
+    from medusa_apar.kv.pool import KVPool
+    from medusa_apar.kv.slot_ledger import SlotLedger
     from medusa_apar.threads.paragraph_tree import ParagraphTree
 
     with patch.object(PathTable, "chunk", 4):

@@ -23,9 +23,9 @@ import medusa_apar
 from medusa_apar import processor_state
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.kv_pool import KVPool
+from medusa_apar.kv.pool import KVPool
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.processor_state import StateWatch
-from medusa_apar.slot_ledger import SlotLedger
 from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request

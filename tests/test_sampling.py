@@ -6,7 +6,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 import medusa_apar
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.triton_kernels.reference import gumbel_noise, philox, sample
 from tests.tiny import CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model
 

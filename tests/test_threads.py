@@ -6,7 +6,7 @@ import torch
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.kv.slot_ledger import SlotLedger
 from tests.tiny import CHILD, CONTROL, EOS, FORK, RecallHeads, assert_threads_are_plain, forking_model, prompts
 
 LIMIT = 40

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from medusa_apar.checks import context_length
 from medusa_apar.forest import Forest
-from medusa_apar.kv_pool import KVPool
+from medusa_apar.kv.pool import KVPool
 
 from . import known, library
 from .contents import Contents

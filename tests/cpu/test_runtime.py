@@ -19,8 +19,8 @@ from medusa_apar.cpu.weights import PackedMatrix
 from medusa_apar.decoder import check_agrees
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.heads import HydraHeads
-from medusa_apar.kv_pool import KVPool
-from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.kv.pool import KVPool
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.torch_runtime import TorchRuntime
 from tests import tiny

@@ -8,8 +8,8 @@ from medusa_apar import DraftTree
 from medusa_apar.cuda_graphs import GraphedSteps, StaticForest
 from medusa_apar.events import StepFinished
 from medusa_apar.heads import HydraHeads
-from medusa_apar.path_table import PathTable
-from medusa_apar.slot_ledger import SlotLedger
+from medusa_apar.kv.path_table import PathTable
+from medusa_apar.kv.slot_ledger import SlotLedger
 from tests.tiny import CONTROL, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
 
 # Windows, soft caps, two kinds of layers, sinks, positions that are learned.

@@ -23,7 +23,7 @@ import torch
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.triton_kernels.layout import CHUNK, MAX_NODES
 
-from .kv_pool import KVStorage
+from .pool import KVStorage
 
 _FIRST_CHUNKS = 256
 _NONE = np.zeros(0, dtype=np.int64)

@@ -8,8 +8,8 @@ import numpy as np
 
 from medusa_apar.threads.paragraph_tree import Thread
 
-from .kv_pool import KVPool
 from .path_table import PathTable
+from .pool import KVPool
 
 _NONE = array("q")
 
