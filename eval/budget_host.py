@@ -12,11 +12,11 @@ import time
 
 import numpy as np
 
-from medusa_apar.draft_tree import DraftTree
-from medusa_apar.forest_budget import ForestBudget, worths
-from medusa_apar.proposals import Proposer
-from medusa_apar.sibling_memory import SiblingMemory
-from medusa_apar.step_cost import StepCost
+from medusa_apar.drafting.budget import ForestBudget, worths
+from medusa_apar.drafting.candidates import Proposer
+from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.ngram_index import SiblingMemory
+from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 from .kernel_timing import table

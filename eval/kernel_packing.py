@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.forest import Forest, Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv.pool import KVPool

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.finetune.packing import IGNORED
 from medusa_apar.heads.answers import AnswerFile, Answers, encode
 from medusa_apar.heads.draft_heads import DraftHeads

@@ -41,7 +41,7 @@ from typing import Any
 from medusa_apar.chat import encode_messages
 from medusa_apar.checks import expected_acceptance
 from medusa_apar.commands.arguments import number
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.generate import MedusaApar, attach
 from medusa_apar.heads import DraftHeads, checkpoints, load_heads
 from medusa_apar.heads.answers import fingerprint

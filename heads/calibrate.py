@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.finetune.packing import IGNORED
 from medusa_apar.job import write_text
 from medusa_apar.json_files import json_object

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from medusa_apar.cpu.contents import Contents, plain
 from medusa_apar.cpu.weights import PackedMatrix, top
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.packed_linear import can_pack, pack, packed_linear
 from medusa_apar.reading import reading
 

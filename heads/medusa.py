@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_apar.devices import device_of
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 
 from . import checkpoints
 from .checkpoints import HeadTensors

@@ -18,18 +18,18 @@ if (Path(__file__).parent.parent / "setup.py").exists():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from medusa_apar.drafting.draft_tree import DraftTree as DraftTree
+    from medusa_apar.drafting.options import Speculation as Speculation
+    from medusa_apar.drafting.step_cost import StepCost as StepCost
     from medusa_apar.threads.control_tokens import ControlTokens as ControlTokens
     from medusa_apar.triton_kernels.reference import TypicalAcceptance as TypicalAcceptance
 
     from . import display as display
     from . import events as events
     from . import heads as heads
-    from .draft_tree import DraftTree as DraftTree
     from .generate import MedusaApar as MedusaApar
     from .generate import attach as attach
     from .loading import load as load
-    from .speculation import Speculation as Speculation
-    from .step_cost import StepCost as StepCost
 
 # Imported on first use: torch and transformers take seconds, `medusa-apar --help` should not.
 _EXPORTS = {

@@ -12,9 +12,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper
 from transformers.generation import GenerationMode
 
+from medusa_apar.drafting.draft_tree import DEFAULT_ACCEPTANCE
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 
-from .draft_tree import DEFAULT_ACCEPTANCE
 from .heads import DraftHeads
 
 if TYPE_CHECKING:

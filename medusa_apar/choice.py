@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.heads.draft_heads import Drafter
 from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.triton_kernels.reference import Noise, TypicalAcceptance, Verified
 
-from .draft_tree import DraftTree
 from .forest import Forest
 from .verdict import Verdict
 

@@ -14,6 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_apar.cpu.drafting import Pruned
+from medusa_apar.drafting.candidates import MOST_DEPTH, Proposal, Proposer
+from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
+from medusa_apar.drafting.ngram_index import Recall, SiblingMemory
+from medusa_apar.drafting.options import Speculation
 from medusa_apar.heads.draft_heads import Drafter
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
@@ -23,16 +27,12 @@ from medusa_apar.threads.request import Request
 from .checks import context_length
 from .choice import Drafting
 from .devices import device_of
-from .draft_tree import DraftTree, TreeShape
 from .forest import Forest, Stem
 from .fork_manager import ForkManager
 from .heads import DraftHeads
 from .output import Stats
-from .proposals import MOST_DEPTH, Proposal, Proposer
 from .reporting import Reporter
 from .scheduler import Scheduler
-from .sibling_memory import Recall, SiblingMemory
-from .speculation import Speculation
 from .torch_runtime import Runtime
 from .verdict import Verdict
 from .verify import Verifier

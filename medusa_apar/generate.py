@@ -23,6 +23,11 @@ from transformers import (
 from transformers.generation import GenerationMixin, StopStringCriteria
 
 from medusa_apar.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.drafting.budget import EvenBudget, ForestBudget
+from medusa_apar.drafting.candidates import Proposer
+from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.options import Speculation
+from medusa_apar.drafting.step_cost import StepCost, known_cost
 from medusa_apar.heads.draft_heads import unembedding_size
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
@@ -34,18 +39,13 @@ from medusa_apar.triton_kernels.reference import TypicalAcceptance
 from . import checks, draft_watch
 from .decoder import Decoder
 from .devices import device_of
-from .draft_tree import DraftTree
 from .events import Consumer
-from .forest_budget import EvenBudget, ForestBudget
 from .fork_manager import ForkManager
 from .heads import DraftHeads, load_heads
 from .output import MedusaAparOutput
-from .proposals import Proposer
 from .reporting import Reporter
 from .runtimes import pick_runtime
 from .scheduler import Scheduler
-from .speculation import Speculation
-from .step_cost import StepCost, known_cost
 from .stitched import Stitcher, first_limit, last_limit
 from .streaming import EndedOnce, TextColumns, ended_on_error
 from .torch_runtime import Runtime, TorchRuntime

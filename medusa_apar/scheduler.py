@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medusa_apar.drafting.budget import EvenBudget, ForestBudget, worths
+from medusa_apar.drafting.candidates import Proposal
+from medusa_apar.drafting.draft_tree import TreeShape
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
 
-from .draft_tree import TreeShape
 from .forest import Stem
-from .forest_budget import EvenBudget, ForestBudget, worths
-from .proposals import Proposal
 
 Guess = Callable[[Thread], Proposal | None]
 

@@ -7,8 +7,8 @@ import pytest
 import setuptools  # noqa: F401  it replaces distutils, and inductor fails where that was imported before
 import torch
 
+from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.eval import chat_endpoint
-from medusa_apar.step_cost import StepCost
 from tests.player import Player
 
 # Files that take minutes go first, so that no process is left with one of them at the end.

@@ -14,7 +14,7 @@ PRELUDE = """
     import torch
     import medusa_apar
     from medusa_apar.heads import HydraHeads, MedusaHeads
-    from medusa_apar.step_cost import StepCost
+    from medusa_apar.drafting.step_cost import StepCost
     from tests.cpu.test_runtime import model_of
     from tests.tiny import CONTROL, prompts
 

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medusa_apar import attach
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.eval import weights
 from medusa_apar.eval.answering import answer
 from medusa_apar.eval.replay import Drafting, path_log_probs, replay

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from medusa_apar import attach
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.eval import answering, goals, questions, weights
 from medusa_apar.eval.loops import looping_share
 from medusa_apar.finetune.mixture import is_held_out

@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import medusa_apar
-from medusa_apar.forest_budget import LEAST_CHANCE, ForestBudget, worths
-from medusa_apar.proposals import Proposal
-from medusa_apar.step_cost import StepCost
+from medusa_apar.drafting.budget import LEAST_CHANCE, ForestBudget, worths
+from medusa_apar.drafting.candidates import Proposal
+from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.tiny import CHILD, FORK
 
@@ -107,7 +107,7 @@ def test_nothing_is_looked_for_where_nothing_pays():
 def test_the_first_nodes_of_every_size_are_trees():
     """What is cut from a proposal is renumbered: a shape is known by its parents alone."""
     for parents in itertools.product([-1, 0], [-1, 0, 1], [-1, 0, 1, 2]):
-        shape = medusa_apar.draft_tree.TreeShape.of(np.array([-1, *parents]))
+        shape = medusa_apar.drafting.draft_tree.TreeShape.of(np.array([-1, *parents]))
         for node, parent in enumerate(shape.parents.tolist()):
             assert shape.depths[node] == (0 if parent < 0 else shape.depths[parent] + 1)
             assert shape.ancestors[node].sum() == shape.depths[node] + 1

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.forest import Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv.path_table import PathTable

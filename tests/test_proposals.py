@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.draft_tree import DraftTree
-from medusa_apar.proposals import Calibration, Proposer, Trust
-from medusa_apar.sibling_memory import LONGEST, MOST_RECALLED, SHORTEST, Recall, SiblingMemory
+from medusa_apar.drafting.candidates import Calibration, Proposer, Trust
+from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.ngram_index import LONGEST, MOST_RECALLED, SHORTEST, Recall, SiblingMemory
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.tiny import CHILD, FORK
 

@@ -6,11 +6,11 @@ import torch
 
 import medusa_apar
 from medusa_apar import generate as generate_module
-from medusa_apar.forest_budget import ForestBudget
+from medusa_apar.drafting.budget import ForestBudget
+from medusa_apar.drafting.candidates import Proposal
+from medusa_apar.drafting.options import Speculation
+from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.heads import HydraHeads
-from medusa_apar.proposals import Proposal
-from medusa_apar.speculation import Speculation
-from medusa_apar.step_cost import StepCost
 from medusa_apar.triton_kernels import reference
 from tests.tiny import (
     CONTROL,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 
 from . import library
 from .library import address, floats

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medusa_apar.draft_tree import DraftTree
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.heads import draft_heads as module
 from tests.tiny import VOCAB, tiny_model

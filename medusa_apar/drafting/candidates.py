@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .draft_tree import DraftTree
-from .sibling_memory import MOST_MATCH, MOST_RECALLED, Recall
+from .ngram_index import MOST_MATCH, MOST_RECALLED, Recall
 
 # Chance that the token which followed a match of so many tokens follows again, beside the heads' own chance for it:
 # about what 59 answers of the tuned SmolLM2 showed, counted as so many observations each.

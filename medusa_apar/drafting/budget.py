@@ -10,8 +10,8 @@ import numpy as np
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.triton_kernels.layout import power_of_two
 
+from .candidates import Proposal
 from .draft_tree import DraftTree
-from .proposals import Proposal
 from .step_cost import StepCost
 
 LEAST_CHANCE = 0.01  # of being accepted: no node has less
