@@ -20,7 +20,7 @@ import torch
 
 from medusa_apar.chat import encode
 from medusa_apar.cpu.runtime import CpuRuntime
-from medusa_apar.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
 from medusa_apar.kv.pool import KVPool

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.forest import Forest, Stem
+from medusa_apar.forest.device_tables import PackedForest
+from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.packed_forest import PackedForest
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.layout import CHUNK, MOST_WINDOWS, NO_WINDOW, LayoutKind, Sizes

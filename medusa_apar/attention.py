@@ -20,10 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from medusa_apar.forest.forest import Forest, ForestMask
 from medusa_apar.triton_kernels.reference import dense_attention
 
 from .devices import device_of
-from .forest import Forest, ForestMask
 
 # Whatever the backend's mask function takes for one: dense masks a Forest, the kernels anything that has a layout.
 _current_forest: ContextVar[Any] = ContextVar("medusa_apar_forest", default=None)

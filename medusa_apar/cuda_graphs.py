@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa_apar.forest.device_tables import PackedForest, fill
+from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool, KVStorage
 from medusa_apar.triton_kernels.layout import CHUNK, LayoutKind, Sizes, TreeLayout, power_of_two
 
 from .choice import Choice
-from .forest import Forest
-from .packed_forest import PackedForest, fill
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from medusa_apar.drafting.candidates import MOST_DEPTH, Proposal, Proposer
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
 from medusa_apar.drafting.ngram_index import Recall, SiblingMemory
 from medusa_apar.drafting.options import Speculation
+from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.heads.draft_heads import Drafter
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
@@ -27,7 +28,6 @@ from medusa_apar.threads.request import Request
 from .checks import context_length
 from .choice import Drafting
 from .devices import device_of
-from .forest import Forest, Stem
 from .fork_manager import ForkManager
 from .heads import DraftHeads
 from .output import Stats

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from medusa_apar.forest.forest import Stem
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH
 from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks, Turn
 from medusa_apar.threads.paragraph_tree import Fork, ParagraphTree, Thread, thread_key
 from medusa_apar.threads.request import Request
 
-from .forest import Stem
 from .verdict import Verdict
 
 

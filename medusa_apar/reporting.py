@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
+from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
@@ -24,7 +25,6 @@ from .events import (
     TokensInserted,
     TokensRejected,
 )
-from .forest import Forest, Stem
 from .verdict import Verdict
 
 

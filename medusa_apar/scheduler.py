@@ -11,11 +11,10 @@ import numpy as np
 from medusa_apar.drafting.budget import EvenBudget, ForestBudget, worths
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.draft_tree import TreeShape
+from medusa_apar.forest.forest import Stem
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
-
-from .forest import Stem
 
 Guess = Callable[[Thread], Proposal | None]
 

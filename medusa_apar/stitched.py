@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 from medusa_apar.threads.request import Request
@@ -23,7 +24,6 @@ from medusa_apar.triton_kernels.reference import likeliest
 
 from .decoder import Decoder
 from .devices import device_of
-from .forest import Forest, Stem
 from .output import ThreadAgreement
 
 # A thread is judged by what it wrote among the first so many tokens of its part of the text, which is its own and its

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa_apar.forest.forest import Forest
 from medusa_apar.heads.captured import Captured
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.triton_kernels.layout import MAX_NODES
@@ -19,7 +20,6 @@ from medusa_apar.triton_kernels.reference import Verified
 
 from .attention import current_forest, forest_attention
 from .devices import device_of
-from .forest import Forest
 from .packed_linear import PackedLinears
 
 if TYPE_CHECKING:

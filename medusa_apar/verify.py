@@ -21,6 +21,7 @@ import torch
 import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
+from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_point
 from medusa_apar.threads.paragraph_tree import Thread
@@ -28,7 +29,6 @@ from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import TypicalAcceptance, Verified, likeliest, sample
 
 from .choice import Choice, Drafting
-from .forest import Forest, Stem
 from .processor_state import StateWatch, name_of
 from .triton_kernels import reference
 from .verdict import Verdict

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.forest import Stem
+from medusa_apar.forest.device_tables import PackedForest
+from medusa_apar.forest.forest import Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv.path_table import PathTable
-from medusa_apar.packed_forest import PackedForest
 from medusa_apar.triton_kernels.layout import Sizes
 
 from .test_trees import Script
@@ -122,7 +122,7 @@ def test_a_chunk_that_is_lost_or_given_twice_is_found(data, harm):
 
 def test_chunks_that_are_complete_before_a_fork_are_shared_and_the_others_copied():
     """Two children forked at different tokens of the third chunk, and one at a chunk's very edge."""
-    from medusa_apar.forest import Forest
+    from medusa_apar.forest.forest import Forest
     from medusa_apar.kv.pool import KVPool
     from medusa_apar.kv.slot_ledger import SlotLedger
     from medusa_apar.threads.paragraph_tree import ParagraphTree

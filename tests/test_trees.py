@@ -13,12 +13,12 @@ from transformers.masking_utils import and_masks, causal_mask_function, sliding_
 
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.step_cost import StepCost
-from medusa_apar.forest import Forest, Stem
+from medusa_apar.forest.device_tables import PackedForest
+from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.packed_forest import PackedForest
 from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
 from medusa_apar.threads.paragraph_tree import ParagraphTree, ReadingCursor
 from medusa_apar.triton_kernels.layout import LayoutKind, Sizes, Tile

@@ -15,7 +15,7 @@ from transformers import (
 
 import medusa_apar
 from medusa_apar import DraftTree, TypicalAcceptance
-from medusa_apar.forest import Stem
+from medusa_apar.forest.forest import Stem
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_apar.checks import context_length
-from medusa_apar.forest import Forest
+from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
 
 from . import known, library

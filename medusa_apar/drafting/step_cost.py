@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_apar.devices import device_of
-from medusa_apar.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.hub import cache_dir
 from medusa_apar.job import processor, write_text
 from medusa_apar.kv.slot_ledger import SlotLedger

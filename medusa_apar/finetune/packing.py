@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from medusa_apar.chat import rendered
-from medusa_apar.forest import ForestMask, Group
+from medusa_apar.forest.forest import ForestMask, Group
 
 from .corpus import Example
 from .rules import Thread

@@ -17,7 +17,7 @@ from medusa_apar.cpu import runtime as cpu_runtime
 from medusa_apar.cpu.runtime import CpuRuntime, refusal
 from medusa_apar.cpu.weights import PackedMatrix
 from medusa_apar.decoder import check_agrees
-from medusa_apar.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.heads import HydraHeads
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.forest import Stem
+from medusa_apar.forest.forest import Stem
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request

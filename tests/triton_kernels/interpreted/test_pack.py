@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.kv.path_table import PathTable
-from medusa_apar.packed_forest import PackedForest
 from medusa_apar.triton_kernels import pack, reference
 from medusa_apar.triton_kernels.layout import MAX_NODES, MOST_WINDOWS, Sizes
 from medusa_apar.triton_kernels.reference import Descriptor, Packed

@@ -16,7 +16,7 @@ from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread, thread_key
 from medusa_apar.triton_kernels.layout import LayoutKind, Leaves, Plan, Sizes, TreeLayout, tables
 
-from .packed_forest import PackedForest
+from .device_tables import PackedForest
 
 _NO_TREE = TreeShape(np.zeros(0, dtype=np.int64))
 _NOTHING = np.zeros(0, dtype=np.int64)
