@@ -18,7 +18,7 @@ from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.layout import CHUNK, MOST_WINDOWS, NO_WINDOW, LayoutKind, Sizes
 from medusa_apar.triton_kernels.pack import pack
 from medusa_apar.triton_kernels.tree_attention import tile_for
-from medusa_apar.verdict import Verdict
+from medusa_apar.verify.verdict import Verdict
 
 from .kernel_forests import SHAPES, Case
 from .kernel_timing import measure

@@ -20,8 +20,7 @@ from medusa_apar.forest.device_tables import PackedForest, fill
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool, KVStorage
 from medusa_apar.triton_kernels.layout import CHUNK, LayoutKind, Sizes, TreeLayout, power_of_two
-
-from .choice import Choice
+from medusa_apar.verify.device_verify import Choice
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,11 @@ from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 from medusa_apar.threads.request import Request
+from medusa_apar.verify.device_verify import Drafting
+from medusa_apar.verify.verdict import Verdict
+from medusa_apar.verify.verifier import Verifier
 
 from .checks import context_length
-from .choice import Drafting
 from .devices import device_of
 from .fork_manager import ForkManager
 from .heads import DraftHeads
@@ -34,8 +36,6 @@ from .output import Stats
 from .reporting import Reporter
 from .scheduler import Scheduler
 from .torch_runtime import Runtime
-from .verdict import Verdict
-from .verify import Verifier
 
 Advanced = tuple[Request, Thread, Verdict]  # a thread that has gone on in this step, and by what
 

@@ -10,8 +10,7 @@ from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH
 from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks, Turn
 from medusa_apar.threads.paragraph_tree import Fork, ParagraphTree, Thread, thread_key
 from medusa_apar.threads.request import Request
-
-from .verdict import Verdict
+from medusa_apar.verify.verdict import Verdict
 
 
 @dataclass(slots=True)

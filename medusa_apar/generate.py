@@ -35,6 +35,7 @@ from medusa_apar.threads.fork_policy import ForkIf, NoForks, fork_mode, fork_pol
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread, thread_key
 from medusa_apar.threads.request import Ends, Request
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
+from medusa_apar.verify.verifier import Verifier
 
 from . import checks, draft_watch
 from .decoder import Decoder
@@ -49,7 +50,6 @@ from .scheduler import Scheduler
 from .stitched import Stitcher, first_limit, last_limit
 from .streaming import EndedOnce, TextColumns, ended_on_error
 from .torch_runtime import Runtime, TorchRuntime
-from .verify import Verifier
 
 logger = logging.getLogger(__name__)
 

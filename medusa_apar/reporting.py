@@ -9,6 +9,7 @@ from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
+from medusa_apar.verify.verdict import Verdict
 
 from .events import (
     Consumer,
@@ -25,7 +26,6 @@ from .events import (
     TokensInserted,
     TokensRejected,
 )
-from .verdict import Verdict
 
 
 class Reporter:

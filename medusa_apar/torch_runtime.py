@@ -23,7 +23,8 @@ from .devices import device_of
 from .packed_linear import PackedLinears
 
 if TYPE_CHECKING:
-    from .choice import Choice
+    from medusa_apar.verify.device_verify import Choice
+
     from .cuda_graphs import StaticForest
 
 

@@ -20,16 +20,16 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 import medusa_apar
-from medusa_apar import processor_state
 from medusa_apar.fork_manager import ForkManager
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.processor_state import StateWatch
 from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
+from medusa_apar.verify import processor_state
+from medusa_apar.verify.processor_state import StateWatch
 from tests.tiny import (
     CHILD,
     CONTROL,

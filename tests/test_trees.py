@@ -23,7 +23,7 @@ from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
 from medusa_apar.threads.paragraph_tree import ParagraphTree, ReadingCursor
 from medusa_apar.triton_kernels.layout import LayoutKind, Sizes, Tile
 from medusa_apar.triton_kernels.reference import seen_slots
-from medusa_apar.verdict import Verdict
+from medusa_apar.verify.verdict import Verdict
 
 FORK, CHILD, EOS = 1, 2, 0
 

@@ -23,7 +23,7 @@ from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import sample
-from medusa_apar.verify import Verifier
+from medusa_apar.verify.verifier import Verifier
 from tests.tiny import CHILD, CONTROL, FORK, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
 
 SAMPLING = {"max_new_tokens": 24, "do_sample": True, "seed": 7, "top_k": 0, "return_dict_in_generate": True}

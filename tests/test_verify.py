@@ -13,7 +13,7 @@ from medusa_apar.forest.forest import Stem
 from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
-from medusa_apar.verify import Verifier
+from medusa_apar.verify.verifier import Verifier
 from tests.tiny import CHILD, CONTROL, FORK
 
 

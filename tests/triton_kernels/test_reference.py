@@ -15,7 +15,7 @@ from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import Noise
-from medusa_apar.verify import Verifier
+from medusa_apar.verify.verifier import Verifier
 from tests.tiny import CHILD, CONTROL, FORK, tiny_model
 
 

@@ -5,7 +5,7 @@ import torch
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.choice import Choice
+from medusa_apar.verify.device_verify import Choice
 from tests.tiny import CONTROL, RecallHeads, forking_model, prompts
 
 

@@ -26,11 +26,11 @@ from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_point
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
+from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import TypicalAcceptance, Verified, likeliest, sample
 
-from .choice import Choice, Drafting
+from .device_verify import Choice, Drafting
 from .processor_state import StateWatch, name_of
-from .triton_kernels import reference
 from .verdict import Verdict
 
 
