@@ -26,7 +26,7 @@ setup(
     package_data={
         "medusa_apar": ["py.typed", "custom_generate/*"],
         "medusa_apar.display": ["*.css"],
-        "medusa_apar.cpu": ["*.cpp", "*.h"],
+        "medusa_apar.runtimes.cpu": ["*.cpp", "*.h"],
         "medusa_apar.heads": ["weights/*/*", "weights/*/*/*"],
         "medusa_apar.triton_kernels": ["resources.json"],
         "medusa_apar.eval": ["prompt_sets/*", "peers_workers/*.py"],

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from medusa_apar.job import machine
-from medusa_apar.packed_linear import pack, packed_linear
+from medusa_apar.runtimes.packed_linear import pack, packed_linear
 
 # SmolLM2-135M: (out, in) of one layer, 30 layers, and the unembedding.
 LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from medusa_apar.chat import encode
-from medusa_apar.cpu import library
-from medusa_apar.cpu.runtime import CpuRuntime
 from medusa_apar.drafting.step_cost import StepTimer, finish
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, write_text
+from medusa_apar.runtimes.cpu import library
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 
 from .prompts import Prompt
 

@@ -24,14 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_apar.attention import current_forest, forest_attention
 from medusa_apar.finetune.corpus import LOOPING, Drops, repeated_share
 from medusa_apar.finetune.packing import PackedForest, TokenThread, join, pack_threads
 from medusa_apar.job import replacing
 from medusa_apar.json_files import numbered_lines, parse
 from medusa_apar.reading import reading
-
-from .captured import Captured
+from medusa_apar.runtimes.attention import current_forest, forest_attention
+from medusa_apar.runtimes.capture import Captured
 
 SHARD_RECORDS = 64  # a killed run encodes at most so many again for each of its workers
 ROW_TOKENS = 512  # short records share a forward pass up to here: products of few rows waste half of a core

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.cpu.contents import Contents, plain
-from medusa_apar.cpu.weights import PackedMatrix, top
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.packed_linear import can_pack, pack, packed_linear
 from medusa_apar.reading import reading
+from medusa_apar.runtimes.capture import tapped_layers
+from medusa_apar.runtimes.cpu.contents import Contents, plain
+from medusa_apar.runtimes.cpu.weights import PackedMatrix, top
+from medusa_apar.runtimes.packed_linear import can_pack, pack, packed_linear
 
 from . import checkpoints
-from .captured import tapped_layers
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.cpu.contents import plain
-from medusa_apar.cpu.drafting import CompiledHydra, Pruned, compilable
-from medusa_apar.devices import device_of
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.runtimes.cpu.contents import plain
+from medusa_apar.runtimes.cpu.drafting import CompiledHydra, Pruned, compilable
+from medusa_apar.runtimes.devices import device_of
 
 from . import checkpoints
 from .draft_heads import Drafter, DraftHeads, ResidualBlock, tree_tensors, unembedding_size, zeros

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_apar.devices import device_of
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.runtimes.devices import device_of
 
 from . import checkpoints
 from .checkpoints import HeadTensors

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from medusa_apar.cpu.drafting import Pruned
 from medusa_apar.drafting.candidates import MOST_DEPTH, Proposal, Proposer
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
 from medusa_apar.drafting.ngram_index import Recall, SiblingMemory
@@ -22,6 +21,9 @@ from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.heads.draft_heads import Drafter
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.runtimes.cpu.drafting import Pruned
+from medusa_apar.runtimes.devices import device_of
+from medusa_apar.runtimes.torch_runtime import Runtime
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 from medusa_apar.threads.request import Request
 from medusa_apar.verify.device_verify import Drafting
@@ -29,13 +31,11 @@ from medusa_apar.verify.verdict import Verdict
 from medusa_apar.verify.verifier import Verifier
 
 from .checks import context_length
-from .devices import device_of
 from .fork_manager import ForkManager
 from .heads import DraftHeads
 from .output import Stats
 from .reporting import Reporter
 from .scheduler import Scheduler
-from .torch_runtime import Runtime
 
 Advanced = tuple[Request, Thread, Verdict]  # a thread that has gone on in this step, and by what
 

@@ -20,11 +20,11 @@ from huggingface_hub.file_download import repo_folder_name
 from rich.console import Console
 from rich.table import Table
 
-from medusa_apar.cpu.library import library
-from medusa_apar.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.cpu.library import library
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.devices import device_of
 
 from . import __version__, hub
-from .devices import device_of
 from .generate import MedusaApar
 from .heads import checkpoints
 from .job import quiet, slow
@@ -75,7 +75,7 @@ def model_findings(name: str, **options: Any) -> Iterator[tuple[str, str]]:
     yield "model", name
     source = locate(name)
     messages = _Messages()
-    logger = logging.getLogger("medusa_apar.runtimes")
+    logger = logging.getLogger("medusa_apar.runtimes.pick")
     level = logger.level
     logger.addHandler(messages)
     logger.setLevel(logging.INFO)

@@ -22,7 +22,6 @@ from transformers import (
 )
 from transformers.generation import GenerationMixin, StopStringCriteria
 
-from medusa_apar.cpu.runtime import CpuRuntime, refusal
 from medusa_apar.drafting.budget import EvenBudget, ForestBudget
 from medusa_apar.drafting.candidates import Proposer
 from medusa_apar.drafting.draft_tree import DraftTree
@@ -30,6 +29,10 @@ from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import StepCost, known_cost
 from medusa_apar.heads.draft_heads import unembedding_size
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.devices import device_of
+from medusa_apar.runtimes.pick import pick_runtime
+from medusa_apar.runtimes.torch_runtime import Runtime, TorchRuntime
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, NoForks, fork_mode, fork_policy
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread, thread_key
@@ -39,17 +42,14 @@ from medusa_apar.verify.verifier import Verifier
 
 from . import checks, draft_watch
 from .decoder import Decoder
-from .devices import device_of
 from .events import Consumer
 from .fork_manager import ForkManager
 from .heads import DraftHeads, load_heads
 from .output import MedusaAparOutput
 from .reporting import Reporter
-from .runtimes import pick_runtime
 from .scheduler import Scheduler
 from .stitched import Stitcher, first_limit, last_limit
 from .streaming import EndedOnce, TextColumns, ended_on_error
-from .torch_runtime import Runtime, TorchRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class MedusaApar:
         """Drops what was copied from weights, so that the next call reads them all anew.
 
         Never needed after `load_state_dict`, merging, averaging or a training step: calls notice those by themselves
-        (`medusa_apar.cpu.contents`). It is for whoever changes single values of a large model through `.data`.
+        (`medusa_apar.runtimes.cpu.contents`). It is for whoever changes single values of a large model through `.data`.
         """
         self.runtime.refresh()
         if isinstance(self.heads, DraftHeads):

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.cpu.runtime import CpuRuntime
 from medusa_apar.heads import HydraHeads, MedusaHeads
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from tests.cpu.test_runtime import model_of
 from tests.tiny import VOCAB, prompts
 
@@ -141,8 +141,8 @@ def test_rounded_weights_follow(change):
 
 def test_a_new_attach_looks_at_every_weight(monkeypatch):
     """However small the change and large the model."""
-    monkeypatch.setattr("medusa_apar.cpu.contents._ALWAYS", 0)
-    monkeypatch.setattr("medusa_apar.cpu.contents._SHARE", 0.0)
+    monkeypatch.setattr("medusa_apar.runtimes.cpu.contents._ALWAYS", 0)
+    monkeypatch.setattr("medusa_apar.runtimes.cpu.contents._SHARE", 0.0)
     model = model_of(seed=1)
     medusa_apar.attach(model, runtime="cpu")
     for name in ("lm_head.weight", "model.layers.0.mlp.down_proj.weight"):
@@ -157,8 +157,10 @@ def test_refresh_reads_all_anew(runtime, monkeypatch):
     model = model_of(seed=1)
     heads = HydraHeads.random(model, 3, seed=1)
     hook = medusa_apar.attach(model, heads, runtime=runtime)
-    monkeypatch.setattr("medusa_apar.cpu.contents._places", lambda tensors: [])  # nothing is ever noticed
-    monkeypatch.setattr("medusa_apar.cpu.contents.sums", lambda tensors, turn=None: torch.zeros(len(tensors), 16))
+    monkeypatch.setattr("medusa_apar.runtimes.cpu.contents._places", lambda tensors: [])  # nothing is ever noticed
+    monkeypatch.setattr(
+        "medusa_apar.runtimes.cpu.contents.sums", lambda tensors, turn=None: torch.zeros(len(tensors), 16)
+    )
     hook.refresh()
     model.generate(**INPUTS, **GREEDY, custom_generate=hook)
     average(model)

@@ -21,8 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import medusa_apar
 from medusa_apar import ControlTokens, DraftTree
-from medusa_apar.attention import BACKENDS, current_forest
 from medusa_apar.heads import MedusaHeads
+from medusa_apar.runtimes.attention import BACKENDS, current_forest
 from medusa_apar.triton_kernels.tree_attention import INTERPRETED
 from tests.tiny import CONTROL, VOCAB, forking_model, prompts, tiny_model
 

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import medusa_apar
 from medusa_apar import cli, demo, doctor, hub, job
 from medusa_apar.commands import SUBCOMMANDS
-from medusa_apar.cpu import library
 from medusa_apar.display.terminal import Lanes
 from medusa_apar.events import StepFinished
 from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
+from medusa_apar.runtimes.cpu import library
 from tests.test_loading import save_tokenizer
 from tests.test_merge import own_code
 from tests.tiny import CONTROL, VOCAB, forking_folder, forking_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from medusa_apar.packed_linear import PackedLinears, can_pack, pack
+from medusa_apar.runtimes.packed_linear import PackedLinears, can_pack, pack
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="torch without oneDNN")
 
@@ -51,7 +51,7 @@ def test_the_old_copy_goes_before_the_new_one_comes(layers, monkeypatch):
         assert not any(old() is not None for old in kept)
         return pack(weight)
 
-    monkeypatch.setattr("medusa_apar.packed_linear.pack", pack_alone)
+    monkeypatch.setattr("medusa_apar.runtimes.packed_linear.pack", pack_alone)
     with packed.in_use():
         assert len(packed._packed) == len(kept) == 2
 

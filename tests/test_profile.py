@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import medusa_apar
-from medusa_apar.cpu import library
 from medusa_apar.eval import profile
 from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.quantisation import compare
 from medusa_apar.heads import MedusaHeads
+from medusa_apar.runtimes.cpu import library
 from tests.tiny import CONTROL, forking_model, tiny_tokenizer
 
 

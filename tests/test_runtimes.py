@@ -15,11 +15,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import medusa_apar
 from medusa_apar import decoder
 from medusa_apar import generate as generation
-from medusa_apar.cpu.runtime import CpuRuntime
 from medusa_apar.decoder import _some_text
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from medusa_apar.packed_linear import PackedLinears, can_pack
-from medusa_apar.torch_runtime import TorchRuntime
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime
+from medusa_apar.runtimes.packed_linear import PackedLinears, can_pack
+from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from tests.cpu.test_runtime import model_of
 from tests.tiny import VOCAB, prompts, tiny_model
 

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from medusa_apar.devices import device_of
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.hub import cache_dir
 from medusa_apar.job import processor, write_text
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.runtimes.devices import device_of
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 from .draft_tree import DraftTree, TreeShape
 
 if TYPE_CHECKING:
-    from medusa_apar.torch_runtime import Runtime
+    from medusa_apar.runtimes.torch_runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

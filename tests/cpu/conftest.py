@@ -1,6 +1,6 @@
 import pytest
 
-from medusa_apar.cpu import library
+from medusa_apar.runtimes.cpu import library
 
 
 @pytest.fixture(autouse=True, scope="session")

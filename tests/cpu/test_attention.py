@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.cpu import library
+from medusa_apar.runtimes.cpu import library
 
 TILE = 64  # attention.h
 MACHINES = ("-march=native", "-march=x86-64")

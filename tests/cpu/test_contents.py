@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.cpu import contents
-from medusa_apar.cpu.contents import TURNS, Contents, plain, sums
+from medusa_apar.runtimes.cpu import contents
+from medusa_apar.runtimes.cpu.contents import TURNS, Contents, plain, sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool)
 

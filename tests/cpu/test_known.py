@@ -10,8 +10,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 import medusa_apar
-from medusa_apar.cpu.runtime import CpuRuntime, refusal
-from medusa_apar.torch_runtime import TorchRuntime
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from tests.cpu.test_runtime import model_of
 from tests.tiny import VOCAB, prompts
 

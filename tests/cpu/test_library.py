@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from medusa_apar.cpu import library
-from medusa_apar.cpu.library import address, floats
+from medusa_apar.runtimes.cpu import library
+from medusa_apar.runtimes.cpu.library import address, floats
 
 NEEDED = {
     "of another type": (torch.zeros(4, dtype=torch.bfloat16), 4),
@@ -66,7 +66,7 @@ DAMAGES |= {f"a bit at {share:.0%}": flip(share) for share in (0.0, 0.1, 0.5, 0.
 
 USE = """
     import torch
-    from medusa_apar.cpu import library, weights
+    from medusa_apar.runtimes.cpu import library, weights
     found = library.outcome()
     assert not isinstance(found, str), found
     assert weights.argmax(torch.tensor([[1.0, 3.0, 2.0]])).tolist() == [1]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.cpu.weights import PackedMatrix, argmax, interleaved, top
+from medusa_apar.runtimes.cpu.weights import PackedMatrix, argmax, interleaved, top
 
 KINDS = ("float32", "bfloat16", "int8")
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 150))

@@ -12,17 +12,17 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.cpu import known, library
-from medusa_apar.cpu import runtime as cpu_runtime
-from medusa_apar.cpu.runtime import CpuRuntime, refusal
-from medusa_apar.cpu.weights import PackedMatrix
 from medusa_apar.decoder import check_agrees
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.heads import HydraHeads
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.runtimes.cpu import known, library
+from medusa_apar.runtimes.cpu import runtime as cpu_runtime
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.cpu.weights import PackedMatrix
+from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from medusa_apar.threads.paragraph_tree import ParagraphTree
-from medusa_apar.torch_runtime import TorchRuntime
 from tests import tiny
 from tests.tiny import CHILD, CONTROL, EOS, FORK, VOCAB, WIDE, assert_threads_are_plain, prompts, tiny_model
 

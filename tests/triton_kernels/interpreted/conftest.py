@@ -47,7 +47,6 @@ def _language_patched_once_a_launch():
 @pytest.fixture(scope="session", autouse=True)
 def _families_checked_once():
     """`attach` compares a few logits with the model's own, which takes the interpreter seconds: once a family."""
-    from medusa_apar import runtimes
 
     check, checked = runtimes.check_agrees, set()
 

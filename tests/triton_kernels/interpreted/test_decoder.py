@@ -5,11 +5,11 @@ import torch
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.cuda_graphs import GraphedSteps, StaticForest
 from medusa_apar.events import StepFinished
 from medusa_apar.heads import HydraHeads
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.runtimes.cuda_graphs import GraphedSteps, StaticForest
 from tests.tiny import CONTROL, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
 
 # Windows, soft caps, two kinds of layers, sinks, positions that are learned.
@@ -112,7 +112,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
 
     model = tiny_model()
     apar = medusa_apar.attach(model, attention="triton", runtime="torch")
-    monkeypatch.setattr("medusa_apar.triton_attention.tree_attention", broken)
+    monkeypatch.setattr("medusa_apar.runtimes.triton_attention.tree_attention", broken)
     with pytest.raises(RuntimeError, match="the kernel was called"):
         apar.generate(**prompts(1, 4), max_new_tokens=2)
 

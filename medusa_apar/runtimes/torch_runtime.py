@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_apar.forest.forest import Forest
-from medusa_apar.heads.captured import Captured
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.triton_kernels.layout import MAX_NODES
 from medusa_apar.triton_kernels.reference import Verified
 
 from .attention import current_forest, forest_attention
+from .capture import Captured
 from .devices import device_of
 from .packed_linear import PackedLinears
 

@@ -7,10 +7,10 @@ import logging
 import psutil
 from transformers import PreTrainedModel
 
-from medusa_apar.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.decoder import check_agrees
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
 
 from .attention import pick_backend
-from .decoder import check_agrees
 from .devices import device_of, gpus_of
 from .torch_runtime import Runtime, TorchRuntime
 
