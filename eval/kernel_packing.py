@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.forest.forest import Forest, Stem
-from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree

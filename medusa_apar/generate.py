@@ -27,6 +27,10 @@ from medusa_apar.drafting.candidates import Proposer
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import StepCost, known_cost
+from medusa_apar.engine.engine import Decoder
+from medusa_apar.engine.fork_manager import ForkManager
+from medusa_apar.engine.rescoring import Stitcher, first_limit, last_limit
+from medusa_apar.engine.scheduler import Scheduler
 from medusa_apar.heads.draft_heads import unembedding_size
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
@@ -40,15 +44,12 @@ from medusa_apar.threads.request import Ends, Request
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 from medusa_apar.verify.verifier import Verifier
 
-from . import checks, draft_watch
-from .decoder import Decoder
+from . import checks
+from .engine import draft_watch
 from .events import Consumer
-from .fork_manager import ForkManager
 from .heads import DraftHeads, load_heads
 from .output import MedusaAparOutput
 from .reporting import Reporter
-from .scheduler import Scheduler
-from .stitched import Stitcher, first_limit, last_limit
 from .streaming import EndedOnce, TextColumns, ended_on_error
 
 logger = logging.getLogger(__name__)

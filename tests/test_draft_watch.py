@@ -3,7 +3,7 @@
 import torch
 
 import medusa_apar
-from medusa_apar.draft_watch import ENOUGH
+from medusa_apar.engine.draft_watch import ENOUGH
 from medusa_apar.heads import MedusaHeads
 from tests.tiny import RecallHeads, prompts, tiny_model
 
@@ -16,7 +16,7 @@ def drafted(apar, model, inputs, **options):
 
 
 def warnings(caplog):
-    return [record.message for record in caplog.records if record.name == "medusa_apar.draft_watch"]
+    return [record.message for record in caplog.records if record.name == "medusa_apar.engine.draft_watch"]
 
 
 def useless(model):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.forest.forest import Stem
-from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.triton_kernels.layout import Sizes
 

@@ -20,7 +20,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 import medusa_apar
-from medusa_apar.fork_manager import ForkManager
+from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger

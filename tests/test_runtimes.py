@@ -13,9 +13,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import medusa_apar
-from medusa_apar import decoder
 from medusa_apar import generate as generation
-from medusa_apar.decoder import _some_text
+from medusa_apar.engine.engine import _some_text
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from medusa_apar.runtimes.packed_linear import PackedLinears, can_pack
@@ -247,8 +246,8 @@ def test_the_text_that_runtimes_are_held_against_is_of_all_tokens_and_long():
 @pytest.mark.parametrize(("seconds", "length"), [(60.0, 256), (0.0, 16)])
 def test_that_text_is_long_where_a_pass_is_quick(seconds, length, monkeypatch):
     """Which a model's size does not tell."""
-    monkeypatch.setattr("medusa_apar.decoder._WORK", 0)
-    monkeypatch.setattr("medusa_apar.decoder._SECONDS", seconds)
+    monkeypatch.setattr("medusa_apar.engine.engine._WORK", 0)
+    monkeypatch.setattr("medusa_apar.engine.engine._SECONDS", seconds)
     model = model_of()
     ids, logits = _some_text(model)
     assert len(ids) == length and ids == np.random.default_rng(0).integers(VOCAB, size=256).tolist()[:length]

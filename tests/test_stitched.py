@@ -5,7 +5,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 import medusa_apar
-from medusa_apar.fork_manager import ForkManager
+from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from tests.tiny import (
     CHILD,
@@ -109,7 +109,7 @@ def test_one_thread_agrees_with_itself(family, runtime):
 @pytest.mark.parametrize("seed", [5, 11, 24])
 @pytest.mark.parametrize("piece", [3, 512])
 def test_agreement_is_that_of_one_plain_pass(monkeypatch, seed, piece):
-    monkeypatch.setattr("medusa_apar.stitched._PIECE", piece)
+    monkeypatch.setattr("medusa_apar.engine.rescoring._PIECE", piece)
     model = forking_model(seed)
     plain = run(model, verify=None)
     out = run(model, RecallHeads(model, plain.paragraph_tree))
@@ -173,13 +173,13 @@ def test_rewritten_threads_are_plain_greedy_decoding_behind_the_text_before(seed
 def test_a_rewritten_thread_that_does_not_end_is_given_up(monkeypatch):
     model = forking_model(24)
     first = run(model, **ENDING)
-    monkeypatch.setattr("medusa_apar.stitched.LONGEST", 3)  # the shortest has three tokens and an end token
+    monkeypatch.setattr("medusa_apar.engine.rescoring.LONGEST", 3)  # the shortest has three tokens and an end token
     out = run(model, regenerate_below=1.0, **ENDING)
     assert out.stats.regenerated == 0 and [shown(out, row) for row in range(2)] == [
         shown(first, row) for row in range(2)
     ]
     assert torch.equal(out.sequences, first.sequences)
-    monkeypatch.setattr("medusa_apar.stitched.LONGEST", 5)
+    monkeypatch.setattr("medusa_apar.engine.rescoring.LONGEST", 5)
     some = run(model, regenerate_below=1.0, **ENDING)
     assert some.stats.regenerated > 0
     # Accepted drafts may run beyond where a rewritten thread is given up, which must not save it.
@@ -213,7 +213,7 @@ def test_drafts_and_schedules_never_show(monkeypatch):
 @pytest.mark.parametrize(("seed", "judged"), [(5, 64), (24, 64), (24, 6)])
 def test_every_limit_is_the_unlimited_run_cut_short(monkeypatch, seed, judged, max_depth):
     """With few tokens known beyond the limit, rewriting makes answers too short, and more has to be written."""
-    monkeypatch.setattr("medusa_apar.stitched.JUDGED", judged)
+    monkeypatch.setattr("medusa_apar.engine.rescoring.JUDGED", judged)
     resumed = []
     resume = ForkManager.resume
     monkeypatch.setattr(ForkManager, "resume", lambda *args: resumed.append(args[2]) or resume(*args))

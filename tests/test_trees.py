@@ -13,9 +13,9 @@ from transformers.masking_utils import and_masks, causal_mask_function, sliding_
 
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.forest.forest import Forest, Stem
-from medusa_apar.fork_manager import ForkManager
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger

@@ -15,8 +15,8 @@ from transformers import (
 
 import medusa_apar
 from medusa_apar import DraftTree, TypicalAcceptance
+from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.forest.forest import Stem
-from medusa_apar.fork_manager import ForkManager
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
 from medusa_apar.threads.paragraph_tree import ParagraphTree

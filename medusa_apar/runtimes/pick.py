@@ -7,7 +7,7 @@ import logging
 import psutil
 from transformers import PreTrainedModel
 
-from medusa_apar.decoder import check_agrees
+from medusa_apar.engine.engine import check_agrees
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
 
 from .attention import pick_backend

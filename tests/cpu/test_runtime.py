@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.decoder import check_agrees
+from medusa_apar.engine.engine import check_agrees
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.heads import HydraHeads
 from medusa_apar.kv.pool import KVPool

@@ -18,13 +18,13 @@ import torch
 
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.output import ThreadAgreement
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import likeliest
 
-from .decoder import Decoder
-from .output import ThreadAgreement
+from .engine import Decoder
 
 # A thread is judged by what it wrote among the first so many tokens of its part of the text, which is its own and its
 # descendants'. Were it judged by everything, a limit would change what is judged and no longer just cut the text.

@@ -13,14 +13,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from medusa_apar.checks import context_length
 from medusa_apar.drafting.candidates import MOST_DEPTH, Proposal, Proposer
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
 from medusa_apar.drafting.ngram_index import Recall, SiblingMemory
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.heads import DraftHeads
 from medusa_apar.heads.draft_heads import Drafter
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.output import Stats
+from medusa_apar.reporting import Reporter
 from medusa_apar.runtimes.cpu.drafting import Pruned
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.runtimes.torch_runtime import Runtime
@@ -30,11 +34,7 @@ from medusa_apar.verify.device_verify import Drafting
 from medusa_apar.verify.verdict import Verdict
 from medusa_apar.verify.verifier import Verifier
 
-from .checks import context_length
 from .fork_manager import ForkManager
-from .heads import DraftHeads
-from .output import Stats
-from .reporting import Reporter
 from .scheduler import Scheduler
 
 Advanced = tuple[Request, Thread, Verdict]  # a thread that has gone on in this step, and by what
