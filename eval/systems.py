@@ -21,8 +21,8 @@ import transformers
 from transformers import CompileConfig, PreTrainedModel
 
 from medusa_apar.drafting.options import Speculation
+from medusa_apar.events.recording import Recording
 from medusa_apar.generate import MedusaApar
-from medusa_apar.recording import Recording
 
 LOOKUP_TOKENS = 10  # drafted by transformers' prompt lookup, its documentation's own choice
 BACKEND = "inductor"  # of torch.compile, its default

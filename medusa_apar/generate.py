@@ -31,6 +31,8 @@ from medusa_apar.engine.engine import Decoder
 from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.engine.rescoring import Stitcher, first_limit, last_limit
 from medusa_apar.engine.scheduler import Scheduler
+from medusa_apar.events.reporter import Reporter
+from medusa_apar.events.streaming import EndedOnce, TextColumns, ended_on_error
 from medusa_apar.heads.draft_heads import unembedding_size
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
@@ -49,8 +51,6 @@ from .engine import draft_watch
 from .events import Consumer
 from .heads import DraftHeads, load_heads
 from .output import MedusaAparOutput
-from .reporting import Reporter
-from .streaming import EndedOnce, TextColumns, ended_on_error
 
 logger = logging.getLogger(__name__)
 

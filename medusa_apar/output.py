@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from medusa_apar.events.recording import Recording
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 from .events import Event
-from .recording import Recording
 
 
 @dataclass(slots=True)

@@ -14,8 +14,8 @@ from medusa_apar.display.forest_picture import blocks, mask, rows
 from medusa_apar.display.guesses import chains
 from medusa_apar.display.pieces import Pieces
 from medusa_apar.events import StepStarted
+from medusa_apar.events.recording import Recording
 from medusa_apar.forest.forest import Forest
-from medusa_apar.recording import Recording
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.calls import CALLS, SAMPLED, fork_freely
 from tests.list_writer import Pieces as ListTokenizer

@@ -21,7 +21,7 @@ from medusa_apar.events import (
     TokensInserted,
     TokensRejected,
 )
-from medusa_apar.recording import ReadingOrder, Recording
+from medusa_apar.events.recording import ReadingOrder, Recording
 from tests.calls import CALLS, fork_freely, fork_lists
 from tests.tiny import CONTROL, forking_model, prompts
 

@@ -7,8 +7,8 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from medusa_apar.events.recording import Origin, Recording
 from medusa_apar.output import MedusaAparOutput
-from medusa_apar.recording import Origin, Recording
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .guesses import all_wrong_guesses, guess_text

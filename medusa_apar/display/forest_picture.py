@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from medusa_apar.events import Drafted
+from medusa_apar.events.recording import Recording
 from medusa_apar.output import MedusaAparOutput
-from medusa_apar.recording import Recording
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .names import HUES, hue, name

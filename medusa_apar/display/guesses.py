@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from medusa_apar.events import StepFinished
-from medusa_apar.recording import Recording
+from medusa_apar.events.recording import Recording
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 
 from .pieces import Pieces

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from medusa_apar.events import Event, StepFinished, StepStarted
-from medusa_apar.recording import Recording
+from medusa_apar.events.recording import Recording
 
 from .lanes_picture import frame
 from .pieces import Pieces

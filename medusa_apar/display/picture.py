@@ -8,8 +8,8 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from medusa_apar.events.recording import Recording
 from medusa_apar.output import MedusaAparOutput
-from medusa_apar.recording import Recording
 
 
 @cache

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medusa_apar.events import Event, StepFinished, ThreadFinished, ThreadStarted
-from medusa_apar.recording import Recording
+from medusa_apar.events.recording import Recording
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 
 from .names import hue, name

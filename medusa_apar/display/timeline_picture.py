@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from html import escape
 
+from medusa_apar.events.recording import Recording
 from medusa_apar.output import MedusaAparOutput
-from medusa_apar.recording import Recording
 
 from .names import HUES, count, hue, name, state
 from .picture import Picture, sources

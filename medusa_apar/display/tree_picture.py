@@ -6,8 +6,8 @@ from html import escape
 from textwrap import shorten
 from typing import Any
 
+from medusa_apar.events.recording import Recording
 from medusa_apar.output import MedusaAparOutput
-from medusa_apar.recording import Recording
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .names import HUES, count, hue, name, state

@@ -18,13 +18,13 @@ from medusa_apar.drafting.candidates import MOST_DEPTH, Proposal, Proposer
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
 from medusa_apar.drafting.ngram_index import Recall, SiblingMemory
 from medusa_apar.drafting.options import Speculation
+from medusa_apar.events.reporter import Reporter
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.heads import DraftHeads
 from medusa_apar.heads.draft_heads import Drafter
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.output import Stats
-from medusa_apar.reporting import Reporter
 from medusa_apar.runtimes.cpu.drafting import Pruned
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.runtimes.torch_runtime import Runtime

@@ -11,7 +11,7 @@ from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
 from medusa_apar.verify.verdict import Verdict
 
-from .events import (
+from . import (
     Consumer,
     Drafted,
     Event,

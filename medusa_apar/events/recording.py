@@ -11,7 +11,7 @@ import torch
 
 from medusa_apar.threads.paragraph_tree import Fork, ParagraphTree, ReadingCursor, Thread
 
-from .events import (
+from . import (
     Drafted,
     Event,
     RequestStarted,
