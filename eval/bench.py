@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
-from medusa_apar.chat import encode
 from medusa_apar.finetune.corpus import repeated_share
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, machine, write_text
+from medusa_apar.models.chat import encode
 
 from .loops import LOOPS, looping_share
 from .plan import Plan, open_results

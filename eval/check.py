@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from medusa_apar.chat import encode
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.models.chat import encode
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from medusa_apar.runtimes.torch_runtime import Runtime
 from medusa_apar.threads.paragraph_tree import ParagraphTree

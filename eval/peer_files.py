@@ -14,11 +14,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from medusa_apar import hub
 from medusa_apar.generate import MedusaApar
 from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import write_text
 from medusa_apar.loading import load
+from medusa_apar.models import hub
 
 WORKERS = Path(__file__).parent / "peers_workers"
 FINISHED = "finished.json"  # a killed installation leaves an environment without it

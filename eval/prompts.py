@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medusa_apar.hub import build_once, cache_dir
 from medusa_apar.json_files import is_text, numbered_lines, parse
+from medusa_apar.models.hub import build_once, cache_dir
 
 FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data"
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from medusa_apar.chat import encode
 from medusa_apar.commands.arguments import number
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
 from medusa_apar.loading import load
+from medusa_apar.models.chat import encode
 
 from . import prompts
 from .check import logits_alone

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medusa_apar.chat import encode_messages
 from medusa_apar.finetune.corpus import Example, read_examples
 from medusa_apar.finetune.mixture import is_held_out
 from medusa_apar.finetune.rules import splice
 from medusa_apar.json_files import parsed_lines
+from medusa_apar.models.chat import encode_messages
 
 CORPUS = "corpus"  # the name of the held-out corpus prompts among the prompt sets
 PLAIN = "plain"  # the kind of corpus answers that should not fork, code among them

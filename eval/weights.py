@@ -38,7 +38,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medusa_apar.chat import encode_messages
 from medusa_apar.checks import expected_acceptance
 from medusa_apar.commands.arguments import number
 from medusa_apar.drafting.draft_tree import DraftTree
@@ -48,6 +47,7 @@ from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import Job, write_text
 from medusa_apar.json_files import json_object
 from medusa_apar.loading import heads_name, load, locate
+from medusa_apar.models.chat import encode_messages
 from medusa_apar.threads.control_tokens import ControlTokens
 
 from .answering import answer, answer_loss

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from medusa_apar.chat import Message, encode_messages, left_padded
 from medusa_apar.finetune.corpus import Drops, Example, as_messages, file_records
 from medusa_apar.finetune.packing import Tokens, tokenize_example
 from medusa_apar.finetune.rules import Thread, splice
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, append_lines, cut_half_a_line, write_text
 from medusa_apar.json_files import is_text, json_object, parsed_lines
+from medusa_apar.models.chat import Message, encode_messages, left_padded
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"  # in a job's folder: answers, and what they were made with

@@ -23,12 +23,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from medusa_apar.job import write_text
+from medusa_apar.models.base_model import Base, model_shards
+from medusa_apar.models.model_folder import check_empty, new_model_folder
 from medusa_apar.reading import expanded, reading
 
 from . import checkpoints
-from .base_model import Base, model_shards
 from .checkpoints import HeadFile
-from .model_folder import check_empty, new_model_folder
 
 LAYOUTS = ("v1", "v2", "vllm", "medusa2", "apar")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -15,10 +15,10 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from medusa_apar.display.terminal import Lanes, Milestones, answer_text
+from medusa_apar.models.chat import encode
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.threads.fork_policy import fork_mode
 
-from .chat import encode
 from .events import Consumer, Event
 from .generate import MedusaApar
 from .job import slow

@@ -24,11 +24,12 @@ from medusa_apar.runtimes.cpu.library import library
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
 from medusa_apar.runtimes.devices import device_of
 
-from . import __version__, hub
+from . import __version__
 from .generate import MedusaApar
 from .heads import checkpoints
 from .job import quiet, slow
 from .loading import Source, load, locate
+from .models import hub
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "triton", "fschat")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")

@@ -14,9 +14,9 @@ import torch
 
 from medusa_apar.threads.control_tokens import CONFIG_NAME, MODEL_ENTRY, ControlTokens
 
-from . import hub
 from .job import on_a_terminal, write_text
 from .json_files import json_object
+from .models import hub
 from .reading import expanded, field, reading, shards
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def load(
     attach_options: passed to `medusa_apar.attach`: `fork` (where answers split), `speculation` (how tokens are guessed
         ahead), `max_threads` (that run in one step), `quantize="int8"`, and others that are told there.
     """
-    from medusa_apar.finetune.merge import merge_into
+    from medusa_apar.models.merge import merge_into
 
     from .generate import attach
     from .heads import load_heads
@@ -131,7 +131,7 @@ def load(
 
 def save(apar: MedusaApar, folder: str | Path) -> None:
     """What `MedusaApar.save_pretrained` does. FileExistsError where `folder` holds files that are no model's."""
-    from medusa_apar.heads.model_folder import check_empty, new_model_folder
+    from medusa_apar.models.model_folder import check_empty, new_model_folder
 
     from .heads import checkpoints
 

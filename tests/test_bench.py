@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from medusa_apar.chat import encode
 from medusa_apar.cli import main
 from medusa_apar.eval import bench, check, prompts, statistics, systems
 from medusa_apar.eval.plan import Plan, open_results
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
+from medusa_apar.models.chat import encode
 from tests.tiny import forking_folder
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -5,8 +5,8 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from medusa_apar.chat import encode
 from medusa_apar.loading import RELEASED_TOKENS
+from medusa_apar.models.chat import encode
 from tests.test_loading import WORDS, save_tokenizer
 
 

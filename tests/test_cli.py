@@ -14,12 +14,13 @@ from tokenizers.normalizers import Replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import medusa_apar
-from medusa_apar import cli, demo, doctor, hub, job
+from medusa_apar import cli, demo, doctor, job
 from medusa_apar.commands import SUBCOMMANDS
 from medusa_apar.display.terminal import Lanes
 from medusa_apar.events import StepFinished
 from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
+from medusa_apar.models import hub
 from medusa_apar.runtimes.cpu import library
 from tests.test_loading import save_tokenizer
 from tests.test_merge import own_code

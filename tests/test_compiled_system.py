@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from medusa_apar.chat import encode
 from medusa_apar.eval import systems
 from medusa_apar.loading import load
+from medusa_apar.models.chat import encode
 from tests.tiny import forking_folder
 
 ASKED, LIMIT, LONGEST = ("a", "ask b", "ask cde"), 20, 40

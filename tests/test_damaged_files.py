@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from medusa_apar import ControlTokens, load
-from medusa_apar.finetune.merge import merge
 from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
 from medusa_apar.heads.convert import convert
+from medusa_apar.models.merge import merge
 from tests.test_loading import CHILD, FORK, PROMPT, save_tokenizer, tiny_model
 from tests.tiny_gguf import write_tiny_gguf
 

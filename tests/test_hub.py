@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medusa_apar import hub
+from medusa_apar.models import hub
 from tests.test_job import full_disk
 from tests.tiny_gguf import write_tiny_gguf
 

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from medusa_apar import load
-from medusa_apar.finetune.merge import merge
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.heads.convert import convert
 from medusa_apar.job import filling, replacing, write_text
+from medusa_apar.models.merge import merge
 from tests.test_loading import save_tokenizer, tiny_model
 from tests.test_merge import lora_of
 

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from medusa_apar import attach, hub
+from medusa_apar import attach
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.job import Job, quiet, slow
 from medusa_apar.loading import _check_devices, load, locate
+from medusa_apar.models import hub
 from medusa_apar.threads.control_tokens import ControlTokens
 from tests.tiny import forking_folder
 from tests.tiny_gguf import write_tiny_gguf

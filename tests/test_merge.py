@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from medusa_apar import cli
-from medusa_apar.finetune.merge import merge
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
+from medusa_apar.models.merge import merge
 from medusa_apar.threads.control_tokens import ControlTokens
 from tests.test_loading import WORDS, save_tokenizer
 

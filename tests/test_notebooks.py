@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from medusa_apar.hub import embedded_model_dir
+from medusa_apar.models.hub import embedded_model_dir
 from medusa_apar.runtimes.cpu.library import library
 from notebooks import execute
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import medusa_apar
-from medusa_apar.chat import encode
 from medusa_apar.demo import QUESTION
 from medusa_apar.eval.check import differences
+from medusa_apar.models.chat import encode
 from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from tests.tiny import assert_chosen_tokens_are_the_models
 

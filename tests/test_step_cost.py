@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import medusa_apar
-from medusa_apar import hub
 from medusa_apar.drafting import step_cost
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.heads import HydraHeads
+from medusa_apar.models import hub
 from tests.tiny import prompts, tiny_model
 
 

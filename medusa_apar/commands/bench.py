@@ -73,11 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from medusa_apar.chat import encode
     from medusa_apar.eval import bench, check, judge, judge_files, peers, profile, prompts, systems
     from medusa_apar.eval.plan import plan_of
     from medusa_apar.job import Job, quiet, slow
     from medusa_apar.loading import load
+    from medusa_apar.models.chat import encode
 
     if args.kernels:
         from medusa_apar.eval import kernels

@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from medusa_apar.finetune.merge import merge
     from medusa_apar.heads.checkpoints import SUBFOLDER
     from medusa_apar.job import quiet, slow
+    from medusa_apar.models.merge import merge
 
     quiet()
     dtype = getattr(torch, args.dtype) if args.dtype else None

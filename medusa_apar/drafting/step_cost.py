@@ -19,9 +19,9 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_apar.forest.forest import Forest, Stem
-from medusa_apar.hub import cache_dir
 from medusa_apar.job import processor, write_text
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.models.hub import cache_dir
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from medusa_apar.heads.draft_heads import base_logit_scale
 from medusa_apar.job import filling, write_text
+from medusa_apar.models.merge import put_adapter
 from medusa_apar.runtimes.attention import current_forest, forest_attention
 from medusa_apar.threads.control_tokens import CONFIG_NAME
 
-from .merge import put_adapter
 from .packing import IGNORED, PackedForest, PackedRow, Tokens, pack_threads
 
 FORK_LIKE = ":\n"  # [Fork] follows what ":" ends, and a line break follows it

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from medusa_apar import hub
 from medusa_apar.checks import check_model
+from medusa_apar.models import hub
 
 from .packing import Tokens
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from medusa_apar.chat import rendered
 from medusa_apar.forest.forest import ForestMask, Group
+from medusa_apar.models.chat import rendered
 
 from .corpus import Example
 from .rules import Thread

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from medusa_apar.chat import encode, encode_messages
 from medusa_apar.cli import main
 from medusa_apar.heads import MedusaHeads
+from medusa_apar.models.chat import encode, encode_messages
 
 # Gemma's and Mistral's words, and one that fails by itself.
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

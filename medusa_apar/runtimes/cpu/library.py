@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medusa_apar import hub
+from medusa_apar.models import hub
 
 FOLDER = Path(__file__).parent
 SOURCES = (

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from medusa_apar import hub
 from medusa_apar.heads import checkpoints
-from medusa_apar.heads.model_folder import check_empty, new_model_folder
 from medusa_apar.job import write_text
 from medusa_apar.json_files import json_object
 from medusa_apar.reading import expanded, reading
 from medusa_apar.threads.control_tokens import CONFIG_NAME
+
+from . import hub
+from .model_folder import check_empty, new_model_folder
 
 if TYPE_CHECKING:
     from medusa_apar.loading import Source

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from medusa_apar.heads import checkpoints
 from medusa_apar.job import with_ordinary_permissions, writing
-
-from . import checkpoints
 
 # What is replaced of a model, and of the heads in its medusa/; other files may be anyone's.
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")

@@ -10,9 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from medusa_apar.heads import checkpoints
 from medusa_apar.reading import expanded, reading, shards
-
-from . import checkpoints
 
 if TYPE_CHECKING:
     from medusa_apar.loading import Source
@@ -22,7 +21,7 @@ class Base:
     """The model the heads sit on, read only as far as it is needed."""
 
     def __init__(self, name: str, trust_remote_code: bool = False) -> None:
-        from medusa_apar import hub
+        from . import hub
 
         self.name, self.trust_remote_code = name, trust_remote_code
         path = expanded(name)
@@ -40,7 +39,7 @@ class Base:
         from medusa_apar import loading
 
         if self.source.adapter or loading.is_gguf(self.source.base):
-            from medusa_apar.finetune.merge import merged_model
+            from .merge import merged_model
 
             model, _ = merged_model(self.source, trust_remote_code=self.trust_remote_code)
             weight, bias = _output(model, self.name)
@@ -52,7 +51,7 @@ class Base:
 
     def folder(self) -> Path:
         """Of the model's weights, downloaded where they are on the Hub."""
-        from medusa_apar import hub
+        from . import hub
 
         if self.source.base in hub.EMBEDDED:
             return hub.embedded_model_dir(self.source.base)

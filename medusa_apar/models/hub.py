@@ -22,8 +22,8 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from .job import on_a_terminal, with_ordinary_permissions, writing
-from .reading import expanded, reading
+from medusa_apar.job import on_a_terminal, with_ordinary_permissions, writing
+from medusa_apar.reading import expanded, reading
 
 CHUNK = 1 << 20  # bytes
 
