@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     check_files(args.prompts)
 
     from medusa_apar.finetune.corpus import Drops
-    from medusa_apar.finetune.own_answers import Sampling, own_answers
     from medusa_apar.heads.ask import Limits, read_prompts
+    from medusa_apar.heads.own_answers import Sampling, own_answers
     from medusa_apar.job import Job, fast_dtype, quiet, slow
     from medusa_apar.loading import load
 

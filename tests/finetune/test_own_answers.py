@@ -47,7 +47,7 @@ def test_answers_that_end_become_a_corpus(tmp_path, base):
 
 
 def test_a_stopped_run_goes_on_to_the_same_answers(tmp_path, base, monkeypatch):
-    from medusa_apar.finetune import own_answers
+    from medusa_apar.heads import own_answers
 
     questions = prompts(tmp_path / "p.jsonl")
     assert answer(base, questions, tmp_path / "whole") == 0
@@ -72,7 +72,7 @@ def test_a_missing_file_is_refused(tmp_path, base, capsys):
 
 
 def test_a_kill_between_the_two_files_loses_no_answer(tmp_path, base, monkeypatch):
-    from medusa_apar.finetune import own_answers
+    from medusa_apar.heads import own_answers
 
     questions = prompts(tmp_path / "p.jsonl")
     assert answer(base, questions, tmp_path / "whole") == 0

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from medusa_apar.finetune.corpus import Drops
 from medusa_apar.generate import MedusaApar
-from medusa_apar.heads.answers import fingerprint
-from medusa_apar.heads.ask import Limits, Prompt, answered, check_same, fitting_prompts
 from medusa_apar.job import Job, append_lines, write_text
 from medusa_apar.json_files import json_object
 from medusa_apar.models.chat import encode_messages, left_padded
 
-from .corpus import Drops
+from .answers import fingerprint
+from .ask import Limits, Prompt, answered, check_same, fitting_prompts
 
 CHATS = "chats.jsonl"
 ASKED = "asked.jsonl"  # every prompt that was answered, those whose answer did not end among them
