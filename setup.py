@@ -63,7 +63,7 @@ setup(
         # nbclient, nbformat and ipykernel execute the notebooks in the suite, without JupyterLab's fifty packages.
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"],
     },
-    entry_points={"console_scripts": ["medusa-apar = medusa_apar.cli:main"]},
+    entry_points={"console_scripts": ["medusa-apar = medusa_apar.commands.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

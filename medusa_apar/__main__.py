@@ -1,5 +1,5 @@
 import sys
 
-from .cli import main
+from medusa_apar.commands.cli import main
 
 sys.exit(main())

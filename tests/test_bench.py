@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.eval import bench, check, prompts, statistics, systems
 from medusa_apar.eval.plan import Plan, open_results
 from medusa_apar.heads import MedusaHeads

@@ -14,8 +14,8 @@ from tokenizers.normalizers import Replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import medusa_apar
-from medusa_apar import cli, demo, doctor, job
-from medusa_apar.commands import SUBCOMMANDS
+from medusa_apar import job
+from medusa_apar.commands import SUBCOMMANDS, cli, demo, doctor
 from medusa_apar.display.terminal import Lanes
 from medusa_apar.events import StepFinished
 from medusa_apar.generate import attach

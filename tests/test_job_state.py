@@ -9,7 +9,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
 from medusa_apar import job
-from medusa_apar.cli import in_a_sentence
+from medusa_apar.commands.cli import in_a_sentence
 from medusa_apar.job import append_lines, cut_half_a_line, quiet, read_checkpoint
 from medusa_apar.reading import reading
 

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.eval import bench, chat_endpoint, judge, judge_files, prompts
 from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.runs import Runs

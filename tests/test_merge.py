@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from medusa_apar import cli
+from medusa_apar.commands import cli
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
 from medusa_apar.models.merge import merge

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.eval import bench, peer_files, peers, systems
 from medusa_apar.eval.peer_worker import Worker
 from medusa_apar.loading import load

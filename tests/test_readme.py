@@ -19,7 +19,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import medusa_apar
-from medusa_apar import cli, loading
+from medusa_apar import loading
+from medusa_apar.commands import cli
 from medusa_apar.eval.peers import PEERS
 from medusa_apar.heads import HydraHeads
 from tests.tiny import forking_folder

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import medusa_apar
-from medusa_apar.demo import QUESTION
+from medusa_apar.commands.demo import QUESTION
 from medusa_apar.eval.check import differences
 from medusa_apar.models.chat import encode
 from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from tests.tiny import forking_folder
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.models.chat import encode, encode_messages
 

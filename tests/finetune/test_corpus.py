@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.finetune.corpus import BadCorpus, Drops, load_examples, read_examples, repeated_share
 from medusa_apar.finetune.rules import splice
 

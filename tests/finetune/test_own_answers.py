@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.finetune.corpus import read_examples
 from medusa_apar.heads.ask import Limits, fitting_prompts, read_prompts
 from medusa_apar.job import Job

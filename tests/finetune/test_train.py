@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import medusa_apar
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.finetune.adapter import attach_lora, control_rows, label_losses, save_adapter
 from medusa_apar.finetune.base import load_base, spare_tokens
 from medusa_apar.finetune.corpus import load_examples, read_examples
@@ -212,7 +212,7 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, base, data, monkeypat
 TWO_RUNS = """
 import runpy
 import sys
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.finetune import train
 then = sys.argv.index("then")
 again = sys.argv[then + 1:]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads, calibrate

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import medusa_apar
-from medusa_apar import cli
+from medusa_apar.commands import cli
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.heads.checkpoints import FILES, normalise, read
 from medusa_apar.heads.convert import LAYOUTS, convert

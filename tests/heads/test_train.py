@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from medusa_apar.cli import main
+from medusa_apar.commands.cli import main
 from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
 from medusa_apar.heads import train as trainer
 from medusa_apar.heads.answers import AnswerFile, Answers, Encoder, Store, encode, encode_rows, greedy

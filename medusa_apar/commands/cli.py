@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from medusa_apar.commands.arguments import MOST_THREADS, number
+from medusa_apar import __version__
+from medusa_apar.reading import out_of_memory
 from medusa_apar.threads.fork_policy import FORKS
 
-from . import __version__
-from .commands import SUBCOMMANDS
-from .reading import out_of_memory
+from . import SUBCOMMANDS
+from .arguments import MOST_THREADS, number
 
 PROGRAM = "medusa-apar"
 MOST_PROMPT = 1 << 24  # bytes of standard input
@@ -215,8 +215,9 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--baseline needs --json, which is where its numbers go")
     question = _asked(_standard_input() if args.prompt == "-" else args.prompt)
 
+    from medusa_apar.job import slow
+
     from . import demo
-    from .job import slow
 
     apar, options = _load(args), _options(args)
     inputs = demo.prompt(apar, question)
@@ -267,8 +268,8 @@ def _standard_input() -> str:
 def _load(args: argparse.Namespace) -> Any:
     import torch
 
-    from .job import quiet, slow
-    from .loading import load
+    from medusa_apar.job import quiet, slow
+    from medusa_apar.loading import load
 
     quiet()
     if args.threads:

@@ -20,16 +20,15 @@ from huggingface_hub.file_download import repo_folder_name
 from rich.console import Console
 from rich.table import Table
 
+from medusa_apar import __version__
+from medusa_apar.generate import MedusaApar
+from medusa_apar.heads import checkpoints
+from medusa_apar.job import quiet, slow
+from medusa_apar.loading import Source, load, locate
+from medusa_apar.models import hub
 from medusa_apar.runtimes.cpu.library import library
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
 from medusa_apar.runtimes.devices import device_of
-
-from . import __version__
-from .generate import MedusaApar
-from .heads import checkpoints
-from .job import quiet, slow
-from .loading import Source, load, locate
-from .models import hub
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "triton", "fschat")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")

@@ -15,13 +15,12 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from medusa_apar.display.terminal import Lanes, Milestones, answer_text
+from medusa_apar.events import Consumer, Event
+from medusa_apar.generate import MedusaApar
+from medusa_apar.job import slow
 from medusa_apar.models.chat import encode
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.threads.fork_policy import fork_mode
-
-from .events import Consumer, Event
-from .generate import MedusaApar
-from .job import slow
 
 QUESTION = "What are the key skills of a good leader?"
 WARM_UP_TOKENS = 8
