@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from medusa_apar.commands.arguments import number
+from medusa_apar.arguments import number
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
 from medusa_apar.loading import load

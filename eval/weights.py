@@ -38,8 +38,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from medusa_apar.arguments import number
 from medusa_apar.checks import expected_acceptance
-from medusa_apar.commands.arguments import number
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.generate import MedusaApar, attach
 from medusa_apar.heads import DraftHeads, checkpoints, load_heads

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_bad_lines, check_files, number, out_folder
+from medusa_apar.arguments import add_bad_lines, check_files, number, out_folder
 
 HELP = "a corpus of a model's own answers"
 

@@ -41,7 +41,7 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
-from .arguments import MOST_THREADS, number, out_folder
+from medusa_apar.arguments import MOST_THREADS, number, out_folder
 
 HELP = "time systems side by side on the same prompts"
 

@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_bad_lines, check_files, number, out_folder
+from medusa_apar.arguments import add_bad_lines, check_files, number, out_folder
 
 if TYPE_CHECKING:
     from medusa_apar.generate import MedusaApar

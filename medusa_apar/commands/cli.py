@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from medusa_apar import __version__
+from medusa_apar.arguments import MOST_THREADS, number
 from medusa_apar.reading import out_of_memory
 from medusa_apar.threads.fork_policy import FORKS
 
 from . import SUBCOMMANDS
-from .arguments import MOST_THREADS, number
 
 PROGRAM = "medusa-apar"
 MOST_PROMPT = 1 << 24  # bytes of standard input

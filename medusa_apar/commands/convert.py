@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .arguments import out_folder
+from medusa_apar.arguments import out_folder
 
 HELP = "turn Medusa heads into another file layout"
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_bad_lines, check_files, number, out_folder
+from medusa_apar.arguments import add_bad_lines, check_files, number, out_folder
 
 HELP = "chat corpora to paragraph trees"
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import MOST_THREADS, add_bad_lines, number, out_folder
+from medusa_apar.arguments import MOST_THREADS, add_bad_lines, number, out_folder
 
 HELP = "teach a chat model to fork (LoRA)"
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import out_folder
+from medusa_apar.arguments import out_folder
 
 HELP = "merge an adapter into its base model"
 

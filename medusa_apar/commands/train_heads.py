@@ -20,9 +20,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medusa_apar.arguments import MOST_THREADS, add_bad_lines, check_files, number, out_folder
 from medusa_apar.reading import MAX_HEADS, MAX_LAYERS
-
-from .arguments import MOST_THREADS, add_bad_lines, check_files, number, out_folder
 
 if TYPE_CHECKING:
     import torch
