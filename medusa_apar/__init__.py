@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 # Imported on first use: torch and transformers take seconds, `medusa-apar --help` should not.
 _EXPORTS = {
-    "ControlTokens": "control_tokens",
-    "DraftTree": "draft_tree",
+    "ControlTokens": "threads.control_tokens",
+    "DraftTree": "drafting.draft_tree",
     "MedusaApar": "generate",
-    "Speculation": "speculation",
-    "StepCost": "step_cost",
+    "Speculation": "drafting.options",
+    "StepCost": "drafting.step_cost",
     "TypicalAcceptance": "triton_kernels.reference",
     "attach": "generate",
     "load": "loading",

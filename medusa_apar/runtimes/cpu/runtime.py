@@ -91,7 +91,8 @@ def _packs_of(model: PreTrainedModel) -> _Packs:
 class CpuRuntime:
     """Runs `model` from weights packed as `kind`: "float32", "bfloat16" or "int8".
 
-    Weights that were changed are packed anew for the next call: `medusa_apar.runtimes.cpu.contents` says how that is noticed.
+    Weights that were changed are packed anew for the next call: `medusa_apar.runtimes.cpu.contents` says how that
+    is noticed.
 
     `seconds` of a `profiled` one adds up the time of `library.PHASES`.
     """

@@ -48,7 +48,7 @@ def _language_patched_once_a_launch():
 def _families_checked_once():
     """`attach` compares a few logits with the model's own, which takes the interpreter seconds: once a family."""
 
-    check, checked = runtimes.check_agrees, set()
+    check, checked = pick.check_agrees, set()
 
     def once(model, runtime, largest):
         kind = model.config.to_json_string(), getattr(runtime, "backend", runtime.kind)
@@ -57,7 +57,7 @@ def _families_checked_once():
             checked.add(kind)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(runtimes, "check_agrees", once)
+        monkeypatch.setattr(pick, "check_agrees", once)
         yield
 
 
