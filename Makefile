@@ -23,15 +23,15 @@ $(READY): setup.py constraints.txt
 demo: install
 	$(BIN)/medusa-apar demo $(ARGS)
 
-# A process a core, a file of tests to each; ARGS="-n 0 tests/test_trees.py" runs one file plainly.
+# A process a core, a file of tests to each; ARGS="-n 0 tests/forest/test_trees.py" runs one file plainly.
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What must be exact, with the newest releases of everything, as pip resolves them for a new user: no constraints.txt.
 NEWEST := .venv-newest/bin/python
-EXACTNESS := $(addprefix tests/, test_generate.py test_threads.py test_drop_in.py test_options.py test_processors.py \
-	test_stopping.py test_checks.py test_sampling.py test_speculation.py test_fork_policy.py test_loading.py test_merge.py \
-	test_runtimes.py test_ambient.py test_changed_weights.py heads/test_resized.py cpu/test_runtime.py cpu/test_known.py)
+EXACTNESS := $(addprefix tests/, test_generate.py test_drop_in.py test_options.py test_stopping.py test_checks.py \
+	test_loading.py engine verify threads/test_fork_policy.py models/test_merge.py heads/test_resized.py \
+	$(addprefix runtimes/, test_pick.py test_ambient.py test_changed_weights.py cpu/test_runtime.py cpu/test_known.py))
 
 # pip is asked every time: what was newest when the environment was made is not what is newest now.
 test-newest:

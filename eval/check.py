@@ -25,7 +25,7 @@ from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.chat import encode
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
-from medusa_apar.runtimes.torch_runtime import Runtime
+from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 from .prompts import Prompt

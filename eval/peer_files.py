@@ -15,10 +15,10 @@ from typing import Any
 from filelock import FileLock
 
 from medusa_apar.generate import MedusaApar
-from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import write_text
 from medusa_apar.loading import load
 from medusa_apar.models import hub
+from medusa_apar.models.fingerprint import fingerprint
 
 WORKERS = Path(__file__).parent / "peers_workers"
 FINISHED = "finished.json"  # a killed installation leaves an environment without it

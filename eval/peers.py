@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from medusa_apar.generate import MedusaApar
-from medusa_apar.loading import heads_name, locate
+from medusa_apar.loading import heads_name
 from medusa_apar.models import hub
+from medusa_apar.models.sources import locate
 
 from . import peer_files
 from .peer_files import WORKERS, Environment

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from medusa_apar.generate import MedusaApar
-from medusa_apar.heads.answers import fingerprint
 from medusa_apar.job import machine, write_text
 from medusa_apar.json_files import json_object
+from medusa_apar.models.fingerprint import fingerprint
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 
 from .prompts import Prompt, digest

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from medusa_apar.drafting.step_cost import StepTimer, finish
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, write_text
 from medusa_apar.models.chat import encode
 from medusa_apar.runtimes.cpu import library
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
+from medusa_apar.runtimes.measure import StepTimer, finish
 
 from .prompts import Prompt
 

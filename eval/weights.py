@@ -42,12 +42,14 @@ from medusa_apar.arguments import number
 from medusa_apar.checks import expected_acceptance
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.generate import MedusaApar, attach
-from medusa_apar.heads import DraftHeads, checkpoints, load_heads
-from medusa_apar.heads.answers import fingerprint
+from medusa_apar.heads import DraftHeads, load_heads
 from medusa_apar.job import Job, write_text
 from medusa_apar.json_files import json_object
-from medusa_apar.loading import heads_name, load, locate
+from medusa_apar.loading import heads_name, load
+from medusa_apar.models import head_files
 from medusa_apar.models.chat import encode_messages
+from medusa_apar.models.fingerprint import fingerprint
+from medusa_apar.models.sources import locate
 from medusa_apar.threads.control_tokens import ControlTokens
 
 from .answering import answer, answer_loss
@@ -218,7 +220,7 @@ def check_same_settings(args: argparse.Namespace) -> None:
             configs = [folder / name for name in ("adapter_config.json", "apar_config.json")]
             weights = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin", ".pt")]
             for file in [*configs, *weights]:
-                if file.is_file() and file.name not in checkpoints.FILES:
+                if file.is_file() and file.name not in head_files.FILES:
                     fixed[str(file)] = f"{file.stat().st_size} bytes of {file.stat().st_mtime_ns}"
     path = args.out / "settings.json"
     if path.exists() and (args.out / "runs.jsonl").exists():

@@ -21,13 +21,14 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_apar.finetune.corpus import LOOPING, Drops, repeated_share
 from medusa_apar.finetune.packing import PackedForest, TokenThread, join, pack_threads
 from medusa_apar.job import replacing
 from medusa_apar.json_files import numbered_lines, parse
+from medusa_apar.models.fingerprint import fingerprint
 from medusa_apar.reading import reading
 from medusa_apar.runtimes.attention import current_forest, forest_attention
 from medusa_apar.runtimes.capture import Captured
@@ -387,13 +388,3 @@ def data_fingerprint(file: AnswerFile) -> str:
     for record in file.records:
         digest.update(json.dumps([record["prompt_ids"], record["threads"]], sort_keys=True).encode())
     return digest.hexdigest()[:16]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of the weights, whatever folder they came from: a model tuned again in place does not find the old states."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(
-            f"{name} {tuple(parameter.shape)} {parameter.dtype} {float(parameter.detach().double().sum())!r}".encode()
-        )
-    return digest.hexdigest()

@@ -12,20 +12,30 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from medusa_apar.finetune.corpus import Drops, Example, as_messages, file_records
 from medusa_apar.finetune.packing import Tokens, tokenize_example
 from medusa_apar.finetune.rules import Thread, splice
-from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, append_lines, cut_half_a_line, write_text
 from medusa_apar.json_files import is_text, json_object, parsed_lines
 from medusa_apar.models.chat import Message, encode_messages, left_padded
+from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 ANSWERS, ASKED = "answers.jsonl", "asked.json"  # in a job's folder: answers, and what they were made with
+
+
+class Generates(Protocol):
+    """What answers: a `MedusaApar`, as far as asking goes."""
+
+    model: Any
+    tokenizer: Any
+    control_token_ids: ControlTokens | None
+
+    def generate(self, **kwargs: Any) -> Any: ...
 
 
 class Prompt(NamedTuple):
@@ -141,7 +151,7 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     write_text(out / ASKED, json.dumps(settings, indent=2) + "\n")
 
 
-def ask(apar: MedusaApar, prompts: Sequence[Prompt], out: Path, limits: Limits, job: Job) -> None:
+def ask(apar: Generates, prompts: Sequence[Prompt], out: Path, limits: Limits, job: Job) -> None:
     """Appends an answer per prompt to `out` until the time is over; those that it holds are not asked again."""
     started, done = time.monotonic(), answered(out)
     todo = [prompt for prompt in prompts if prompt.id not in done]
@@ -177,7 +187,7 @@ def answered(out: Path) -> set[str]:
 
 
 def answer(
-    apar: MedusaApar, names: list[str], prompts: list[dict[str, torch.Tensor]], max_new_tokens: int
+    apar: Generates, names: list[str], prompts: list[dict[str, torch.Tensor]], max_new_tokens: int
 ) -> list[dict]:
     """Records of one batch, greedily answered."""
     output = apar.generate(
@@ -206,7 +216,7 @@ def as_record(name: str, tree: ParagraphTree) -> dict:
 
 
 def copied_records(
-    apar: MedusaApar, examples: Iterable[Example], max_tokens: int, drops: Drops | None = None
+    apar: Generates, examples: Iterable[Example], max_tokens: int, drops: Drops | None = None
 ) -> Iterator[dict]:
     """Records of the corpora's own answers, cut into threads by rule: no generation, but not the model's words.
 
@@ -233,7 +243,7 @@ def copied_records(
         yield {"id": example.id, "prompt_ids": trunk[:prompt], "threads": records}
 
 
-def _end(apar: MedusaApar) -> int:
+def _end(apar: Generates) -> int:
     assert apar.tokenizer is not None
     eos: Any = apar.model.generation_config.eos_token_id if apar.model.generation_config else None
     eos = eos[0] if isinstance(eos, list) else eos

@@ -31,23 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_apar.job import replacing, write_text
-from medusa_apar.json_files import json_object
-from medusa_apar.reading import MAX_HEADS, MAX_LAYERS, expanded, field, reading, shards
+from medusa_apar.models.head_files import FILES, FULL_MODEL_FILES, SUBFOLDER, read_config
+from medusa_apar.reading import MAX_HEADS, MAX_LAYERS, expanded, reading, shards
 
-FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
-FULL_MODEL_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-CONFIG_FIELDS = {
-    **dict.fromkeys(("kind", "base_model_name_or_path", "model_type"), str),
-    **dict.fromkeys(("vocab_size", "hidden_size", "medusa_num_heads", "medusa_num_layers"), int),
-    **dict.fromkeys(("original_lm_head", "medusa_fc_bias"), bool),
-    "acceptance": list,
-}
-SUBFOLDER = "medusa"  # where APAR models keep their heads
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 PREFIX = re.compile(r"^(?:.*\.)?medusa_heads?\.")
 
@@ -309,27 +295,6 @@ def read_files(files: Iterable[Path]) -> dict[str, Tensor]:
     for file in files:
         state |= _read_file(file)
     return state
-
-
-def read_config(folder: Path) -> dict:
-    """`config.json` of a folder, {} where there is none."""
-    path = folder / "config.json"
-    config = json_object(path) if path.exists() else {}
-    for name, kind in CONFIG_FIELDS.items():
-        field(config, name, kind, path)
-    for ranks in config.get("acceptance") or []:
-        if not isinstance(ranks, list) or not ranks or not all(_is_share(share) for share in ranks):
-            raise ValueError(f"acceptance is {ranks!r} for a head in {path}, must be a list of numbers from 0 to 1")
-    return config
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether the folder's config.json is a model's, and not that of heads in vLLM's layout."""
-    return read_config(folder).get("model_type", "medusa") != "medusa"
 
 
 def _head_keys(keys: Iterable[str], file: Path) -> list[str]:

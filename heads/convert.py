@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from medusa_apar.job import write_text
+from medusa_apar.models import head_files
 from medusa_apar.models.base_model import Base, model_shards
 from medusa_apar.models.model_folder import check_empty, new_model_folder
 from medusa_apar.reading import expanded, reading
@@ -100,7 +101,7 @@ def convert(
     """
     out = expanded(out)
     name = _file_name(to, file_format)
-    folder = out / checkpoints.SUBFOLDER if to == "apar" else out
+    folder = out / head_files.SUBFOLDER if to == "apar" else out
     heads = read(source)
     given = Base(base, trust_remote_code) if base else None
     _check_free(folder, to, force, heads, given)
@@ -112,7 +113,7 @@ def convert(
         _write_full_model(out, state, config, dtype, owner)
     else:
         checkpoints.write(folder, state, config, dtype, name)
-        for other in checkpoints.FILES:  # of an earlier run in another format, which would be read first
+        for other in head_files.FILES:  # of an earlier run in another format, which would be read first
             if other != name:
                 (folder / other).unlink(missing_ok=True)
     written = _summary(target, to, dtype, out, state)
@@ -128,7 +129,7 @@ def read(source: str | Path) -> Heads:
         raise FileNotFoundError(f"{source} is no file, folder or Hub id")
     files = checkpoints.find(path)
     folder = files[0].parent
-    config = checkpoints.read_config(folder)
+    config = head_files.read_config(folder)
     if (kind := config.get("kind") or "medusa") != "medusa":
         raise ValueError(
             f"{source} holds {kind} heads, which exist in no other format: only Medusa heads can be converted"
@@ -174,7 +175,7 @@ def _layout(state: dict[str, Tensor], file: HeadFile, folder: Path) -> str:
         return "vllm"
     if not file.unembeddings:
         return "v2"
-    return "apar" if folder.name == checkpoints.SUBFOLDER and file.tied() else "v1"
+    return "apar" if folder.name == head_files.SUBFOLDER and file.tied() else "v1"
 
 
 # ---- what a target can hold
@@ -295,7 +296,7 @@ def _config(heads: Heads, to: str, folder: Path) -> dict[str, Any]:
     }
     if to == "medusa2":  # beside the entries of the base's config
         return counts | {key: value for key, value in own.items() if key != "base_model_name_or_path"}
-    if to == "apar" and checkpoints.read_config(folder.parent).get("model_type"):
+    if to == "apar" and head_files.read_config(folder.parent).get("model_type"):
         own["base_model_name_or_path"] = ".."  # the model in whose folder the heads lie
     vocabulary = {} if heads.vocab_size is None else {"vocab_size": heads.vocab_size}
     if to != "vllm":
@@ -362,12 +363,12 @@ def _check_free(folder: Path, to: str, force: bool, heads: Heads, given: Base | 
             raise ValueError(f"{folder} is what the model is made from: choose another folder")
         check_empty(folder, force)
         return
-    if checkpoints.holds_model(folder):
+    if head_files.holds_model(folder):
         raise FileExistsError(f"{folder} holds a model, whose config.json stays: write into {folder / 'medusa'}")
-    names = (*checkpoints.FILES, "model.safetensors") if to == "vllm" else checkpoints.FILES
+    names = (*head_files.FILES, "model.safetensors") if to == "vllm" else head_files.FILES
     found = [name for name in (*names, "config.json") if (folder / name).exists()]
-    inner = folder / checkpoints.SUBFOLDER
-    if to == "vllm" and any((inner / name).exists() for name in checkpoints.FILES + checkpoints.FULL_MODEL_FILES):
+    inner = folder / head_files.SUBFOLDER
+    if to == "vllm" and any((inner / name).exists() for name in head_files.FILES + head_files.FULL_MODEL_FILES):
         raise FileExistsError(f"{inner} holds heads, which would be read instead of new ones: choose another folder")
     if found and not force:
         raise FileExistsError(
@@ -393,7 +394,7 @@ def _write_full_model(out: Path, state: dict[str, Tensor], config: dict, dtype: 
             if path.is_file() and path.suffix in MODEL_TEXT and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, built / path.name)
         stale = {"version", "medusa_num_heads", "medusa_num_layers", "medusa_fc_bias", "original_lm_head", "acceptance"}
-        whole = {key: value for key, value in checkpoints.read_config(folder).items() if key not in stale}
+        whole = {key: value for key, value in head_files.read_config(folder).items() if key not in stale}
         if dtype is not None:
             whole["dtype"] = str(dtype).removeprefix("torch.")
             whole.pop("torch_dtype", None)
@@ -413,8 +414,8 @@ def _without_heads(shard: Path) -> dict[str, Tensor]:
 
 def _own_base(heads: Heads, why: str, trust_remote_code: bool) -> Base:
     """The base that the heads' own folder or config names."""
-    root = heads.folder.parent if heads.folder.name == checkpoints.SUBFOLDER else heads.folder
-    config = checkpoints.read_config(root)
+    root = heads.folder.parent if heads.folder.name == head_files.SUBFOLDER else heads.folder
+    config = head_files.read_config(root)
     if (root / "adapter_config.json").is_file() or config.get("model_type", "medusa") != "medusa":
         return Base(str(root), trust_remote_code)
     if not heads.base:

@@ -13,7 +13,7 @@ import logging
 import os
 import weakref
 from collections.abc import Hashable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.drafter import Drafter
+from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
 from medusa_apar.runtimes.capture import tapped_layers
 from medusa_apar.runtimes.cpu.contents import Contents, plain
@@ -103,11 +105,6 @@ def tree_tensors(tree: DraftTree, device: torch.device) -> TreeTensors:
         depths, ranks = tensors(tree.depths, tree.ranks)
         made[device] = TreeTensors(depths, ranks, levels)
     return made[device]
-
-
-class Drafter(Protocol):
-    def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        """As `DraftHeads.propose`."""
 
 
 class DraftHeads(nn.Module):
@@ -423,28 +420,3 @@ def _checked_token_map(token_map: Tensor, vocab_size: int) -> Tensor:
     if len(token_map.unique()) < len(token_map):
         raise ValueError(f"token_map repeats {len(token_map) - len(token_map.unique())} of its {len(token_map)} ids.")
     return token_map
-
-
-def unembedding_size(model: PreTrainedModel) -> tuple[int, int]:
-    """(vocabulary, hidden size) of the model's unembedding."""
-    lm_head = model.get_output_embeddings()
-    if lm_head is None:
-        raise ValueError(f"{type(model).__name__} has no unembedding for Medusa heads to use.")
-    weight = getattr(lm_head, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
-        vocab_size, hidden_size = weight.shape
-        return vocab_size, hidden_size
-    config = model.config.get_text_config()  # a quantised unembedding shows no such shape
-    return config.vocab_size, config.hidden_size
-
-
-def base_logit_scale(logits: Tensor, model: PreTrainedModel) -> Tensor:
-    """What some families do to their logits after the unembedding: Cohere multiplies, Granite divides, Gemma caps."""
-    config = model.config.get_text_config()
-    if factor := getattr(config, "logit_scale", None):
-        logits = logits * factor
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits / divisor
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits

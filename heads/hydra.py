@@ -21,12 +21,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.drafter import Drafter
+from medusa_apar.models.families import unembedding_size
 from medusa_apar.runtimes.cpu.contents import plain
 from medusa_apar.runtimes.cpu.drafting import CompiledHydra, Pruned, compilable
 from medusa_apar.runtimes.devices import device_of
 
 from . import checkpoints
-from .draft_heads import Drafter, DraftHeads, ResidualBlock, tree_tensors, unembedding_size, zeros
+from .draft_heads import DraftHeads, ResidualBlock, tree_tensors, zeros
 
 
 class HydraHeads(DraftHeads):

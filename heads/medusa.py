@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.models.families import unembedding_size
 from medusa_apar.runtimes.devices import device_of
 
 from . import checkpoints
 from .checkpoints import HeadTensors
-from .draft_heads import DraftHeads, ResidualBlock, tree_tensors, unembedding_size, zeros
+from .draft_heads import DraftHeads, ResidualBlock, tree_tensors, zeros
 
 
 class MedusaHeads(DraftHeads):

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from medusa_apar.finetune.corpus import Drops
-from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, append_lines, write_text
 from medusa_apar.json_files import json_object
 from medusa_apar.models.chat import encode_messages, left_padded
+from medusa_apar.models.fingerprint import fingerprint
 
-from .answers import fingerprint
-from .ask import Limits, Prompt, answered, check_same, fitting_prompts
+from .ask import Generates, Limits, Prompt, answered, check_same, fitting_prompts
 
 CHATS = "chats.jsonl"
 ASKED = "asked.jsonl"  # every prompt that was answered, those whose answer did not end among them
@@ -30,7 +29,7 @@ class Sampling:
 
 
 def own_answers(
-    apar: MedusaApar, prompts: Sequence[Prompt], limits: Limits, sampling: Sampling, job: Job, drops: Drops
+    apar: Generates, prompts: Sequence[Prompt], limits: Limits, sampling: Sampling, job: Job, drops: Drops
 ) -> Path:
     """Answers prompts batch by batch, without threads, into the job's folder; returns the corpus.
 
@@ -86,7 +85,7 @@ def own_answers(
     return chats
 
 
-def _check_same_answers(apar: MedusaApar, limits: Limits, sampling: Sampling, job: Job) -> None:
+def _check_same_answers(apar: Generates, limits: Limits, sampling: Sampling, job: Job) -> None:
     """ValueError where the folder's answers are of another model or other settings, which would mix in one corpus."""
     fixed = {
         "model": fingerprint(apar.model),
@@ -105,7 +104,7 @@ def _check_same_answers(apar: MedusaApar, limits: Limits, sampling: Sampling, jo
 
 
 def _answers(
-    apar: MedusaApar, prompts: list[dict[str, Any]], max_new_tokens: int, sampling: Sampling, seed: int
+    apar: Generates, prompts: list[dict[str, Any]], max_new_tokens: int, sampling: Sampling, seed: int
 ) -> list[tuple[list[int], bool]]:
     """Per prompt of a batch the answer's ids and whether it ended by itself."""
     options: dict[str, Any] = {"do_sample": False}

@@ -22,11 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_apar.job import Job, read_checkpoint, replacing
+from medusa_apar.models import head_files
+from medusa_apar.models.families import unembedding_size
+from medusa_apar.models.fingerprint import fingerprint
 
-from . import DraftHeads, HydraHeads, MedusaHeads, checkpoints, load_heads
-from .answers import AnswerFile, Answers, Encoder, Store, data_fingerprint, fingerprint, greedy
+from . import DraftHeads, HydraHeads, MedusaHeads, load_heads
+from .answers import AnswerFile, Answers, Encoder, Store, data_fingerprint, greedy
 from .ask import check_same
-from .draft_heads import unembedding_size
 from .losses import WINDOW, evaluate, ridge_start, window_losses
 
 HEAD_DECAY = 0.8  # head h counts 0.8^h (Medusa, section 3.2)
@@ -344,7 +346,7 @@ def _shape(settings: Settings) -> dict[str, Any]:
 
 def check_out(out: Path) -> None:
     """FileExistsError where the heads' config.json would take the place of a model's."""
-    if kind := checkpoints.read_config(out).get("model_type"):
+    if kind := head_files.read_config(out).get("model_type"):
         raise FileExistsError(f"{out} holds a {kind} model, whose config.json stays: choose another --out")
 
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Tem
 from transformers.generation import GenerationMode
 
 from medusa_apar.drafting.draft_tree import DEFAULT_ACCEPTANCE
+from medusa_apar.models.families import _SWITCHING, _rope_kinds, context_length
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 
 from .heads import DraftHeads
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 
     from .generate import MedusaApar
 
-# Layers whose state is not a list of keys and values: a rejected draft node could not be taken back from them.
-_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "rwkv", "short_conv", "hybrid")
-# Rotary scalings that depend on the longest row of a batch.
-_SWITCHING = ("longrope", "dynamic")
 # Arguments of the model that transformers' `generate` prepares, and that are not used here: steps have their own. The
 # cache has had several names.
 _CACHES = ("past_key_values", "cache", "cache_params")
@@ -59,46 +56,6 @@ _SAMPLING: dict[str, tuple[Callable[[float], bool], str]] = {
     "eta_cutoff": (lambda value: 0 <= value < 1, "from 0 to below 1"),
     "top_k": (lambda value: value >= 0, "0 or more"),
 }
-
-
-def check_model(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise ValueError(f"{name} is not a causal language model of transformers.")
-    config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; only decoder-only models can be attached.")
-    recurrent = [kind for kind in getattr(config, "layer_types", None) or () if any(r in kind for r in _RECURRENT)]
-    if recurrent or getattr(model, "_is_stateful", False):
-        raise ValueError(
-            f"{name} has recurrent layers, whose state cannot take back a rejected draft token; it cannot be attached."
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface.")
-    if getattr(config, "num_kv_shared_layers", None):
-        raise ValueError(f"{name} shares keys and values between layers, which the KV pool does not support.")
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Most tokens a path can have, None where there is no such limit (rotary positions go on, as in transformers).
-
-    Rotary scalings that switch for the whole batch once its longest row is long enough would let one thread change
-    another's tokens; they are kept below the switch.
-    """
-    config = model.config.get_text_config(decoder=True)
-    length = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
-        return length  # learned positions: there is no embedding beyond
-    kinds = _rope_kinds(rope)
-    if any(kind.get("rope_type") in _SWITCHING for kind in kinds):
-        originals = [kind.get("original_max_position_embeddings") for kind in kinds]
-        return next((original for original in originals if original), length)
-    return None
-
-
-def _rope_kinds(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return list(rope.values()) if all(isinstance(kind, dict) for kind in rope.values()) else [rope]
 
 
 def expected_acceptance(heads: DraftHeads | None) -> list[tuple[float, ...]]:

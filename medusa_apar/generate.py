@@ -26,19 +26,21 @@ from medusa_apar.drafting.budget import EvenBudget, ForestBudget
 from medusa_apar.drafting.candidates import Proposer
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.options import Speculation
-from medusa_apar.drafting.step_cost import StepCost, known_cost
+from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.engine.engine import Decoder
 from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.engine.rescoring import Stitcher, first_limit, last_limit
 from medusa_apar.engine.scheduler import Scheduler
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.events.streaming import EndedOnce, TextColumns, ended_on_error
-from medusa_apar.heads.draft_heads import unembedding_size
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.models.families import check_model, context_length, unembedding_size
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
 from medusa_apar.runtimes.devices import device_of
+from medusa_apar.runtimes.measure import known_cost
 from medusa_apar.runtimes.pick import pick_runtime
-from medusa_apar.runtimes.torch_runtime import Runtime, TorchRuntime
+from medusa_apar.runtimes.runtime import Runtime
+from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, NoForks, fork_mode, fork_policy
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread, thread_key
@@ -428,7 +430,7 @@ class MedusaApar:
         else:
             budget = ForestBudget(rows, cost, self.runtime.most_nodes, speculation.worths)
         ledger = SlotLedger(self.runtime.pool(self.pool_slots))
-        context = checks.context_length(self.model)
+        context = context_length(self.model)
         return Decoder(
             model=self.model,
             heads=self.heads,
@@ -543,7 +545,7 @@ def attach(
     Raises ValueError or NotImplementedError, in one sentence, for a model this cannot work with, heads of another
     model, or control tokens the model lacks.
     """
-    checks.check_model(model)
+    check_model(model)
     typical = checks.typical_acceptance(acceptance)
     pick = partial(pick_runtime, model, runtime, quantize, attention, cuda_graphs)
     chosen = pick()

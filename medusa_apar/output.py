@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -10,63 +9,11 @@ from typing import Any, cast
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from medusa_apar.engine.stats import Stats, ThreadAgreement
 from medusa_apar.events.recording import Recording
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 from .events import Event
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts of one generate call, over all its rows."""
-
-    steps: int = 0  # forward passes, prefill included, and those of verify="stitched"
-    generated_tokens: int = 0  # visible tokens in the answers
-    forward_tokens: int = 0  # rows of all forests, prompts included
-    accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens gained by a thread in a step -> how often
-    # Draft nodes, and those that were right, by who proposed them: "heads", "siblings" (what had been written before),
-    # "forks" (a `[Child]` below a drafted `[Fork]`).
-    drafted: Counter[str] = field(default_factory=Counter)
-    accepted: Counter[str] = field(default_factory=Counter)
-    undrafted_steps: int = 0  # in which the heads were not asked, since of late they did not pay
-    forks: int = 0
-    peak_threads: int = 0  # most threads in one forest
-    peak_slots: int = 0  # most KV slots in use at once, draft nodes included
-    final_slots: int = 0  # slots in use after the call: 0, or something leaked
-    prefill_seconds: float = 0.0  # steps that fed a prompt
-    decode_seconds: float = 0.0  # all other steps
-    stitched_seconds: float = 0.0  # verify="stitched": passes over the reading order
-    agreement: float | None = None  # verify="stitched", greedy: share of the text that plain greedy decoding chooses
-    regenerated: int = 0  # threads that regenerate_below had written anew
-    # What the steps' time went into: plan, forest, forward, verify, commit, draft, count.
-    phase_seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def tokens_per_step(self) -> float:
-        return self.generated_tokens / max(self.steps, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class ThreadAgreement:
-    """How plain decoding, which reads everything before it in reading order, sees one thread's part of the answer.
-
-    It reads prompt and answer at ordinary positions and without control tokens, which it never writes. Counted are the
-    thread's own visible tokens in the answer, without its descendants' and what lies beyond the model's context.
-    """
-
-    thread: int  # its index in the row's paragraph tree
-    tokens: int
-    chosen: int | None  # tokens that greedy decoding under the call's logits processors chooses; None when sampling
-    # Mean natural log of the model's own probability of a token, before logits processors, temperature among them; None
-    # where there are no tokens.
-    log_prob: float | None
-    # Written anew. Such a thread's context was no path, but the prompt, the text before it, `[Fork]` and `[Child]`.
-    regenerated: bool = False
-
-    @property
-    def agreement(self) -> float | None:
-        """Share of the tokens that are chosen, from 0 to 1; None when sampling and without tokens."""
-        return self.chosen / self.tokens if self.tokens and self.chosen is not None else None
 
 
 @dataclass

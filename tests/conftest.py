@@ -9,7 +9,7 @@ import torch
 
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.eval import chat_endpoint
-from tests.player import Player
+from tests.support.player import Player
 
 # Files that take minutes go first, so that no process is left with one of them at the end.
 LONG = ("test_notebooks.py", "test_interpreted.py", "test_real_model.py", "test_aot.py", "test_threads.py")

@@ -16,8 +16,8 @@ from medusa_apar import ControlTokens, load
 from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
 from medusa_apar.heads.convert import convert
 from medusa_apar.models.merge import merge
+from tests.support.tiny_gguf import write_tiny_gguf
 from tests.test_loading import CHILD, FORK, PROMPT, save_tokenizer, tiny_model
-from tests.tiny_gguf import write_tiny_gguf
 
 OURS = (ValueError, OSError, NotImplementedError)
 PLACES = 10  # at which a file is cut

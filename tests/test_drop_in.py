@@ -13,7 +13,7 @@ from transformers.generation import BaseStreamer
 import medusa_apar
 from medusa_apar.events import StepFinished
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from tests.tiny import CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model, tiny_tokenizer
+from tests.support.tiny import CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model, tiny_tokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
 

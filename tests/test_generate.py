@@ -8,7 +8,7 @@ import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.events import StepFinished
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from tests.tiny import CONFIGS, CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model
+from tests.support.tiny import CONFIGS, CONTROL, VOCAB, RecallHeads, forking_model, prompts, tiny_model
 
 LIMIT = 24
 TREES = {

@@ -15,8 +15,8 @@ from medusa_apar.heads import MedusaHeads
 from medusa_apar.heads.convert import convert
 from medusa_apar.job import filling, replacing, write_text
 from medusa_apar.models.merge import merge
+from tests.models.test_merge import lora_of
 from tests.test_loading import save_tokenizer, tiny_model
-from tests.test_merge import lora_of
 
 TENSORS = {"a": torch.zeros(30_000)}
 

@@ -20,11 +20,12 @@ from transformers.utils import logging
 from medusa_apar import attach
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.job import Job, quiet, slow
-from medusa_apar.loading import _check_devices, load, locate
+from medusa_apar.loading import _check_devices, load
 from medusa_apar.models import hub
+from medusa_apar.models.sources import locate
 from medusa_apar.threads.control_tokens import ControlTokens
-from tests.tiny import forking_folder
-from tests.tiny_gguf import write_tiny_gguf
+from tests.support.tiny import forking_folder
+from tests.support.tiny_gguf import write_tiny_gguf
 
 FORK, CHILD = 3, 4
 WORDS = ["<unk>", "<s>", "</s>", "<fork>", "<child>", *(f"w{i}" for i in range(27))]
@@ -207,7 +208,7 @@ def test_a_gguf_file(tmp_path):
 def test_the_embedded_name_takes_weights_from_the_package(base, adapter, monkeypatch):
     folder, expected = adapter
     monkeypatch.setattr(hub, "embedded_model_dir", lambda name: base)
-    monkeypatch.setattr("medusa_apar.loading.files", lambda package: folder.parent / "package")
+    monkeypatch.setattr("medusa_apar.models.sources.files", lambda package: folder.parent / "package")
     (folder.parent / "package" / "weights").mkdir(parents=True)
     folder.rename(folder.parent / "package" / "weights" / "smollm2-135m")
     apar = load()

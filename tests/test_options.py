@@ -21,7 +21,7 @@ from transformers import (
 import medusa_apar
 from medusa_apar import checks
 from medusa_apar.heads import MedusaHeads
-from tests.tiny import prompts, tiny_model, tiny_tokenizer
+from tests.support.tiny import prompts, tiny_model, tiny_tokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 SAMPLED = {"do_sample": True, "top_k": 0}

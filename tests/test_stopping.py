@@ -9,7 +9,7 @@ from transformers.generation import ConfidenceCriteria, EosTokenCriteria, MaxLen
 
 import medusa_apar
 from medusa_apar.heads import MedusaHeads
-from tests.tiny import CONTROL, EOS, RecallHeads, forking_model, prompts, tiny_model
+from tests.support.tiny import CONTROL, EOS, RecallHeads, forking_model, prompts, tiny_model
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
 SCORES = {"return_dict_in_generate": True, "output_scores": True}

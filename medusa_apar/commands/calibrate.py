@@ -60,12 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from medusa_apar.finetune.corpus import Drops
     from medusa_apar.heads import calibrate, checkpoints
-    from medusa_apar.heads.answers import fingerprint, loops
+    from medusa_apar.heads.answers import loops
     from medusa_apar.heads.ask import ANSWERS, Limits, check_same_answers, fitting_prompts, keep_settings, read_prompts
     from medusa_apar.heads.calibration_plot import plot
-    from medusa_apar.heads.draft_heads import unembedding_size
     from medusa_apar.job import Job, quiet, slow
-    from medusa_apar.loading import load, locate
+    from medusa_apar.loading import load
+    from medusa_apar.models.families import unembedding_size
+    from medusa_apar.models.fingerprint import fingerprint
+    from medusa_apar.models.sources import locate
 
     check_files(args.prompts or args.answers)
     if args.heads is not None and not args.heads.exists():

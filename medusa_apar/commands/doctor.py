@@ -24,8 +24,9 @@ from medusa_apar import __version__
 from medusa_apar.generate import MedusaApar
 from medusa_apar.heads import checkpoints
 from medusa_apar.job import quiet, slow
-from medusa_apar.loading import Source, load, locate
+from medusa_apar.loading import load
 from medusa_apar.models import hub
+from medusa_apar.models.sources import Source, locate
 from medusa_apar.runtimes.cpu.library import library
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
 from medusa_apar.runtimes.devices import device_of

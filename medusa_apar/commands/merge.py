@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from medusa_apar.heads.checkpoints import SUBFOLDER
     from medusa_apar.job import quiet, slow
+    from medusa_apar.models.head_files import SUBFOLDER
     from medusa_apar.models.merge import merge
 
     quiet()

@@ -127,10 +127,10 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.finetune.corpus import Drops
     from medusa_apar.heads.answers import AnswerFile
     from medusa_apar.heads.ask import read_prompts
-    from medusa_apar.heads.draft_heads import unembedding_size
     from medusa_apar.heads.train import Settings, check_out, train
     from medusa_apar.job import Job, fast_dtype, quiet, slow
     from medusa_apar.loading import load
+    from medusa_apar.models.families import unembedding_size
 
     quiet()
     threads = args.threads or len(os.sched_getaffinity(0))
@@ -207,9 +207,10 @@ def _records(
     """All records to learn from: the model's own answers, those given, then the corpora's."""
     from itertools import islice
 
-    from medusa_apar.heads.answers import AnswerFile, fingerprint, loops
+    from medusa_apar.heads.answers import AnswerFile, loops
     from medusa_apar.heads.ask import ANSWERS, Limits, ask, copied_records, fitting_prompts, keep_settings
-    from medusa_apar.heads.draft_heads import unembedding_size
+    from medusa_apar.models.families import unembedding_size
+    from medusa_apar.models.fingerprint import fingerprint
 
     copied: list[dict] = []
     if examples:

@@ -7,8 +7,8 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from medusa_apar.display.picture import Recorded
 from medusa_apar.events.recording import Origin, Recording
-from medusa_apar.output import MedusaAparOutput
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .guesses import all_wrong_guesses, guess_text
@@ -21,7 +21,7 @@ ROWS_SHOWN = 8
 WrongGuesses = dict[tuple[Thread, int], list[tuple[int, list[int]]]]
 
 
-def answer(output: MedusaAparOutput | Recording, tokenizer: Any = None) -> Picture:
+def answer(output: Recorded | Recording, tokenizer: Any = None) -> Picture:
     """The rows of an output, or of a recording: figures, a timeline of threads and slots, and the text.
 
     The text is in reading order, a thread's part indented below the place where it was forked. A hover over a token

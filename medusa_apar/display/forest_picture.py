@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from medusa_apar.display.picture import Recorded
 from medusa_apar.events import Drafted
 from medusa_apar.events.recording import Recording
-from medusa_apar.output import MedusaAparOutput
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .names import HUES, hue, name
@@ -100,7 +100,7 @@ def mask(rows: list[Row], blocks: list[Block]) -> np.ndarray:
     return seen
 
 
-def forest(output: MedusaAparOutput | Recording, step: int, row: int = 0, tokenizer: Any = None) -> Picture:
+def forest(output: Recorded | Recording, step: int, row: int = 0, tokenizer: Any = None) -> Picture:
     """A step's rows of one request, thread by thread: the root, the draft tree below it, and beside them the mask.
 
     A filled square: the row sees what stands above the column. Wide columns are cached tokens, as many as are said;

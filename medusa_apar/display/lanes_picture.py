@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from medusa_apar.display.picture import Recorded
 from medusa_apar.events.recording import Recording
-from medusa_apar.output import MedusaAparOutput
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 
 from .guesses import chains, guess_text, wrong_guesses
@@ -18,7 +18,7 @@ CHAINS_SHOWN = 3  # of the guesses that stand at one place
 
 
 def lanes(
-    output: MedusaAparOutput | Recording,
+    output: Recorded | Recording,
     step: int | None = None,
     *,
     checking: bool = False,

@@ -6,10 +6,19 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 
 from medusa_apar.events.recording import Recording
-from medusa_apar.output import MedusaAparOutput
+
+
+class Recorded(Protocol):
+    """What `generate` returns, as far as pictures go."""
+
+    events: Any
+    tokenizer: Any
+
+    @property
+    def recording(self) -> Recording: ...
 
 
 @cache
@@ -44,7 +53,7 @@ class Picture:
         return self.text
 
 
-def sources(shown: MedusaAparOutput | Recording, tokenizer: Any) -> tuple[Recording, Any]:
+def sources(shown: Recorded | Recording, tokenizer: Any) -> tuple[Recording, Any]:
     """What is drawn, and the tokenizer it is read with."""
     if isinstance(shown, Recording):
         return shown, tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from html import escape
 
+from medusa_apar.display.picture import Recorded
 from medusa_apar.events.recording import Recording
-from medusa_apar.output import MedusaAparOutput
 
 from .names import HUES, count, hue, name, state
 from .picture import Picture, sources
@@ -15,7 +15,7 @@ _LEFT, _WIDTH, _LANE, _SLOTS = 74, 860, 17, 64  # pixels
 _DIGITS = 9  # pixels a step, from which on the counts are written into their boxes
 
 
-def timeline(output: MedusaAparOutput | Recording, row: int = 0, sequential: bool = False) -> Picture:
+def timeline(output: Recorded | Recording, row: int = 0, sequential: bool = False) -> Picture:
     """One row's threads, a box for each step in which a thread wrote, as high as the tokens it gained at once.
 
     Below, unless other rows share the pool, the KV slots in use over the steps, beside what one thread would hold.

@@ -6,8 +6,8 @@ from html import escape
 from textwrap import shorten
 from typing import Any
 
+from medusa_apar.display.picture import Recorded
 from medusa_apar.events.recording import Recording
-from medusa_apar.output import MedusaAparOutput
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .names import HUES, count, hue, name, state
@@ -17,7 +17,7 @@ from .pieces import Pieces
 _HEAD, _BEGINNING = 48, 60  # characters
 
 
-def tree(output: MedusaAparOutput | Recording, row: int = 0, tokenizer: Any = None) -> Picture:
+def tree(output: Recorded | Recording, row: int = 0, tokenizer: Any = None) -> Picture:
     """One row's threads, each below the thread that forked it, with the text it hangs behind and its own beginning."""
     recording, tokenizer = sources(output, tokenizer)
     pieces = Pieces(tokenizer)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from medusa_apar.engine.stats import ThreadAgreement
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.output import ThreadAgreement
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 from medusa_apar.threads.request import Request

@@ -16,7 +16,8 @@ then step by step
 
 Nothing in them refers to anything that changes, so they can be kept, sent elsewhere (`dataclasses.asdict`) and
 replayed: `medusa_apar.events.recording` adds them up to paragraph trees, and feeds them to a `TextStreamer`. Steps
-count from 1; what happens before the first has step 0. A thread is named by its row and its index in the row's paragraph tree.
+count from 1; what happens before the first has step 0. A thread is named by its row and its index in the row's
+paragraph tree.
 
 With `regenerate_below` they tell of the answer as first written; what is written anew replaces it afterwards, and
 threads may be numbered anew then.

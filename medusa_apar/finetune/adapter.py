@@ -18,8 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from medusa_apar.heads.draft_heads import base_logit_scale
 from medusa_apar.job import filling, write_text
+from medusa_apar.models.families import base_logit_scale
 from medusa_apar.models.merge import put_adapter
 from medusa_apar.runtimes.attention import current_forest, forest_attention
 from medusa_apar.threads.control_tokens import CONFIG_NAME

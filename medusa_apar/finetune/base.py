@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from medusa_apar.checks import check_model
 from medusa_apar.models import hub
+from medusa_apar.models.families import check_model
 
 from .packing import Tokens
 
@@ -41,7 +41,7 @@ def load_base(
 
     ValueError where the tokenizer has no chat template or no end-of-text token to train with.
     """
-    from medusa_apar.loading import read_model, read_tokenizer
+    from medusa_apar.models.sources import read_model, read_tokenizer
 
     place = str(hub.embedded_model_dir(name)) if name in hub.EMBEDDED else name
     tokenizer: Any = read_tokenizer(place, trust_remote_code=trust_remote_code)

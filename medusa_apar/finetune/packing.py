@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from medusa_apar.forest.forest import ForestMask, Group
+from medusa_apar.forest.mask import ForestMask, Group
 from medusa_apar.models.chat import rendered
 
 from .corpus import Example

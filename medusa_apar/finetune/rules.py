@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from medusa_apar.threads.list_items import MAX_HEAD_WORDS
+
 MIN_FORKS = 3
 MIN_NESTED_FORKS = 2  # in a child: the trunk has gone on long ago, so two are worth it
 MAX_DEPTH = 2
 MIN_DETAIL_WORDS = 6  # about eight tokens: a shorter child costs more steps than it saves
-MAX_HEAD_WORDS = 12
 MIN_SENTENCE_WORDS = 3  # "Sure!" is no topic sentence
 LONGEST_ABBREVIATION = 16  # characters before a stop in which to look for one
 

@@ -11,6 +11,7 @@ import torch
 
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.draft_tree import TreeShape
+from medusa_apar.forest.mask import ForestMask, Group
 from medusa_apar.kv.path_table import Changes
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread, thread_key
@@ -98,35 +99,6 @@ class Stem:
         visible[:pending, self.slots[:pending]] = np.tri(pending, dtype=bool)
         visible[pending:, self.slots[:pending]] = True
         visible[pending:, self.slots[pending:]] = self.draft_tree.ancestors[:drafted, :drafted]
-
-
-@dataclass(slots=True, eq=False)
-class Group:
-    """One request's share of the forest. No request pays for another's slots."""
-
-    rows: slice
-    columns: slice | torch.Tensor  # into the pool's slots
-    visible: torch.Tensor  # bool [rows, columns]
-    row_positions: torch.Tensor  # int64 [rows, 1]
-    column_positions: torch.Tensor  # int64 [1, columns]
-
-
-@dataclass(slots=True, eq=False)
-class ForestMask:
-    """What our attention functions receive as `attention_mask`."""
-
-    groups: list[Group]
-    masks: list[torch.Tensor]  # bool [rows, columns], one per group
-    _biases: dict[tuple[int, int, torch.dtype], torch.Tensor] = field(default_factory=dict)
-
-    def bias(self, group: int, copies: int, dtype: torch.dtype) -> torch.Tensor:
-        """A group's mask as scores to add, [copies * rows, columns]; the same for every layer, so made once."""
-        key = (group, copies, dtype)
-        if key not in self._biases:
-            mask = self.masks[group]
-            bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-            self._biases[key] = bias.repeat(copies, 1)
-        return self._biases[key]
 
 
 class Forest:

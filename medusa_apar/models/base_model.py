@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from medusa_apar.heads import checkpoints
+from medusa_apar.models import head_files, sources
 from medusa_apar.reading import expanded, reading, shards
 
 if TYPE_CHECKING:
-    from medusa_apar.loading import Source
+    from medusa_apar.models.sources import Source
 
 
 class Base:
@@ -29,16 +29,14 @@ class Base:
 
     @cached_property
     def source(self) -> Source:
-        from medusa_apar.loading import locate
+        from medusa_apar.models.sources import locate
 
         return locate(self.name)
 
     @cached_property
     def unembedding(self) -> Tensor:
         """[vocabulary, H] in the dtype it is stored in, with what an adapter tuned."""
-        from medusa_apar import loading
-
-        if self.source.adapter or loading.is_gguf(self.source.base):
+        if self.source.adapter or sources.is_gguf(self.source.base):
             from .merge import merged_model
 
             model, _ = merged_model(self.source, trust_remote_code=self.trust_remote_code)
@@ -64,34 +62,32 @@ class Base:
 
     def whole_model(self) -> Path:
         """The folder of a base that is a model and not an adapter on one."""
-        from medusa_apar import loading
-
         if self.source.adapter:
             raise ValueError(
                 f"{self.name} is an adapter on {self.source.base}: run `medusa-apar merge` and pass the merged model "
                 "as --base"
             )
-        if loading.is_gguf(self.source.base):
+        if sources.is_gguf(self.source.base):
             raise ValueError(f"{self.name} is a GGUF file: pass a model folder as --base")
         return self.folder()
 
 
 def model_shards(folder: Path) -> list[Path]:
     """The weight files of a transformers model folder. FileNotFoundError: it has none."""
-    for name in checkpoints.FULL_MODEL_FILES:
+    for name in head_files.FULL_MODEL_FILES:
         file = folder / name
         if file.is_file() and name.endswith(".index.json"):
             return sorted(set(shards(file).values()))
         if file.is_file():
             return [file]
-    raise FileNotFoundError(f"no model weights in {folder}: none of {', '.join(checkpoints.FULL_MODEL_FILES)} is there")
+    raise FileNotFoundError(f"no model weights in {folder}: none of {', '.join(head_files.FULL_MODEL_FILES)} is there")
 
 
 def _stored_unembedding(folder: Path, name: str, trust_remote_code: bool) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the unembedding: the one tensor where its name is plain, else the whole model is loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from medusa_apar.loading import read_model
+    from medusa_apar.models.sources import read_model
 
     with reading(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

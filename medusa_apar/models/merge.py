@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from medusa_apar.heads import checkpoints
 from medusa_apar.job import write_text
 from medusa_apar.json_files import json_object
+from medusa_apar.models import head_files, sources
 from medusa_apar.reading import expanded, reading
 from medusa_apar.threads.control_tokens import CONFIG_NAME
 
@@ -23,7 +23,7 @@ from . import hub
 from .model_folder import check_empty, new_model_folder
 
 if TYPE_CHECKING:
-    from medusa_apar.loading import Source
+    from medusa_apar.models.sources import Source
 
 
 def merge(
@@ -44,10 +44,8 @@ def merge(
         Nothing is written in these cases.
     trust_remote_code: whether code from the base's repository may run.
     """
-    from medusa_apar import loading
-
     out = expanded(out)
-    source = loading.locate(adapter)
+    source = sources.locate(adapter)
     if source.adapter is None:
         raise ValueError(f"{adapter} holds no adapter_config.json, so there is nothing to merge")
     base = expanded(source.base)
@@ -55,7 +53,7 @@ def merge(
         if out.is_dir() and used.exists() and out.resolve() == used.resolve():
             raise ValueError(f"{out} is what the merged model is made from: choose another folder")
     check_empty(out, force)
-    loading.adapter_weights(source.adapter)
+    sources.adapter_weights(source.adapter)
     model, tokenizer = merged_model(source, dtype, trust_remote_code)
     with new_model_folder(out) as built:
         model.save_pretrained(built)
@@ -65,7 +63,7 @@ def merge(
             config["merged_from"] = config.pop("base", source.base)  # the folder is its own base now
             write_text(built / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
         if source.heads:
-            _copy_heads(source.heads, built / checkpoints.SUBFOLDER)
+            _copy_heads(source.heads, built / head_files.SUBFOLDER)
     return out
 
 
@@ -74,13 +72,11 @@ def merged_model(source: Source, dtype: torch.dtype | None = None, trust_remote_
 
     dtype: of the returned weights; None is the one the base is stored in.
     """
-    from medusa_apar import loading
-
     base = str(hub.embedded_model_dir(source.base)) if source.base in hub.EMBEDDED else source.base
-    tokenizer = loading.read_tokenizer(source.tokenizer or base, trust_remote_code=trust_remote_code)
-    if dtype is None and not loading.is_gguf(base):
+    tokenizer = sources.read_tokenizer(source.tokenizer or base, trust_remote_code=trust_remote_code)
+    if dtype is None and not sources.is_gguf(base):
         dtype = read_config(base, trust_remote_code).dtype
-    model = loading.read_model(base, torch.float32, trust_remote_code=trust_remote_code)
+    model = sources.read_model(base, torch.float32, trust_remote_code=trust_remote_code)
     if source.adapter:
         model = merge_into(model, source.adapter, tokenizer)
     return model.to(dtype or torch.float32).eval(), tokenizer
@@ -133,7 +129,7 @@ def put_adapter(model: Any, adapter: Path, is_trainable: bool = False) -> Any:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-    from medusa_apar.loading import adapter_weights
+    from medusa_apar.models.sources import adapter_weights
 
     config = _adapter_config(adapter)
     with reading(adapter_weights(adapter)):
@@ -208,8 +204,8 @@ def _innermost(module: nn.Module) -> Any:
 def _copy_heads(heads: Path, folder: Path) -> None:
     """The heads' files into `folder`, with the model around it as their base."""
     folder.mkdir()
-    names = [name for name in checkpoints.FILES if (heads / name).is_file()][:1]
+    names = [name for name in head_files.FILES if (heads / name).is_file()][:1]
     for name in names or [path.name for path in heads.iterdir() if path.suffix in (".safetensors", ".bin")]:
         shutil.copyfile(heads / name, folder / name)
-    config = checkpoints.read_config(heads) | {"base_model_name_or_path": ".."}
+    config = head_files.read_config(heads) | {"base_model_name_or_path": ".."}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")

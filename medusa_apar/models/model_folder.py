@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medusa_apar.heads import checkpoints
 from medusa_apar.job import with_ordinary_permissions, writing
+from medusa_apar.models import head_files
 
 # What is replaced of a model, and of the heads in its medusa/; other files may be anyone's.
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -31,12 +31,12 @@ def check_empty(folder: Path, force: bool) -> None:
         raise FileExistsError(
             f"{folder} is not empty: choose another folder, or force=True (--force) to replace its model"
         )
-    if not checkpoints.holds_model(folder):
+    if not head_files.holds_model(folder):
         raise FileExistsError(
             f"{folder} is not empty and holds no model (a config.json with model_type) that could be replaced: "
             "choose another folder"
         )
-    for name in ("adapter_config.json", *checkpoints.FILES):  # a loader would take it for the new model's
+    for name in ("adapter_config.json", *head_files.FILES):  # a loader would take it for the new model's
         if (folder / name).exists():
             raise FileExistsError(
                 f"{folder / name} would be read with the new model: move it away, or choose another folder"
@@ -65,9 +65,9 @@ def _take_its_place(built: Path, folder: Path) -> None:
         os.replace(built, folder)
         return
     _remove(folder, MODEL_FILES)
-    heads = folder / checkpoints.SUBFOLDER
+    heads = folder / head_files.SUBFOLDER
     if heads.is_dir():
-        _remove(heads, (*checkpoints.FILES, "config.json"))
+        _remove(heads, (*head_files.FILES, "config.json"))
         if not any(heads.iterdir()):
             heads.rmdir()
     # The config last: without it the folder is no model yet.

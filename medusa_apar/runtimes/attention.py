@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from medusa_apar.forest.forest import Forest, ForestMask
+from medusa_apar.forest.forest import Forest
+from medusa_apar.forest.mask import ForestMask
 from medusa_apar.triton_kernels.reference import dense_attention
 
 from .devices import device_of

@@ -7,12 +7,13 @@ import logging
 import psutil
 from transformers import PreTrainedModel
 
-from medusa_apar.engine.engine import check_agrees
+from medusa_apar.runtimes.agreement import check_agrees
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.runtime import Runtime
 
 from .attention import pick_backend
 from .devices import device_of, gpus_of
-from .torch_runtime import Runtime, TorchRuntime
+from .torch_runtime import TorchRuntime
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from medusa_apar.finetune.rules import MAX_HEAD_WORDS
-
 _MARKER = re.compile(r"(?P<indent>[ \t]*)(?:(?P<number>\d{1,3})(?P<stop>[.)])|(?P<bullet>[-*+•]))[ \t]+(?=\S)")
 _TITLE = re.compile(
     r"\*\*[^*\n]+\*\*(?: ?:| [-–—](?=\s|$))"  # **Title**: and **Title** -
@@ -122,3 +120,6 @@ def indentation(line: str) -> int:
 def begins_item(begun: str) -> bool:
     """Whether a line may begin a list item or a heading."""
     return begun[0].isdigit() or begun[0] in "-*+•#"
+
+
+MAX_HEAD_WORDS = 12

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.forest.forest import Forest
-from medusa_apar.heads.draft_heads import Drafter
 from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.triton_kernels.reference import Noise, TypicalAcceptance, Verified
 

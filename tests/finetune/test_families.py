@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, GPTNeoXConfig, Gran
 
 from medusa_apar.finetune.adapter import attach_lora, check_forward, control_rows, label_losses
 from medusa_apar.finetune.packing import Tokens, join, pack_threads
-from tests.tiny import _IDS, _LLAMA_LIKE, CHILD, CONFIGS, EOS, FORK, VOCAB, tiny_tokenizer
+from tests.support.tiny import _IDS, _LLAMA_LIKE, CHILD, CONFIGS, EOS, FORK, VOCAB, tiny_tokenizer
 
 TOKENS = Tokens(FORK, CHILD, EOS)
 SCALED = {
@@ -36,7 +36,7 @@ def model_of(family: str):
 
 
 def threads(seed: int):
-    """A trunk of 24, a child under a fork at 9, a grandchild: longer than any window of tests.tiny."""
+    """A trunk of 24, a child under a fork at 9, a grandchild: longer than any window of tests.support.tiny."""
     ids = torch.randint(5, VOCAB, (3, 24), generator=torch.Generator().manual_seed(seed)).tolist()
     ids[0][9] = ids[1][6] = FORK
     ids[1][0] = ids[2][0] = CHILD

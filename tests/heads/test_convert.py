@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import medusa_apar
 from medusa_apar.commands import cli
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.heads.checkpoints import FILES, normalise, read
+from medusa_apar.heads.checkpoints import normalise, read
 from medusa_apar.heads.convert import LAYOUTS, convert
+from medusa_apar.models.head_files import FILES
 
 HIDDEN, VOCABULARY = 16, 37
 MAP = [4, 30, 2, 11]

@@ -20,8 +20,8 @@ from medusa_apar.heads.losses import WINDOW, evaluate, ridge_start, window_losse
 from medusa_apar.heads.train import Settings, train
 from medusa_apar.job import Job
 from medusa_apar.loading import load
-from tests import tiny
-from tests.test_merge import own_code
+from tests.models.test_merge import own_code
+from tests.support import tiny
 
 VOCABULARY, FORK, CHILD, EOS = 47, 43, 44, 45
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_apar.checks import context_length
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
+from medusa_apar.models.families import context_length
 
 from . import known, library
 from .contents import Contents

@@ -10,6 +10,8 @@ import random
 
 import pytest
 
+from medusa_apar.runtimes import pick
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 

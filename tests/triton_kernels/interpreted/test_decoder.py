@@ -10,7 +10,7 @@ from medusa_apar.heads import HydraHeads
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.runtimes.cuda_graphs import GraphedSteps, StaticForest
-from tests.tiny import CONTROL, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
+from tests.support.tiny import CONTROL, RecallHeads, assert_threads_are_plain, forking_model, prompts, tiny_model
 
 # Windows, soft caps, two kinds of layers, sinks, positions that are learned.
 FAMILIES = ("mistral", "gemma2", "gemma3", "gpt_oss", "gpt2")

@@ -6,7 +6,7 @@ import torch
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.verify.device_verify import Choice
-from tests.tiny import CONTROL, RecallHeads, forking_model, prompts
+from tests.support.tiny import CONTROL, RecallHeads, forking_model, prompts
 
 
 def run(model, heads=None, attention="triton", **generate):

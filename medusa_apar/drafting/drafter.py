@@ -1,0 +1,14 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from medusa_apar.drafting.draft_tree import DraftTree
+
+
+class Drafter(Protocol):
+    def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
+        """As `DraftHeads.propose`."""

@@ -1,0 +1,17 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the weights, whatever folder they came from: a model tuned again in place does not find the old states."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(
+            f"{name} {tuple(parameter.shape)} {parameter.dtype} {float(parameter.detach().double().sum())!r}".encode()
+        )
+    return digest.hexdigest()

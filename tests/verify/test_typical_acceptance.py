@@ -1,0 +1,233 @@
+"""Typical acceptance: medusa-llm's rule on the same logits, and nothing else changes where it is not asked for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import medusa_apar
+from medusa_apar import DraftTree, TypicalAcceptance
+from medusa_apar.engine.fork_manager import ForkManager
+from medusa_apar.forest.forest import Stem
+from medusa_apar.heads import MedusaHeads
+from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
+from medusa_apar.threads.paragraph_tree import ParagraphTree
+from medusa_apar.threads.request import Request
+from medusa_apar.triton_kernels import reference
+from medusa_apar.triton_kernels.reference import sample
+from medusa_apar.verify.verifier import Verifier
+from tests.support.tiny import (
+    CHILD,
+    CONTROL,
+    FORK,
+    RecallHeads,
+    assert_threads_are_plain,
+    forking_model,
+    prompts,
+    tiny_model,
+)
+
+SAMPLING = {"max_new_tokens": 24, "do_sample": True, "seed": 7, "top_k": 0, "return_dict_in_generate": True}
+LENIENT = TypicalAcceptance(0.05, 0.3)
+IMPOSSIBLE = TypicalAcceptance(1.0, 1e9)  # no probability is above 1
+ANYTHING = TypicalAcceptance(0.0, 0.0)
+
+
+def run(model, heads=None, acceptance="exact", **options):
+    attached = medusa_apar.attach(model, heads, CONTROL, acceptance=acceptance, budget=24, runtime="torch")
+    return attached.generate(**prompts(2, 6, seed=2, ragged=True), **(SAMPLING | options))
+
+
+@st.composite
+def stems(draw):
+    """A stem whose guesses are often likely, and logits [nodes + 1, vocab] of its rows."""
+    tree = DraftTree.likeliest(draw(st.integers(1, 14)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+    logits = draw(st.sampled_from([0.3, 1.0, 3.0])) * torch.randn(len(tree) + 1, 20, generator=generator)
+    tokens = []
+    for parent, rank in zip(tree.parents.tolist(), tree.ranks.tolist(), strict=True):
+        tokens.append(int(logits[parent + 1].argsort(descending=True)[rank]))
+    request_tree = ParagraphTree([1, 2, 3], key=5)
+    return request_tree, Stem(request_tree.trunk, 3, draft_tree=tree, draft_tokens=tokens, pending=[3]), logits
+
+
+@settings(deadline=None, max_examples=60)
+@given(stems(), st.sampled_from([(0.09, 0.3), (0.3, 1.0), (0.02, 0.1)]), st.sampled_from([0.5, 1.0, 1.4]))
+def test_accepts_what_medusa_llm_accepts(drawn, thresholds, temperature):
+    evaluate_posterior = pytest.importorskip("medusa.model.utils").evaluate_posterior
+    request_tree, stem, logits = drawn
+    tree, tokens = stem.draft_tree, stem.draft_tokens
+    # medusa-llm adds 1e-5 inside the entropy's logarithm: leave out what lies between the two thresholds.
+    chances = (logits / temperature).softmax(-1)
+    for node, parent in enumerate(tree.parents.tolist()):
+        row, chance = chances[parent + 1], chances[parent + 1, tokens[node]]
+        limits = [thresholds[1] * (row * (row + extra).log()).sum().exp() for extra in (0, 1e-5)]
+        both = [chance > min(thresholds[0], limit * (1 + hair)) for limit in limits for hair in (-1e-5, 1e-5)]
+        assume(all(both) or not any(both))
+    paths = [[0]] + [[0] + [n + 1 for n in range(len(tree)) if tree.ancestors[node][n]] for node in range(len(tree))]
+    longest = max(map(len, paths))
+    ids = [3, *tokens]
+    # Padding must not count as a guess: behind a path comes a row that makes its token impossible.
+    rows = torch.cat([logits, torch.full((1, 20), -1e9)])
+    rows[-1, 1] = 0.0
+    candidates = torch.tensor([[ids[n] for n in path] + [0] * (longest - len(path)) for path in paths])
+    padded = torch.stack([rows[path + [-1] * (longest - len(path))] for path in paths])
+    for row, path in enumerate(paths):
+        padded[row, len(path) - 1] = rows[-1]
+    best, length = evaluate_posterior(padded, candidates, temperature, *thresholds)
+    expected = paths[int(best)][1 : int(length) + 1]
+
+    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    verifier = Verifier(None, True, 3, processors, seed=9, typical=TypicalAcceptance(*thresholds))
+    request = Request(0, 1, [1, 2, 3], [1, 2, 3], request_tree, 100)
+    (verdict,) = verifier(SimpleNamespace(verified=[stem]), logits.clone(), {stem: request})
+    assert [node + 1 for node in verdict.nodes] == expected
+    assert verdict.tokens[:-1] == [ids[row] for row in expected]
+    assert verdict.row == (expected[-1] if expected else 0)
+    assert verdict.tokens[-1] == sample(logits[verdict.row] / temperature, 9, 5, 3 + len(expected))
+
+
+@pytest.mark.parametrize("warp", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)
+def test_accepted_tokens_satisfy_the_criterion(monkeypatch, warp):
+    verdicts = []
+    commit = ForkManager.commit
+
+    def spy(self, tree, stem, verdict):
+        verdicts.append((tree, stem.thread.depth, stem.thread.ancestor_ids() + stem.thread.tokens, verdict))
+        return commit(self, tree, stem, verdict)
+
+    model = forking_model(24)
+    heads = RecallHeads(model, run(model, **warp).paragraph_tree, wrong_every=3)
+    monkeypatch.setattr(ForkManager, "commit", spy)
+    out = run(model, heads, LENIENT, **warp)
+    assert out.stats.forks > 0 and out.stats.final_slots == 0
+    checked = 0
+    for tree, depth, path, verdict in verdicts:
+        start, path = len(path), path + verdict.tokens
+        for place in range(start, len(path)):
+            assert path[place] != CHILD
+            assert path[place] != FORK or (path[place - 1] not in (FORK, CHILD) and depth < DEFAULT_MAX_DEPTH)
+        for place in range(start, len(path) - 1):
+            scores = processed(model, tree, depth, path[:place], warp)
+            chances = scores.double().softmax(-1)
+            entropy = -torch.special.xlogy(chances, chances).sum()
+            assert chances[path[place]] > min(LENIENT.epsilon, LENIENT.delta * (-entropy).exp()) * (1 - 1e-3)
+            checked += 1
+    assert checked > 20
+
+
+def processed(model, tree, depth, path, warp):
+    """A path's scores under the fork rule and the processors of `warp`, as transformers has them, [vocab]."""
+    with torch.no_grad():
+        scores = model(torch.tensor([path])).logits[:, -1]
+    rule = ControlTokensLogitsProcessor(CONTROL, tree.trunk.num_forced)
+    ids = torch.tensor([path])
+    scores = rule(ids, scores)
+    if penalty := warp.get("repetition_penalty"):
+        # The padding a processor is shown penalises only id 0, which no draft of these guesses.
+        scores = RepetitionPenaltyLogitsProcessor(penalty)(ids, scores)
+    if temperature := warp.get("temperature"):
+        scores = scores / temperature
+    if top_p := warp.get("top_p"):
+        scores = TopPLogitsWarper(top_p)(ids, scores)
+    return scores[0]
+
+
+@pytest.mark.parametrize("warp", [{}, {"temperature": 0.7, "top_k": 12}], ids=str)
+def test_one_launch_and_row_by_row_accept_the_same(warp):
+    """`Choice` with the kernel's reference, as on a device, against the verifier's own way."""
+    model = forking_model(24)
+    remembered = run(model, **warp).paragraph_tree
+    outs = []
+    for launched in (False, True):
+        # What is drafted shows, so both must draft alike: all of a small tree, by heads that count no calls.
+        heads = RecallHeads(model, remembered, wrong_every=10**9)
+        options = {"acceptance": LENIENT, "draft_tree": DraftTree.likeliest(8), "budget": 400, "runtime": "torch"}
+        apar = medusa_apar.attach(model, heads, CONTROL, **options)
+        apar.runtime.verify = reference.verify if launched else None
+        outs.append(apar.generate(**prompts(2, 6, seed=2, ragged=True), **(SAMPLING | warp)))
+    rowwise, launched = outs
+    assert torch.equal(launched.sequences, rowwise.sequences)
+    assert launched.stats.accepted_lengths == rowwise.stats.accepted_lengths
+    assert max(rowwise.stats.accepted_lengths) > 1
+
+
+def test_it_accepts_more_than_exact_sampling_does():
+    model = tiny_model(seed=24, scale=2.0, eos=-50.0)  # not too sure of itself
+    gained = {}
+    for acceptance in ("exact", LENIENT, ANYTHING):
+        lengths = run(model, MedusaHeads.random(model), acceptance).stats.accepted_lengths
+        gained[acceptance] = sum(length * count for length, count in lengths.items()) / lengths.total()
+    assert 1.5 * gained["exact"] < gained[LENIENT] <= gained[ANYTHING]
+
+
+def test_thresholds_that_nothing_meets_and_no_drafts_are_exact_sampling():
+    model = forking_model(24)
+    exact = run(model)
+    assert torch.equal(run(model, acceptance=ANYTHING).sequences, exact.sequences)
+    for heads in (MedusaHeads.random(model), RecallHeads(model, exact.paragraph_tree)):
+        out = run(model, heads, IMPOSSIBLE)
+        assert torch.equal(out.sequences, exact.sequences)
+        assert set(out.stats.accepted_lengths) == {1}
+
+
+def test_thresholds_of_zero_accept_the_whole_tree_but_what_is_banned():
+    model = forking_model(24)
+    out = run(model, MedusaHeads.random(model, num_heads=3), ANYTHING, fork=False)
+    assert max(out.stats.accepted_lengths) >= 4 and out.stats.forks == 0
+    assert not {FORK, CHILD} & set(out.sequences[:, 6:].flatten().tolist())
+
+
+def test_greedy_stays_exact():
+    model = forking_model(24)
+    plain = run(model, do_sample=False, seed=None)
+    for heads in (MedusaHeads.random(model), RecallHeads(model, plain.paragraph_tree)):
+        out = run(model, heads, ANYTHING, do_sample=False, seed=None)
+        assert torch.equal(out.sequences, plain.sequences)
+        assert_threads_are_plain(model, out.paragraph_tree)
+
+
+def test_scores_and_logits_are_kept_for_every_token():
+    model = forking_model(24)
+    options = {"output_scores": True, "output_logits": True, "temperature": 0.5, "fork": False}
+    out = run(model, MedusaHeads.random(model), LENIENT, **options)
+    assert max(out.stats.accepted_lengths) > 1
+    width = out.sequences.shape[1] - 6
+    assert len(out.scores) == len(out.logits) == width
+    for row in range(2):
+        path = out.sequences[row, 2 * row :]  # prompts are padded by that many
+        with torch.no_grad():
+            logits = model(path[None]).logits[0, 5 - 2 * row : -1]
+        for column in range(len(out.paragraph_tree[row].trunk.token_ids)):
+            if column < width:
+                torch.testing.assert_close(out.logits[column][row], logits[column], atol=1e-3, rtol=1e-3)
+                kept = out.scores[column][row].isfinite()
+                torch.testing.assert_close(
+                    out.scores[column][row][kept], logits[column][kept] / 0.5, atol=1e-3, rtol=1e-3
+                )
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "sentence"),
+    [
+        ("lenient", "'lenient' is not 'exact', 'typical' or a TypicalAcceptance"),
+        (None, "None is not"),
+        ((0.09, 0.3), "is not"),
+        (TypicalAcceptance(-0.1, 0.3), "0 or more"),
+        (TypicalAcceptance(0.1, float("nan")), "0 or more"),
+        (TypicalAcceptance("0.1"), "0 or more"),
+    ],
+    ids=str,
+)
+def test_what_is_no_acceptance_is_refused(acceptance, sentence):
+    with pytest.raises(ValueError, match=sentence) as raised:
+        medusa_apar.attach(forking_model(1), acceptance=acceptance)
+    assert "\n" not in str(raised.value)
