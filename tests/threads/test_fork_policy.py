@@ -14,7 +14,7 @@ from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.threads.fork_policy import ListForks, NoForks, Turn
 from medusa_apar.threads.paragraph_tree import Fork, ParagraphTree, ReadingCursor
 from medusa_apar.triton_kernels.reference import verify
-from tests import test_trees as trees
+from tests.forest import test_trees as trees
 from tests.support.list_writer import ID, PIECES, Pieces, list_prompts, list_writer
 from tests.support.tiny import CONTROL, FORK, RecallHeads, assert_chosen_tokens_are_the_models, forking_model, prompts
 
