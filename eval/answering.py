@@ -28,6 +28,7 @@ class StepCounter:
     A batch's `Stats` count until its last row is done; a row's own steps end when none of its threads is left.
     """
 
+    rows: dict[str, int] = field(default_factory=dict)  # by request id
     steps: list[int] = field(default_factory=list)  # [rows] steps in which the row was not yet done
     thread_steps: list[int] = field(default_factory=list)  # [rows] times a thread of the row gained tokens in a step
     gained: list[int] = field(default_factory=list)  # [rows] tokens gained so, those behind the limit included
@@ -36,20 +37,21 @@ class StepCounter:
     def __call__(self, event: Event) -> None:
         match event:
             case RequestStarted():
+                self.rows[event.request] = len(self.rows)
                 for counts in (self.steps, self.thread_steps, self.gained, self._live):
                     counts.append(0)
             case ThreadStarted():
-                self._live[event.row] += 1
+                self._live[self.rows[event.request]] += 1
             case StepStarted():
                 for row, live in enumerate(self._live):
                     self.steps[row] += live > 0
             case TokensAccepted():
-                self.thread_steps[event.row] += 1
-                self.gained[event.row] += len(event.token_ids)
+                self.thread_steps[self.rows[event.request]] += 1
+                self.gained[self.rows[event.request]] += len(event.token_ids)
             case TokensInserted():  # in the step of what was accepted before them
-                self.gained[event.row] += len(event.token_ids)
+                self.gained[self.rows[event.request]] += len(event.token_ids)
             case ThreadFinished():
-                self._live[event.row] -= 1
+                self._live[self.rows[event.request]] -= 1
 
 
 def answer(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork: bool) -> list[dict[str, Any]]:

@@ -59,9 +59,9 @@ def plan_of(apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens:
     dtype = str(apar.model.dtype).removeprefix("torch.")
     heads = ""
     if apar.heads is not None:
-        tree = hashlib.sha256(repr(apar.draft_tree.choices).encode()).hexdigest()[:8]
-        heads = f"{apar.heads.kind} {fingerprint(apar.heads)[:12]}, {len(apar.draft_tree)} nodes {tree}"
+        tree = hashlib.sha256(repr(apar.options.draft_tree.choices).encode()).hexdigest()[:8]
+        heads = f"{apar.heads.kind} {fingerprint(apar.heads)[:12]}, {len(apar.options.draft_tree)} nodes {tree}"
     weights = fingerprint(apar.model)[:12]
     runtime = f"{'cpu' if isinstance(apar.runtime, CpuRuntime) else 'torch'}, {apar.runtime.kind}"
     threads = torch.get_num_threads()
-    return Plan(model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens, apar.budget)
+    return Plan(model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens, apar.options.budget)

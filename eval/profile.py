@@ -84,7 +84,7 @@ def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> d
         timer.fill()
         for size in rows:
             found["rows"][size] = least(partial(timer.rows, size), REPEATS)
-        if apar.heads is not None and len(apar.draft_tree):
+        if apar.heads is not None and len(apar.options.draft_tree):
             for threads in (1, 2, 4, 8):
                 hidden = torch.randn(threads, apar.heads.input_size, device=device, dtype=apar.model.dtype)
                 roots = torch.zeros(threads, dtype=torch.long, device=device)
@@ -95,7 +95,7 @@ def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> d
 def _draft(apar: MedusaApar, hidden: torch.Tensor, roots: torch.Tensor) -> float:
     assert apar.heads is not None
     started = time.perf_counter()
-    apar.heads.propose(hidden, roots, apar.draft_tree)
+    apar.heads.propose(hidden, roots, apar.options.draft_tree)
     finish(hidden.device)
     return time.perf_counter() - started
 

@@ -175,27 +175,19 @@ def check_positions(
         )
 
 
-def check_verified(
-    apar: MedusaApar,
-    config: GenerationConfig,
-    verify: str | None,
-    regenerate_below: float | None,
-    mode: str,
-    streamer: object,
-    criteria: list,
+def check_rescored(
+    config: GenerationConfig, asked: CallOptions, mode: str, streamer: object, criteria: Sequence[object]
 ) -> None:
-    if verify not in (None, "stitched"):
-        raise ValueError(f"verify={verify!r} is not None or 'stitched'.")
-    if regenerate_below is None:
-        if verify and not config.return_dict_in_generate:
-            raise ValueError(f"verify={verify!r} reports in the output object: pass return_dict_in_generate=True.")
+    """What `rescore` and `regenerate_below` cannot be combined with."""
+    share = asked.regenerate_below
+    if share is None:
+        if asked.rescore and not config.return_dict_in_generate:
+            raise ValueError("rescore=True reports in the output object: pass return_dict_in_generate=True.")
         return
-    if verify is None:
-        raise ValueError("regenerate_below needs the agreement that verify='stitched' measures.")
-    if not 0 < regenerate_below <= 1:
-        raise ValueError(
-            f"regenerate_below={regenerate_below} is no share of tokens: it must be above 0, and at most 1."
-        )
+    if not asked.rescore:
+        raise ValueError("regenerate_below needs the agreement that rescore=True measures.")
+    if not 0 < share <= 1:
+        raise ValueError(f"regenerate_below={share} is no share of tokens: it must be above 0, and at most 1.")
     if config.do_sample:
         raise ValueError("regenerate_below needs greedy decoding: a sample need not agree with the likeliest tokens.")
     if mode == "off":
@@ -237,26 +229,3 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     if not prompts or not all(prompts):
         raise ValueError("The prompt is empty: every row needs at least one token.")
     return prompts
-
-
-def check_lengths(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, hidden: int) -> None:
-    """hidden: most tokens of a path that are no part of the text."""
-    longest, limit = max(map(len, prompts)), context_length(apar.model)
-    context = getattr(apar.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest + 1
-    if longest >= context:
-        raise ValueError(f"The prompt has {longest} tokens, but the model's context ends at {context}.")
-    if limit is not None and longest >= limit:
-        raise ValueError(
-            f"The prompt has {longest} tokens, but from {limit} on this model's rotary scaling depends on the whole "
-            "batch, which parallel threads cannot have."
-        )
-    if apar.pool_slots is None:
-        return
-    needed = longest + max_new_tokens + hidden  # the longest path must fit alone
-    if limit is not None:
-        needed = min(needed, limit)
-    if apar.pool_slots < needed:
-        raise ValueError(
-            f"pool_slots={apar.pool_slots} is too small: a prompt of {longest} tokens and max_new_tokens="
-            f"{max_new_tokens} may need {needed} slots."
-        )

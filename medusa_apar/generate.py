@@ -7,10 +7,10 @@ import functools
 import inspect
 import logging
 import sys
-from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import (
@@ -20,44 +20,31 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation import GenerationMixin, StopStringCriteria
+from transformers.generation import GenerationMixin
 
-from medusa_apar.drafting.budget import EvenBudget, ForestBudget
-from medusa_apar.drafting.candidates import Proposer
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import StepCost
-from medusa_apar.engine.engine import Decoder
-from medusa_apar.engine.fork_manager import ForkManager
-from medusa_apar.engine.rescoring import Stitcher, first_limit, last_limit
-from medusa_apar.engine.scheduler import Scheduler
-from medusa_apar.events.reporter import Reporter
-from medusa_apar.events.streaming import EndedOnce, TextColumns, ended_on_error
-from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.models.families import check_model, context_length, unembedding_size
+from medusa_apar.engine.options import EngineOptions
+from medusa_apar.events import Consumer
+from medusa_apar.events.streaming import EndedOnce, ended_on_error
+from medusa_apar.heads import DraftHeads, load_heads
+from medusa_apar.models.families import check_model, unembedding_size
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
 from medusa_apar.runtimes.devices import device_of
-from medusa_apar.runtimes.measure import known_cost
 from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
-from medusa_apar.threads.fork_policy import ForkIf, NoForks, fork_mode, fork_policy
-from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread, thread_key
-from medusa_apar.threads.request import Ends, Request
+from medusa_apar.threads.fork_policy import ForkIf, fork_mode
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
-from medusa_apar.verify.verifier import Verifier
 
 from . import checks
-from .engine import draft_watch
-from .events import Consumer
-from .heads import DraftHeads, load_heads
+from .call import CallOptions, Prepared, answer
 from .output import MedusaAparOutput
 
 logger = logging.getLogger(__name__)
 
-# Rows of a forest, at most: past these a step's cost grows with every row (DESIGN.md, facts).
-_BUDGET = {"cpu": 24, "cuda": 64}
 _CANDIDATES = 32  # guesses of the heads below each root, at most, among which a forest's nodes are chosen
 
 
@@ -73,25 +60,18 @@ class MedusaApar:
         heads: DraftHeads | None,
         control: ControlTokens | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        draft_tree: DraftTree,
-        budget: int | None,
+        options: EngineOptions,
         max_threads: int | None,
         max_depth: int,
         runtime: Runtime,
-        pool_slots: int | None,
-        cost: StepCost | None,
-        speculation: Speculation | None,
         typical: TypicalAcceptance | None = None,
         fork: str = "auto",
         pick: partial[Runtime] | None = None,
     ):
         self.model, self.heads, self.control_token_ids, self.tokenizer = model, heads, control, tokenizer
-        self.draft_tree, self.budget = draft_tree, budget
-        self.max_threads, self.max_depth = max_threads, max_depth
-        self.pool_slots, self._pick = pool_slots, pick
-        # What a step costs, None to be measured before the first that drafts; not asked where `budget` was given.
-        self.cost, self.speculation, self.typical = cost, speculation, typical
-        self.fork = fork  # where a call does not say
+        self.options, self._pick = options, pick  # of the engine that each call opens
+        # Where a call does not say:
+        self.max_threads, self.max_depth, self.typical, self.fork = max_threads, max_depth, typical, fork
         self._streamer: EndedOnce | None = None  # of a call of `generate`
         self._fits = False  # whether `generate` has just seen to it
         self._left_compiled = False  # whether the CPU runtime was left for what the model had become
@@ -136,10 +116,10 @@ class MedusaApar:
     def __repr__(self) -> str:
         """What runs, what guesses and where answers fork, on one line."""
         guesses = []
-        if self.speculation is not None:
+        if self.options.speculation is not None:
             if self.heads is not None:
                 guesses.append(f"{self.heads.num_heads} {type(self.heads).__name__.removesuffix('Heads')} heads")
-            if self.speculation.siblings:
+            if self.options.speculation.siblings:
                 guesses.append("n-grams")
         control = self.control_token_ids
         forks = "never forks"
@@ -159,13 +139,13 @@ class MedusaApar:
     def without_heads(self) -> MedusaApar:
         """The same model, weights laid out once for both, that decodes without drafting."""
         bare = copy.copy(self)
-        bare.heads, bare.draft_tree, bare.speculation = None, DraftTree([]), None
+        bare.heads, bare.options = None, replace(self.options, draft_tree=DraftTree([]), speculation=None)
         return bare
 
     def speculating(self, speculation: Speculation) -> MedusaApar:
         """The same model and heads, weights laid out once for both, that guesses ahead otherwise."""
         other = copy.copy(self)
-        other.speculation = speculation
+        other.options = replace(self.options, speculation=speculation)
         return other
 
     def generate(
@@ -178,7 +158,7 @@ class MedusaApar:
         **kwargs,
     ):
         """`model.generate` with our decoder: transformers' signature, and `fork`, `fork_if`, `max_threads`,
-        `max_depth`, `seed`, `events`, `verify` and `regenerate_below` of `__call__`.
+        `max_depth`, `seed`, `events`, `rescore` and `regenerate_below` of `__call__`.
 
         It also serves `stop_strings` of a generation config, which the bare hook cannot: transformers drops the
         tokenizer they need. However the call ends, its streamer is told.
@@ -244,7 +224,7 @@ class MedusaApar:
         max_depth: int | None = None,
         seed: int | None = None,
         events: Consumer | None = None,
-        verify: str | None = None,
+        rescore: bool = False,
         regenerate_below: float | None = None,
         stop_strings: str | list[str] | None = None,
         **model_kwargs,
@@ -261,8 +241,8 @@ class MedusaApar:
         max_threads, max_depth: of this call, in place of those given to `attach`. Lists fork the trunk only.
         seed: of the sampling noise; by default drawn from torch's global generator, so `torch.manual_seed` rules.
         events: called with everything that happens, as it happens: `medusa_apar.events` has what and in which order.
-        verify: "stitched" holds the finished answer against plain decoding of the text as it is read, in one further
-            pass over prompt and answer. The output's `agreement` says for every thread which share of its tokens plain
+        rescore: holds the finished answer against plain decoding of the text as it is read, in one further pass over
+            prompt and answer. The output's `agreement` says for every thread which share of its tokens plain
             greedy decoding chooses (not when sampling, where that says little) and what their mean log-probability is.
         regenerate_below: a share of tokens (greedy only). A thread that agrees with less of its own tokens is written
             anew, its descendants with it, by one thread that reads all text before it in reading order and `[Fork]`
@@ -281,168 +261,23 @@ class MedusaApar:
         streamer, tokenizer = self._streamer, arguments.get("tokenizer")
         if streamer is None and arguments.get("streamer") is not None:
             streamer = EndedOnce(arguments["streamer"])
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
         with ended_on_error(streamer):
-            return self._answer(
-                *(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs),
-                Asked(fork, fork_if, max_threads, max_depth, seed, events, verify, regenerate_below, stop_strings),
-                *(streamer, self.tokenizer if tokenizer is None else tokenizer, arguments),
+            checks.check_call(self, model, input_ids, generation_config, logits_processor, model_kwargs, arguments)
+            if not self._fits:
+                self._fit()
+            return answer(
+                self,
+                Prepared(
+                    *(input_ids, logits_processor, stopping_criteria, generation_config),
+                    *(model_kwargs, arguments, tokenizer, streamer),
+                    shows_prompt=self._streamer is not None,  # a streamer of `model.generate` has seen it
+                ),
+                CallOptions(
+                    *(fork, fork_if, max_threads, max_depth, seed, events),
+                    *(rescore, regenerate_below, stop_strings),
+                ),
             )
-
-    def _answer(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        asked: Asked,
-        streamer: EndedOnce | None,
-        tokenizer: Any,
-        arguments: dict[str, Any],
-    ) -> MedusaAparOutput | torch.Tensor:
-        processors = logits_processor
-        checks.check_call(self, model, input_ids, generation_config, processors, model_kwargs, arguments)
-        if not self._fits:
-            self._fit()
-        prompts = checks.unpadded(input_ids, model_kwargs.get("attention_mask"))
-        checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
-        max_depth = self.max_depth if asked.max_depth is None else asked.max_depth
-        mode, fork_if = fork_mode(self.fork if asked.fork is None else asked.fork), asked.fork_if
-        checks.check_asked(self, generation_config, fork_if, mode)
-        if mode == "auto" and self.control_token_ids is None:
-            mode = "off"
-        policy = fork_policy(mode, fork_if, max_depth, tokenizer)
-        max_new_tokens, eos_ids, criteria = Ends.of(
-            stopping_criteria, generation_config, input_ids.shape[1], one_thread=mode == "off"
-        )
-        if asked.stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")
-            criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=asked.stop_strings))
-        seed, verify, regenerate_below = asked.seed, asked.verify, asked.regenerate_below
-        last = last_limit(max_new_tokens, regenerate_below)
-        checks.check_lengths(self, prompts, last, policy.hidden(last, max_depth))
-        if generation_config.do_sample and seed is None:
-            seed = int(torch.randint(2**62, (), dtype=torch.long, device="cpu"))
-        returns_dict = bool(generation_config.return_dict_in_generate)
-        checks.check_verified(self, generation_config, verify, regenerate_below, mode, streamer, criteria)
-        first = first_limit(max_new_tokens, regenerate_below)
-        scores: dict[Thread, list[torch.Tensor]] | None = (
-            {} if returns_dict and generation_config.output_scores else None
-        )
-        requests = self._requests(input_ids, prompts, Ends(first, eos_ids, criteria), scores)
-        decoder = self._decoder(
-            requests,
-            Verifier(
-                control=self.control_token_ids,
-                fork=mode == "auto",
-                max_depth=max_depth,
-                processors=processors,
-                seed=seed if generation_config.do_sample else None,
-                keep_scores=scores is not None,
-                keep_logits=returns_dict and bool(generation_config.output_logits),
-                argmax=self.runtime.argmax,
-                in_one_launch=self.runtime.verify,
-                fork_if=fork_if if mode == "auto" else None,
-                # Greedy decoding is temperature 0, where Medusa accepts the likeliest token and no other.
-                typical=self.typical if generation_config.do_sample else None,
-            ),
-            policy,
-            asked.max_threads or self.max_threads,
-        )
-        if scores is not None:
-            decoder.scores = scores
-        columns = TextColumns(requests, int(generation_config._pad_token_tensor or 0))
-        reporter = None
-        if returns_dict or asked.events is not None:
-            reporter = decoder.reporter = Reporter(requests, asked.events, returns_dict, max_new_tokens)
-        if self._streamer is not None:  # a streamer of `model.generate` has seen it
-            self._streamer.put(input_ids.cpu())
-        for _ in decoder.run():
-            if streamer is not None:
-                for column in columns.new():
-                    streamer.put(column)
-            if reporter is not None:
-                reporter.deliver()
-        if streamer is not None:
-            streamer.end()
-        self._remark(decoder, max_new_tokens, generation_config)
-        decoder.reporter = None  # what the stitcher decodes is no part of the call's own steps
-        agreement = Stitcher(decoder, max_new_tokens, regenerate_below).run() if verify else None
-        sequences = torch.cat([input_ids, columns.text().to(input_ids.device)], dim=1)
-        if not returns_dict:
-            return sequences
-        assert reporter is not None
-        output = MedusaAparOutput(
-            sequences=sequences,
-            scores=columns.gather(decoder.scores) if decoder.verifier.keep_scores else None,
-            logits=columns.gather(decoder.logits) if decoder.verifier.keep_logits else None,
-            stats=decoder.stats,
-            paragraph_tree=[request.tree for request in requests],
-            agreement=agreement,
-            events=reporter.events,
-        )
-        output.tokenizer = tokenizer
-        return output
-
-    def _remark(self, decoder: Decoder, max_new_tokens: int, config: GenerationConfig) -> None:
-        """Warnings about a call that has run."""
-        if sentence := checks.cut_short(self.model, decoder.requests, max_new_tokens):
-            logger.warning(sentence)
-        # A hot sample, and processors that the heads know nothing of, make good heads look bad.
-        if not decoder.verifier.before and not (config.do_sample and (config.temperature or 1.0) > 1):
-            draft_watch.watch(self.runtime, decoder.stats, unembedding_size(self.model)[0])
-
-    def _requests(
-        self,
-        input_ids: torch.Tensor,
-        prompts: list[list[int]],
-        ends: Ends,
-        scores: dict[Thread, list[torch.Tensor]] | None,
-    ) -> list[Request]:
-        control = self.control_token_ids
-        seen: Counter = Counter()
-        requests = []
-        for row, (row_ids, prompt) in enumerate(zip(input_ids.tolist(), prompts, strict=True)):
-            # Equal prompts (num_return_sequences) get noise of their own, whatever else is in the batch.
-            key = thread_key(prompt, seen[tuple(prompt)])
-            seen[tuple(prompt)] += 1
-            tree = ParagraphTree(prompt, key, ends.eos_ids)
-            if control is not None:
-                tree.fork_id, tree.child_id = control.fork_id, control.child_id
-            limits = ends.max_new_tokens, ends.criteria, input_ids.device, scores
-            requests.append(Request(row, len(prompts), row_ids, prompt, tree, *limits))
-        return requests
-
-    def _decoder(
-        self, requests: list[Request], verifier: Verifier, policy: NoForks, max_threads: int | None
-    ) -> Decoder:
-        speculation, control = self.speculation, self.control_token_ids
-        cost = self.cost
-        if cost is None and self.budget is None and speculation is not None:
-            cost = known_cost(self.model, self.runtime, self.heads, self.draft_tree)
-        rows = _BUDGET.get(device_of(self.model).type, _BUDGET["cpu"]) if self.budget is None else self.budget
-        if speculation is None:
-            budget: Any = EvenBudget(0, DraftTree([]))
-        elif speculation.plan == "even":
-            budget = EvenBudget(rows, self.draft_tree, cost)
-        else:
-            budget = ForestBudget(rows, cost, self.runtime.most_nodes, speculation.worths)
-        ledger = SlotLedger(self.runtime.pool(self.pool_slots))
-        context = context_length(self.model)
-        return Decoder(
-            model=self.model,
-            heads=self.heads,
-            runtime=self.runtime,
-            scheduler=Scheduler(ledger, budget, max_threads, context),
-            verifier=verifier,
-            fork_manager=ForkManager(ledger, context, policy, verifier.max_depth),
-            requests=requests,
-            speculation=speculation or Speculation.even(),
-            draft_tree=self.draft_tree,
-            proposer=Proposer() if control is None else Proposer(control.fork_id, control.child_id),
-        )
 
 
 @functools.cache
@@ -453,20 +288,6 @@ def _say_once(sentence: str) -> None:
 def _state(model: PreTrainedModel) -> tuple:
     """What a runtime is picked by, as far as it changes with a word (`model.half()`, `model.train()`)."""
     return model.dtype, model.training, device_of(model)
-
-
-class Asked(NamedTuple):
-    """What `MedusaApar.__call__` takes beside what transformers prepares."""
-
-    fork: bool | str | None
-    fork_if: ForkIf | None
-    max_threads: int | None
-    max_depth: int | None
-    seed: int | None
-    events: Consumer | None
-    verify: str | None
-    regenerate_below: float | None
-    stop_strings: str | list[str] | None
 
 
 def _callers_arguments() -> dict[str, Any]:
@@ -571,7 +392,7 @@ def attach(
     speculation = default if speculation is None else Speculation.named(speculation)
     fork = fork_mode(fork)
     if draft_tree is None:
-        size = budget or _BUDGET.get(device_of(model).type, _BUDGET["cpu"])
+        size = budget or EngineOptions().max_rows(device_of(model).type)
         if speculation is not None and speculation.plan == "forest":
             size = _CANDIDATES
         size = size if chosen.most_nodes is None else min(size, chosen.most_nodes)
@@ -580,10 +401,9 @@ def attach(
         raise ValueError(f"the draft tree has {len(draft_tree)} nodes; attention='triton' takes {chosen.most_nodes}.")
     elif heads is not None and draft_tree.num_heads > heads.num_heads:
         raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
+    options = EngineOptions(speculation, draft_tree, budget, step_cost, pool_slots)
     return MedusaApar(
-        *(model, heads, apar, tokenizer, draft_tree, budget, max_threads, max_depth, chosen, pool_slots),
-        cost=step_cost,
-        speculation=speculation,
+        *(model, heads, apar, tokenizer, options, max_threads, max_depth, chosen),
         typical=typical,
         fork=fork,
         pick=pick,

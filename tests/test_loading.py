@@ -126,7 +126,7 @@ def test_a_batch_is_padded_where_no_answer_goes_on(base):
 def test_dtype_and_attach_options_arrive(base):
     apar = load(str(base), dtype="bfloat16", max_threads=2, budget=5)
     assert apar.model.dtype == torch.bfloat16
-    assert apar.max_threads == 2 and apar.budget == 5
+    assert apar.max_threads == 2 and apar.options.budget == 5
 
 
 def test_an_adapter_is_merged_into_the_base_it_names(adapter):

@@ -122,7 +122,7 @@ def _why_torch(apar: MedusaApar) -> list[str]:
 
 def _heads(apar: MedusaApar) -> str:
     if apar.heads is None:
-        return "none" if apar.speculation is None else "none: guesses come from n-grams"
+        return "none" if apar.options.speculation is None else "none: guesses come from n-grams"
     ids = apar.heads.draft_vocab_size
     return f"{apar.heads.num_heads} {apar.heads.kind} heads over {ids} ids"
 

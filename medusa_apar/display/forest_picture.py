@@ -55,7 +55,7 @@ def rows(recording: Recording, batch_row: int = 0) -> list[Row]:
     return [
         row
         for thread, drafted in recording.drafted.items()
-        if drafted.row == batch_row
+        if recording.rows[drafted.request] == batch_row
         for row in _stem(thread, drafted)
     ]
 
@@ -63,7 +63,7 @@ def rows(recording: Recording, batch_row: int = 0) -> list[Row]:
 def blocks(recording: Recording, batch_row: int = 0) -> list[Block]:
     """What is in the cache for these rows."""
     cached: dict[Thread, int] = {}
-    drafted = {thread: d for thread, d in recording.drafted.items() if d.row == batch_row}
+    drafted = {thread: d for thread, d in recording.drafted.items() if recording.rows[d.request] == batch_row}
     for thread, its in drafted.items():
         cached[thread] = max(cached.get(thread, 0), its.cached)
         for ancestor, stop in thread.ancestors():
@@ -150,7 +150,7 @@ def _accepted(after: Recording, row: int) -> dict[tuple[int, int], bool]:
     """By thread and node, whether it was right."""
     found: dict[tuple[int, int], bool] = {}
     for thread, drafted in after.drafted.items():
-        if drafted.row == row:
+        if after.rows[drafted.request] == row:
             wrong = after.rejected[thread].nodes if thread in after.rejected else ()
             found |= {(thread.index, node): node not in wrong for node in range(len(drafted.token_ids))}
     return found

@@ -60,7 +60,7 @@ def all_wrong_guesses(recording: Recording, row: int) -> dict[tuple[Thread, int]
         if not isinstance(event, StepFinished):
             continue
         for thread, rejected in again.rejected.items():
-            if rejected.row != row:
+            if recording.rows[rejected.request] != row:
                 continue
             theirs = recording.trees[row].threads[thread.index]
             at_place: dict[int, list[int]] = {}

@@ -125,7 +125,7 @@ class Milestones:
 
     def __call__(self, event: Event) -> None:
         self._recording(event)
-        if not isinstance(event, (ThreadStarted, ThreadFinished)) or event.row:
+        if not isinstance(event, (ThreadStarted, ThreadFinished)) or self._recording.rows[event.request]:
             return
         thread = self._recording.trees[0].threads[event.thread]
         if isinstance(event, ThreadFinished):

@@ -1,252 +1,336 @@
-"""The decoder loop: draft -> forest -> forward -> verify -> fork manager -> paragraph tree."""
+"""The engine: requests join and leave it at every step, and one forward pass serves them all.
+
+    engine = Engine(model, runtime, heads, options)
+    engine.add(request)
+    while engine.unfinished:
+        for output in engine.step():
+            ...
+    engine.close()
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from medusa_apar.drafting.candidates import MOST_DEPTH, Proposal, Proposer
+from medusa_apar.drafting.advance import Advance, DraftResult
+from medusa_apar.drafting.budget import EvenBudget, ForestBudget
+from medusa_apar.drafting.candidates import Proposer
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import Drafter
-from medusa_apar.drafting.ngram_index import Recall, SiblingMemory
-from medusa_apar.drafting.options import Speculation
-from medusa_apar.engine.stats import Stats
-from medusa_apar.events.reporter import Reporter
+from medusa_apar.drafting.speculator import Speculator
+from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.events import Event
+from medusa_apar.events.reporter import Reporters
 from medusa_apar.forest.forest import Forest, Stem
-from medusa_apar.heads import DraftHeads
-from medusa_apar.runtimes.cpu.drafting import Pruned
+from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.models.families import context_length
 from medusa_apar.runtimes.devices import device_of
+from medusa_apar.runtimes.measure import known_cost
 from medusa_apar.runtimes.runtime import Runtime
+from medusa_apar.threads.control_tokens import ControlTokens
+from medusa_apar.threads.fork_manager import ForkManager
 from medusa_apar.threads.paragraph_tree import Thread
-from medusa_apar.threads.request import Request
-from medusa_apar.verify.device_verify import Drafting
+from medusa_apar.threads.request import Request, Status, TokenLogprobs
+from medusa_apar.verify.sampler import Sampler
+from medusa_apar.verify.tail import Tail
 from medusa_apar.verify.verdict import Verdict
-from medusa_apar.verify.verifier import Verifier
 
-from .fork_manager import ForkManager
-from .scheduler import Scheduler
-
-Advanced = tuple[Request, Thread, Verdict]  # a thread that has gone on in this step, and by what
+from .admission import QueueFull, check_fits
+from .options import EngineOptions
+from .scheduler import Plan, Scheduler
+from .stats import PhaseTimer, Stats
 
 
 @dataclass(slots=True)
-class Decoder:
-    """Everything one generate call needs; `run` generates for all requests at once."""
+class RequestOutput:
+    """What a step has brought one request.
 
-    model: PreTrainedModel
-    heads: DraftHeads | None
-    runtime: Runtime
-    scheduler: Scheduler
-    verifier: Verifier
-    fork_manager: ForkManager
-    requests: list[Request]
-    speculation: Speculation = field(default_factory=Speculation)
-    draft_tree: DraftTree = field(default_factory=lambda: DraftTree([]))  # of the heads' guesses below each root
-    proposer: Proposer = field(default_factory=Proposer)
-    stats: Stats = field(default_factory=Stats)
-    reporter: Reporter | None = None  # None where nobody wants to know
-    # Written by `run`: what drafts for the heads, and what it reads.
-    drafter: Drafter | None = None
-    drafter_weights: Hashable = None
-    # Candidates for each thread's draft tree; written by `_propose`, read by the scheduler.
-    proposals: dict[Thread, Proposal] = field(default_factory=dict)
-    memories: dict[Request, SiblingMemory] = field(default_factory=dict)
-    # Per thread and own token, float32 [vocab], where the caller asked for them.
-    scores: dict[Thread, list[torch.Tensor]] = field(default_factory=dict)
-    logits: dict[Thread, list[torch.Tensor]] = field(default_factory=dict)
+    token_ids: its new readable tokens. finish_reason: "stop", "length", "aborted" or "error" once it has ended; `error`
+    is what it failed by. events: what happened, where the request's options ask for them.
+    """
 
-    def run(self) -> Iterator[None]:
-        """Steps until every request is done; yields after each step, with `requests` and `stats` up to date."""
-        with self.runtime.running(checked=True):  # by whoever picked it for this call
-            # Looked up once, as it asks every weight that was copied whether it has changed.
-            least = self.scheduler.budget.least_chance
-            self.drafter = self.heads.drafter(least) if isinstance(self.heads, DraftHeads) else self.heads
-            self.drafter_weights = self.heads.weights_key() if isinstance(self.heads, DraftHeads) else None
-            while any(not request.done for request in self.requests):
-                self.step()
-                yield
-        self.stats.final_slots = self.scheduler.ledger.pool.in_use
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+    events: list[Event] = field(default_factory=list)
 
-    def step(self) -> None:
-        clock = Laps(self.stats.phase_seconds)
-        running = [request for request in self.requests if not request.done]
-        plan = self.scheduler.plan(running, self.proposals.get)
-        clock.lap("plan")
-        forest = Forest([stems for _, stems in plan], self.scheduler.ledger, device_of(self.model))
-        owner = {stem: request for request, stems in plan for stem in stems}
-        taps = () if self.heads is None else self.heads.taps
-        clock.lap("forest")
-        choice, drafting = None, None
-        asked = self._asks_heads()
-        if self.verifier.in_one_launch is not None:
-            drafting = self._drafting(self.scheduler.running(running), len(forest.verified)) if asked else None
-            choice = self.verifier.choice(forest, max(self.draft_tree.height, MOST_DEPTH), drafting)
-        pool = self.scheduler.ledger.pool
-        if self.reporter is not None and self.reporter.watched:
-            self.reporter.plans(forest, owner, pool)
-            clock.skip(self.reporter.deliver())  # what is guessed is to be seen while it is checked
-        logits, hidden, chosen = self.runtime.step(forest, pool, taps, choice)
-        clock.lap("forward")
-        if choice is None or chosen is None:
-            verdicts = self.verifier(forest, logits, owner)
-        else:
-            verdicts = self.verifier.read(choice, chosen, forest, logits, owner)
-        clock.lap("verify")
-        if self.reporter is not None and not self.reporter.watched:
-            self.reporter.plans(forest, owner, pool)
-        advanced: list[Advanced] = []
-        for stem, verdict in zip(forest.verified, verdicts, strict=True):
-            self.proposals.pop(stem.thread, None)
-            gains = self.fork_manager.commit(owner[stem].tree, stem, verdict)
-            if self.reporter is not None:
-                self.reporter.commits(owner[stem], stem, gains)
-            gained = next((gained for thread, _, gained in gains if thread is stem.thread), 0)
-            self._learn(stem, verdict.nodes[:gained])
-            for thread, its, gained in gains:
-                self.stats.accepted_lengths[gained] += 1
-                self._keep_scores(thread, its, gained)
-                advanced.append((owner[stem], thread, its))
-        for request in running:
-            request.publish()
-            self.fork_manager.trim(request)
-            if request.done:
-                self.memories.pop(request, None)
-        clock.lap("commit")
-        advanced = [entry for entry in advanced if entry[1].live and not entry[1].awaits_insertion]
-        going_on = [request for request in running if not request.done]
-        guesses = self.drafter is not None or self.speculation.siblings
-        roots = max(self.scheduler.running(going_on), 1) if guesses else 0
-        advanced = self._worth_guessing(advanced, roots, len(going_on)) if guesses else []
-        recalls = self._recall(advanced) if self.speculation.siblings else {}
-        if choice is None:
-            crowd = roots, len(going_on)
-            drafting = self._draft(advanced, hidden, crowd, recalls) if asked and advanced else None
-        self._propose(advanced, None if drafting is None else drafting.tree, recalls)
-        clock.lap("draft")
-        self._count(forest)
-        if self.reporter is not None:
-            self.reporter.finishes(running, forest, pool)
-        clock.lap("count")
-        if any(stem.thread.parent is None and len(stem.pending) >= stem.thread.num_forced for stem in forest.stems):
-            self.stats.prefill_seconds += clock.total
-        else:
-            self.stats.decode_seconds += clock.total
 
-    def _learn(self, stem: Stem, nodes: list[int]) -> None:
-        """Lets the proposer know which of a stem's draft nodes the thread gained, and counts them."""
-        if stem.proposal is None:
-            return
-        accepted = stem.kept[nodes].tolist()
-        if stem.thread.live and not stem.thread.awaits_insertion:  # else nobody knows what would have come next
-            self.proposer.learn(stem.proposal, stem.kept, set(accepted))
-        of_heads = sum(node < stem.proposal.heads for node in stem.kept[: stem.guessed].tolist())
-        heads_right = sum(node < stem.proposal.heads for node in accepted)
-        self.stats.drafted.update(heads=of_heads, siblings=stem.guessed - of_heads, forks=len(stem.forks))
-        self.stats.accepted.update(heads=heads_right, siblings=len(accepted) - heads_right)
-        self.stats.accepted["forks"] += sum(node in stem.forks for node in nodes)
+class Engine:
+    """Owns the KV pool, the scheduler, and what is learned while answers are written. One Python thread calls it.
 
-    def _worth_guessing(self, advanced: list[Advanced], roots: int, requests: int) -> list[Advanced]:
-        """Those for which guesses can pay in a step of so many roots; all are remembered."""
-        paying: set[Thread] = set()
-        for request, group in groupby(advanced, itemgetter(0)):
-            threads = [thread for _, thread, _ in group]
-            paying |= self.scheduler.budget.paying(threads, roots, requests)
-            if self.speculation.siblings:
-                memory = self.memories.setdefault(request, SiblingMemory(request.tree.child_id))
-                for thread in threads:
-                    memory.learn(thread)
-        return [entry for entry in advanced if entry[1] in paying]
+    Args:
+        runtime: what runs the model's steps, as `pick_runtime` returns it.
+        heads: draft heads trained for the model, or None.
+        control: the model's control tokens, or None.
 
-    def _recall(self, advanced: list[Advanced]) -> dict[Thread, Recall]:
-        """What followed where these threads' last tokens were written before."""
-        found = ((thread, self.memories[request].recall(thread)) for request, thread, _ in advanced)
-        return {thread: recall for thread, recall in found if recall is not None}
+    Raises ValueError for what cannot be. The model's weights may change while no request is unfinished: they are looked
+    at when the first one joins.
+    """
 
-    def _draft(
-        self, advanced: list[Advanced], hidden: torch.Tensor, crowd: tuple[int, int], recalls: dict[Thread, Recall]
-    ) -> Drafting | None:
-        """Has the heads look on from where the last token of each thread that is worth it was chosen.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        runtime: Runtime,
+        heads: Heads | None = None,
+        options: EngineOptions | None = None,
+        control: ControlTokens | None = None,
+    ) -> None:
+        options = EngineOptions() if options is None else options
+        self.model, self.runtime, self.heads, self.options = model, runtime, heads, options
+        self.device, context = device_of(model), context_length(model)
+        self.taps: tuple[int, ...] = () if heads is None else tuple(heads.taps)
+        self.ledger = SlotLedger(runtime.pool(options.pool_slots))
+        self.cost = self._step_cost()
+        budget = self._budget()
+        self.scheduler = Scheduler(self.ledger, budget, context, self._max_prefill_rows(), options.max_requests)
+        scorer = Proposer() if control is None else Proposer(control.fork_id, control.child_id)
+        self.speculator = Speculator(options.speculation, budget, tree=options.draft_tree, scorer=scorer)
+        self.fork_manager = ForkManager(context)
+        self.reporters = Reporters()
+        self.stats = Stats(drafted=self.speculator.drafted, accepted=self.speculator.accepted)
+        self._requests: dict[str, Request] = {}  # that have not ended
+        self._watches: dict[tuple[int, ...], StateWatch] = {}
+        self._arrivals = 0
+        self._session: ExitStack | None = None  # while requests are unfinished
+        self._closed = False
 
-        crowd: roots of the next step, and requests.
+    # ---- requests
+
+    def add(self, request: Request) -> None:
+        """Queues a request. ValueError, with the numbers, for one that can never fit; QueueFull for one too many."""
+        if self._closed:
+            raise RuntimeError("the engine is closed.")
+        if request.id in self._requests:
+            raise ValueError(f"a request named {request.id!r} is unfinished.")
+        check_fits(self.model, self.options.pool_slots, [request.prompt_ids], request.options)
+        most = self.options.max_waiting
+        if most is not None and self.scheduler.num_waiting >= most:
+            raise QueueFull(f"{most} requests are waiting already; try again later.")
+        request.sampler = self._sampler(request)
+        request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        request.added, request.status = time.perf_counter(), Status.WAITING
+        self._requests[request.id] = request
+        self.scheduler.add(request)
+        self.reporters.added(request)
+        self.stats.requests += 1
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and gives its slots back; one that has ended or is unknown stays as it is."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.finish_reason = "aborted"
+            self._end(request, Status.ABORTED)
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests have not ended."""
+        return len(self._requests)
+
+    def close(self) -> None:
+        """Aborts what is unfinished and gives everything back. A closed engine takes no further request."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self._leave()
+        self._closed = True
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- steps
+
+    @torch.no_grad()
+    def step(self) -> list[RequestOutput]:
+        """plan -> forward -> verify -> commit -> draft, for the requests that run now.
+
+        Returns what it has brought each of them, if anything. ValueError where the model has become one that the
+        runtime cannot run; what a single request fails by is in its own output.
         """
-        asking: set[Thread] = set()
-        for _, group in groupby(advanced, itemgetter(0)):
-            trusts = {
-                thread: self.proposer.trust.of(recalls[thread].match) if thread in recalls else 0.0
-                for _, thread, _ in group
-            }
-            asking |= self.scheduler.budget.asking(trusts)
-        advanced = [entry for entry in advanced if entry[1] in asking]
-        threads, requests = crowd
-        drafting = self._drafting(threads, len(advanced)) if advanced else None
-        if drafting is not None:
-            if isinstance(self.drafter, Pruned):
-                # Of several threads of a request the one that the answer waits for counts about half.
-                worth = 1.0 if threads <= requests else 0.5
-                self.drafter.chance = self.scheduler.budget.bar(threads, requests, worth)
-            rows = torch.tensor([verdict.row for _, _, verdict in advanced], dtype=torch.long, device=hidden.device)
-            last = [thread.tokens[-1] for _, thread, _ in advanced]
-            roots = torch.tensor(last, dtype=torch.long, device=hidden.device)
-            token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree)
-            guessed = zip(token_ids.cpu().numpy(), log_probs.float().cpu().numpy(), strict=True)
-            for (_, _, verdict), guess in zip(advanced, guessed, strict=True):
-                verdict.guessed = guess
-        return drafting
+        self._enter()
+        phase = PhaseTimer(self.stats.phase_seconds)
+        with phase("plan"):
+            plan, stems = self.scheduler.plan(self.speculator.candidates)
+        with phase("forest"):
+            forest = Forest(stems, self.ledger, self.device)
+            drafting = self.speculator.begin(self.scheduler.load(), len(forest.verified))
+            tail = Tail(forest, self.runtime.verify, self.runtime.argmax, drafting, self.speculator.max_depth)
+        self.reporters.planned(forest, self.ledger.pool.in_use)
+        with phase("forward"):
+            output = self.runtime.step(forest, self.ledger.pool, self.taps, tail)
+        with phase("verify"):
+            verdicts = tail.read(output)
+        with phase("commit"):
+            pairs = zip(forest.verified, verdicts, strict=True)
+            advances = [advance for stem, verdict in pairs for advance in self._commit(stem, verdict)]
+            for request in plan.requests:
+                self._publish(request)
+        with phase("draft"):
+            self.speculator.draft(advances, output.hidden, self.scheduler.load(), tail.drafting)
+        self._count(plan, forest, phase)
+        self.reporters.stepped(plan.requests, len(forest), self.ledger.pool.in_use)
+        return self._outputs(plan)
 
-    def _propose(self, advanced: list[Advanced], tree: DraftTree | None, recalls: dict[Thread, Recall]) -> None:
-        """Candidates for these live threads: what the heads guessed in `tree`, and what was written before behind the
-        same tokens."""
-        guesses = [verdict.guessed for _, _, verdict in advanced if verdict.guessed is not None]
-        made: Iterator[Proposal] = iter(())
-        if tree is not None and guesses:
-            made = iter(self.proposer.of_heads(tree, *map(np.stack, zip(*guesses, strict=True))))
-        for _, thread, verdict in advanced:
-            proposal = None if verdict.guessed is None else next(made)
-            if thread in recalls:
-                proposal = self.proposer.with_recall(proposal, tree, recalls[thread])
-            if proposal is not None and self.speculation.forks:
-                proposal = self.proposer.with_children(proposal, self.verifier.may_fork(thread), thread.tokens[-1])
-            if proposal is not None:
-                self.proposals[thread] = proposal
+    def _commit(self, stem: Stem, verdict: Verdict | None) -> list[Advance]:
+        """Appends what a stem's thread has chosen, books accepted slots, frees rejected ones; threads that went on: the
+        stem's, then children whose `[Child]` had been drafted."""
+        request, thread, drafted = stem.request, stem.thread, stem.drafted_slots.tolist()
+        if verdict is None or request.error is not None:
+            self.ledger.commit(drafted, [], [])
+            request.done |= verdict is None and request.error is None and stem.stop >= len(thread.tokens) - 1
+            return []
+        try:
+            outcome = self.fork_manager.advance(request, thread, verdict.tokens)
+            nodes, ended = verdict.nodes[: outcome.gained], outcome.ended
+            accepted = [(thread, [drafted[node] for node in nodes])]
+            advances = [Advance(request, thread, outcome.gained, verdict.row, verdict.guessed)] if outcome.gained else []
+            for place, child in outcome.children:
+                fork = nodes[place] if place < len(nodes) else None
+                if child.live and fork in stem.forks:
+                    first = verdict.children[fork]
+                    accepted.append((child, [drafted[stem.forks[fork]]]))
+                    ended += self.fork_manager.advance(request, child, first.tokens).ended
+                    advances.append(Advance(request, child, 1, first.row, first.guessed))
+                    self._keep(request, child, first, 1)
+        except Exception as error:  # a fork policy's
+            request.error = error
+            self.ledger.commit(drafted, [], [])
+            return []
+        self.ledger.commit(drafted, accepted, ended)
+        self._keep(request, thread, verdict, outcome.gained)
+        self.stats.forks += len(outcome.children)
+        self.stats.accepted_lengths.update(advance.gained for advance in advances)
+        if stem.proposal is not None:
+            self.speculator.learn(DraftResult(stem.proposal, stem.kept, nodes, stem.guessed, list(stem.forks)), thread)
+        self.reporters.committed(stem, nodes, advances)
+        request.status = Status.DECODING
+        return advances
 
-    def _asks_heads(self) -> bool:
-        """Once a step: not without heads, nor while they do not pay."""
-        if self.drafter is None:
-            return False
-        pays = self.scheduler.budget.heads_pay()
-        self.stats.undrafted_steps += not pays
-        return pays
+    def _publish(self, request: Request) -> None:
+        """Moves a request's readable text on, and cancels threads that can no longer show."""
+        before = len(request.text)
+        if request.error is None and request.status is Status.DECODING:
+            try:
+                request.publish()
+            except Exception as error:  # a stopping criterion's
+                request.error = error
+            else:
+                for thread in self.fork_manager.trim(request):
+                    self.ledger.settle(thread)
+        self.stats.generated_tokens += len(request.text) - before
+        request.stats.steps += 1
+        if before == 0 < len(request.text):
+            request.stats.first_token = time.perf_counter() - request.added
 
-    def _drafting(self, roots: int, threads: int) -> Drafting | None:
-        """Who drafts, and a tree of as many nodes below each of so many threads as can be of use; None for none."""
-        if self.drafter is None:
-            return None
-        budget = self.scheduler.budget
-        tree = self.draft_tree.first(budget.nodes(roots, max(min(threads, roots), 1), budget.rows))
-        return Drafting(self.drafter, tree, self.drafter_weights) if len(tree) else None
+    def _outputs(self, plan: Plan) -> list[RequestOutput]:
+        """What is new of each request; those that are done or have failed leave the engine."""
+        outputs = []
+        for request in plan.requests:
+            if request.error is not None:
+                request.finish_reason = "error"
+                self._end(request, Status.FAILED)
+            elif request.done:
+                request.finish_reason = request.finish_reason or "stop"
+                self._end(request, Status.FINISHED)
+            new, request.sent = request.text_ids[request.sent :], len(request.text_ids)
+            events = request.watcher.take() if request.options.events else []
+            if new or events or request.status.ended:
+                reason = request.finish_reason if request.status.ended else None
+                outputs.append(RequestOutput(request.id, new, reason, request.error, events))
+        if not self._requests:
+            self._leave()
+        return outputs
 
-    def _keep_scores(self, thread: Thread, verdict: Verdict, gained: int) -> None:
-        for kept, new in ((self.scores, verdict.scores), (self.logits, verdict.logits)):
-            if new and gained:
-                own = kept.setdefault(thread, [])
-                own += new[:gained]
-                own += [_forced(token, own[-1]) for token in thread.token_ids[len(own) :]]
+    def _end(self, request: Request, status: Status) -> None:
+        """Takes a request out, whatever it was doing."""
+        request.done, request.status = True, status
+        request.stats.finished = time.perf_counter() - request.added
+        for thread in self.fork_manager.trim(request):
+            self.ledger.settle(thread)
+        for thread in request.tree.threads:
+            self.ledger.settle(thread)
+        self.scheduler.remove(request)
+        self.speculator.forget(request.tree.threads)
+        self.reporters.ended(request)
+        del self._requests[request.id]
 
-    def _count(self, forest: Forest) -> None:
+    def _count(self, plan: Plan, forest: Forest, phase: PhaseTimer) -> None:
         stats = self.stats
         stats.steps += 1
         stats.forward_tokens += len(forest)
-        stats.generated_tokens = sum(len(request.text) for request in self.requests)
-        stats.forks = sum(len(request.tree.threads) - 1 for request in self.requests)
+        stats.undrafted_steps = self.speculator.undrafted_steps
+        stats.preemptions, stats.thread_preemptions = self.scheduler.preemptions, self.scheduler.thread_preemptions
         stats.peak_threads = max(stats.peak_threads, len(forest.verified))
-        stats.peak_slots = self.scheduler.ledger.pool.peak
+        stats.peak_slots = self.ledger.pool.peak
+        if plan.prefill_rows:
+            stats.prefill_seconds += phase.total
+        else:
+            stats.decode_seconds += phase.total
+
+    # ---- what it is made of
+
+    def _enter(self) -> None:
+        if self._session is not None:
+            return
+        self._session = ExitStack()
+        self._session.enter_context(self.runtime.running(checked=True))  # by whoever picked it
+        if self.heads is not None:
+            # Looked up once, as it asks every weight that was copied whether it has changed.
+            self.speculator.drafter = self.runtime.drafter(self.heads)
+
+    def _leave(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        self.stats.final_slots = self.ledger.pool.in_use
+
+    def _sampler(self, request: Request) -> Sampler:
+        """Requests that share logits processors share what watches them for state."""
+        return Sampler(request.options)
+
+    def _step_cost(self) -> StepCost | None:
+        options = self.options
+        if options.step_cost is not None or options.budget is not None or options.speculation is None:
+            return options.step_cost
+        return known_cost(self.model, self.runtime, self.heads, options.draft_tree)
+
+    def _budget(self) -> ForestBudget | EvenBudget:
+        speculation, rows = self.options.speculation, self.options.max_rows(self.device.type)
+        if speculation is None:
+            return EvenBudget(0, DraftTree([]))
+        if speculation.plan == "even":
+            return EvenBudget(rows, self.options.draft_tree, self.cost)
+        return ForestBudget(rows, self.cost, self.runtime.most_nodes, speculation.worths)
+
+    def _max_prefill_rows(self) -> int:
+        """So many rows more than a full step's that it takes twice as long at most."""
+        if self.options.max_prefill_rows is not None:
+            return self.options.max_prefill_rows
+        rows = self.options.max_rows(self.device.type)
+        if self.cost is None:
+            return rows
+        costs = self.cost.rows(16 * rows)
+        return max(int((costs <= 2 * costs[rows - 1]).sum()) - rows, 1)
+
+    def _keep(self, request: Request, thread: Thread, verdict: Verdict, gained: int) -> None:
+        """Keeps scores of a thread's new tokens; those of forced ones say that nothing else was possible."""
+        if not gained:
+            return
+        for kept, new in ((request.scores, verdict.scores), (request.logits, verdict.logits)):
+            if new:
+                own = kept.setdefault(thread, [])
+                own += new[:gained]
+                own += [_forced(token, own[-1]) for token in thread.token_ids[len(own) :]]
+        if verdict.logprobs:
+            told = request.logprobs.setdefault(thread, [])
+            told += verdict.logprobs[:gained]
+            told += [TokenLogprobs(0.0)] * (len(thread.token_ids) - len(told))
 
 
 def _forced(token: int, like: torch.Tensor) -> torch.Tensor:
@@ -254,25 +338,3 @@ def _forced(token: int, like: torch.Tensor) -> torch.Tensor:
     scores = torch.full_like(like, -torch.inf)
     scores[token] = 0
     return scores
-
-
-class Laps:
-    """Adds up, by name, what passes between two calls."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
-        self._started = self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def skip(self, seconds: float) -> None:
-        """As if they had not passed."""
-        self._started += seconds
-        self._last += seconds
-
-    @property
-    def total(self) -> float:
-        return self._last - self._started

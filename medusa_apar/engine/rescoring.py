@@ -1,11 +1,10 @@
-"""Verified mode: a finished answer held against plain decoding of the text as it is read, weak threads written anew.
+"""Rescoring: a finished answer held against plain decoding of the text as it is read, weak threads written anew.
 
 A thread does not see what its siblings write, so a threaded answer is not what one thread would have written. How far
 off it is, one causal pass tells: prompt and answer in reading order, without control tokens, at ordinary positions.
 
-The runtime that wrote the answer makes that pass, over slots of its own, so the figures speak of threads and not of
-rounding: with `fork=False` a greedy answer agrees with itself. It goes in pieces, each behind the slots of those before
-it, since a long answer's logits would fill gigabytes.
+The engine that wrote the answer makes that pass, so the figures speak of threads and not of rounding: with `fork=False`
+a greedy answer agrees with itself. It goes in pieces, since a long answer's logits would fill gigabytes.
 """
 
 from __future__ import annotations
@@ -13,18 +12,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
+from medusa_apar.threads.fork_policy import NoForks
+from medusa_apar.threads.paragraph_tree import Thread
+from medusa_apar.threads.request import Request, RequestOptions, TextScores
 
-from medusa_apar.engine.stats import ThreadAgreement
-from medusa_apar.forest.forest import Forest, Stem
-from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.runtimes.devices import device_of
-from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
-from medusa_apar.threads.request import Request
-from medusa_apar.triton_kernels.reference import likeliest
-
-from .engine import Decoder
+from .engine import Engine
+from .stats import ThreadAgreement
 
 # A thread is judged by what it wrote among the first so many tokens of its part of the text, which is its own and its
 # descendants'. Were it judged by everything, a limit would change what is judged and no longer just cut the text.
@@ -32,7 +27,6 @@ JUDGED = 64
 # A rewritten thread has to end within so many tokens, its end token among them, or its first version stays: now and
 # then one goes on with the list it is a part of.
 LONGEST = 128
-_PIECE = 512  # rows of a pass: 100 MB of float32 logits where the vocabulary is 49152
 
 
 def first_limit(max_new_tokens: int, regenerate_below: float | None) -> int:
@@ -46,19 +40,11 @@ def last_limit(max_new_tokens: int, regenerate_below: float | None) -> int:
 
 
 @dataclass(slots=True)
-class Scored:
-    """What plain decoding says of a text, token by token; shorter than the text where the model's context ends."""
-
-    log_probs: list[float] = field(default_factory=list)
-    chosen: list[bool] = field(default_factory=list)  # whether greedy decoding chooses the token; empty when sampling
-
-
-@dataclass(slots=True)
 class Revision:
     """One row's final text as it comes about: `request.text`, but for the parts of weak threads."""
 
     request: Request
-    scored: Scored  # of request.text
+    scored: TextScores  # of request.text
     limit: int  # tokens of the final text
     # Written by `judge`:
     weak: set[Thread] = field(default_factory=set)
@@ -120,90 +106,72 @@ class Revision:
 
 
 @dataclass(slots=True)
-class Stitcher:
-    """Scores and revises the answers of a decoder that has run, its requests' limit being `first_limit`."""
+class Rescoring:
+    """Scores and revises the answers of requests that have finished, their limit being `first_limit`.
 
-    decoder: Decoder
+    It is a client of the engine: a text is scored, and a thread written anew, as a request like any other.
+    """
+
+    engine: Engine
+    requests: list[Request]
     max_new_tokens: int
     regenerate_below: float | None
     # Written by `_rewrite`: weak thread -> the trunk that replaces it, or None where there is no better one.
     new_threads: dict[Thread, Thread | None] = field(default_factory=dict)
-    ledger: SlotLedger = field(init=False)  # of the passes
-
-    def __post_init__(self) -> None:
-        self.ledger = SlotLedger(self.decoder.runtime.pool(self.decoder.scheduler.ledger.pool.max_slots))
+    _new_requests: dict[Thread, Request] = field(default_factory=dict)  # by the trunk that replaces a thread
 
     def run(self) -> list[list[ThreadAgreement]]:
         """Leaves every request with its final text, and says of every row and thread how plain decoding sees it."""
-        decoder, requests = self.decoder, self.decoder.requests
-        scored = [self.score(request, request.text_ids) for request in requests]
+        requests = self.requests
+        for request in requests:
+            request.watcher = None  # what is rewritten is not told
+        scored = self.scores(requests)
         rewritten: list[list[Thread]] = [[] for _ in requests]
         if self.regenerate_below is not None:
-            for row, revision in enumerate(self._revise(scored)):
+            revisions = self._revise(scored)
+            for row, revision in enumerate(revisions):
                 self._adopt(revision)
-                rewritten[row] = revision.rewritten
-                request = revision.request
-                scored[row] = self.score(request, request.text_ids) if revision.rewritten else revision.scored
+                rewritten[row], scored[row] = revision.rewritten, revision.scored
+            changed = [row for row, threads in enumerate(rewritten) if threads]
+            for row, its in zip(changed, self.scores([requests[row] for row in changed]), strict=True):
+                scored[row] = its
         reports = [_report(*entry) for entry in zip(requests, scored, rewritten, strict=True)]
         threads = [agreement for report in reports for agreement in report]
-        stats, tokens = decoder.stats, sum(agreement.tokens for agreement in threads)
-        if decoder.verifier.seed is None and tokens:
+        stats, tokens = self.engine.stats, sum(agreement.tokens for agreement in threads)
+        if requests[0].options.seed is None and tokens:
             stats.agreement = sum(agreement.chosen or 0 for agreement in threads) / tokens
         stats.regenerated = sum(map(len, rewritten))
         stats.generated_tokens = sum(len(request.text) for request in requests)
         stats.forks = sum(len(request.tree.threads) - 1 for request in requests)
-        stats.peak_slots = max(stats.peak_slots, self.ledger.pool.peak)
-        stats.final_slots += self.ledger.pool.in_use
         return reports
 
-    def score(self, request: Request, text_ids: list[int]) -> Scored:
-        """One pass over prompt and text. A text's last token is only looked for, never fed."""
-        context, prompt = self.decoder.fork_manager.context_length, len(request.prompt_ids)
-        if context is not None:
-            text_ids = text_ids[: max(context - prompt, 0)]
-        scored = Scored()
-        if not text_ids:
-            return scored
-        runtime, stats, started = self.decoder.runtime, self.decoder.stats, time.perf_counter()
-        trunk = ParagraphTree(request.prompt_ids + text_ids).trunk
-        with runtime.running():
-            stop = prompt
-            while len(scored.log_probs) < len(text_ids):
-                stem = Stem(trunk, stop, scored=1 if stop == prompt else stop - self.ledger.cached(trunk))
-                forest = Forest([[stem]], self.ledger, device_of(self.decoder.model))
-                self._read(runtime.forward(forest, self.ledger.pool)[0], request, text_ids, scored)
-                stats.steps += 1
-                stats.forward_tokens += len(forest)
-                stop = min(stop + _PIECE, len(trunk.tokens) - 1)
-        trunk.finish_reason = "stop"
-        self.ledger.settle(trunk)
-        stats.stitched_seconds += time.perf_counter() - started
-        return scored
+    def scores(self, requests: Sequence[Request]) -> list[TextScores]:
+        """What plain decoding says of each request's text, in one pass over prompt and text."""
+        started, context = time.perf_counter(), self.engine.fork_manager.context_length
+        asked: dict[int, Request] = {}
+        for place, request in enumerate(requests):
+            prompt, text_ids = request.prompt_ids, request.text_ids
+            if context is not None:
+                text_ids = text_ids[: max(context - len(prompt), 0)]
+            if text_ids:
+                row = replace(request.row, ids=request.row.ids + text_ids)
+                options = self._alone(request, score_from=len(prompt), max_new_tokens=1)
+                asked[place] = Request(f"{request.id}/score", prompt + text_ids, options, row=row)
+        run(self.engine, list(asked.values()))
+        self.engine.stats.rescore_seconds += time.perf_counter() - started
+        return [asked[place].text_scores if place in asked else TextScores() for place in range(len(requests))]
 
-    def _read(self, logits: torch.Tensor, request: Request, text_ids: list[int], scored: Scored) -> None:
-        """Appends what `logits` [rows, vocab] say of the next tokens."""
-        verifier, first = self.decoder.verifier, len(scored.log_probs)
-        actual = torch.tensor(text_ids[first : first + len(logits)], dtype=torch.long, device=logits.device)
-        logits = logits.float()
-        # One thread never writes them.
-        banned = [] if verifier.control is None else [verifier.control.fork_id, verifier.control.child_id]
-        if verifier.seed is None and verifier.processors:
-            for row, token in enumerate(actual.tolist()):
-                path = request.row_ids + text_ids[: first + row]
-                scored.chosen.append(likeliest(verifier.processed(path, logits[row].clone(), request, banned)) == token)
-        logits[:, banned] = -torch.inf
-        log_probs = logits.gather(1, actual[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        scored.log_probs += log_probs.tolist()
-        if verifier.seed is None and not verifier.processors:
-            scored.chosen += [
-                mine == token for mine, token in zip(verifier.greedy(logits), text_ids[first:], strict=False)
-            ]
+    def _alone(self, request: Request, **changes: Any) -> RequestOptions:
+        """The request's options, for one thread that nobody watches."""
+        rule = request.options.rule and replace(request.options.rule, fork=False)
+        alone = {"rule": rule, "fork_if": None, "policy": NoForks(), "stop": None, "watcher": None, "events": False}
+        return replace(request.options, **alone | changes)
 
-    def _revise(self, scored: list[Scored]) -> list[Revision]:
+    def _revise(self, scored: list[TextScores]) -> list[Revision]:
         """Final texts; where they are too short because of what was rewritten, more is written first."""
-        manager, requests = self.decoder.fork_manager, self.decoder.requests
+        manager = self.engine.fork_manager
         most = last_limit(self.max_new_tokens, self.regenerate_below)
-        revisions = [Revision(*pair, self.max_new_tokens) for pair in zip(requests, scored, strict=True)]
+        revisions = [Revision(*pair, self.max_new_tokens) for pair in zip(self.requests, scored, strict=True)]
         todo = revisions
         while todo:
             self._rewrite(todo)
@@ -214,47 +182,40 @@ class Stitcher:
                     manager.resume(request, min(request.max_new_tokens + missing + JUDGED, most))
                     revisions[row] = Revision(request, revision.scored, self.max_new_tokens)
                     todo.append(revisions[row])
-            for _ in self.decoder.run() if todo else ():
-                pass
-            for revision in todo:
-                revision.scored = self.score(revision.request, revision.request.text_ids)
+            run(self.engine, [revision.request for revision in todo if not revision.request.done])
+            for revision, its in zip(todo, self.scores([revision.request for revision in todo]), strict=True):
+                revision.scored = its
         return revisions
 
     def _rewrite(self, revisions: Sequence[Revision]) -> None:
         """Every row's weak threads, in reading order: a later one reads what an earlier one has become. Rows go along
         with each other, so that a batch takes as many rounds as the row that needs most."""
-        decoder = self.decoder
-        requests, verifier = decoder.requests, decoder.verifier
         assert self.regenerate_below is not None
         for revision in revisions:
             revision.judge(self.regenerate_below)
         while True:
             found = [
-                (revision.advance(self.new_threads, decoder.fork_manager.context_length), revision)
+                (revision.advance(self.new_threads, self.engine.fork_manager.context_length), revision)
                 for revision in revisions
             ]
-            asked = {thread: self._alone(thread, revision) for thread, revision in found if thread is not None}
+            asked = {thread: self._anew(thread, revision) for thread, revision in found if thread is not None}
             if not asked:
-                break
-            decoder.requests, decoder.verifier = list(asked.values()), replace(verifier, fork=False)
-            for _ in decoder.run():
-                pass
-            self.new_threads |= {thread: _ended(request.tree.trunk) for thread, request in asked.items()}
-        decoder.requests, decoder.verifier = requests, verifier
+                return
+            run(self.engine, list(asked.values()))
+            for thread, request in asked.items():
+                new = self.new_threads[thread] = _ended(request.tree.trunk)
+                if new is not None:
+                    self._new_requests[new] = request
 
-    def _alone(self, thread: Thread, revision: Revision) -> Request:
+    def _anew(self, thread: Thread, revision: Revision) -> Request:
         """A request for the thread's part: behind the text so far, the control tokens that a part begins with and ends
         by. Its tokens are what plain greedy decoding writes there."""
         request, tree = revision.request, revision.request.tree
         assert tree.fork_id is not None and tree.child_id is not None
         before = [*revision.text_ids, tree.fork_id, tree.child_id]
-        prompt_ids = request.prompt_ids + before
-        return Request(
-            *(request.row, request.batch_size, request.row_ids + before, prompt_ids),
-            tree=ParagraphTree(prompt_ids, thread.key, tree.eos_ids, tree.fork_id, tree.child_id),
-            max_new_tokens=LONGEST,
-            device=device_of(self.decoder.model),
-        )
+        options = self._alone(request, max_new_tokens=LONGEST)
+        row = replace(request.row, ids=request.row.ids + before)
+        return Request(f"{request.id}/{thread.index}", request.prompt_ids + before, options, thread.key, row)
 
     def _adopt(self, revision: Revision) -> None:
         """The final text becomes the request's, and the paragraph tree one that reads so."""
@@ -263,13 +224,24 @@ class Stitcher:
             new = self.new_threads[thread]
             assert new is not None
             request.tree.replace(thread, new.token_ids, new.finish_reason)
-            for kept in (self.decoder.scores, self.decoder.logits):
-                if new in kept:
-                    kept[thread] = kept.pop(new)
+            other = self._new_requests[new]
+            for own, theirs in ((request.scores, other.scores), (request.logits, other.logits)):
+                if new in theirs:
+                    own[thread] = theirs[new]
         request.text, request.text_ids = revision.text[: revision.limit], revision.text_ids[: revision.limit]
         if not revision.rewritten:
             scored = revision.scored
-            revision.scored = Scored(scored.log_probs[: revision.limit], scored.chosen[: revision.limit])
+            revision.scored = TextScores(scored.logprobs[: revision.limit], scored.chosen[: revision.limit])
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> None:
+    """Has the engine finish these requests. Raises what one of them fails by."""
+    for request in requests:
+        engine.add(request)
+    while engine.unfinished:
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
 
 
 def _ended(thread: Thread) -> Thread | None:
@@ -286,16 +258,16 @@ def _lineage(thread: Thread) -> list[Thread]:
     return lineage
 
 
-def _report(request: Request, scored: Scored, rewritten: list[Thread]) -> list[ThreadAgreement]:
+def _report(request: Request, scored: TextScores, rewritten: list[Thread]) -> list[ThreadAgreement]:
     places: dict[Thread, list[int]] = {thread: [] for thread in request.tree.threads}
-    for place, (thread, _) in enumerate(request.text[: len(scored.log_probs)]):
+    for place, (thread, _) in enumerate(request.text[: len(scored.logprobs)]):
         places[thread].append(place)
     return [
         ThreadAgreement(
             thread=thread.index,
             tokens=len(own),
             chosen=sum(scored.chosen[place] for place in own) if scored.chosen else None,
-            log_prob=sum(scored.log_probs[place] for place in own) / len(own) if own else None,
+            log_prob=sum(scored.logprobs[place] for place in own) / len(own) if own else None,
             regenerated=thread in rewritten,
         )
         for thread, own in places.items()

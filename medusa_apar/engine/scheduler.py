@@ -1,128 +1,274 @@
-"""Which threads run in a step and with how many draft nodes. It decides when a token is made, never which."""
+"""Which requests and threads run in a step, and with how many draft nodes. It decides when a token is made, never which.
+
+Waiting requests are admitted in the order of their priority, then of their arrival, as soon as the KV pool has room for
+what they are expected to need. In a step every running request gets a row before any gets a second. A prompt, and
+whatever else has to be fed again, goes in pieces beside requests that decode. Under memory pressure threads are
+preempted before requests, the youngest first.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from medusa_apar.drafting.budget import EvenBudget, ForestBudget, worths
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.draft_tree import TreeShape
+from medusa_apar.drafting.speculator import Load
 from medusa_apar.forest.forest import Stem
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
-from medusa_apar.threads.request import Request
+from medusa_apar.threads.request import Request, Status
 
-Guess = Callable[[Thread], Proposal | None]
+Candidates = Callable[[Thread], Proposal | None]
+
+_SCORED_ROWS = 512  # of a pass that scores a text: 100 MB of float32 logits where the vocabulary is 49152
+_MEMORY = 0.9  # of the running mean of what answers need, beside their limit
+
+
+class Feed(NamedTuple):
+    """Tokens to be fed so that a thread can run: (thread or ancestor, how many of its tokens in all), ancestors first.
+
+    rows: how many that are. prefills: whether they count as prefill. whole: whether the thread can then be verified.
+    """
+
+    stops: list[tuple[Thread, int]]
+    rows: int
+    prefills: bool
+    whole: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step's threads. `feed`: of each thread that is fed, how many of its tokens in all."""
+
+    chosen: dict[Thread, Request] = field(default_factory=dict)  # threads that are verified
+    feed: dict[Thread, int] = field(default_factory=dict)
+    requests: dict[Request, list[Thread]] = field(default_factory=dict)  # threads that are fed, of each that runs
+    rows: int = 0  # without draft nodes
+    prefill_rows: int = 0  # of these, what is fed beyond the rows of requests that decode
+    prefill_left: float = math.inf
 
 
 @dataclass(slots=True)
 class Scheduler:
     """Args:
     budget: which candidates become draft nodes after every thread has its root.
-    max_threads: most threads of one request in a step; the others wait.
     context_length: no draft node may stand at or beyond this path position.
+    max_prefill_rows: most rows of a step beside those of threads that decode, where there are any.
+    max_requests: most requests that run at once; None: as many as the pool has room for.
     """
 
     ledger: SlotLedger
     budget: ForestBudget | EvenBudget
-    max_threads: int | None = None
     context_length: int | None = None
+    max_prefill_rows: int = 24
+    max_requests: int | None = None
+    running: list[Request] = field(default_factory=list)  # in the order of their admission
+    preemptions: int = 0  # of requests
+    thread_preemptions: int = 0
+    _waiting: list[tuple[int, int, Request]] = field(default_factory=list)  # a heap: priority, arrival
+    _used_share: float = 1.0  # of `max_new_tokens`, what answers have needed
 
-    def plan(self, requests: Sequence[Request], guess: Guess) -> list[tuple[Request, list[Stem]]]:
-        """Stems for the next forest, for each request that runs, ancestors first.
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
-        `guess(thread)` gives candidates for its draft tree, or None where there are none.
-        """
-        chosen: dict[Thread, Request] = {}
-        for request in requests:
-            self._choose(request, requests, chosen)
-        if not chosen:
-            assert self.ledger.pool.max_slots is not None, "a request that is not done has a live thread"
+    def waiting(self) -> Iterator[Request]:
+        """In the order in which they will be admitted."""
+        return (request for _, _, request in sorted(self._waiting, key=lambda entry: entry[:2]))
+
+    def add(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.options.priority, request.arrival, request))
+
+    def remove(self, request: Request) -> None:
+        """Takes out a request that has ended, wherever it stands."""
+        if request in self.running:
+            self.running.remove(request)
+            written = sum(len(thread.tokens) - thread.num_forced for thread in request.tree.threads)
+            share = min(written / request.max_new_tokens, 2.0)
+            self._used_share = _MEMORY * self._used_share + (1 - _MEMORY) * share
+        else:
+            self._waiting = [entry for entry in self._waiting if entry[2] is not request]
+            heapq.heapify(self._waiting)
+
+    def load(self) -> Load:
+        """What the next step will run at most."""
+        going_on = [request for request in self.running if not request.done]
+        return Load(max(sum(map(_num_threads, going_on)), 1), len(going_on))
+
+    def plan(self, candidates: Candidates) -> tuple[Plan, list[list[Stem]]]:
+        """The step's threads, and their stems request by request, ancestors first."""
+        self._admit()
+        plan = Plan()
+        if any(request.status is Status.DECODING for request in self.running):
+            plan.prefill_left = self.max_prefill_rows
+        for request in list(self.running):
+            if request in self.running:  # an older one may have preempted it meanwhile
+                self._choose_first(request, plan)
+        for request in self.running:
+            self._choose_others(request, plan)
+        if self.running and not plan.feed:
             raise MemoryError(
                 f"The KV pool's {self.ledger.pool.max_slots} slots are too few to go on with any thread; "
                 "give `pool_slots` more room or lower `max_new_tokens`."
             )
-        trees = self._trees(chosen, guess)
-        return [(request, stems) for request in requests if (stems := self._stems(request, chosen, trees))]
+        trees = self._trees(plan, candidates)
+        return plan, [self._stems(request, plan, trees) for request in plan.requests]
 
-    def running(self, requests: Sequence[Request]) -> int:
-        """How many threads the next plan can have."""
-        limit = math.inf if self.max_threads is None else self.max_threads
-        return int(sum(min(len(list(request.tree.live_in_reading_order())), limit) for request in requests))
+    # ---- who runs
 
-    def _choose(self, request: Request, requests: Sequence[Request], chosen: dict[Thread, Request]) -> None:
-        """Adds the request's threads that run, earliest in reading order first."""
-        live = [thread for thread, _ in request.tree.live_in_reading_order()]
-        waiting = [thread for thread in live if self._fork_pending(thread)]
-        ready = [thread for thread in live if thread not in waiting]
-        limit = math.inf if self.max_threads is None else self.max_threads
-        taken = 0
-        for thread in ready + waiting:
-            if taken >= limit or (thread in waiting and thread.parent not in chosen):
+    def _admit(self) -> None:
+        while self._waiting and (self.max_requests is None or len(self.running) < self.max_requests):
+            request = self._waiting[0][2]
+            if self.running and not self._has_room(request):
+                return
+            heapq.heappop(self._waiting)
+            self.running.append(request)
+            request.status = Status.PREFILLING
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether the pool holds what the request is expected to need beside what the running ones will."""
+        available = self.ledger.pool.available
+        if available is None:
+            return True
+        promised = sum(max(self._expected(other) - self._held(other), 0) for other in self.running)
+        return self._expected(request) + promised + self.budget.rows <= available
+
+    def _expected(self, request: Request) -> int:
+        if request.options.score_from is not None:
+            return len(request.prompt_ids)
+        return len(request.prompt_ids) + math.ceil(self._used_share * request.max_new_tokens)
+
+    def _held(self, request: Request) -> int:
+        return sum(self.ledger.cached(thread) for thread in request.tree.threads)
+
+    def _choose_first(self, request: Request, plan: Plan) -> None:
+        """The request's earliest thread in reading order that can run; others give their slots back for it."""
+        for thread in _ready_first(request):
+            feed: Feed | None = self._feed(request, thread, plan)
+            if feed is not None and feed.stops and not self._fits(feed, plan):
+                feed = self._make_room(request, thread, plan)
+            if feed is not None and feed.stops:
+                self._take(request, thread, feed, plan)
+            return
+
+    def _choose_others(self, request: Request, plan: Plan) -> None:
+        if request not in plan.requests:
+            return
+        limit = math.inf if request.options.max_threads is None else request.options.max_threads
+        taken = sum(thread in plan.chosen for thread in plan.requests[request])
+        for thread in _ready_first(request):
+            if taken >= limit:
+                return
+            if thread in plan.chosen or _waits_for_parent(thread, plan):
                 continue
-            if self._make_room(thread, chosen, requests):
-                self.ledger.resume(thread)
-                chosen[thread] = request
-                taken += 1
+            feed = self._feed(request, thread, plan)
+            # What was preempted comes back only where it will not have to go again at once.
+            spare = 0 if self.ledger.claims(thread) else len(plan.chosen)
+            if feed.stops and self._fits(feed, plan, spare):
+                self._take(request, thread, feed, plan)
+                taken += feed.whole
 
-    def _fork_pending(self, thread: Thread) -> bool:
-        """Its `[Fork]` is the parent's root, so the child can only run in a forest the parent runs in too."""
-        parent = thread.parent
-        return parent is not None and parent.live and thread.seen == len(parent.tokens)
+    def _feed(self, request: Request, thread: Thread, plan: Plan) -> Feed:
+        """What the thread needs beside what the plan has, or as much of it as the step has rows for."""
+        scoring = request.options.score_from is not None
+        decodes = request.status is Status.DECODING and self.ledger.claims(thread)
+        left = math.inf if decodes else plan.prefill_left
+        if scoring:
+            left = min(left, _SCORED_ROWS)
+        stops: list[tuple[Thread, int]] = []
+        rows = 0
+        for member, until in self.ledger.missing(thread, len(thread.tokens) - 1 if scoring else None):
+            have = max(plan.feed.get(member, 0), self.ledger.cached(member))
+            take = min(until - have, left - rows)
+            if take > 0:
+                stops.append((member, have + int(take)))
+                rows += int(take)
+            if have + take < until:
+                return Feed(stops, rows, not decodes, False)
+        return Feed(stops, rows, not decodes, True)
 
-    def _make_room(self, thread: Thread, chosen: dict[Thread, Request], requests: Sequence[Request]) -> bool:
-        """Whether the pool has slots for it beside those chosen; the first choice may evict the last in line."""
-        if self.ledger.pool.available is None:
-            return True
-        if self._fits([*chosen, thread]):
-            return True
-        if chosen:
-            return False
-        self.ledger.resume(thread)  # claim the path first, or evicting its relatives would take it
-        for request in reversed(requests):
-            for victim, _ in reversed(request.tree.live_in_reading_order()):
-                if victim is not thread and self.ledger.evict(victim) and self._fits([thread]):
-                    return True
-        return False
+    def _take(self, request: Request, thread: Thread, feed: Feed, plan: Plan) -> None:
+        self.ledger.resume(thread)
+        members = plan.requests.setdefault(request, [])
+        for member, stop in feed.stops:
+            if member not in plan.feed:
+                members.append(member)
+            plan.feed[member] = stop
+        plan.rows += feed.rows
+        if feed.prefills:
+            plan.prefill_rows += feed.rows
+            plan.prefill_left -= feed.rows
+        if feed.whole and request.options.score_from is None:
+            plan.chosen[thread] = request
 
-    def _fits(self, threads: Sequence[Thread]) -> bool:
-        return sum(self._to_feed(threads).values()) <= (self.ledger.pool.available or 0)
+    def _fits(self, feed: Feed, plan: Plan, spare: int = 0) -> bool:
+        available = self.ledger.pool.available
+        return available is None or plan.rows + feed.rows + spare <= available
 
-    def _to_feed(self, threads: Sequence[Thread]) -> dict[Thread, int]:
-        """Every thread that must be fed so that these can run, with how many of its tokens lack a slot."""
-        count: dict[Thread, int] = {}
-        for thread in threads:
-            for member, stop in self.ledger.missing(thread):
-                count[member] = max(count.get(member, 0), stop - self.ledger.cached(member))
-        return count
+    def _make_room(self, request: Request, thread: Thread, plan: Plan) -> Feed | None:
+        """Preempts others until the thread fits: threads that no request waits for first, then younger requests. What
+        the thread then needs, or None where it does not fit."""
+        self.ledger.resume(thread)  # claim the path first, or preempting its relatives would take it
+        for other in reversed(self.running):
+            kept = next(iter(_ready_first(other)), None)
+            for victim, _ in reversed(other.live):
+                if victim is thread or victim is kept or victim in plan.feed:
+                    continue
+                self.thread_preemptions += self.ledger.evict(victim) > 0
+                if self._fits(feed := self._feed(request, thread, plan), plan):
+                    return feed
+        for other in self.running[:0:-1]:
+            if other is request:
+                break
+            self._preempt(other)
+            if self._fits(feed := self._feed(request, thread, plan), plan):
+                return feed
+        return None
 
-    def _trees(self, chosen: dict[Thread, Request], guess: Guess) -> dict[Thread, tuple[Proposal, np.ndarray]]:
+    def _preempt(self, request: Request) -> None:
+        for thread, _ in request.live:
+            self.ledger.evict(thread)
+        self.running.remove(request)
+        self.preemptions += 1
+        request.stats.preemptions += 1
+        request.status = Status.PREEMPTED
+        self.add(request)
+
+    # ---- what they draft
+
+    def _trees(self, plan: Plan, candidates: Candidates) -> dict[Thread, tuple[Proposal, np.ndarray]]:
         """Which nodes of which candidates each thread drafts."""
-        threads = list(chosen)
-        proposals = [self._within_context(thread, guess(thread)) for thread in threads]
+        by_request = [
+            [thread for thread in members if thread in plan.chosen] for members in plan.requests.values()
+        ]
+        threads = [thread for members in by_request for thread in members]
+        if not threads:
+            return {}
+        proposals = [self._within_context(thread, candidates(thread)) for thread in threads]
         if not any(proposals):
             room = 0
         elif self.ledger.pool.available is None:
             room = self.budget.rows
         else:
-            room = max(0, self.ledger.pool.available - sum(self._to_feed(threads).values()))
-        worth, requests = np.ones(len(threads)), list(chosen.values())
-        first = 0
-        while first < len(threads):  # a request's threads stand side by side
-            last = first + requests.count(requests[first])
-            alike = np.full(last - first, 1 / (last - first))
-            worth[first:last] = worths(threads[first:last]) if self.budget.weighs else alike
-            first = last
-        kept = self.budget.choose(proposals, worth, room, len(set(requests)))
+            room = max(0, self.ledger.pool.available - plan.rows)
+        weights = np.concatenate([self._weights(members) for members in by_request if members])
+        kept = self.budget.choose(proposals, weights, room, sum(map(bool, by_request)))
         return {
             thread: (proposal, nodes)
             for thread, proposal, nodes in zip(threads, proposals, kept, strict=True)
             if proposal is not None and len(nodes)
         }
+
+    def _weights(self, threads: Sequence[Thread]) -> np.ndarray:
+        """What a token of each of a request's threads brings its answer, 1 in all."""
+        return worths(threads) if self.budget.weighs else np.full(len(threads), 1 / len(threads))
 
     def _within_context(self, thread: Thread, proposal: Proposal | None) -> Proposal | None:
         if proposal is None or self.context_length is None:
@@ -131,22 +277,53 @@ class Scheduler:
         return proposal if len(proposal.tokens) <= room else proposal.within(room)
 
     def _stems(
-        self, request: Request, chosen: dict[Thread, Request], trees: dict[Thread, tuple[Proposal, np.ndarray]]
+        self, request: Request, plan: Plan, trees: dict[Thread, tuple[Proposal, np.ndarray]]
     ) -> list[Stem]:
-        mine = [thread for thread in chosen if chosen[thread] is request]
-        fed = self._to_feed(mine)
+        members = plan.requests[request]
+        if len(members) > 1:
+            fed = set(members)
+            members = [thread for thread in request.tree.depth_first() if thread in fed]
         return [
-            _verified(thread, *trees.get(thread, (None, None)))
-            if thread in chosen
-            else Stem(thread, self.ledger.cached(thread) + fed[thread], verified=False)
-            for thread in request.tree.depth_first()
-            if thread in fed
+            _verified(request, thread, *trees.get(thread, (None, None)))
+            if thread in plan.chosen
+            else self._fed(request, thread, plan.feed[thread])
+            for thread in members
         ]
 
+    def _fed(self, request: Request, thread: Thread, stop: int) -> Stem:
+        """A stem that is not verified, or whose rows score a given text."""
+        first = request.options.score_from
+        scored = 0 if first is None else stop - max(self.ledger.cached(thread), first - 1)
+        if scored > 0:
+            return Stem(thread, stop, scored=scored, request=request)
+        return Stem(thread, stop, verified=False, request=request)
 
-def _verified(thread: Thread, proposal: Proposal | None, kept: np.ndarray | None) -> Stem:
+
+def _num_threads(request: Request) -> int:
+    limit = request.options.max_threads
+    return len(request.live) if limit is None else min(len(request.live), limit)
+
+
+def _waits_for_parent(thread: Thread, plan: Plan) -> bool:
+    """Whether its `[Fork]` is the root of a parent that does not run in this step."""
+    return _forks_now(thread) and thread.parent not in plan.chosen
+
+
+def _forks_now(thread: Thread) -> bool:
+    """Whether its `[Fork]` is the parent's root, so that it can only run in a forest that the parent runs in too."""
+    parent = thread.parent
+    return parent is not None and parent.live and thread.seen == len(parent.tokens)
+
+
+def _ready_first(request: Request) -> list[Thread]:
+    """Live threads in reading order, those that wait for their parent's root behind all others."""
+    live = [thread for thread, _ in request.live]
+    return sorted(live, key=_forks_now)
+
+
+def _verified(request: Request, thread: Thread, proposal: Proposal | None, kept: np.ndarray | None) -> Stem:
     if proposal is None or kept is None:
-        return Stem(thread, len(thread.tokens))
+        return Stem(thread, len(thread.tokens), request=request)
     places = np.full(len(proposal.tokens) + 1, -1)  # the last entry is the root's
     places[kept] = np.arange(len(kept))
     return Stem(
@@ -157,4 +334,5 @@ def _verified(thread: Thread, proposal: Proposal | None, kept: np.ndarray | None
         forks={int(places[f]): int(places[c]) for f, c in proposal.forks.items() if places[c] >= 0},
         proposal=proposal,
         kept=kept,
+        request=request,
     )

@@ -1,16 +1,19 @@
-"""TODO"""
+"""Counts of an engine, and how plain decoding sees an answer."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
 class Stats:
-    """Counts of one generate call, over all its rows."""
+    """Counts of one engine over all its requests; those of a generate call are of that call's own engine."""
 
-    steps: int = 0  # forward passes, prefill included, and those of verify="stitched"
+    steps: int = 0  # forward passes, prefill included, and those of rescoring
     generated_tokens: int = 0  # visible tokens in the answers
     forward_tokens: int = 0  # rows of all forests, prompts included
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens gained by a thread in a step -> how often
@@ -20,13 +23,16 @@ class Stats:
     accepted: Counter[str] = field(default_factory=Counter)
     undrafted_steps: int = 0  # in which the heads were not asked, since of late they did not pay
     forks: int = 0
+    requests: int = 0  # that have been added
+    preemptions: int = 0  # requests whose slots were all taken back, to be fed again later
+    thread_preemptions: int = 0  # the same of single threads of requests that went on
     peak_threads: int = 0  # most threads in one forest
     peak_slots: int = 0  # most KV slots in use at once, draft nodes included
     final_slots: int = 0  # slots in use after the call: 0, or something leaked
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps
-    stitched_seconds: float = 0.0  # verify="stitched": passes over the reading order
-    agreement: float | None = None  # verify="stitched", greedy: share of the text that plain greedy decoding chooses
+    rescore_seconds: float = 0.0  # rescore=True: passes over the reading order
+    agreement: float | None = None  # rescore=True, greedy: share of the text that plain greedy decoding chooses
     regenerated: int = 0  # threads that regenerate_below had written anew
     # What the steps' time went into: plan, forest, forward, verify, commit, draft, count.
     phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -57,3 +63,20 @@ class ThreadAgreement:
     def agreement(self) -> float | None:
         """Share of the tokens that are chosen, from 0 to 1; None when sampling and without tokens."""
         return self.chosen / self.tokens if self.tokens and self.chosen is not None else None
+
+
+class PhaseTimer:
+    """Adds up, by name, the seconds of a step's phases; what lies between two phases is in none."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self.total = 0.0
+        self.last = 0.0  # of the phase that ended last
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.last = time.perf_counter() - started
+        self._seconds[name] = self._seconds.get(name, 0.0) + self.last
+        self.total += self.last

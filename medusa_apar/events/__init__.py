@@ -1,6 +1,6 @@
 """What happens in a generate call, as a stream of small typed events: `generate(..., events=consumer)`.
 
-A consumer is called with every event, in this order: for each row `RequestStarted` and its trunk's `ThreadStarted`;
+A consumer is called with every event, in this order: for each request `RequestStarted` and its trunk's `ThreadStarted`;
 then step by step
 
     StepStarted       which threads run and what is guessed for them; the forward pass begins when consumers return
@@ -16,13 +16,13 @@ then step by step
 
 Nothing in them refers to anything that changes, so they can be kept, sent elsewhere (`dataclasses.asdict`) and
 replayed: `medusa_apar.events.recording` adds them up to paragraph trees, and feeds them to a `TextStreamer`. Steps
-count from 1; what happens before the first has step 0. A thread is named by its row and its index in the row's
-paragraph tree.
+count from 1; what happens before the first has step 0. A thread is named by its request's id and its
+index in the paragraph tree; a generate call's requests are named by the numbers of its rows.
 
 With `regenerate_below` they tell of the answer as first written; what is written anew replaces it afterwards, and
 threads may be numbered anew then.
 
-An exception in a consumer ends the generate call. The time that consumers take is in no figure.
+An exception in a consumer ends the requests that it watches. The time that consumers take is in no figure.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Source = Literal["heads", "siblings", "fork"]
 
 @dataclass(frozen=True, slots=True)
 class RequestStarted:
-    """A row of the batch. Control tokens are None where the model has none."""
+    """A request. Control tokens are None where the model has none."""
 
     step: int
-    row: int
+    request: str
     prompt_ids: tuple[int, ...]
     eos_ids: frozenset[int]
     fork_id: int | None
@@ -58,7 +58,7 @@ class ThreadStarted:
     """
 
     step: int
-    row: int
+    request: str
     thread: int
     parent: int | None = None
     fork_index: int = -1
@@ -76,7 +76,7 @@ class Drafted:
     verified: False for an ancestor that is only fed again because its slots had been taken.
     """
 
-    row: int
+    request: str
     thread: int
     cached: int
     pending: int
@@ -99,7 +99,7 @@ class TokensAccepted:
     """A thread's next tokens. nodes: which nodes of its draft tree had guessed the first of them, in order."""
 
     step: int
-    row: int
+    request: str
     thread: int
     token_ids: tuple[int, ...]
     nodes: tuple[int, ...] = ()
@@ -110,7 +110,7 @@ class TokensRejected:
     """Nodes of a thread's draft tree that did not become part of the answer."""
 
     step: int
-    row: int
+    request: str
     thread: int
     token_ids: tuple[int, ...]
     nodes: tuple[int, ...]
@@ -121,7 +121,7 @@ class TokensInserted:
     """A thread's next tokens, written by a fork rule in place of what the model would have chosen."""
 
     step: int
-    row: int
+    request: str
     thread: int
     token_ids: tuple[int, ...]
 
@@ -131,7 +131,7 @@ class ThreadTookOver:
     """The thread writes the rest of its parent's text: what that has behind the fork is no part of the answer."""
 
     step: int
-    row: int
+    request: str
     thread: int
 
 
@@ -143,7 +143,7 @@ class ThreadFinished:
     """
 
     step: int
-    row: int
+    request: str
     thread: int
     reason: str
     ends_line: bool = False
@@ -152,15 +152,15 @@ class ThreadFinished:
 @dataclass(frozen=True, slots=True)
 class StepFinished:
     """rows: of the forest. slots_used: of the KV pool during the pass, draft nodes included; slots_kept: afterwards.
-    text_lengths: of each row, how many tokens of the answer are final and can be read. seconds: since decoding began,
-    a streamer's time included.
+    text_lengths: of each request whose answer can be read further than before, its id and how many tokens are final.
+    seconds: since decoding began, a streamer's time included.
     """
 
     step: int
     rows: int
     slots_used: int
     slots_kept: int
-    text_lengths: tuple[int, ...]
+    text_lengths: tuple[tuple[str, int], ...]
     seconds: float
 
 

@@ -36,10 +36,13 @@ class Origin(NamedTuple):
 
 @dataclass(slots=True)
 class Recording:
-    """A consumer of a generate call's events; where it is given to several calls, of the latest.
+    """A consumer of events. Requests are numbered as they start, so that those of a generate call are its rows.
+
+    Where a request starts whose id is known already, another generate call has begun: it forgets all it knew.
 
     Attributes:
-        trees: one a row, what `MedusaAparOutput.paragraph_tree` would be had the call ended here. Threads are the
+        rows: number of each request, by id.
+        trees: one a request, what `MedusaAparOutput.paragraph_tree` would be had the call ended here. Threads are the
             recording's own, equal to the decoder's in all that is told.
         origins: of each thread's own tokens.
         started: in which step a thread was forked; finished: in which it ended.
@@ -48,6 +51,7 @@ class Recording:
         steps: what each finished step cost.
     """
 
+    rows: dict[str, int] = field(default_factory=dict)
     trees: list[ParagraphTree] = field(default_factory=list)
     origins: dict[Thread, list[Origin]] = field(default_factory=dict)
     started: dict[Thread, int] = field(default_factory=dict)
@@ -57,6 +61,7 @@ class Recording:
     rejected: dict[Thread, TokensRejected] = field(default_factory=dict)
     steps: list[StepFinished] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # of each request, how many tokens of its answer are final
     checking: bool = False  # whether the latest step's guesses are still being checked
 
     @classmethod
@@ -81,7 +86,7 @@ class Recording:
 
     def readable(self, row: int = 0) -> int:
         """How many tokens of a row's answer are final."""
-        return self.steps[-1].text_lengths[row] if self.steps else 0
+        return self.lengths[row] if row < len(self.lengths) else 0
 
     def text(self, row: int = 0) -> list[tuple[Thread, int]]:
         """A row's visible tokens so far, in reading order; within the caller's limit once that is reached."""
@@ -89,13 +94,19 @@ class Recording:
         order = list(tree.reading_order())
         return order if tree.live else order[: self.readable(row)]
 
+    def tree_of(self, named: Any) -> ParagraphTree:
+        """The paragraph tree of the request that an event, or a part of one, names."""
+        return self.trees[self.rows[named.request]]
+
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RequestStarted) and event.row == 0 and self.events:
+        if isinstance(event, RequestStarted) and event.request in self.rows:
             self.__init__()  # type: ignore[misc]
         self.events.append(event)
         match event:
             case RequestStarted():
                 control = event.fork_id, event.child_id
+                self.rows[event.request] = len(self.trees)
+                self.lengths.append(0)
                 self.trees.append(ParagraphTree(list(event.prompt_ids), 0, event.eos_ids, *control))
             case ThreadStarted():
                 self._start(event)
@@ -113,7 +124,7 @@ class Recording:
                 self.origins[thread] += [Origin(event.step, source) for source in sources]
             case TokensInserted():
                 thread = self._thread(event)
-                self.trees[event.row].insert(thread, event.token_ids)
+                self.tree_of(event).insert(thread, event.token_ids)
                 self.origins[thread] += [Origin(event.step, "rule")] * len(event.token_ids)
             case TokensRejected():
                 self.rejected[self._thread(event)] = event
@@ -125,10 +136,12 @@ class Recording:
                 self.finished[thread] = event.step
             case StepFinished():
                 self.steps.append(event)
+                for name, length in event.text_lengths:
+                    self.lengths[self.rows[name]] = length
                 self.checking = False
 
     def _start(self, event: ThreadStarted) -> None:
-        tree = self.trees[event.row]
+        tree = self.tree_of(event)
         thread = tree.trunk
         if event.parent is not None:
             fork = Fork(event.forced_ids, event.seen, line_break=event.line_break)
@@ -137,7 +150,7 @@ class Recording:
         self.started[thread] = event.step
 
     def _thread(self, named: Any) -> Thread:
-        return self.trees[named.row].threads[named.thread]
+        return self.tree_of(named).threads[named.thread]
 
 
 class ReadingOrder:
@@ -157,13 +170,13 @@ class ReadingOrder:
     def __call__(self, event: Event) -> None:
         recording = self._recording
         recording(event)
-        if isinstance(event, RequestStarted) and event.row == self._row:
+        if isinstance(event, RequestStarted) and recording.rows[event.request] == self._row:
             self._sent, self._ended = 0, False
             self._streamer.put(torch.tensor([event.prompt_ids], dtype=torch.long, device="cpu"))
             self._cursor = ReadingCursor(recording.trees[self._row])
         if not isinstance(event, StepFinished) or self._ended:
             return
-        for _ in range(event.text_lengths[self._row] - self._sent):
+        for _ in range(recording.readable(self._row) - self._sent):
             thread, index = next(cast(ReadingCursor, self._cursor).advance())
             self._streamer.put(torch.tensor([thread.tokens[index]], dtype=torch.long, device="cpu"))
             self._sent += 1

@@ -1,15 +1,14 @@
-"""Says as events what a decoder's steps do."""
+"""Says as events what an engine's steps do, to whoever watches a request."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
 
+from medusa_apar.drafting.advance import Advance
 from medusa_apar.forest.forest import Forest, Stem
-from medusa_apar.kv.pool import KVPool
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
-from medusa_apar.verify.verdict import Verdict
 
 from . import (
     Consumer,
@@ -29,90 +28,110 @@ from . import (
 
 
 class Reporter:
-    """Of one generate call. `events` holds all that was said, where it is to be kept; `watched` is whether somebody
-    wants to know at once.
+    """Tells of some requests: all rows of a generate call, say. A request's options name it as their `watcher`.
 
-    The decoder tells it what it does in `plans`, `commits` and `finishes`; `deliver` hands over what came of it.
-    max_new_tokens: the caller's, where requests have a greater limit of their own.
+    Args:
+        consumer: called with every event at once; None for nobody.
+        keep: whether `events` holds all that was said.
+        max_new_tokens: the caller's, where requests have a greater limit of their own.
     """
 
-    def __init__(self, requests: Sequence[Request], consumer: Consumer | None, keep: bool, max_new_tokens: int):
+    def __init__(
+        self, consumer: Consumer | None = None, keep: bool = True, max_new_tokens: int | None = None
+    ) -> None:
         self.events: list[Event] = []
-        self.watched = consumer is not None
-        self._requests, self._consumer, self._keep = requests, consumer, keep
-        self._limit = max_new_tokens
+        self.requests: list[Request] = []  # unfinished ones
+        self._consumer, self._keep, self._limit = consumer, keep, max_new_tokens
         self._queue: list[Event] = []
         self._reported: dict[Thread, int] = {}  # how many of its tokens
-        self._known = dict.fromkeys(requests, 0)  # how many of its threads
-        self._open: dict[Request, list[Thread]] = {request: [] for request in requests}  # that have not ended
+        self._known: dict[Request, int] = {}  # how many of its threads
+        self._open: dict[Request, list[Thread]] = {}  # that have not ended
+        self._lengths: dict[Request, int] = {}  # readable tokens
         self._took_over: set[Thread] = set()
         self._step, self._slots_used = 0, 0
         self._started, self._consumed = time.perf_counter(), 0.0
-        for request in requests:
-            tree = request.tree
-            control = tree.fork_id, tree.child_id
-            self._queue.append(RequestStarted(0, request.row, tuple(tree.trunk.tokens), tree.eos_ids, *control))
-            self._start(request)
 
-    def deliver(self) -> float:
-        """Hands over what is in the queue; returns the seconds that this took."""
+    def take(self) -> list[Event]:
+        """What was kept, which is kept no longer."""
+        events, self.events = self.events, []
+        return events
+
+    def deliver(self) -> None:
+        """Hands over what is in the queue. Raises what the consumer raises."""
         queue, self._queue = self._queue, []
         if self._keep:
             self.events += queue
         if self._consumer is None:
-            return 0.0
+            return
         started = time.perf_counter()
-        for event in queue:
-            self._consumer(event)
-        took = time.perf_counter() - started
-        self._consumed += took
-        return took
+        try:
+            for event in queue:
+                self._consumer(event)
+        finally:
+            self._consumed += time.perf_counter() - started
 
-    def plans(self, forest: Forest, owner: dict[Stem, Request], pool: KVPool) -> None:
-        """A step's forest, before it is committed."""
+    def added(self, request: Request) -> None:
+        tree = request.tree
+        self.requests.append(request)
+        self._known[request], self._open[request], self._lengths[request] = 0, [], 0
+        control = tree.fork_id, tree.child_id
+        self._queue.append(RequestStarted(0, request.id, tuple(tree.trunk.tokens), tree.eos_ids, *control))
+        self._start(request)
+
+    def ended(self, request: Request) -> None:
+        """Lets go of a request; all of it has been told."""
+        self.requests.remove(request)
+        for thread in request.tree.threads:
+            self._reported.pop(thread, None)
+            self._took_over.discard(thread)
+        for known in (self._known, self._open, self._lengths):
+            known.pop(request)
+
+    def planned(self, stems: Iterable[Stem], slots_used: int) -> None:
+        """A step's forest, before it runs."""
         self._step += 1
-        self._slots_used = pool.in_use
-        drafted = (_drafted(owner[stem].row, stem) for stem in forest.stems)
-        self._queue.append(StepStarted(self._step, tuple(drafted)))
+        self._slots_used = slots_used
+        self._queue.append(StepStarted(self._step, tuple(map(_drafted, stems))))
 
-    def commits(self, request: Request, stem: Stem, advanced: Iterable[tuple[Thread, Verdict, int]]) -> None:
-        """What became of a stem; `advanced` as the fork manager returns it: the stem's thread first, if it went on."""
-        accepted: set[int] = set()
-        members = list(advanced)
-        if members and members[0][0] is stem.thread:
-            thread, verdict, gained = members.pop(0)
-            nodes = verdict.nodes[:gained]
-            accepted.update(nodes)
-            accepted.update(child for fork, child in stem.forks.items() if fork in accepted)
-            self._tell_tokens(request, thread, nodes)
+    def committed(self, stem: Stem, nodes: Sequence[int], advances: Sequence[Advance]) -> None:
+        """What became of a stem: its accepted nodes, and the threads that went on, its own first."""
+        accepted = set(nodes)
+        accepted.update(child for fork, child in stem.forks.items() if fork in accepted)
+        request, members = stem.request, [advance.thread for advance in advances]
+        if members and members[0] is stem.thread:
+            self._tell_tokens(request, members.pop(0), nodes)
         wrong = tuple(node for node in range(len(stem.draft_tokens)) if node not in accepted)
         if wrong:
             ids = tuple(stem.draft_tokens[node] for node in wrong)
-            self._queue.append(TokensRejected(self._step, request.row, stem.thread.index, ids, wrong))
+            self._queue.append(TokensRejected(self._step, request.id, stem.thread.index, ids, wrong))
         self._start(request)
-        for thread, _, _ in members:
+        for thread in members:
             self._tell_tokens(request, thread, [])
 
-    def finishes(self, running: Sequence[Request], forest: Forest, pool: KVPool) -> None:
-        """A step has ended, cancelled threads included."""
+    def stepped(self, requests: Sequence[Request], rows: int, slots_kept: int) -> None:
+        """A step of these requests has ended, cancelled threads included."""
         step = self._step
-        for request in running:
+        for request in requests:
             for thread in self._open[request]:
                 if thread.takes_over and thread not in self._took_over:
                     self._took_over.add(thread)
-                    self._queue.append(ThreadTookOver(step, request.row, thread.index))
-        for request in running:
+                    self._queue.append(ThreadTookOver(step, request.id, thread.index))
+        lengths = []
+        for request in requests:
             still = []
             for thread in self._open[request]:
                 if thread.finish_reason is None:
                     still.append(thread)
                     continue
-                ended = ThreadFinished(step, request.row, thread.index, thread.finish_reason, thread.ends_line)
+                ended = ThreadFinished(step, request.id, thread.index, thread.finish_reason, thread.ends_line)
                 self._queue.append(ended)
             self._open[request] = still
-        lengths = tuple(min(len(request.text), self._limit) for request in self._requests)
+            length = len(request.text) if self._limit is None else min(len(request.text), self._limit)
+            if length != self._lengths[request]:
+                self._lengths[request] = length
+                lengths.append((request.id, length))
         seconds = time.perf_counter() - self._started - self._consumed
-        self._queue.append(StepFinished(step, len(forest), self._slots_used, pool.in_use, lengths, seconds))
+        self._queue.append(StepFinished(step, rows, self._slots_used, slots_kept, tuple(lengths), seconds))
 
     def _start(self, request: Request) -> None:
         """Tells of threads that are new in the request's tree."""
@@ -123,29 +142,86 @@ class Reporter:
         for thread in new:
             self._reported[thread] = thread.num_forced
             if thread.parent is None:
-                self._queue.append(ThreadStarted(self._step, request.row, thread.index))
+                self._queue.append(ThreadStarted(self._step, request.id, thread.index))
                 continue
             place = thread.parent.index, thread.fork_index, tuple(thread.tokens[: thread.num_forced])
             self._queue.append(
-                ThreadStarted(self._step, request.row, thread.index, *place, thread.seen, thread.line_break)
+                ThreadStarted(self._step, request.id, thread.index, *place, thread.seen, thread.line_break)
             )
 
-    def _tell_tokens(self, request: Request, thread: Thread, nodes: list[int]) -> None:
-        """Of its tokens those that have not been told of; inserted ones come behind all chosen in the same step."""
+    def _tell_tokens(self, request: Request, thread: Thread, nodes: Sequence[int]) -> None:
+        """Reports the thread's new tokens: chosen ones first, then inserted ones."""
         known, self._reported[thread] = self._reported[thread], len(thread.tokens)
         inserted = next((index for index in range(known, len(thread.tokens)) if index in thread.inserted), None)
         new = tuple(thread.tokens[known:inserted])
-        self._queue.append(TokensAccepted(self._step, request.row, thread.index, new, tuple(nodes)))
+        self._queue.append(TokensAccepted(self._step, request.id, thread.index, new, tuple(nodes)))
         if inserted is not None:
             rest = tuple(thread.tokens[inserted:])
-            self._queue.append(TokensInserted(self._step, request.row, thread.index, rest))
+            self._queue.append(TokensInserted(self._step, request.id, thread.index, rest))
 
 
-def _drafted(row: int, stem: Stem) -> Drafted:
-    thread, nodes = stem.thread, len(stem.draft_tokens)
+class Reporters:
+    """All reporters of an engine. A request that nobody watches costs nothing; one whose consumer raises fails alone."""
+
+    def __init__(self) -> None:
+        self._requests: dict[Reporter, set[Request]] = {}
+
+    def added(self, request: Request) -> None:
+        if request.options.events and request.options.watcher is None:
+            request.watcher = Reporter()
+        if request.watcher is not None:
+            self._requests.setdefault(request.watcher, set()).add(request)
+            request.watcher.added(request)
+
+    def ended(self, request: Request) -> None:
+        if request.watcher is None:
+            return
+        request.watcher.ended(request)
+        self._requests[request.watcher].remove(request)
+        if not self._requests[request.watcher]:
+            del self._requests[request.watcher]
+
+    def planned(self, forest: Forest, slots_used: int) -> None:
+        """What is guessed is told while it is checked."""
+        if not self._requests:
+            return
+        stems: dict[Reporter, list[Stem]] = {}
+        for stem in forest.stems:
+            if stem.request.watcher is not None:
+                stems.setdefault(stem.request.watcher, []).append(stem)
+        for reporter, own in stems.items():
+            reporter.planned(own, slots_used)
+            self._deliver(reporter)
+
+    def committed(self, stem: Stem, nodes: Sequence[int], advances: Sequence[Advance]) -> None:
+        if stem.request.watcher is not None:
+            stem.request.watcher.committed(stem, nodes, advances)
+
+    def stepped(self, requests: Iterable[Request], rows: int, slots_kept: int) -> None:
+        """rows: of the step's forest. slots_kept: of the KV pool, now that it is committed."""
+        if not self._requests:
+            return
+        watched: dict[Reporter, list[Request]] = {}
+        for request in requests:
+            if request.watcher is not None:
+                watched.setdefault(request.watcher, []).append(request)
+        for reporter, own in watched.items():
+            reporter.stepped(own, rows, slots_kept)
+            self._deliver(reporter)
+
+    def _deliver(self, reporter: Reporter) -> None:
+        try:
+            reporter.deliver()
+        except Exception as error:
+            for request in self._requests[reporter]:
+                request.error = request.error or error
+
+
+def _drafted(stem: Stem) -> Drafted:
+    thread, nodes, request = stem.thread, len(stem.draft_tokens), stem.request.id
     fed = stem.cached - thread.start, len(stem.pending)
     if not nodes:
-        return Drafted(row, thread.index, *fed, verified=stem.verified)
+        return Drafted(request, thread.index, *fed, verified=stem.verified)
     heads = 0 if stem.proposal is None else int((stem.kept < stem.proposal.heads).sum())
     counts: tuple[tuple[Source, int], ...] = (
         ("heads", heads),
@@ -154,4 +230,4 @@ def _drafted(row: int, stem: Stem) -> Drafted:
     )
     sources = tuple(source for source, count in counts for _ in range(count))
     parents = tuple(stem.draft_tree.parents[:nodes].tolist())
-    return Drafted(row, thread.index, *fed, tuple(stem.draft_tokens), parents, sources)
+    return Drafted(request, thread.index, *fed, tuple(stem.draft_tokens), parents, sources)

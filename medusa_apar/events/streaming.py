@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -57,11 +57,11 @@ class TextColumns:
         rows = [[self._token(request, column) for column in range(self._width)] for request in self._requests]
         return torch.tensor(rows, dtype=torch.long, device="cpu").reshape(len(rows), self._width)
 
-    def gather(self, kept: dict[Thread, list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-        """Per column [rows, vocab] of what was kept for each token; zeros where a row had ended."""
-        blank = torch.zeros_like(next(iter(kept.values()))[0])
+    def gather(self, kept: Sequence[dict[Thread, list[torch.Tensor]]]) -> tuple[torch.Tensor, ...]:
+        """Per column [rows, vocab] of what each row has kept for its tokens; zeros where a row had ended."""
+        blank = torch.zeros_like(next(iter(kept[0].values()))[0])
         return tuple(
-            torch.stack([self._kept(kept, request, column, blank) for request in self._requests])
+            torch.stack([self._kept(*pair, column, blank) for pair in zip(kept, self._requests, strict=True)])
             for column in range(self._width)
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +43,7 @@ class Stem:
     proposal: Proposal | None = None  # what the tree was cut from
     kept: np.ndarray = field(default_factory=lambda: _NOTHING)  # int64 [nodes], which of its candidates they are
     scored: int = 1  # pending tokens, the last ones, that are verified; more than the root when a text is scored
+    request: Any = None  # threads.request.Request that the thread belongs to; None where a runtime is only measured
     # Written by Forest:
     row: int = 0  # first row in the forest
     pending: list[int] = field(default_factory=list)
@@ -121,6 +124,8 @@ class Forest:
             row = len(tokens)
         self.verified = [stem for stem in self.stems if stem.verified]
         self._drafting = [stem for stem in self.stems if stem.draft_tokens]
+        sizes = (stem.scored + len(stem.draft_tokens) for stem in self.verified)
+        self.first_rows = [0, *itertools.accumulate(sizes)][:-1]  # of each verified stem among the M verified rows
         fields = [(stem.row, len(stem.pending), stem.length, len(stem.draft_tokens)) for stem in self.stems]
         self._fields = np.array(fields)
         positions, self._draft_rows = _positions(self._fields, self._drafting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -58,6 +59,19 @@ class SlotLedger:
         """The thread's next tokens lie in these slots."""
         booked = self._slots.setdefault(thread, array("q"))
         booked.extend(slots.tolist() if isinstance(slots, np.ndarray) else slots)
+
+    def commit(self, drafted: list[int], accepted: Sequence[tuple[Thread, list[int]]], ended: Iterable[Thread]) -> None:
+        """Books a stem's accepted draft nodes, frees the rejected ones, and what threads needed that have ended.
+
+        drafted: the slots of all its draft nodes. accepted: threads with the slots of their next tokens, among these.
+        """
+        rejected = set(drafted)
+        for thread, slots in accepted:
+            self.book(thread, slots)
+            rejected.difference_update(slots)
+        self.pool.release(rejected)
+        for thread in ended:
+            self.settle(thread)
 
     def settle(self, thread: Thread) -> int:
         """Returns what nobody needs any more of the thread and its ancestors; call when it ended. Counts the slots."""

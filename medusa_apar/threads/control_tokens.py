@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 
-import torch
-from transformers import LogitsProcessor
-
 from medusa_apar.json_files import json_object
 from medusa_apar.reading import expanded, field
 
@@ -75,25 +72,3 @@ class ControlTokens:
                 f"Control tokens {self.fork_id} and {self.child_id} are missing from the model, "
                 f"whose vocabulary has {vocab_size} ids."
             )
-
-
-class ControlTokensLogitsProcessor(LogitsProcessor):
-    """The fork rule as a pure function of a path, so that plain `generate` can be run under the very same rule.
-
-    `[Child]` is never chosen. `[Fork]` is not chosen right after `[Fork]` or `[Child]`, nor at the depth limit; a
-    path's depth is the number of `[Child]` behind the prompt. With `fork=False` neither is ever chosen.
-    """
-
-    def __init__(self, control: ControlTokens, prompt_length: int, fork: bool = True, max_depth: int | None = None):
-        self.control, self.prompt_length, self.fork = control, prompt_length, fork
-        self.max_depth = control.max_depth if max_depth is None else max_depth
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        fork_id, child_id = self.control.fork_id, self.control.child_id
-        depth = (input_ids[:, self.prompt_length :] == child_id).sum(dim=1)
-        last = input_ids[:, -1]
-        banned = (last == fork_id) | (last == child_id) | (depth >= self.max_depth)
-        scores = scores.clone()
-        scores[:, child_id] = -torch.inf
-        scores[:, fork_id] = torch.where(banned | (not self.fork), -torch.inf, scores[:, fork_id])
-        return scores

@@ -53,7 +53,7 @@ class NoForks:
         """Whether an ended child's text ends with a line break."""
         return False
 
-    def hidden(self, max_new_tokens: int, max_depth: int) -> int:
+    def max_invisible_tokens(self, max_new_tokens: int, max_depth: int) -> int:
         """Most tokens of a path that are no part of a text of `max_new_tokens`."""
         return 0
 
@@ -67,7 +67,7 @@ class ControlTokenForks(NoForks):
         assert tree.child_id is not None
         return Fork((tree.child_id,))
 
-    def hidden(self, max_new_tokens: int, max_depth: int) -> int:
+    def max_invisible_tokens(self, max_new_tokens: int, max_depth: int) -> int:
         return max_new_tokens + 2 * max_depth  # text and [Fork] may alternate, with a [Child] per level
 
 
@@ -135,7 +135,7 @@ class ListForks(NoForks):
                 return text.endswith("\n")
         return False
 
-    def hidden(self, max_new_tokens: int, max_depth: int) -> int:
+    def max_invisible_tokens(self, max_new_tokens: int, max_depth: int) -> int:
         return max_new_tokens + 16  # two line breaks an item, whose marker and title are longer; the last insertion
 
     def _space_before_last(self, thread: Thread) -> tuple[str, int]:

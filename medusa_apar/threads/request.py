@@ -1,114 +1,200 @@
-"""One prompt row and everything generated for it: its paragraph tree, and the finished part of its reading order."""
+"""One prompt and everything generated for it: its options, its paragraph tree, and the finished part of its text."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
-import torch
-from transformers import GenerationConfig
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
-
-from .paragraph_tree import ParagraphTree, ReadingCursor, Thread
+from .fork_policy import ForkIf, NoForks
+from .fork_rule import ForkRule
+from .paragraph_tree import ParagraphTree, ReadingCursor, Thread, thread_key
 
 
-class Ends(NamedTuple):
-    """What ends an answer. `eos_ids` end a thread, `criteria` are asked of the reading order."""
+class Status(Enum):
+    """Where a request is between `add` and its end."""
 
-    max_new_tokens: int
-    eos_ids: frozenset[int]
-    criteria: list[Callable]
+    WAITING = "waiting"  # in the queue, without slots
+    PREFILLING = "prefilling"  # its prompt is being fed
+    DECODING = "decoding"
+    PREEMPTED = "preempted"  # back in the queue: its slots were needed by an older request
+    FINISHED = "finished"
+    ABORTED = "aborted"
+    FAILED = "failed"  # by `Request.error`
 
-    @classmethod
-    def of(
-        cls, stopping_criteria: Sequence[Callable], config: GenerationConfig, prompt_length: int, one_thread: bool
-    ) -> Ends:
-        """From the list that transformers makes of a call's own criteria and of the config's.
+    @property
+    def ended(self) -> bool:
+        return self in (Status.FINISHED, Status.ABORTED, Status.FAILED)
 
-        A `MaxLengthCriteria` or `EosTokenCriteria` of the call's, but no subclass of them, replaces the config's there.
-        Threads end at the config's end tokens all the same, as they were trained to; with `one_thread` nothing does.
-        """
-        lengths = [criterion.max_length for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
-        eos: torch.Tensor | None = config._eos_token_tensor
-        eos_ids = frozenset() if eos is None else frozenset(eos.flatten().tolist())
-        ends = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
-        configs = [criterion for criterion in ends if set(criterion.eos_token_id.flatten().tolist()) == eos_ids]
-        criteria = [
-            criterion
-            for criterion in stopping_criteria
-            if type(criterion) is not MaxLengthCriteria and not any(criterion is known for known in configs)
-        ]
-        replaced = one_thread and bool(ends) and not configs
-        length = math.ceil(min(lengths, default=config.max_length)) - prompt_length
-        # transformers asks a criterion behind a token, so that there is one.
-        return cls(max(length, 1), frozenset() if replaced else eos_ids, criteria)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RequestOptions:
+    """How one request is answered. No other request's options change its text.
+
+    Args:
+        max_new_tokens: most visible tokens of the answer.
+        eos_ids: tokens that end a thread.
+        stop: asked with the request after every token of its reading order; True ends the request.
+        policy: where threads fork.
+        rule: the fork rule, None where the model has no control tokens.
+        fork_if: asked wherever the model would choose `[Fork]`; where it says no, that token is banned.
+        max_threads: most of the request's threads that run in one step; the others wait. None: no limit.
+        seed: of the sampling noise, 64 bits; None decodes greedily.
+        processors: transformers' logits processors, asked as transformers asks them.
+        typical: (epsilon, delta) of Medusa's lossy acceptance, None for exact acceptance.
+        scores, logits: whether `Request.scores` and `Request.logits` are kept.
+        logprobs: how many of the likeliest tokens are kept beside each token's own log-probability; None keeps nothing.
+        priority: of two waiting requests the one with the lower number goes first, then the one that came first.
+        events: whether the engine's outputs carry the request's events.
+        watcher: a `medusa_apar.events.reporter.Reporter` that is told of them in another way, or None.
+        score_from: with a number nothing is generated: the prompt's tokens from this index on are scored
+            (`Request.text_scores`). At least 1.
+    """
+
+    max_new_tokens: int = 256
+    eos_ids: frozenset[int] = frozenset()
+    stop: Callable[[Request], bool] | None = None
+    policy: NoForks = field(default_factory=NoForks)
+    rule: ForkRule | None = None
+    fork_if: ForkIf | None = None
+    max_threads: int | None = None
+    seed: int | None = None
+    processors: Sequence[Callable] = ()
+    typical: Any = None
+    scores: bool = False
+    logits: bool = False
+    logprobs: int | None = None
+    priority: int = 0
+    events: bool = False
+    watcher: Any = None
+    score_from: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_threads", "score_from"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, must be 1 or more.")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs is {self.logprobs}, must be 0 or more.")
+
+    @property
+    def max_depth(self) -> int:
+        """Of threads that do not fork, as far as it bounds what a path can hold."""
+        return 0 if self.rule is None else self.rule.max_depth
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What transformers' processors and criteria are shown of a batch: the row's number, the batch's size, and the row
+    as the caller passed it, padding included."""
+
+    index: int
+    batch_size: int
+    ids: list[int]
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """Counts of one request; times in seconds since it was added."""
+
+    steps: int = 0  # in which one of its threads ran
+    preemptions: int = 0  # times that all of its slots were taken back
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities at one token, of the model's own distribution before any processor.
+
+    top: (token id, log-probability) of the likeliest, as many as were asked for.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class TextScores:
+    """What plain decoding says of a given text, token by token; shorter than the text where the context ends."""
+
+    logprobs: list[float] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)  # whether greedy decoding chooses the token; empty when sampling
 
 
 class Request:
     """Args:
-    row, batch_size: its place in the caller's batch.
-    row_ids: the row as the user passed it, padding included: what logits processors and criteria see.
-    prompt_ids: the row without padding: what the model sees.
-    max_new_tokens: limit on the visible text.
-    criteria: transformers' stopping criteria, asked after every token of the reading order.
-    scores: for each thread the processed scores, float32 [vocab], of every token it has chosen so far. Criteria are
-        given those of the text; None gives them no scores.
+    id: names the request in its engine, its events and its outputs.
+    prompt_ids: token ids without padding, at least one.
+    key: 64 bits that seed its noise beside the options' seed; by default made of the prompt.
+    row: its place in a batch of transformers; None for a request that stands alone.
     """
 
     def __init__(
         self,
-        row: int,
-        batch_size: int,
-        row_ids: list[int],
+        id: str,
         prompt_ids: list[int],
-        tree: ParagraphTree,
-        max_new_tokens: int,
-        criteria: list[Callable] | None = None,
-        device: torch.device | str = "cpu",
-        scores: dict[Thread, list[torch.Tensor]] | None = None,
+        options: RequestOptions,
+        key: int | None = None,
+        row: Row | None = None,
     ):
-        self.row, self.batch_size = row, batch_size
-        self.row_ids, self.prompt_ids = row_ids, prompt_ids
-        self.tree = tree
-        self.max_new_tokens = max_new_tokens
+        if not prompt_ids:
+            raise ValueError("The prompt is empty: a request needs at least one token.")
+        self.id, self.prompt_ids, self.options = id, prompt_ids, options
+        self.row = Row(0, 1, prompt_ids) if row is None else row
+        rule = options.rule
+        control = (None, None) if rule is None else (rule.fork_id, rule.child_id)
+        self.tree = ParagraphTree(prompt_ids, thread_key(prompt_ids) if key is None else key, options.eos_ids, *control)
+        self.max_new_tokens = options.max_new_tokens  # which rescoring may raise
         self.text: list[tuple[Thread, int]] = []  # finished reading order: (thread, index into its tokens)
         self.text_ids: list[int] = []
         self.done = False
-        self._criteria, self._device = criteria or [], device
-        self._scores, self._shown = scores, list[torch.Tensor]()  # those of `text`, as criteria see them
-        self._cursor = ReadingCursor(tree)
+        self.finish_reason: str | None = None  # "stop" | "length" | "aborted" | "error"
+        self.error: Exception | None = None
+        # Per thread and own token, float32 [vocab], where the options ask for them.
+        self.scores: dict[Thread, list[Any]] = {}
+        self.logits: dict[Thread, list[Any]] = {}
+        self.logprobs: dict[Thread, list[TokenLogprobs]] = {}
+        self.text_scores = TextScores()
+        # Live threads as they are read, each with how many visible tokens stand before its end; kept by `publish`.
+        self.live: list[tuple[Thread, int]] = self.tree.live_in_reading_order()
+        self.stats = RequestStats()
+        # Set by the engine that the request was added to:
+        self.status = Status.WAITING
+        self.arrival = 0  # number among the engine's requests
+        self.added = 0.0  # time.perf_counter()
+        self.sampler: Any = None  # verify.sampler.Sampler
+        self.watcher: Any = options.watcher  # events.reporter.Reporter, None where nobody watches
+        self.ngrams: Any = None  # drafting.ngram_index.NgramIndex, None where none is kept
+        self.sent = 0  # tokens of the text that were handed out
+        self._cursor = ReadingCursor(self.tree)
+
+    def __repr__(self) -> str:
+        return f"Request({self.id!r}, {self.status.value}, prompt={len(self.prompt_ids)}, text={len(self.text)})"
 
     def path(self, thread: Thread) -> list[int]:
         """The row a logits processor sees at the thread's root: padding, prompt, path, the thread's tokens."""
         ancestors = thread.ancestor_ids() + thread.tokens
-        return self.row_ids + ancestors[len(self.prompt_ids) :]
+        return self.row.ids + ancestors[len(self.prompt_ids) :]
 
     def publish(self) -> None:
-        """Moves the finished part of the reading order on; sets `done` at the limit, a criterion, or the end."""
+        """Moves the finished part of the reading order on; sets `done` at the limit, where `stop` says so, or at the
+        end."""
         for thread, index in self._cursor.advance():
             self.text.append((thread, index))
             self.text_ids.append(thread.tokens[index])
-            if self._criterion_met() or len(self.text) >= self.max_new_tokens:
-                self.done = True
-                return
-        self.done = self._cursor.done
+            stopped = self.options.stop is not None and self.options.stop(self)
+            if stopped or len(self.text) >= self.max_new_tokens:
+                self.done, self.finish_reason = True, "stop" if stopped else "length"
+                break
+        else:
+            if self._cursor.done:
+                cut = any(thread.finish_reason == "length" for thread in self.tree.threads)
+                self.done, self.finish_reason = True, "length" if cut else "stop"
+        self.live = [] if self.done else self.tree.live_in_reading_order()
 
-    def beyond_limit(self) -> list[Thread]:
-        """Live threads whose next token could no longer be part of the limited text."""
-        return [thread for thread, before in self.tree.live_in_reading_order() if before >= self.max_new_tokens]
-
-    def _criterion_met(self) -> bool:
-        if not self._criteria:
-            return False
-        # Criteria may hold something per row of the batch, so they are shown the whole batch and asked for one row.
-        row = self.row_ids + self.text_ids
-        ids = torch.tensor([row], dtype=torch.long, device=self._device).expand(self.batch_size, -1)
-        scores = None
-        if self._scores is not None:
-            for thread, index in self.text[len(self._shown) :]:
-                own = self._scores[thread][index - thread.num_forced]
-                self._shown.append(own.expand(self.batch_size, -1))
-            scores = tuple(self._shown)
-        verdicts = [torch.as_tensor(criterion(ids, scores)).expand(self.batch_size) for criterion in self._criteria]
-        return any(bool(verdict[self.row]) for verdict in verdicts)
+    def reopen(self, max_new_tokens: int) -> None:
+        """Goes on with a text that its limit had ended, as if this had been the limit all along."""
+        self.max_new_tokens, self.done, self.finish_reason = max_new_tokens, False, None
+        self.publish()

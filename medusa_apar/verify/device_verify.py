@@ -1,8 +1,8 @@
-"""What a step chooses, without leaving the device: verification in one launch, drafting behind it, one read of both."""
+"""Verification of a step's threads in one launch, drafting behind it, and one read of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,115 +10,131 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import Drafter
-from medusa_apar.forest.forest import Forest
-from medusa_apar.threads.control_tokens import ControlTokens
-from medusa_apar.triton_kernels.reference import Noise, TypicalAcceptance, Verified
+from medusa_apar.drafting.speculator import Drafting
+from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.triton_kernels.reference import Noise, Verified
 
 from .verdict import Verdict
 
 
-class Drafting(NamedTuple):
-    """Who proposes, and a tree of how many nodes below every thread; `weights` tells apart what the drafter reads."""
+class Modes(NamedTuple):
+    """What a launch's threads need between them; it belongs to the key of captured steps."""
 
-    drafter: Drafter
-    tree: DraftTree
-    weights: Hashable = None
+    control: tuple[int, int] | None  # ids of [Fork] and [Child]
+    noise: bool
+    typical: bool
 
 
 @dataclass(slots=True, eq=False)
-class Choice:
+class DeviceVerify:
     """One step's verification and drafting, ready to run behind its forward pass.
 
     verify: `triton_kernels.verify.verify`, or its reference. depth: most draft nodes that a thread can accept.
-    process: what the logits go through before; with it a step is not the same operations each time.
-    T counts threads: a stem's, and behind it each `[Child]` below a drafted `[Fork]`.
+    T counts threads: a stem's, and behind it each `[Child]` below a drafted `[Fork]`. M counts rows.
     """
 
     verify: Callable[..., Verified]
-    control: ControlTokens | None
     depth: int
     drafting: Drafting | None
-    process: Callable[[Tensor], Tensor] | None
+    modes: Modes
+    stems: list[Stem]
     first_rows: np.ndarray  # int64 [T + 1]
-    rows: tuple[np.ndarray, ...]  # [M]: tokens, parents among the M, fork bans
-    noise: tuple[np.ndarray, ...] | None  # int64: seeds [T], keys [T], positions [M]
-    forks: list[list[int]]  # of each stem: nodes of `[Fork]`s whose `[Child]`s are threads of their own here
-    typical: TypicalAcceptance | None = None
+    rows: tuple[np.ndarray, ...]  # int64 [M]: tokens, parents among the M, fork bans
+    threads: tuple[np.ndarray, ...]  # int64 [T]: seeds, keys, whether sampled; then epsilon and delta as bits of float64
+    positions: np.ndarray  # int64 [M]
+    processed: list[tuple[int, Stem]]  # stems whose logits go through processors, each with its first row
 
     @classmethod
     def of(
-        cls,
-        verify: Callable[..., Verified],
-        forest: Forest,
-        control: ControlTokens | None,
-        fork_bans: Sequence[bool],
-        seed: int | None,
-        depth: int,
-        drafting: Drafting | None,
-        process: Callable[[Tensor], Tensor] | None = None,
-        typical: TypicalAcceptance | None = None,
-    ) -> Choice:
-        """For a forest's verified stems; `fork_bans` goes by their rows, and seed None is greedy."""
+        cls, verify: Callable[..., Verified], forest: Forest, depth: int, drafting: Drafting | None
+    ) -> DeviceVerify:
+        """For all of a forest's verified stems; what the host verifies is verified here too, and ignored."""
         sizes: list[int] = []
         keys: list[int] = []
-        tokens, parents, positions = [], [], []
+        seeds: list[int] = []
+        sampled: list[int] = []
+        limits: list[tuple[float, float]] = []
+        tokens, parents, positions, bans = [], [], [], []
+        processed: list[tuple[int, Stem]] = []
+        control = None
         first = 0
         for stem in forest.verified:
-            drafted, tree = len(stem.draft_tokens), stem.draft_tree
+            sampler, drafted, tree = stem.request.sampler, len(stem.draft_tokens), stem.draft_tree
             own = first + 1 + tree.parents[:drafted]
             own[stem.guessed :] = -1  # a `[Child]` is the root of its own thread
             tokens += [stem.pending[-1], *stem.draft_tokens]
             parents.append(np.concatenate([[-1], own]))
             positions.append(stem.thread.end + np.concatenate([[0], 1 + tree.depths[:drafted]]))
+            bans += sampler.fork_bans(stem)
+            members = 1 + len(stem.forks)
             sizes += [1 + stem.guessed, *([1] * len(stem.forks))]
+            keys += [stem.thread.key, *(stem.child_key(fork) for fork in stem.forks)]
+            device = sampler.path_free
+            seeds += [(sampler.seed or 0) & (2**64 - 1)] * members
+            sampled += [int(device and sampler.seed is not None)] * members
+            typical = sampler.typical if device and sampler.seed is not None else None
+            limits += [(-1.0, 0.0) if typical is None else (typical.epsilon, typical.delta)] * members
+            if device and sampler.options.processors:
+                processed.append((first, stem))
+            if sampler.rule is not None:
+                control = sampler.rule.fork_id, sampler.rule.child_id
             first += 1 + drafted
-            if seed is not None:
-                keys += [stem.thread.key, *(stem.child_key(fork) for fork in stem.forks)]
         first_rows = np.cumsum([0, *sizes])
-        noise = None
-        if seed is not None:
-            named = np.array(keys, dtype=np.uint64).view(np.int64)
-            seeds = np.full(len(keys), seed & (2**64 - 1), dtype=np.uint64).view(np.int64)
-            noise = seeds, named, np.concatenate(positions)
-        rows = np.array(tokens, dtype=np.int64), np.concatenate(parents), np.array(fork_bans, dtype=np.int64)
-        forks = [list(stem.forks) for stem in forest.verified]
-        return cls(verify, control, depth, drafting, process, first_rows, rows, noise, forks, typical)
+        rows = np.array(tokens, dtype=np.int64), np.concatenate(parents), np.array(bans, dtype=np.int64)
+        bits = np.array(limits).T.copy().view(np.int64)
+        unsigned = [np.array(values, dtype=np.uint64).view(np.int64) for values in (seeds, keys)]
+        threads = *unsigned, np.array(sampled, dtype=np.int64), *bits
+        modes = Modes(control, any(sampled), any(epsilon >= 0 for epsilon, _ in limits))
+        stems, places = forest.verified, np.concatenate(positions)
+        return cls(verify, depth, drafting, modes, stems, first_rows, rows, threads, places, processed)
 
     @property
     def operations(self) -> tuple | None:
         """What runs, as a key for captured steps; None where it cannot be captured."""
-        if self.process is not None:
-            return None
-        return self.control, self.depth, self.drafting, self.noise is not None, self.typical
+        return None if self.processed else (self.depth, self.drafting, self.modes)
 
     @property
-    def threads(self) -> int:
+    def num_threads(self) -> int:
         return len(self.first_rows) - 1
 
     def inputs(self, queries: int | None = None, threads: int | None = None) -> Tensor:
         """All that `run` reads, on the CPU, int64: for exactly these stems, or padded to more rows and threads."""
         queries = len(self.rows[0]) if queries is None else queries
-        threads = self.threads if threads is None else threads
-        parts = [*self.rows, self.first_rows, *(self.noise or ())]
+        threads = self.num_threads if threads is None else threads
+        parts = [*self.rows, self.first_rows]
+        if self.modes.noise:
+            parts += [*self.threads[:3], self.positions]
+        if self.modes.typical:
+            parts += self.threads[3:]
         sizes = self._sizes(queries, threads)
         return torch.from_numpy(np.concatenate([_grown(*pair) for pair in zip(parts, sizes, strict=True)]))
 
     def _sizes(self, queries: int, threads: int) -> list[int]:
         """Even ones: Triton compiles a kernel anew for addresses that are no multiples of 16 bytes."""
         sizes = [queries, queries, queries, threads + 1]
-        if self.noise is not None:
-            sizes += [threads, threads, queries]
+        if self.modes.noise:
+            sizes += [threads, threads, threads, queries]
+        if self.modes.typical:
+            sizes += [threads, threads]
         return [size + size % 2 for size in sizes]
 
     def run(self, logits: Tensor, hidden: Tensor, inputs: Tensor, threads: int | None = None) -> Tensor:
         """logits [M, vocab], hidden [M, input_size] and `inputs` on their device -> int32 for `read`, [T, *]."""
         queries = len(logits)
-        threads = self.threads if threads is None else threads
-        tokens, parents, bans, first_rows, *noise = inputs.split(self._sizes(queries, threads))
-        if self.process is not None:
-            logits = self.process(logits)
+        threads = self.num_threads if threads is None else threads
+        tokens, parents, bans, first_rows, *others = inputs.split(self._sizes(queries, threads))
+        if self.processed:
+            logits = logits.float()
+            for first, stem in self.processed:
+                sampler, size = stem.request.sampler, 1 + len(stem.draft_tokens)
+                own = slice(first, first + size)
+                logits[own] = sampler.process(logits[own], sampler.fork_bans(stem))
+        noise = typical = None
+        if self.modes.noise:
+            seeds, keys, sampled, positions, *others = others
+            noise = Noise(seeds[:threads], keys[:threads], positions[:queries], sampled[:threads].int())
+        if self.modes.typical:
+            typical = torch.stack([bits[:threads].view(torch.float64) for bits in others], dim=1).float()
         verified = self.verify(
             *(
                 logits,
@@ -127,9 +143,9 @@ class Choice:
                 self.depth,
             ),
             bans=bans[:queries].int(),
-            control=self.control and (self.control.fork_id, self.control.child_id),
-            noise=Noise(noise[0][:threads], noise[1][:threads], noise[2][:queries]) if noise else None,
-            typical=self.typical,
+            control=self.modes.control,
+            noise=noise,
+            typical=typical,
         )
         if self.drafting is None:
             return verified.packed
@@ -141,9 +157,10 @@ class Choice:
         drafted = guesses.to(torch.int32), log_probs.float().contiguous().view(torch.int32)
         return torch.cat([verified.packed, *drafted], dim=1)
 
-    def read(self, chosen: Tensor) -> list[Verdict]:
-        """A verdict per verified stem, with what was drafted behind each: the one wait for the device."""
-        read = chosen[: self.threads].cpu()
+    def read(self, chosen: Tensor) -> list[Verdict | None]:
+        """A verdict per verified stem, with what was drafted behind each: the one wait for the device. None for stems
+        that the host verifies."""
+        read = chosen[: self.num_threads].cpu()
         nodes = 0 if self.drafting is None else len(self.drafting.tree)
         width = read.shape[1] - 2 * nodes
         verified = Verified(read[:, :width])
@@ -156,11 +173,12 @@ class Choice:
             guesses, log_probs = read[:, width : width + nodes].numpy(), read[:, width + nodes :].contiguous()
             for verdict, ids, chances in zip(every, guesses, log_probs.view(torch.float32).numpy(), strict=True):
                 verdict.guessed = ids.astype(np.int64), chances
-        verdicts, place = [], 0
-        for forks in self.forks:
-            verdicts.append(every[place])
-            every[place].children = dict(zip(forks, every[place + 1 :], strict=False))
-            place += 1 + len(forks)
+        verdicts: list[Verdict | None] = []
+        place = 0
+        for stem in self.stems:
+            verdicts.append(every[place] if stem.request.sampler.path_free else None)
+            every[place].children = dict(zip(stem.forks, every[place + 1 :], strict=False))
+            place += 1 + len(stem.forks)
         return verdicts
 
 

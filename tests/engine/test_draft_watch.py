@@ -52,7 +52,7 @@ def test_a_copy_of_the_hook_counts_with_it(caplog):
     model = tiny_model(seed=5, eos=-50.0)
     apar = medusa_apar.attach(model, useless(model), speculation="even")
     for seed in range(60):
-        drafted(apar.speculating(apar.speculation), model, prompts(1, 6, seed=seed))
+        drafted(apar.speculating(apar.options.speculation), model, prompts(1, 6, seed=seed))
     assert len(warnings(caplog)) == 1
 
 

@@ -21,7 +21,7 @@ def attached(monkeypatch, tmp_path):
 
 
 def known(apar):
-    return measure.known_cost(apar.model, apar.runtime, apar.heads, apar.draft_tree)
+    return measure.known_cost(apar.model, apar.runtime, apar.heads, apar.options.draft_tree)
 
 
 def test_more_rows_never_cost_less_and_the_model_is_left_as_it_was(attached):

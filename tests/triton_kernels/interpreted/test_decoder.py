@@ -123,7 +123,7 @@ def test_trees_of_more_nodes_than_a_word_has_bits_are_refused_or_cut():
     with pytest.raises(ValueError, match="65 nodes"):
         medusa_apar.attach(model, attention="triton", draft_tree=chain)
     apar = medusa_apar.attach(model, HydraHeads.random(model), attention="triton", budget=200)
-    assert len(apar.draft_tree) <= 64
+    assert len(apar.options.draft_tree) <= 64
 
 
 @pytest.mark.parametrize("options", [{"attention": "sdpa", "cuda_graphs": True}, {"cuda_graphs": True}])

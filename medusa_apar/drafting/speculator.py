@@ -1,0 +1,191 @@
+"""What is guessed ahead, and what is learned from what became of it. It lives as long as its engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medusa_apar.threads.paragraph_tree import Thread
+
+from .advance import Advance, DraftResult
+from .budget import EvenBudget, ForestBudget
+from .candidates import MOST_DEPTH, Proposal, Proposer
+from .draft_tree import DraftTree
+from .drafter import Drafter
+from .ngram_index import Recall, SiblingMemory
+from .options import Speculation
+
+
+class Drafting(NamedTuple):
+    """Who proposes, and a tree of how many nodes below every thread; `weights` tells apart what the drafter reads."""
+
+    drafter: Drafter
+    tree: DraftTree
+    weights: Hashable = None
+
+
+class Load(NamedTuple):
+    """What the next step will run: threads at most, and requests."""
+
+    threads: int
+    requests: int
+
+
+@dataclass(slots=True)
+class Speculator:
+    """Candidates for every thread's draft tree, from draft heads and from what was written before.
+
+    Args:
+        options: what is guessed; None for nothing.
+        drafter: draft heads as the runtime drafts with them; None without.
+        tree: of the heads' guesses below each root.
+    """
+
+    options: Speculation | None
+    budget: ForestBudget | EvenBudget
+    drafter: Drafter | None = None
+    tree: DraftTree = field(default_factory=lambda: DraftTree([]))
+    scorer: Proposer = field(default_factory=Proposer)
+    weights: Hashable = None
+    # Draft nodes, and those that were right, by who proposed them.
+    drafted: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)
+    undrafted_steps: int = 0
+    _proposals: dict[Thread, Proposal] = field(default_factory=dict)
+    _asks: bool = False  # whether the heads draft in this step
+
+    @property
+    def ngrams(self) -> bool:
+        return self.options is not None and self.options.siblings
+
+    @property
+    def max_depth(self) -> int:
+        """Most draft nodes that a thread can accept in a step."""
+        return max(self.tree.height, MOST_DEPTH)
+
+    def candidates(self, thread: Thread) -> Proposal | None:
+        """What could hang below the thread's root in this step; None for nothing. Asked once."""
+        return self._proposals.pop(thread, None)
+
+    def begin(self, load: Load, num_stems: int) -> Drafting | None:
+        """Settles whether the heads draft in this step; what they would draft on the device, for so many stems."""
+        self._asks = self.drafter is not None and self.budget.heads_pay()
+        self.undrafted_steps += self.drafter is not None and not self._asks
+        return self._drafting(load.threads, num_stems)
+
+    def learn(self, result: DraftResult, thread: Thread) -> None:
+        """Counts which of a thread's draft nodes came true, and learns from them."""
+        proposal, kept = result.proposal, result.kept
+        accepted = kept[result.nodes].tolist()
+        if thread.live and not thread.awaits_insertion:  # else nobody knows what would have come next
+            self.scorer.learn(proposal, kept, set(accepted))
+        of_heads = sum(node < proposal.heads for node in kept[: result.num_candidates].tolist())
+        heads_right = sum(node < proposal.heads for node in accepted)
+        self.drafted.update(heads=of_heads, siblings=result.num_candidates - of_heads, forks=len(result.forks))
+        self.accepted.update(heads=heads_right, siblings=len(accepted) - heads_right)
+        self.accepted["forks"] += sum(node in result.forks for node in result.nodes)
+
+    def draft(self, advances: Sequence[Advance], hidden: Tensor, load: Load, on_device: Drafting | None) -> None:
+        """Candidates for the next step of the threads that go on.
+
+        Args:
+            advances: in the order of their requests.
+            hidden: [M, input_size], hidden states of the step's verified rows.
+            on_device: with what the heads have drafted behind verification; None where they draft here.
+        """
+        if self.drafter is None and not self.ngrams:
+            return
+        advances = self._worth_drafting([advance for advance in advances if advance.goes_on], load)
+        matches = self._matches(advances) if self.ngrams else {}
+        drafting = on_device
+        if self._asks and advances:
+            drafting = self._draft(advances, hidden, load, matches, on_device) or on_device
+        self._propose(advances, None if drafting is None else drafting.tree, matches)
+
+    def forget(self, threads: Sequence[Thread]) -> None:
+        """Drops what was to be drafted for threads that have ended."""
+        for thread in threads:
+            self._proposals.pop(thread, None)
+
+    def _worth_drafting(self, advances: list[Advance], load: Load) -> list[Advance]:
+        """Those for which drafts can pay in such a step; all are remembered."""
+        paying: set[Thread] = set()
+        for request, group in groupby(advances, attrgetter("request")):
+            threads = [advance.thread for advance in group]
+            paying |= self.budget.paying(threads, load.threads, load.requests)
+            if self.ngrams:
+                if request.ngrams is None:
+                    request.ngrams = SiblingMemory(request.tree.child_id)
+                for thread in threads:
+                    request.ngrams.learn(thread)
+        return [advance for advance in advances if advance.thread in paying]
+
+    def _matches(self, advances: Sequence[Advance]) -> dict[Thread, Recall]:
+        """What followed where these threads' last tokens were written before."""
+        found = ((advance.thread, advance.request.ngrams.recall(advance.thread)) for advance in advances)
+        return {thread: match for thread, match in found if match is not None}
+
+    def _draft(
+        self,
+        advances: Sequence[Advance],
+        hidden: Tensor,
+        load: Load,
+        matches: dict[Thread, Recall],
+        on_device: Drafting | None,
+    ) -> Drafting | None:
+        """Has the heads draft for each thread that is worth it and that they have not drafted for on the device."""
+        asking: set[Thread] = set()
+        for _, group in groupby(advances, attrgetter("request")):
+            trusts = {
+                advance.thread: self.scorer.trust.of(matches[advance.thread].match)
+                if advance.thread in matches
+                else 0.0
+                for advance in group
+            }
+            asking |= self.budget.asking(trusts)
+        todo = [advance for advance in advances if advance.thread in asking and advance.guessed is None]
+        drafting = (on_device or self._drafting(load.threads, len(todo))) if todo else None
+        if drafting is None:
+            return None
+        # Of several threads of a request the one that the answer waits for counts about half.
+        weight = 1.0 if load.threads <= load.requests else 0.5
+        bar = self.budget.bar(load.threads, load.requests, weight)
+        rows = torch.tensor([advance.row for advance in todo], dtype=torch.long, device=hidden.device)
+        last = [advance.thread.tokens[-1] for advance in todo]
+        roots = torch.tensor(last, dtype=torch.long, device=hidden.device)
+        token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree, bar)
+        guesses = zip(token_ids.cpu().numpy(), log_probs.float().cpu().numpy(), strict=True)
+        for advance, guess in zip(todo, guesses, strict=True):
+            advance.guessed = guess
+        return drafting
+
+    def _propose(self, advances: Sequence[Advance], tree: DraftTree | None, matches: dict[Thread, Recall]) -> None:
+        """Candidates for these threads: what the heads drafted in `tree`, and what followed the same tokens before."""
+        guesses = [advance.guessed for advance in advances if advance.guessed is not None]
+        made: Iterator[Proposal] = iter(())
+        if tree is not None and guesses:
+            made = iter(self.scorer.of_heads(tree, *map(np.stack, zip(*guesses, strict=True))))
+        for advance in advances:
+            thread, proposal = advance.thread, None if advance.guessed is None else next(made)
+            if thread in matches:
+                proposal = self.scorer.with_recall(proposal, tree, matches[thread])
+            if proposal is not None and self.options is not None and self.options.forks:
+                may_fork = advance.request.sampler.may_fork(thread.depth)
+                proposal = self.scorer.with_children(proposal, may_fork, thread.tokens[-1])
+            if proposal is not None:
+                self._proposals[thread] = proposal
+
+    def _drafting(self, roots: int, threads: int) -> Drafting | None:
+        """A tree of as many nodes below each of so many threads as can be of use; None for none."""
+        if self.drafter is None or not self._asks:
+            return None
+        tree = self.tree.first(self.budget.nodes(roots, max(min(threads, roots), 1), self.budget.rows))
+        return Drafting(self.drafter, tree, self.weights) if len(tree) else None

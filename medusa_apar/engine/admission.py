@@ -1,0 +1,43 @@
+"""Which requests can ever be answered: the lengths of prompt and answer against the model's context and the KV pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from medusa_apar.models.families import context_length
+from medusa_apar.threads.request import RequestOptions
+
+
+class QueueFull(RuntimeError):
+    """The engine takes no further request now; it may later."""
+
+
+def check_fits(
+    model: PreTrainedModel, max_slots: int | None, prompts: Iterable[list[int]], options: RequestOptions
+) -> None:
+    """ValueError, with the numbers, for prompts that can never be answered under these options.
+
+    max_slots: of the KV pool; None where it grows. The longest path has to fit into it alone.
+    """
+    longest, limit = max(map(len, prompts)), context_length(model)
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest + 1
+    if longest >= context and options.score_from is None:
+        raise ValueError(f"The prompt has {longest} tokens, but the model's context ends at {context}.")
+    if limit is not None and longest >= limit and options.score_from is None:
+        raise ValueError(
+            f"The prompt has {longest} tokens, but from {limit} on this model's rotary scaling depends on the whole "
+            "batch, which parallel threads cannot have."
+        )
+    if max_slots is None:
+        return
+    hidden = options.policy.max_invisible_tokens(options.max_new_tokens, options.max_depth)
+    needed = longest if options.score_from is not None else longest + options.max_new_tokens + hidden
+    if limit is not None:
+        needed = min(needed, limit)
+    if max_slots < needed:
+        raise ValueError(
+            f"pool_slots={max_slots} is too small: a prompt of {longest} tokens and max_new_tokens="
+            f"{options.max_new_tokens} may need {needed} slots."
+        )

@@ -1,0 +1,40 @@
+"""How an engine decodes, whatever its requests ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.options import Speculation
+from medusa_apar.drafting.step_cost import StepCost
+
+# Rows of a forest, at most: past these a step's cost grows with every row (DESIGN.md, facts).
+MAX_ROWS = {"cpu": 24, "cuda": 64}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Args:
+    speculation: what is guessed ahead; None for nothing.
+    draft_tree: of the heads' guesses below each root.
+    budget: rows of a step's forest, threads' roots included, to be filled; None: at most 24 on a CPU and 64 on a GPU,
+        and no more than pay.
+    step_cost: what a step costs by its rows; None: measured once on this device, and corrected by the steps that run.
+    pool_slots: most KV slots ever in use; None: the pool grows on demand.
+    max_prefill_rows: most rows of a step beside those of requests that decode; None: as many as double its time.
+    max_requests: most requests that run at once; None: as many as the pool has room for.
+    max_waiting: most requests in the queue; one more raises QueueFull. None: any number.
+    """
+
+    speculation: Speculation | None = None
+    draft_tree: DraftTree = field(default_factory=lambda: DraftTree([]))
+    budget: int | None = None
+    step_cost: StepCost | None = None
+    pool_slots: int | None = None
+    max_prefill_rows: int | None = None
+    max_requests: int | None = None
+    max_waiting: int | None = None
+
+    def max_rows(self, device: str) -> int:
+        """Rows of a step's forest, at most, on a device of this type."""
+        return MAX_ROWS.get(device, MAX_ROWS["cpu"]) if self.budget is None else self.budget

@@ -1,0 +1,178 @@
+"""Verification on the host: the kernels' reference, with scores that are made path by path where processors ask for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medusa_apar.forest.forest import Stem
+from medusa_apar.threads.request import Request
+from medusa_apar.triton_kernels.reference import likeliest, likeliest_path, walk
+
+from .sampler import Sampler
+from .verdict import Verdict
+
+
+class HostVerify:
+    """Chooses for stems from `logits` [M, vocab], the forest's verified rows, to which bans may be written.
+
+    Args:
+        stems: each with the place of its first verified row among the M.
+        argmax: the runtime's, [M, vocab] -> long [M].
+    """
+
+    def __init__(self, stems: Sequence[tuple[int, Stem]], logits: Tensor, argmax: Callable[[Tensor], Tensor]) -> None:
+        self._logits = logits
+        self._bans: dict[int, list[bool]] = {}
+        self._raw: dict[int, Tensor] = {}  # by first row: the stem's rows before bans, where they are kept
+        banned: list[int] = []  # rows that may not choose [Fork]
+        control: list[int] = []  # rows that may not choose [Child]
+        rule = None
+        for first, stem in stems:
+            sampler: Sampler = stem.request.sampler
+            bans = self._bans[first] = sampler.fork_bans(stem)
+            if stem.request.options.logits or stem.request.options.logprobs is not None:
+                self._raw[first] = logits[first : first + len(bans)].float().clone()
+            if sampler.rule is not None and not sampler.before:  # others see the model's own logits
+                rule = sampler.rule
+                control += range(first, first + len(bans))
+                banned += [first + row for row, ban in enumerate(bans) if ban]
+        if rule is not None:
+            # Through numpy where it can be: between two steps, when nothing is in the cache, torch takes 0.1 ms for it.
+            plain = logits.device.type == "cpu" and logits.dtype == torch.float32
+            columns: Any = logits.numpy() if plain else logits
+            everywhere = slice(None) if len(control) == len(logits) else np.array(control)
+            columns[everywhere, rule.child_id] = -math.inf
+            if banned:
+                columns[np.array(banned), rule.fork_id] = -math.inf
+        asks = any(stem.request.sampler.plain and stem.request.sampler.typical is None for _, stem in stems)
+        self._greedy = greedy(logits, argmax) if asks else []
+
+    def __call__(self, first: int, stem: Stem) -> Verdict:
+        """ValueError where a row leaves no token to choose; whatever a processor or a `fork_if` raises."""
+        sampler: Sampler = stem.request.sampler
+        choose = _Choices(self, sampler, first, stem)
+        drafted = stem.draft_tree.parents[: stem.guessed].tolist()
+        parents = [-1, *(parent + 1 for parent in drafted)]
+        ids, size = [stem.pending[-1], *stem.draft_tokens], 1 + len(drafted)
+        if sampler.typical is None or sampler.seed is None:
+            accepted = walk(0, size, choose, ids, parents, len(drafted))
+            last = accepted[-1] if accepted else 0
+        else:
+            scores = torch.stack([choose.scored(row, ids, parents) for row in range(size)])
+            accepted = likeliest_path(0, size, scores, ids, parents, len(drafted), sampler.typical)
+            last = accepted[-1] if accepted else 0
+            for row, token in zip((0, *accepted), [ids[row] for row in accepted], strict=False):
+                choose.took(row, token, scores[row])
+            choose.again(last, scores[last])
+        nodes = [row - 1 for row in accepted]
+        verdict = Verdict(choose.tokens, nodes, first + last, choose.scores, choose.logits, choose.logprobs)
+        for fork, child in stem.forks.items():
+            if fork in nodes:
+                ahead = verdict.tokens[: nodes.index(fork) + 1]
+                begun = _Choices(self, sampler, first, stem, (ahead, fork, child))
+                begun(1 + child)
+                row = first + 1 + child
+                verdict.children[fork] = Verdict(begun.tokens, [], row, begun.scores, begun.logits, begun.logprobs)
+        return verdict
+
+
+class _Choices:
+    """The tokens that one thread of a stem chooses in a step, asked row by row; rows count from the stem's root."""
+
+    def __init__(
+        self,
+        host: HostVerify,
+        sampler: Sampler,
+        first: int,
+        stem: Stem,
+        child: tuple[list[int], int, int] | None = None,
+    ) -> None:
+        """child: for a drafted `[Child]`, what its parent has chosen up to the `[Fork]`, and the nodes of both."""
+        self._host, self._sampler, self._first, self._stem = host, sampler, first, stem
+        self._bans = host._bans[first]
+        self.tokens: list[int] = []
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.logprobs: list[Any] = []
+        self._key, self._end = stem.thread.key, stem.thread.end
+        self._above: list[int] = []
+        if child is not None:
+            ahead, fork, node = child
+            self._above = [*ahead, stem.draft_tokens[node]]
+            self._key, self._end = stem.child_key(fork), stem.thread.end + len(self._above)
+        # A plain thread is asked for its path only where something goes wrong.
+        self._path: list[int] | None = None
+
+    @property
+    def _behind(self) -> list[int]:
+        if self._path is None:
+            self._path = self._stem.request.path(self._stem.thread) + self._above
+        return self._path
+
+    def __call__(self, row: int) -> int:
+        """The token that a row chooses; -1 where the walk has to end there all the same."""
+        sampler, place = self._sampler, self._first + row
+        if sampler.plain:
+            scores, token = None, self._host._greedy[place]
+        else:
+            path = self._behind + self.tokens
+            scores, token = sampler.choose(
+                *(path, self._host._logits[place], self._stem, self.tokens),
+                *(self._bans[row], self._key, self._end + len(self.tokens)),
+            )
+        self.took(row, token, scores)
+        return -1 if sampler.before and _is_last(self._stem.request, self.tokens) else token
+
+    def scored(self, row: int, ids: list[int], parents: list[int]) -> Tensor:
+        """The processed scores [vocab] of a row, whatever was chosen before it."""
+        sampler, above = self._sampler, list[int]()
+        node = row
+        while node > 0:
+            above.append(ids[node])
+            node = parents[node]
+        path = self._behind + above[::-1] if sampler.before else []
+        banned = sampler.banned(self._bans[row])
+        return sampler.processed(path, self._host._logits[self._first + row], self._stem.request, banned)
+
+    def again(self, row: int, scores: Tensor) -> None:
+        """Chooses from scores that are known."""
+        token = self._sampler.choice(scores, self._key, self._end + len(self.tokens))
+        self.took(row, token, scores)
+
+    def took(self, row: int, token: int, scores: Tensor | None) -> None:
+        """The thread's next token, which the row chose or accepted."""
+        options, sampler = self._sampler.options, self._sampler
+        if token < 0:
+            path, logits = self._behind + self.tokens, self._host._logits[self._first + row]
+            raise sampler.impossible(path, logits, self._stem.request, self._bans[row])
+        if options.scores and scores is not None:
+            self.scores.append(scores.clone())  # not a view that keeps the whole forest's logits
+        if options.logits:
+            self.logits.append(self._host._raw[self._first][row])
+        if options.logprobs is not None:
+            self.logprobs.append(sampler.logprobs(self._host._raw[self._first][row], token))
+        self.tokens.append(token)
+
+
+def greedy(logits: Tensor, argmax: Callable[[Tensor], Tensor]) -> list[int]:
+    """The likeliest token of each row of `logits` [M, vocab]; -1 where nothing is possible."""
+    tokens = argmax(logits)
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        best = logits.numpy()[np.arange(len(tokens)), tokens.numpy()].tolist()
+    else:
+        best = logits.gather(1, tokens[:, None])[:, 0].tolist()
+    pairs = zip(tokens.tolist(), best, strict=True)
+    return [token if value > -math.inf else likeliest(logits[row]) for row, (token, value) in enumerate(pairs)]
+
+
+def _is_last(request: Request, ahead: list[int]) -> bool:
+    """Whether nothing is read behind what the thread has chosen in this step, so that no processor need be asked."""
+    if ahead[-1] in request.tree.eos_ids:
+        return True
+    return len(request.tree.threads) == 1 and len(request.text) + len(ahead) >= request.max_new_tokens

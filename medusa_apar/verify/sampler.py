@@ -1,0 +1,230 @@
+"""How one request's tokens come out of logits: processors, bans, warpers, choice.
+
+One rule serves greedy and sampling (DESIGN promise 2): the model's choice is argmax(processed log-probs + noise), where
+the noise is zero or a function of (seed, thread, position).
+
+Scores come about as in plain transformers where `ControlTokensLogitsProcessor` is the last of the user's processors:
+those see the model's own logits, control tokens are banned behind them, and the warpers of sampling come last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor
+
+from medusa_apar.forest.forest import Stem
+from medusa_apar.threads.fork_policy import fork_point
+from medusa_apar.threads.request import Request, RequestOptions, TokenLogprobs
+from medusa_apar.triton_kernels.reference import likeliest, sample
+
+from .processor_state import StateWatch, name_of
+
+
+def _exactly(*names: str) -> frozenset[type]:
+    """transformers' processors of these names: the exact types, since a subclass may do anything; those that this
+    version lacks are left out."""
+    kinds = (
+        getattr(transformers, name + kind, None) for name in names for kind in ("LogitsWarper", "LogitsProcessor", "")
+    )
+    return frozenset(kind for kind in kinds if kind is not None)
+
+
+# Those that keep the likeliest tokens. Bans come before them, or a banned token would take the place of a possible one.
+_WARPERS = _exactly("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilon", "Eta", "LogitNormalization")
+# Those that ignore `input_ids`: all rows of a request go through them at once.
+_PATH_FREE = _WARPERS | _exactly("InfNanRemove", "SuppressTokens")
+# Those that treat every row of a batch by itself: one row is enough to show them.
+_BY_ROW = _PATH_FREE | _exactly(
+    *("NoRepeatNGram", "NoBadWords", "SequenceBias", "MinLength", "MinNewTokensLength"),
+    *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty"),
+    *("SuppressTokensAtBegin", "PrefixConstrained"),
+)
+# None of transformers' own that are known here keeps anything between calls.
+_STATELESS = _BY_ROW | _exactly("RepetitionPenalty", "EncoderRepetitionPenalty", "EncoderNoRepeatNGram")
+_NO_IDS = cast(torch.LongTensor, torch.zeros(0, 0, dtype=torch.long, device="cpu"))
+
+
+class Sampler:
+    """Chooses one request's tokens.
+
+    before, warpers: its processors, divided into those before and those behind the bans. plain: whether a token is the
+    likeliest that is not banned, and nothing else is asked. path_free: whether a path's tokens change nothing of its
+    scores, so that a kernel can choose.
+    """
+
+    def __init__(self, options: RequestOptions, watch: StateWatch | None = None) -> None:
+        self.options, self.rule, self.seed, self.typical = options, options.rule, options.seed, options.typical
+        processors = list(options.processors)
+        behind = len(processors)
+        while behind and type(processors[behind - 1]) in _WARPERS:
+            behind -= 1
+        self.before: list[LogitsProcessor] = cast(Any, processors[:behind])
+        self.warpers: list[LogitsProcessor] = cast(Any, processors[behind:])
+        # Shared where a batch's rows share their processors.
+        self.watch = StateWatch(own_part(p) for p in self.before if may_keep_state(p)) if watch is None else watch
+        kept = options.scores or options.logits or options.logprobs is not None
+        free = options.fork_if is None and not kept
+        self.path_free = free and all(type(processor) in _PATH_FREE for processor in processors)
+        self.plain = options.seed is None and not processors and not options.scores and options.fork_if is None
+
+    def fork_bans(self, stem: Stem) -> list[bool]:
+        """For the stem's root and each of its draft nodes, whether `[Fork]` may not be chosen there."""
+        rule, tokens = self.rule, (stem.pending[-1], *stem.draft_tokens)
+        if rule is None or not rule.may_fork(stem.thread.depth):
+            return [True] * len(tokens)
+        return [rule.is_control(token) for token in tokens]
+
+    def may_fork(self, depth: int) -> bool:
+        """Whether a thread of this depth may fork; what its last token forbids is checked separately."""
+        return self.rule is not None and self.rule.may_fork(depth)
+
+    def banned(self, fork_banned: bool) -> list[int]:
+        """The control tokens that a row may not choose."""
+        if self.rule is None:
+            return []
+        return [self.rule.child_id, self.rule.fork_id] if fork_banned else [self.rule.child_id]
+
+    def process(self, logits: torch.Tensor, fork_bans: Sequence[bool]) -> torch.Tensor:
+        """The scores of rows whatever their paths: `logits` [rows, vocab] -> float32 [rows, vocab]. `path_free` only."""
+        scores = logits.float()
+        for processor in self.before:
+            scores = processor(_NO_IDS, cast(torch.FloatTensor, scores))
+        if self.rule is not None:
+            scores[:, self.rule.child_id] = -math.inf
+            rows = [row for row, banned in enumerate(fork_bans) if banned]
+            if rows:
+                scores[rows, self.rule.fork_id] = -math.inf
+        for warper in self.warpers:
+            scores = warper(_NO_IDS, cast(torch.FloatTensor, scores))
+        return scores
+
+    def processed(self, path: list[int], logits: torch.Tensor, request: Request, banned: Sequence[int]) -> torch.Tensor:
+        """float32 [vocab]: what the processors make of the logits behind a path, which is one as of `Request.path`."""
+        return self._warped(self._shown(path, logits, request), banned)
+
+    def choose(
+        self, path: list[int], row: torch.Tensor, stem: Stem, ahead: Sequence[int], fork_banned: bool, key: int, end: int
+    ) -> tuple[torch.Tensor, int]:
+        """Scores [vocab] of a row, and the token they choose.
+
+        Args:
+            path: as of `Request.path`, what was chosen in this step included.
+            row: the model's logits [vocab].
+            ahead: what of the path the stem's thread has chosen in this step.
+            key, end: the thread's key and the path's length, which name the noise.
+        """
+        request, rule = stem.request, self.rule
+        shown = self._shown(path, row, request)
+        scores = self._warped(shown, self.banned(fork_banned))
+        token = self.choice(scores, key, end)
+        fork_if = self.options.fork_if
+        if fork_if is None or rule is None or token != rule.fork_id:
+            return scores, token
+        if not request.tree.eos_ids.isdisjoint(ahead):  # behind an end token nothing counts
+            return scores, token
+        if not fork_if(fork_point(stem.thread, ahead, ahead.count(token))):
+            scores = self._warped(shown, [token])
+            token = self.choice(scores, key, end)
+        return scores, token
+
+    def logprobs(self, row: torch.Tensor, token: int) -> TokenLogprobs:
+        """Of a token, from the model's logits [vocab]."""
+        log_probs = row.float().log_softmax(-1)
+        values, ids = log_probs.topk(min(self.options.logprobs or 0, len(log_probs)))
+        return TokenLogprobs(float(log_probs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+    def impossible(self, path: list[int], logits: torch.Tensor, request: Request, fork_banned: bool) -> ValueError:
+        """What to say where no token can be chosen: whose fault it is, found by asking one after the other again."""
+        banned = self.banned(fork_banned)
+
+        def possible(scores: torch.Tensor) -> bool:
+            scores = scores.clone()
+            scores[..., banned] = -math.inf
+            return bool((scores > -math.inf).any())
+
+        scores, ids = logits.float()[None].clone(), torch.tensor([path], device=logits.device)
+        blamed = "the model"
+        if possible(scores):
+            blamed = "the logits processors"
+            for processor in self.before:
+                scores = _applied(processor, ids, scores, request)
+                if not possible(scores):
+                    blamed = name_of(processor)
+                    break
+            else:
+                scores = scores.clone()
+                scores[..., banned] = -math.inf
+                for warper in self.warpers:
+                    scores = warper(_NO_IDS, cast(torch.FloatTensor, scores))
+                    if not possible(scores):
+                        blamed = name_of(warper)
+                        break
+        return ValueError(f"{blamed} left no token to choose after {len(path)} tokens: every score is NaN or -inf.")
+
+    def _shown(self, path: list[int], logits: torch.Tensor, request: Request) -> torch.Tensor:
+        """float32 [vocab]: what the processors before the bans make of a row."""
+        scores = logits.float()
+        if not self.before:
+            return scores
+        ids = torch.tensor([path], dtype=torch.long, device=logits.device)
+        scores = scores[None].clone()  # some processors write to what they are given
+        for processor in self.before:
+            scores = _applied(processor, ids, scores, request)
+        self.watch.called()
+        if self.watch.stateful is not None and (
+            request.row.batch_size > 1 or len(request.tree.threads) > 1 or self.typical is not None
+        ):
+            raise ValueError(
+                f"{self.watch.stateful} between its calls, which the threads and rows of one answer would "
+                "mix up: use it with fork=False, one row and exact acceptance, or have it go by the ids it is given."
+            )
+        return scores[0].clone()  # what a processor returns may be its own, and bans are written to this
+
+    def _warped(self, scores: torch.Tensor, banned: Sequence[int]) -> torch.Tensor:
+        """`scores` [vocab] behind the bans, which are written to it."""
+        for token in banned:
+            scores[token] = -math.inf
+        if not self.warpers:
+            return scores
+        scores = scores[None]
+        for warper in self.warpers:
+            scores = warper(_NO_IDS, cast(torch.FloatTensor, scores))
+        return scores[0]
+
+    def choice(self, scores: torch.Tensor, key: int, position: int) -> int:
+        """The token that processed scores [vocab] choose; -1 where nothing is possible."""
+        return likeliest(scores) if self.seed is None else sample(scores, self.seed, key, position)
+
+
+def _applied(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, request: Request) -> torch.Tensor:
+    """A processor's scores [1, vocab] for a row of the batch. One that may hold something per row is shown the whole
+    batch and asked for one row."""
+    row = request.row
+    processor = _of_row(processor, row.index)
+    if type(processor) in _BY_ROW or row.batch_size == 1:
+        return processor(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+    shown = cast(torch.LongTensor, ids.expand(row.batch_size, -1))
+    return processor(shown, cast(torch.FloatTensor, scores.repeat(row.batch_size, 1)))[row.index, None]
+
+
+def own_part(processor: Callable) -> Callable:
+    """What of a processor is the user's."""
+    allowed = isinstance(processor, PrefixConstrainedLogitsProcessor)
+    return processor._prefix_allowed_tokens_fn if allowed else processor  # type: ignore[attr-defined]
+
+
+def may_keep_state(processor: Callable) -> bool:
+    return type(processor) not in _STATELESS or isinstance(processor, PrefixConstrainedLogitsProcessor)
+
+
+def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """A `prefix_allowed_tokens_fn` is asked by row number, and other rows' numbers do not go with this row's path."""
+    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
+        return processor
+    allowed = processor._prefix_allowed_tokens_fn
+    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)

@@ -1,0 +1,103 @@
+"""What happens behind a step's forward pass: verification, and drafting where both stay on the device.
+
+A kernel verifies all threads that it can in one launch, whatever their seeds and temperatures. The host verifies the
+others, each for itself: those whose scores depend on their path, or are to be kept. Without a kernel it verifies all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from medusa_apar.drafting.speculator import Drafting
+from medusa_apar.forest.forest import Forest
+from medusa_apar.triton_kernels.reference import Verified
+
+from .device_verify import DeviceVerify
+from .host_verify import HostVerify
+from .scoring import score
+from .verdict import Verdict
+
+
+class StepOutput(NamedTuple):
+    """What a runtime's step returns, of the forest's M verified rows.
+
+    logits: [M, vocab]. hidden: [M, input_size]. chosen: what the tail's device part has written, None without one.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    chosen: Tensor | None = None
+
+
+class Tail:
+    """One step's verification, ready to run behind its forward pass.
+
+    Args:
+        verify: `triton_kernels.verify.verify` or its reference; None where the host verifies all.
+        argmax: the runtime's, [M, vocab] -> long [M].
+        drafting: what the heads draft on the device behind the verification; None for nothing.
+        depth: most draft nodes that a thread can accept.
+
+    `device` is what the runtime runs behind the pass; None for nothing.
+    """
+
+    def __init__(
+        self,
+        forest: Forest,
+        verify: Callable[..., Verified] | None,
+        argmax: Callable[[Tensor], Tensor],
+        drafting: Drafting | None,
+        depth: int,
+    ) -> None:
+        self._forest, self._argmax = forest, argmax
+        self.device: DeviceVerify | None = None
+        scoring = any(stem.request.options.score_from is not None for stem in forest.verified)
+        if verify is not None and not scoring and any(stem.request.sampler.path_free for stem in forest.verified):
+            self.device = DeviceVerify.of(verify, forest, depth, drafting)
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """What the heads draft on the device, for the threads that are verified there."""
+        return None if self.device is None else self.device.drafting
+
+    def read(self, output: StepOutput) -> list[Verdict | None]:
+        """A verdict for each verified stem: the one wait for the device.
+
+        None where the request's text was scored, and where its verification has failed: `Request.error` says why.
+        """
+        verdicts: list[Verdict | None] = [None] * len(self._forest.verified)
+        if self.device is not None and output.chosen is not None:
+            verdicts = list(self.device.read(output.chosen))
+        here = [
+            (place, first, stem)
+            for place, (first, stem) in enumerate(zip(self._forest.first_rows, self._forest.verified, strict=True))
+            if verdicts[place] is None
+        ]
+        if here:
+            host = HostVerify([(first, stem) for _, first, stem in here], output.logits, self._argmax)
+        for place, first, stem in here:
+            try:
+                if stem.request.options.score_from is None:
+                    verdicts[place] = host(first, stem)
+                else:
+                    score(stem, output.logits[first : first + stem.scored], self._argmax)
+            except Exception as error:  # it ends this request alone
+                stem.request.error = error
+        self._check(verdicts, output.logits)
+        return verdicts
+
+    def _check(self, verdicts: list[Verdict | None], logits: Tensor) -> None:
+        """Fails requests for which the device found no token to choose."""
+        for stem, verdict in zip(self._forest.verified, verdicts, strict=True):
+            for its in () if verdict is None else (verdict, *verdict.children.values()):
+                if its.tokens[-1] < 0:
+                    request, sampler = stem.request, stem.request.sampler
+                    path = request.path(stem.thread) + its.tokens[:-1]
+                    bans = [ban for each in self._forest.verified for ban in each.request.sampler.fork_bans(each)]
+                    request.error = sampler.impossible(path, logits[its.row], request, bans[its.row])
+        for place, stem in enumerate(self._forest.verified):
+            if stem.request.error is not None:
+                verdicts[place] = None
