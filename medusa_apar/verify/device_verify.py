@@ -43,9 +43,11 @@ class Choice:
     process: Callable[[Tensor], Tensor] | None
     first_rows: np.ndarray  # int64 [T + 1]
     rows: tuple[np.ndarray, ...]  # [M]: tokens, parents among the M, fork bans
-    noise: tuple[np.ndarray, ...] | None  # int64: seeds [T], keys [T], positions [M]
+    noise: (
+        tuple[np.ndarray, ...] | None
+    )  # int64, the fields of `Noise`: seeds [T], keys [T], positions [M], sampled [T]
     forks: list[list[int]]  # of each stem: nodes of `[Fork]`s whose `[Child]`s are threads of their own here
-    typical: TypicalAcceptance | None = None
+    typical: tuple[np.ndarray, ...] | None = None  # int64, bits of float64: epsilons [T], deltas [T]
 
     @classmethod
     def of(
@@ -81,17 +83,20 @@ class Choice:
         if seed is not None:
             named = np.array(keys, dtype=np.uint64).view(np.int64)
             seeds = np.full(len(keys), seed & (2**64 - 1), dtype=np.uint64).view(np.int64)
-            noise = seeds, named, np.concatenate(positions)
+            noise = seeds, named, np.concatenate(positions), np.ones(len(keys), dtype=np.int64)
+        thresholds = None
+        if typical is not None:
+            thresholds = tuple(np.full(len(sizes), value, dtype=np.float64).view(np.int64) for value in typical)
         rows = np.array(tokens, dtype=np.int64), np.concatenate(parents), np.array(fork_bans, dtype=np.int64)
         forks = [list(stem.forks) for stem in forest.verified]
-        return cls(verify, control, depth, drafting, process, first_rows, rows, noise, forks, typical)
+        return cls(verify, control, depth, drafting, process, first_rows, rows, noise, forks, thresholds)
 
     @property
     def operations(self) -> tuple | None:
         """What runs, as a key for captured steps; None where it cannot be captured."""
         if self.process is not None:
             return None
-        return self.control, self.depth, self.drafting, self.noise is not None, self.typical
+        return self.control, self.depth, self.drafting, self.noise is not None, self.typical is not None
 
     @property
     def threads(self) -> int:
@@ -101,7 +106,7 @@ class Choice:
         """All that `run` reads, on the CPU, int64: for exactly these stems, or padded to more rows and threads."""
         queries = len(self.rows[0]) if queries is None else queries
         threads = self.threads if threads is None else threads
-        parts = [*self.rows, self.first_rows, *(self.noise or ())]
+        parts = [*self.rows, self.first_rows, *(self.noise or ()), *(self.typical or ())]
         sizes = self._sizes(queries, threads)
         return torch.from_numpy(np.concatenate([_grown(*pair) for pair in zip(parts, sizes, strict=True)]))
 
@@ -109,14 +114,22 @@ class Choice:
         """Even ones: Triton compiles a kernel anew for addresses that are no multiples of 16 bytes."""
         sizes = [queries, queries, queries, threads + 1]
         if self.noise is not None:
-            sizes += [threads, threads, queries]
+            sizes += [threads, threads, queries, threads]
+        if self.typical is not None:
+            sizes += [threads, threads]
         return [size + size % 2 for size in sizes]
 
     def run(self, logits: Tensor, hidden: Tensor, inputs: Tensor, threads: int | None = None) -> Tensor:
         """logits [M, vocab], hidden [M, input_size] and `inputs` on their device -> int32 for `read`, [T, *]."""
         queries = len(logits)
         threads = self.threads if threads is None else threads
-        tokens, parents, bans, first_rows, *noise = inputs.split(self._sizes(queries, threads))
+        tokens, parents, bans, first_rows, *modes = inputs.split(self._sizes(queries, threads))
+        noise = typical = None
+        if self.noise is not None:
+            seeds, keys, positions, sampled, *modes = modes
+            noise = Noise(seeds[:threads], keys[:threads], positions[:queries], sampled[:threads].int())
+        if self.typical is not None:
+            typical = torch.stack([bits[:threads].view(torch.float64) for bits in modes], dim=1).float()
         if self.process is not None:
             logits = self.process(logits)
         verified = self.verify(
@@ -128,8 +141,8 @@ class Choice:
             ),
             bans=bans[:queries].int(),
             control=self.control and (self.control.fork_id, self.control.child_id),
-            noise=Noise(noise[0][:threads], noise[1][:threads], noise[2][:queries]) if noise else None,
-            typical=self.typical,
+            noise=noise,
+            typical=typical,
         )
         if self.drafting is None:
             return verified.packed
