@@ -16,7 +16,8 @@ from .kernel_timing import measure
 
 
 def check_verify(device: str, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
-    """Threads of 1 to 64 rows, greedy and sampled, with bans and without, kernel against reference."""
+    """Threads of 1 to 64 rows, kernel against reference: with bans and without; all greedy, all sampled, and a mixture
+    of greedy, sampled, exact and typical threads in one launch."""
     generator = torch.Generator().manual_seed(0)
     sizes = [1, 5, 33, 64] if device == "cuda" else [1, 3]
     first_rows = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
@@ -26,24 +27,35 @@ def check_verify(device: str, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
     logits = torch.randn(rows, vocab, generator=generator).to(dtype)
     tokens = logits.float().argmax(-1).int()
     tokens = torch.where(parents < 0, tokens, tokens[parents.clamp(min=0).long()])  # each guess is right
-    noise = reference.Noise(
-        torch.full((len(sizes),), 7), torch.arange(len(sizes)), torch.arange(rows, dtype=torch.int64)
+    ids = torch.arange(len(sizes))
+    sampled = reference.Noise(
+        torch.full((len(sizes),), 7), ids, torch.arange(rows, dtype=torch.int64), torch.ones_like(ids).int()
     )
+    some_sampled = sampled._replace(sampled=(ids % 2).int())
+    typical = torch.tensor(reference.TypicalAcceptance()).repeat(len(sizes), 1)
+    typical[(ids + 1) // 2 % 2 == 0, 0] = -1.0  # exact: the first and the last
     agree = True
     # The likeliest token of some rows is a fork, which half of those may not choose; of others a child.
     control = int(tokens[0]), int(tokens[-1])
     logits[::4, control[0]], logits[1::8, control[1]] = 20.0, 30.0
     bans = torch.arange(rows, dtype=torch.int32) // 4 % 2
-    for one in (None, noise):
-        on_device = one and reference.Noise(*(tensor.to(device) for tensor in one))
-        for ids in (None, control):
+    for noise, thresholds in ((None, None), (sampled, None), (some_sampled, typical)):
+        on_device = noise and reference.Noise(*(tensor.to(device) for tensor in noise))
+        for control_ids in (None, control):
             ours = verify(
                 *(logits.to(device), tokens.to(device), parents.to(device), first_rows.to(device), 8),
                 bans=bans.to(device),
-                control=ids,
+                control=control_ids,
                 noise=on_device,
+                typical=None if thresholds is None else thresholds.to(device),
             )
-            theirs = reference.verify(logits, tokens, parents, first_rows, 8, bans=bans, control=ids, noise=one)
+            theirs = reference.verify(
+                *(logits, tokens, parents, first_rows, 8),
+                bans=bans,
+                control=control_ids,
+                noise=noise,
+                typical=thresholds,
+            )
             agree &= torch.equal(ours.packed.cpu(), theirs.packed)
     return {
         "kernel": "verify",
@@ -82,6 +94,7 @@ def time_verify(rows: int, vocab: int, copy: float, device: str) -> dict[str, An
         torch.zeros(threads, dtype=torch.int64, device=device),
         torch.arange(threads, device=device),
         torch.arange(rows, device=device),
+        torch.ones(threads, dtype=torch.int32, device=device),
     )
     for name, more in (("greedy", None), ("sampled", noise)):
         launch = partial(verify, logits, tokens, parents, first_rows, 8, noise=more, workspace=workspace)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -212,17 +213,18 @@ def noisy(scores: torch.Tensor, seed: int, thread: int, position: int) -> torch.
 
 
 class Noise(NamedTuple):
-    """What the counter-based noise of each choice is a function of (DESIGN promise 2)."""
+    """Which threads are sampled, and what the counter-based noise of their choices depends on (DESIGN promise 2)."""
 
     seeds: torch.Tensor  # int64 [T], the 64 bits of a thread's seed
     keys: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [M], of the token that the row chooses, below 2**32
+    sampled: torch.Tensor  # int32 [T], 1: the thread's rows get noise, 0: the thread is greedy
 
 
 class TypicalAcceptance(NamedTuple):
     """Medusa's typical acceptance (arXiv 2401.10774, section 2.3.1), with the paper's defaults.
 
-    A drafted token is accepted where its probability is above min(epsilon, delta * exp(-entropy)): the surer the model
+    A draft token is accepted where its probability is above min(epsilon, delta * exp(-entropy)): the surer the model
     is of what comes, the likelier a token must be. Both are 0 or more: with 0 all that is possible is accepted, with an
     epsilon of 1 and a large delta nothing.
     """
@@ -233,38 +235,33 @@ class TypicalAcceptance(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What each of T threads chose, D being the greatest depth asked for. One buffer, so that one copy reads it all."""
+    """What each of T threads accepted, at most D draft tokens each. One buffer, so that one copy reads it all."""
 
-    packed: torch.Tensor  # int32 [T, 3 + 2 * (D + 1)]: length, last row, flags, tokens, rows
+    packed: torch.Tensor  # int32 [T, 2 + 2 * (D + 1)]: length, last row, tokens, rows
 
     @property
     def lengths(self) -> torch.Tensor:
-        """[T], how many tokens were chosen, the last of them not yet run; 0 for a thread without rows."""
+        """[T], the number of new tokens, the bonus token included; 0 for a thread without rows."""
         return self.packed[:, 0]
 
     @property
     def last_rows(self) -> torch.Tensor:
-        """[T], the row whose logits chose the last token; -1 for a thread without rows."""
+        """[T], the row whose logits chose the bonus token; -1 for a thread without rows."""
         return self.packed[:, 1]
 
     @property
-    def flags(self) -> torch.Tensor:
-        """[T], bit 0: a fork is among the chosen tokens; bit 1: an end token is."""
-        return self.packed[:, 2]
-
-    @property
     def tokens(self) -> torch.Tensor:
-        """[T, D + 1], chosen in order, then -1."""
-        return self.packed[:, 3 : 3 + self._width]
+        """[T, D + 1], accepted draft tokens in order, the bonus token, then -1."""
+        return self.packed[:, 2 : 2 + self._width]
 
     @property
     def rows(self) -> torch.Tensor:
-        """[T, D + 1], column i the row of the draft node that guessed token i, then -1."""
-        return self.packed[:, 3 + self._width :]
+        """[T, D + 1], column i the row of the draft node that accepted token i stands at, then -1."""
+        return self.packed[:, 2 + self._width :]
 
     @property
     def _width(self) -> int:
-        return (self.packed.shape[1] - 3) // 2
+        return (self.packed.shape[1] - 2) // 2
 
 
 def verify(
@@ -275,31 +272,33 @@ def verify(
     depth: int,
     bans: torch.Tensor | None = None,
     control: tuple[int, int] | None = None,
-    eos_ids: torch.Tensor | None = None,
     noise: Noise | None = None,
-    typical: TypicalAcceptance | None = None,
+    typical: torch.Tensor | None = None,
 ) -> Verified:
-    """From logits to accepted tokens: each draft tree is walked for as long as it guessed what the model chooses.
+    """From logits to accepted tokens, each thread in its own mode and independent of the others.
 
-    A row chooses the argmax of its logits, or of `noisy` logits, and of equals the lowest id. NaN is as impossible as
-    -inf, and a row where nothing is possible chooses -1, which ends the walk. With `typical` a node is accepted iff its
-    parent is and p(token | parent) > min(epsilon, delta * exp(-H(p(. | parent)))); the deepest accepted node ends the
-    path, of equally deep ones the likeliest path, then the lowest row, as medusa-llm's `evaluate_posterior` has it, and
-    its row chooses the last token as above.
+    A row chooses the argmax of its logits, of equals the lowest id; a sampled thread's row that of its `noisy` logits.
+    NaN is as impossible as -inf, and a row where nothing is possible chooses -1. A thread accepts the draft nodes of
+    `walk`, or those of `likeliest_path` where it has thresholds. The last node's row (or the root's) chooses the bonus
+    token.
 
     Args:
         logits: [M, vocab] float32, float16 or bfloat16; each thread's rows together, its root first, then its draft
             nodes, parents before children. Rows from first_rows[-1] on are padding.
-        tokens: int32 [M], what stands at the row: the thread's last token, or a drafted one.
+        tokens: int32 [M], what stands at the row: the thread's last token, or a draft token.
         parents: int32 [M], the row of the parent; -1 at roots.
         first_rows: int32 [T + 1], ascending from 0; thread t has rows first_rows[t] to first_rows[t + 1] - 1.
         depth: no more nodes than this are accepted per thread.
         bans: int32 [M], bit 0 set where a fork may not be chosen; None: nowhere.
         control: ids of [Fork] and [Child]; [Child] is never chosen. None: no such tokens, and `bans` is not read.
-        eos_ids: int32 [E], only for the flag: the walk does not stop at them.
-        noise: None is greedy.
+        noise: None: all threads are greedy.
+        typical: float32 [T, 2], a thread's `TypicalAcceptance`; a negative epsilon: the thread is verified exactly.
+            None: all threads are.
 
-    Of siblings that guess the same token the lowest row counts.
+    Returns: on the logits' device.
+
+    Raises:
+        ValueError: depth is negative.
     """
     if depth < 0:
         raise ValueError(f"depth is {depth}, must be 0 or more.")
@@ -309,70 +308,106 @@ def verify(
         scores[:, child_id] = -torch.inf
         if bans is not None:
             scores[(bans & 1).bool(), fork_id] = -torch.inf
-    ends = [] if eos_ids is None else eos_ids.tolist()
-    bounds, ids, above = first_rows.tolist(), tokens.tolist(), parents.tolist()
+    bounds, ids, parent_rows = first_rows.tolist(), tokens.tolist(), parents.tolist()
     width = depth + 1
     packed = []
     for thread, (first, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         if first == stop:
-            packed.append([0, -1, 0] + [-1] * 2 * width)
+            packed.append([0, -1] + [-1] * 2 * width)
             continue
-        if typical is None:
-            accepted = _walk(first, stop, partial(_choice, scores, noise, thread), ids, above, depth)
+        choose = cache(partial(_choice, scores, noise, thread))
+        thresholds = None if typical is None else TypicalAcceptance(*typical[thread].tolist())
+        if thresholds is None or thresholds.epsilon < 0:
+            accepted = walk(first, stop, choose, ids, parent_rows, depth)
         else:
-            accepted = _likeliest_path(first, stop, scores, ids, above, depth, typical)
+            accepted = likeliest_path(first, stop, scores.__getitem__, ids, parent_rows, depth, thresholds)
         last = accepted[-1] if accepted else first
-        chosen = [ids[row] for row in accepted] + [_choice(scores, noise, thread, last)]
-        real = [token for token in chosen if token >= 0]
-        flags = (fork_id in real) | any(token in ends for token in real) << 1
+        chosen = [*(ids[row] for row in accepted), choose(last)]
         padding = [-1] * (width - len(chosen))
-        packed.append([len(chosen), last, flags, *chosen, *padding, *accepted, -1, *padding])
-    return Verified(torch.tensor(packed, dtype=torch.int32, device=logits.device).view(-1, 3 + 2 * width))
+        packed.append([len(chosen), last, *chosen, *padding, *accepted, -1, *padding])
+    return Verified(torch.tensor(packed, dtype=torch.int32, device=logits.device).view(-1, 2 + 2 * width))
 
 
 def _choice(scores: torch.Tensor, noise: Noise | None, thread: int, row: int) -> int:
-    seen = scores[row]
-    if noise is not None:
-        seen = noisy(seen, int(noise.seeds[thread]), int(noise.keys[thread]), int(noise.positions[row]))
-    return likeliest(seen)
+    if noise is None or not noise.sampled[thread]:
+        return likeliest(scores[row])
+    return sample(scores[row], int(noise.seeds[thread]), int(noise.keys[thread]), int(noise.positions[row]))
 
 
-def _walk(
-    first: int, stop: int, choice: Callable[[int], int], ids: list[int], above: list[int], depth: int
+def walk(
+    first: int, stop: int, choose: Callable[[int], int], ids: Sequence[int], parents: Sequence[int], depth: int
 ) -> list[int]:
-    path: list[int] = []
-    row = first
-    while len(path) < depth:
-        token = choice(row)
-        guessed = [node for node in range(first + 1, stop) if above[node] == row and ids[node] == token >= 0]
-        if not guessed:
+    """The exact rule: a draft node is accepted iff its parent is and it drafts the token that its parent's row chooses.
+
+    Of siblings with the same token the lowest row counts. Takes O(stop - first).
+
+    Args:
+        first, stop: the thread's rows, its root first, then its draft nodes, parents before children.
+        choose: the token that a row chooses. It is called for the root, then for each accepted row, in the order of the
+            path and once each; the last call gives the bonus token. After a negative token nothing more is accepted.
+        ids: the token that stands at a row.
+        parents: the row of a row's parent; not read at the root.
+        depth: no more nodes than this are accepted.
+
+    Returns: the accepted rows, from the root's child on.
+    """
+    accepted: list[int] = []
+    row, token = first, choose(first)
+    for node in range(first + 1, stop):
+        if len(accepted) == depth:
             break
-        row = guessed[0]
-        path.append(row)
-    return path
+        if parents[node] == row and ids[node] == token >= 0:
+            accepted.append(node)
+            row, token = node, choose(node)
+    return accepted
 
 
-def _likeliest_path(
+def likeliest_path(
     first: int,
     stop: int,
-    scores: torch.Tensor,
-    ids: list[int],
-    above: list[int],
+    scores: Callable[[int], torch.Tensor],
+    ids: Sequence[int],
+    parents: Sequence[int],
     depth: int,
     typical: TypicalAcceptance,
 ) -> list[int]:
-    log_probs = scores[first:stop].double().log_softmax(-1)
-    entropies = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
-    limits = (typical.delta * (-entropies).exp()).clamp(max=typical.epsilon)
-    paths: dict[int, tuple[list[int], float]] = {first: ([], 0.0)}
+    """Typical acceptance: a draft node is accepted iff its parent is and p > min(epsilon, delta * exp(-H)).
+
+    p is the probability of its token behind its parent, H the entropy there. The path ends at the deepest accepted
+    node; of equally deep ones at that with the likeliest path, then the lowest row, as medusa-llm's
+    `evaluate_posterior` has it. Takes O(stop - first), and a softmax for each row that is asked.
+
+    Args:
+        first, stop, ids, parents, depth: as in `walk`.
+        scores: float [vocab], a row's processed logits, where NaN is as impossible as -inf. It is called at most once a
+            row, for accepted rows (and the root) that have children, parents first.
+        typical: the thresholds.
+
+    Returns: the rows of the path, from the root's child on.
+    """
+
+    @cache
+    def distribution(row: int) -> tuple[torch.Tensor, float]:
+        log_probs = _possible(scores(row).double()).log_softmax(-1)
+        entropy = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum()
+        return log_probs, float((typical.delta * (-entropy).exp()).clamp(max=typical.epsilon))
+
+    paths = {first: (0, 0.0)}  # length and log-probability of the path to each accepted row
     for row in range(first + 1, stop):
-        if above[row] not in paths or not 0 <= ids[row] < scores.shape[1]:
+        length, path_log_prob = paths.get(parents[row], (depth, 0.0))
+        if length == depth:
             continue
-        path, chance = paths[above[row]]
-        log_prob = log_probs[above[row] - first, ids[row]]
-        if len(path) < depth and log_prob.exp() > limits[above[row] - first]:
-            paths[row] = ([*path, row], chance + float(log_prob))
-    return max(paths.values(), key=lambda entry: (len(entry[0]), entry[1]))[0]
+        log_probs, limit = distribution(parents[row])
+        if 0 <= ids[row] < len(log_probs):
+            log_prob = float(log_probs[ids[row]])
+            if math.exp(log_prob) > limit:
+                paths[row] = length + 1, path_log_prob + log_prob
+    row = max(paths, key=paths.__getitem__)  # of equals the lowest row
+    path: list[int] = []
+    while row != first:
+        path.append(row)
+        row = parents[row]
+    return path[::-1]
 
 
 def residual_blocks(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> torch.Tensor:

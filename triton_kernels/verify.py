@@ -2,7 +2,9 @@
 
 Each program reads one chunk of one row and leaves partial results. The last of a thread's programs to finish merges
 them in a fixed order and walks the thread's draft tree, so threads are walked side by side and nothing is launched
-twice. A chunk's size does not depend on what else is in the launch, and neither do the results.
+twice. Each thread has its own mode: greedy or sampled, exact or typical. Sampled rows read their chunk in small blocks
+with noise, all others read it at once, and typical acceptance reads it once more for its sums. So the other threads
+of a launch, and their modes, change no result.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import triton
 import triton.language as tl
 
 from .aot import Variant
-from .reference import Noise, TypicalAcceptance, Verified
+from .reference import Noise, Verified
 
-# One program's share of a row. Greedy and typical hold it in registers at once: 32 values a thread, whose loads are
-# all in flight together. Noise is float64, and goes through in smaller blocks.
+# One program's share of a row. It is held in registers at once: 32 values for each of the program's 128 lanes, whose
+# loads are all in flight together. Noise is float64, and a sampled row goes through in smaller blocks.
 CHUNK = 4096
 _NOISE_BLOCK = 512
 _NUM_WARPS = 4
-_MERGED = 512  # partial results merged at once, at most
+_MAX_MERGED = 512  # partial results merged at once
 
 _LOWEST = tl.constexpr(-(2**31))
 _IMPOSSIBLE = tl.constexpr(-0x7F800001)  # _sortable(-inf)
@@ -35,9 +37,9 @@ class VerifyWorkspace:
     """
 
     chunk: int
-    best: torch.Tensor  # int64 [M, chunks]: the chunk's best score and where, in one sortable word
+    best: torch.Tensor  # int64 [M, chunks]: the chunk's greatest score and its token id, in one sortable word
     stats: torch.Tensor  # float32 [M, chunks, 3]: maximum, sum of exponentials, sum of those times their exponent
-    counters: torch.Tensor  # int32 [T], programs of the thread that are done; zero between launches
+    counters: torch.Tensor  # int32 [T], finished programs of the thread; zero between launches
     out: Verified
 
     @classmethod
@@ -51,7 +53,7 @@ class VerifyWorkspace:
             torch.empty(rows, chunks, dtype=torch.int64, device=device),
             torch.empty(rows, chunks, 3, dtype=torch.float32, device=device),
             torch.zeros(threads, dtype=torch.int32, device=device),
-            Verified(torch.empty(threads, 3 + 2 * (depth + 1), dtype=torch.int32, device=device)),
+            Verified(torch.empty(threads, 2 + 2 * (depth + 1), dtype=torch.int32, device=device)),
         )
 
 
@@ -63,19 +65,24 @@ def verify(
     depth: int,
     bans: torch.Tensor | None = None,
     control: tuple[int, int] | None = None,
-    eos_ids: torch.Tensor | None = None,
     noise: Noise | None = None,
-    typical: TypicalAcceptance | None = None,
-    most_rows: int = 65,
+    typical: torch.Tensor | None = None,
+    max_rows: int = 65,
     workspace: VerifyWorkspace | None = None,
 ) -> Verified:
-    """As `reference.verify`, which says what it does and takes the same arguments but for these:
+    """What `reference.verify` computes, from the same arguments and two more.
 
-    most_rows: no thread has more rows than this, the root among them; it sets the width of the walk. Not checked,
-        since the count is on the device.
-    workspace: of this launch's shape; the results are its `out`, until the next launch. None: made for this call.
+    Args:
+        logits: may have any row stride.
+        max_rows: no thread has more rows than this, its root included. It sets the width of the walk. It is not
+            checked, because the counts are on the device.
+        workspace: of this launch's shape. The results are its `out`, valid until its next launch. None: made for this
+            call.
 
-    `logits` may have any row stride. No value is read by the host. AssertionError for a shape or dtype that differs.
+    Returns: `workspace.out`. The host reads no value.
+
+    Raises:
+        AssertionError: a shape or a dtype differs.
     """
     rows, vocab_size = logits.shape
     threads = len(first_rows) - 1
@@ -86,24 +93,27 @@ def verify(
     chunks = triton.cdiv(vocab_size, workspace.chunk)
     width = depth + 1
     assert workspace.best.shape == (rows, chunks), (workspace.best.shape, rows, chunks)
-    assert workspace.out.packed.shape == (threads, 3 + 2 * width), (workspace.out.packed.shape, threads, width)
-    for name, tensor in (("tokens", tokens), ("parents", parents), ("first_rows", first_rows), ("bans", bans)):
-        assert tensor is None or (tensor.dtype == torch.int32 and tensor.is_contiguous()), f"{name}: {tensor.dtype}"
-    assert len(tokens) == len(parents) == rows, (len(tokens), len(parents), rows)
-    assert eos_ids is None or eos_ids.dtype == torch.int32, eos_ids
-    for source in noise or ():
-        assert source.dtype == torch.int64 and source.is_contiguous(), source.dtype
+    assert workspace.out.packed.shape == (threads, 2 + 2 * width), (workspace.out.packed.shape, threads, width)
+    _check("tokens", tokens, torch.int32, rows)
+    _check("parents", parents, torch.int32, rows)
+    _check("first_rows", first_rows, torch.int32, threads + 1)
+    _check("bans", bans, torch.int32, rows)
+    _check("typical", typical, torch.float32, threads, 2)
+    if noise is not None:
+        _check("noise.seeds", noise.seeds, torch.int64, threads)
+        _check("noise.keys", noise.keys, torch.int64, threads)
+        _check("noise.positions", noise.positions, torch.int64, rows)
+        _check("noise.sampled", noise.sampled, torch.int32, threads)
     fork_id, child_id = control or (-1, -1)
-    eos_count = 0 if eos_ids is None else len(eos_ids)
-    node_block = triton.next_power_of_2(most_rows)
+    node_block = triton.next_power_of_2(max_rows)
     _verify_kernel[(chunks, max(rows, threads))](
         logits,
         tokens,
         parents,
         first_rows,
         bans,
-        eos_ids,
-        *(noise or (None, None, None)),
+        *(noise or (None, None, None, None)),
+        typical,
         workspace.best,
         workspace.stats,
         workspace.counters,
@@ -114,27 +124,31 @@ def verify(
         threads,
         chunks,
         depth,
-        eos_count,
         fork_id,
         child_id,
-        *(typical or (0.0, 0.0)),
         NOISE=noise is not None,
         TYPICAL=typical is not None,
         BANS=bans is not None and control is not None,
         CHUNK=workspace.chunk,
-        BLOCK=workspace.chunk if noise is None else min(workspace.chunk, _NOISE_BLOCK),
+        NOISE_BLOCK=min(workspace.chunk, _NOISE_BLOCK),
         THREAD_BLOCK=triton.next_power_of_2(threads),
         NODE_BLOCK=node_block,
         CHUNK_BLOCK=_chunk_block(chunks, node_block),
-        EOS_BLOCK=triton.next_power_of_2(eos_count) if eos_count else 0,
         WIDTH_BLOCK=triton.next_power_of_2(width),
         num_warps=_NUM_WARPS,
     )
     return workspace.out
 
 
+def _check(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, *shape: int) -> None:
+    if tensor is not None:
+        assert tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous(), (
+            f"{name}: {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}; expected {dtype} {list(shape)}"
+        )
+
+
 def _chunk_block(chunks: int, node_block: int) -> int:
-    return min(triton.next_power_of_2(chunks), max(1, _MERGED // node_block))
+    return min(triton.next_power_of_2(chunks), max(1, _MAX_MERGED // node_block))
 
 
 @triton.jit
@@ -157,57 +171,103 @@ def _gumbel(seed, key, position, first, BLOCK: tl.constexpr):
     return -tl.log(-tl.log(uniform))
 
 
+@triton.jit
+def _load_possible(line_ptr, token, inside, banned_id, child_id):
+    """A row's logits, float32, with -inf for what is NaN, banned or not inside."""
+    x = tl.load(line_ptr + token, mask=inside, other=-float("inf")).to(tl.float32)
+    return tl.where((x != x) | (token == child_id) | (token == banned_id), -float("inf"), x)
+
+
+@triton.jit
+def _best_of_chunk(
+    line_ptr,
+    chunk,
+    vocab,
+    banned_id,
+    child_id,
+    seed,
+    key,
+    position,
+    NOISE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The greatest score of the chunk and its token id in one word, int64; of equal scores the lowest id."""
+    scores = tl.full([BLOCK], _LOWEST, tl.int32)
+    ids = tl.zeros([BLOCK], tl.int32)
+    for offset in range(0, CHUNK, BLOCK):
+        token = chunk * CHUNK + offset + tl.arange(0, BLOCK)
+        inside = token < vocab
+        x = _load_possible(line_ptr, token, inside, banned_id, child_id)
+        if NOISE:
+            noise = _gumbel(seed, key, position, chunk * CHUNK + offset, BLOCK)
+            x = (x.to(tl.float64) + noise).to(tl.float32)
+        new = tl.where(inside, _sortable(x), _LOWEST)
+        ids = tl.where(new > scores, token, ids)
+        scores = tl.maximum(new, scores)
+    return tl.max((scores.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64)))
+
+
+@triton.jit
+def _store_stats(stat_ptr, line_ptr, chunk, vocab, banned_id, child_id, CHUNK: tl.constexpr):
+    """Three sums of the chunk for `_merge_stats`. Always of the whole chunk: their rounding depends on nothing else."""
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = _load_possible(line_ptr, token, token < vocab, banned_id, child_id)
+    high = tl.max(x)
+    exponents = tl.where(x == -float("inf"), 0.0, x - high)
+    weights = tl.where(x == -float("inf"), 0.0, tl.exp(exponents))
+    tl.store(stat_ptr, high)
+    tl.store(stat_ptr + 1, tl.sum(weights))
+    tl.store(stat_ptr + 2, tl.sum(weights * exponents))
+
+
 # What changes from step to step must not compile anew where it happens to be 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["rows", "threads", "depth", "eos_count"])
+@triton.jit(do_not_specialize=["rows", "threads", "depth"])
 def _verify_kernel(
     logits_ptr,  # [M, vocab], rows `stride` apart
     tokens_ptr,  # int32 [M]
     parents_ptr,  # int32 [M]
     first_rows_ptr,  # int32 [T + 1]
     bans_ptr,  # int32 [M], where BANS
-    eos_ptr,  # int32 [eos_count]
     seeds_ptr,  # int64 [T], where NOISE
     keys_ptr,  # int64 [T], where NOISE
     positions_ptr,  # int64 [M], where NOISE
+    sampled_ptr,  # int32 [T], where NOISE
+    typical_ptr,  # float32 [T, 2], where TYPICAL
     best_ptr,  # int64 [M, chunks]
     stats_ptr,  # float32 [M, chunks, 3], where TYPICAL
     counters_ptr,  # int32 [T]
-    out_ptr,  # int32 [T, 3 + 2 * (depth + 1)]
+    out_ptr,  # int32 [T, 2 + 2 * (depth + 1)]
     stride,
     vocab,
     rows,
     threads,
     chunks,
     depth,
-    eos_count,
     fork_id,
     child_id,
-    epsilon,
-    delta,
     NOISE: tl.constexpr,
     TYPICAL: tl.constexpr,
     BANS: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    NOISE_BLOCK: tl.constexpr,
     THREAD_BLOCK: tl.constexpr,
     NODE_BLOCK: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
-    EOS_BLOCK: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     row = tl.program_id(1)
     i_thread = tl.arange(0, THREAD_BLOCK)
     starts = tl.load(first_rows_ptr + i_thread, mask=i_thread < threads, other=0x7FFFFFFF)
-    width = depth + 1
+    out_width = 2 + 2 * (depth + 1)
 
     # A thread without rows has no program of its own.
     start = tl.load(first_rows_ptr + row, mask=row < threads, other=0)
     stop = tl.load(first_rows_ptr + row + 1, mask=row < threads, other=1)
     if (chunk == 0) & (start == stop):
-        i_out = tl.arange(0, 8 * WIDTH_BLOCK)
-        nothing = tl.where((i_out == 0) | (i_out == 2), 0, -1)
-        tl.store(out_ptr + row * (3 + 2 * width) + i_out, nothing, mask=i_out < 3 + 2 * width)
+        i_out = tl.arange(0, 4 * WIDTH_BLOCK)
+        tl.store(out_ptr + row * out_width + i_out, tl.where(i_out == 0, 0, -1), mask=i_out < out_width)
 
     used = tl.load(first_rows_ptr + threads)
     if (row < rows) & (row < used):
@@ -215,109 +275,84 @@ def _verify_kernel(
         first = tl.load(first_rows_ptr + thread)
         count = tl.load(first_rows_ptr + thread + 1) - first
         line_ptr = logits_ptr + row.to(tl.int64) * stride
-        banned = False
+        banned_id = -1
         if BANS:
-            banned = (tl.load(bans_ptr + row) & 1) != 0
-        keys = tl.full([BLOCK], _LOWEST, tl.int32)
-        ids = tl.zeros([BLOCK], tl.int32)
-        high = -float("inf")
-        total = 0.0
-        spread = 0.0
-        for offset in range(0, CHUNK, BLOCK):
-            here = chunk * CHUNK + offset + tl.arange(0, BLOCK)
-            inside = here < vocab
-            x = tl.load(line_ptr + here, mask=inside, other=-float("inf")).to(tl.float32)
-            x = tl.where((x != x) | (here == child_id) | ((here == fork_id) & banned), -float("inf"), x)
-            scores = x
-            if NOISE:
+            banned_id = tl.where((tl.load(bans_ptr + row) & 1) != 0, fork_id, -1)
+        if NOISE:
+            if tl.load(sampled_ptr + thread) != 0:
                 seed = tl.load(seeds_ptr + thread)
                 key = tl.load(keys_ptr + thread)
                 position = tl.load(positions_ptr + row)
-                noise = _gumbel(seed, key, position, chunk * CHUNK + offset, BLOCK)
-                scores = (x.to(tl.float64) + noise).to(tl.float32)
-            new = tl.where(inside, _sortable(scores), _LOWEST)
-            ids = tl.where(new > keys, here, ids)
-            keys = tl.maximum(new, keys)
-            if TYPICAL:
-                top = tl.maximum(high, tl.max(x))
-                rescale = tl.where(high == -float("inf"), 0.0, tl.exp(high - top))
-                exponents = tl.where(x == -float("inf"), 0.0, x - top)
-                weights = tl.where(x == -float("inf"), 0.0, tl.exp(x - top))
-                lowered = tl.where(high == -float("inf"), 0.0, high - top)
-                spread = rescale * (spread + lowered * total) + tl.sum(weights * exponents)
-                total = rescale * total + tl.sum(weights)
-                high = top
-        # The greatest word has the greatest score, and of equals the lowest id.
-        words = (keys.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
-        tl.store(best_ptr + row * chunks + chunk, tl.max(words))
+                best = _best_of_chunk(
+                    line_ptr, chunk, vocab, banned_id, child_id, seed, key, position, True, CHUNK, NOISE_BLOCK
+                )
+            else:
+                best = _best_of_chunk(line_ptr, chunk, vocab, banned_id, child_id, 0, 0, 0, False, CHUNK, CHUNK)
+        else:
+            best = _best_of_chunk(line_ptr, chunk, vocab, banned_id, child_id, 0, 0, 0, False, CHUNK, CHUNK)
+        tl.store(best_ptr + row * chunks + chunk, best)
         if TYPICAL:
-            stat_ptr = stats_ptr + (row * chunks + chunk) * 3
-            tl.store(stat_ptr, high)
-            tl.store(stat_ptr + 1, total)
-            tl.store(stat_ptr + 2, spread)
-        # All warps' stores come before the one thread that counts; whoever sees the count sees the stores.
+            epsilon = tl.load(typical_ptr + 2 * thread)
+            if epsilon >= 0:
+                stat_ptr = stats_ptr + (row * chunks + chunk) * 3
+                _store_stats(stat_ptr, line_ptr, chunk, vocab, banned_id, child_id, CHUNK)
+        # All warps' stores come before the one lane that counts; whoever sees the count sees the stores.
         tl.debug_barrier()
         done = tl.atomic_add(counters_ptr + thread, 1, sem="acq_rel", scope="gpu")
         if done == count * chunks - 1:
             tl.store(counters_ptr + thread, 0)
-            _walk(
+            _accept(
                 logits_ptr,
                 tokens_ptr,
                 parents_ptr,
                 bans_ptr,
-                eos_ptr,
+                typical_ptr,
                 best_ptr,
                 stats_ptr,
-                out_ptr + thread * (3 + 2 * width),
+                out_ptr + thread * out_width,
                 stride,
                 vocab,
+                thread,
                 first,
                 count,
                 chunks,
                 depth,
-                eos_count,
                 fork_id,
                 child_id,
-                epsilon,
-                delta,
                 TYPICAL,
                 BANS,
                 NODE_BLOCK,
                 CHUNK_BLOCK,
-                EOS_BLOCK,
                 WIDTH_BLOCK,
             )
 
 
 @triton.jit
-def _walk(
+def _accept(
     logits_ptr,
     tokens_ptr,
     parents_ptr,
     bans_ptr,
-    eos_ptr,
+    typical_ptr,
     best_ptr,
     stats_ptr,
     out_ptr,  # of this thread
     stride,
     vocab,
+    thread,
     first,
     count,
     chunks,
     depth,
-    eos_count,
     fork_id,
     child_id,
-    epsilon,
-    delta,
     TYPICAL: tl.constexpr,
     BANS: tl.constexpr,
     NODE_BLOCK: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
-    EOS_BLOCK: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
 ):
-    """Merges one thread's partial results and writes what it chose. Nodes are numbered from its root, 0."""
+    """Merges one thread's partial results and writes the tokens it accepts. Nodes are numbered from its root, 0."""
     node = tl.arange(0, NODE_BLOCK)
     exists = node < count
     drafted = exists & (node > 0)
@@ -326,70 +361,34 @@ def _walk(
     parent = tl.where(drafted, parent, 0)
 
     choice = _merge_best(best_ptr, first, exists, chunks, NODE_BLOCK, CHUNK_BLOCK)
-    # Step at which the path goes through a node, -1 off the path.
-    step_of = tl.full([NODE_BLOCK], -1, tl.int32)
-    last = tl.full([], 0, tl.int32)
-    length = tl.full([], 0, tl.int32)
     if TYPICAL:
-        log_sum, entropy = _merge_stats(stats_ptr, first, exists, chunks, NODE_BLOCK, CHUNK_BLOCK)
-        known = drafted & (token >= 0) & (token < vocab)
-        x_ptr = logits_ptr + (first + parent).to(tl.int64) * stride + token
-        x = tl.load(x_ptr, mask=known, other=-float("inf")).to(tl.float32)
-        banned = False
-        if BANS:
-            banned = (token == fork_id) & ((tl.load(bans_ptr + first + parent, mask=drafted, other=0) & 1) != 0)
-        x = tl.where((x != x) | (token == child_id) | banned, -float("inf"), x)
-        log_prob = x - tl.gather(log_sum, parent, 0)
-        limit = tl.minimum(epsilon, delta * tl.exp(-tl.gather(entropy, parent, 0)))
-        fits = known & (tl.exp(log_prob) > limit)
-        # After pass d every path of d nodes is known.
-        reached = (node == 0).to(tl.int32)
-        level = tl.zeros([NODE_BLOCK], tl.int32)
-        chance = tl.zeros([NODE_BLOCK], tl.float32)
-        step = 0
-        while step < depth:
-            extends = fits & (tl.gather(reached, parent, 0) != 0)
-            level = tl.where(extends, tl.gather(level, parent, 0) + 1, level)
-            chance = tl.where(extends, tl.gather(chance, parent, 0) + log_prob, chance)
-            reached = tl.where(extends, 1, reached)
-            step += 1
-        length = tl.max(tl.where(reached != 0, level, 0))
-        deepest = (reached != 0) & (level == length)
-        likeliest = tl.max(tl.where(deepest, chance, -float("inf")))
-        last = tl.min(tl.where(deepest & (chance == likeliest), node, NODE_BLOCK))
-        above = last
-        left = length
-        while left > 0:
-            left -= 1
-            step_of = tl.where(node == above, left, step_of)
-            above = tl.sum(tl.where(node == above, parent, 0))
+        epsilon = tl.load(typical_ptr + 2 * thread)
+        if epsilon >= 0:
+            delta = tl.load(typical_ptr + 2 * thread + 1)
+            log_sum, entropy = _merge_stats(stats_ptr, first, exists, chunks, NODE_BLOCK, CHUNK_BLOCK)
+            known = drafted & (token >= 0) & (token < vocab)
+            banned_id = tl.full([NODE_BLOCK], -1, tl.int32)
+            if BANS:
+                banned = tl.load(bans_ptr + first + parent, mask=drafted, other=0) & 1
+                banned_id = tl.where(banned != 0, fork_id, -1)
+            line_ptr = logits_ptr + (first + parent).to(tl.int64) * stride
+            log_prob = _load_possible(line_ptr, token, known, banned_id, child_id) - tl.gather(log_sum, parent, 0)
+            limit = tl.minimum(epsilon, delta * tl.exp(-tl.gather(entropy, parent, 0)))
+            allowed = known & (tl.exp(log_prob) > limit)
+            step_of, last, length = _likeliest_path(allowed, parent, log_prob, depth, NODE_BLOCK)
+        else:
+            step_of, last, length = _walk(drafted, token, parent, choice, depth, NODE_BLOCK)
     else:
-        guessed = drafted & (token >= 0) & (token == tl.gather(choice, parent, 0))
-        going = depth > 0
-        while going:
-            child = tl.min(tl.where(guessed & (parent == last), node, NODE_BLOCK))
-            found = child < NODE_BLOCK
-            step_of = tl.where(node == child, length, step_of)
-            last = tl.where(found, child, last)
-            length += found.to(tl.int32)
-            going = found & (length < depth)
+        step_of, last, length = _walk(drafted, token, parent, choice, depth, NODE_BLOCK)
 
     bonus = tl.sum(tl.where(node == last, choice, 0))
-    on_path = step_of >= 0
-    flags = tl.max((on_path & (token == fork_id)).to(tl.int32)) | ((bonus == fork_id) & (bonus >= 0)).to(tl.int32)
-    if EOS_BLOCK > 0:
-        i_eos = tl.arange(0, EOS_BLOCK)
-        eos = tl.load(eos_ptr + i_eos, mask=i_eos < eos_count, other=-1)
-        ends = on_path[:, None] & (token[:, None] == eos[None, :])
-        ended = (eos == bonus) & (bonus >= 0)
-        flags |= (tl.max(tl.max(ends.to(tl.int32), axis=1)) | tl.max(ended.to(tl.int32))) << 1
     tl.store(out_ptr, length + 1)
     tl.store(out_ptr + 1, first + last)
-    tl.store(out_ptr + 2, flags)
 
     width = depth + 1
-    out_tokens_ptr = out_ptr + 3
+    out_tokens_ptr = out_ptr + 2
     out_rows_ptr = out_tokens_ptr + width
+    on_path = step_of >= 0
     tl.store(out_tokens_ptr + step_of, token, mask=on_path)
     tl.store(out_rows_ptr + step_of, first + node, mask=on_path)
     step_out = tl.arange(0, WIDTH_BLOCK)
@@ -399,8 +398,56 @@ def _walk(
 
 
 @triton.jit
+def _walk(drafted, token, parent, choice, depth, NODE_BLOCK: tl.constexpr):
+    """`reference.walk`: each node's place on the accepted path (-1: off it), the path's last node, its length."""
+    node = tl.arange(0, NODE_BLOCK)
+    step_of = tl.full([NODE_BLOCK], -1, tl.int32)
+    last = tl.full([], 0, tl.int32)
+    length = tl.full([], 0, tl.int32)
+    matches = drafted & (token >= 0) & (token == tl.gather(choice, parent, 0))
+    walking = depth > 0
+    while walking:
+        child = tl.min(tl.where(matches & (parent == last), node, NODE_BLOCK))
+        found = child < NODE_BLOCK
+        step_of = tl.where(node == child, length, step_of)
+        last = tl.where(found, child, last)
+        length += found.to(tl.int32)
+        walking = found & (length < depth)
+    return step_of, last, length
+
+
+@triton.jit
+def _likeliest_path(allowed, parent, log_prob, depth, NODE_BLOCK: tl.constexpr):
+    """`reference.likeliest_path`, from the nodes that its rule allows below their parents; returns as `_walk`."""
+    node = tl.arange(0, NODE_BLOCK)
+    step_of = tl.full([NODE_BLOCK], -1, tl.int32)
+    # After pass d all accepted paths of d nodes are known.
+    reached = (node == 0).to(tl.int32)
+    level = tl.zeros([NODE_BLOCK], tl.int32)
+    path_log_prob = tl.zeros([NODE_BLOCK], tl.float32)
+    step = 0
+    while step < depth:
+        extends = allowed & (tl.gather(reached, parent, 0) != 0)
+        level = tl.where(extends, tl.gather(level, parent, 0) + 1, level)
+        path_log_prob = tl.where(extends, tl.gather(path_log_prob, parent, 0) + log_prob, path_log_prob)
+        reached = tl.where(extends, 1, reached)
+        step += 1
+    length = tl.max(tl.where(reached != 0, level, 0))
+    deepest = (reached != 0) & (level == length)
+    greatest = tl.max(tl.where(deepest, path_log_prob, -float("inf")))
+    last = tl.min(tl.where(deepest & (path_log_prob == greatest), node, NODE_BLOCK))
+    ancestor = last
+    remaining = length
+    while remaining > 0:
+        remaining -= 1
+        step_of = tl.where(node == ancestor, remaining, step_of)
+        ancestor = tl.sum(tl.where(node == ancestor, parent, 0))
+    return step_of, last, length
+
+
+@triton.jit
 def _merge_best(best_ptr, first, exists, chunks, NODE_BLOCK: tl.constexpr, CHUNK_BLOCK: tl.constexpr):
-    """What each node's row chooses, int32 [NODE_BLOCK]; -1 where nothing is possible."""
+    """The token that each node's row chooses, int32 [NODE_BLOCK]; -1 where nothing is possible."""
     node = tl.arange(0, NODE_BLOCK)
     best = tl.full([NODE_BLOCK], -(2**63), tl.int64)
     start = 0
@@ -447,22 +494,23 @@ def _merge_stats(stats_ptr, first, exists, chunks, NODE_BLOCK: tl.constexpr, CHU
 
 
 def variants() -> list[Variant]:
-    """Logits in each dtype; greedy, sampling and typical; few and many nodes."""
+    """Logits in each dtype; with and without sampled and typical threads in the launch; few and many nodes."""
     pointers = {
         "tokens_ptr": "*i32",
         "parents_ptr": "*i32",
         "first_rows_ptr": "*i32",
         "bans_ptr": "*i32",
-        "eos_ptr": "*i32",
         "seeds_ptr": "*i64",
         "keys_ptr": "*i64",
         "positions_ptr": "*i64",
+        "sampled_ptr": "*i32",
+        "typical_ptr": "*fp32",
         "best_ptr": "*i64",
         "stats_ptr": "*fp32",
         "counters_ptr": "*i32",
         "out_ptr": "*i32",
     }
-    numbers = ("stride", "vocab", "rows", "threads", "chunks", "depth", "eos_count", "fork_id", "child_id")
+    numbers = ("stride", "vocab", "rows", "threads", "chunks", "depth", "fork_id", "child_id")
     found = []
     for kind, dtype, nodes in (
         ("greedy", "fp32", 128),
@@ -471,28 +519,23 @@ def variants() -> list[Variant]:
         ("sampling", "fp16", 16),
         ("typical", "fp32", 128),
         ("typical", "bf16", 16),
+        ("mixed", "fp32", 128),
+        ("mixed", "bf16", 16),
     ):
         found.append(
             Variant(
                 name=f"verify-{kind}-{dtype}-nodes{nodes}",
                 kernel=_verify_kernel,
-                signature={
-                    "logits_ptr": f"*{dtype}",
-                    **pointers,
-                    **dict.fromkeys(numbers, "i32"),
-                    "epsilon": "fp32",
-                    "delta": "fp32",
-                },
+                signature={"logits_ptr": f"*{dtype}", **pointers, **dict.fromkeys(numbers, "i32")},
                 constexprs={
-                    "NOISE": kind == "sampling",
-                    "TYPICAL": kind == "typical",
+                    "NOISE": kind in ("sampling", "mixed"),
+                    "TYPICAL": kind in ("typical", "mixed"),
                     "BANS": True,
                     "CHUNK": CHUNK,
-                    "BLOCK": _NOISE_BLOCK if kind == "sampling" else CHUNK,
+                    "NOISE_BLOCK": _NOISE_BLOCK,
                     "THREAD_BLOCK": 64,
                     "NODE_BLOCK": nodes,
                     "CHUNK_BLOCK": _chunk_block(triton.cdiv(128256, CHUNK), nodes),
-                    "EOS_BLOCK": 4,
                     "WIDTH_BLOCK": 16,
                 },
                 num_warps=_NUM_WARPS,

@@ -50,7 +50,6 @@ def forests(draw, most_threads=3, most_nodes=5, vocabs=(1, 2, 5, 16, 17, 40), dt
     tokens = torch.where(torch.rand(rows, generator=generator) < 0.7, guesses, wrong).int()
     control = draw(st.sampled_from([None, (0, vocab - 1), (vocab // 2, 0)]))
     bans = draw(st.none() | st.just(torch.randint(0, 4, (rows,), generator=generator).int()))
-    eos_ids = draw(st.none() | st.lists(st.integers(0, vocab), max_size=3))
     return {
         "logits": logits,
         "tokens": tokens,
@@ -59,16 +58,55 @@ def forests(draw, most_threads=3, most_nodes=5, vocabs=(1, 2, 5, 16, 17, 40), dt
         "depth": draw(st.integers(0, most_nodes)),
         "bans": bans,
         "control": control,
-        "eos_ids": None if eos_ids is None else torch.tensor(eos_ids, dtype=torch.int32),
     }
 
 
-def noises(forest):
+THRESHOLDS = [(0.09, 0.3), (0.3, 1.0), (0.0, 0.05), (1.0, 9.0)]
+
+
+def noises(forest, sampled=(1,)):
+    """Noise whose threads are each one of `sampled`."""
     threads, rows = len(forest["first_rows"]) - 1, len(forest["tokens"])
     words = st.integers(-(2**63), 2**63 - 1)
     positions = st.lists(st.integers(0, 2**32 - 1), min_size=rows, max_size=rows)
     per_thread = st.lists(words, min_size=threads, max_size=threads)
-    return st.builds(lambda *lists: Noise(*map(torch.tensor, lists)), per_thread, per_thread, positions)
+    flags = st.lists(st.sampled_from(sampled), min_size=threads, max_size=threads)
+    return st.builds(
+        lambda *lists, flags: Noise(*map(torch.tensor, lists), torch.tensor(flags, dtype=torch.int32)),
+        *(per_thread, per_thread, positions),
+        flags=flags,
+    )
+
+
+def thresholds(forest, *each):
+    """float32 [T, 2]: these of the threads in turn; None is exact."""
+    threads = len(forest["first_rows"]) - 1
+    pairs = [each[thread % len(each)] or (-1.0, 0.3) for thread in range(threads)]
+    return torch.tensor(pairs, dtype=torch.float32)
+
+
+@st.composite
+def mixtures(draw, **kinds):
+    """A forest whose threads are greedy or sampled, exact or typical."""
+    forest = draw(forests(**kinds))
+    each = draw(st.lists(st.sampled_from([None, *THRESHOLDS]), min_size=1, max_size=len(forest["first_rows"]) - 1))
+    return forest | {"noise": draw(noises(forest, (0, 1))), "typical": thresholds(forest, *each)}
+
+
+def alone(forest, thread):
+    """The launch of one of a forest's threads, as if there were no other mode than its own."""
+    first, stop = forest["first_rows"][thread : thread + 2].tolist()
+    noise, typical = forest["noise"], forest["typical"]
+    own = {name: forest[name][first:stop] for name in ("logits", "tokens", "parents")}
+    own["bans"] = None if forest["bans"] is None else forest["bans"][first:stop]
+    own["parents"] = torch.where(own["parents"] < 0, -1, own["parents"] - first)
+    own["first_rows"] = torch.tensor([0, stop - first], dtype=torch.int32)
+    one = slice(thread, thread + 1)
+    if noise.sampled[thread]:
+        own["noise"] = Noise(noise.seeds[one], noise.keys[one], noise.positions[first:stop], noise.sampled[one])
+    if typical[thread, 0] >= 0:
+        own["typical"] = typical[one]
+    return own | {"depth": forest["depth"], "control": forest["control"]}
 
 
 def poisoned(forest, chunk=CHUNK):
@@ -83,7 +121,7 @@ def poisoned(forest, chunk=CHUNK):
 def assert_equals_reference(arguments, workspace=None):
     workspace = workspace or poisoned(arguments)
     before = arguments["logits"].clone()
-    out = verify(**arguments, most_rows=8, workspace=workspace)
+    out = verify(**arguments, max_rows=8, workspace=workspace)
     expected = reference.verify(**arguments)
     assert out.packed.tolist() == expected.packed.tolist()
     assert workspace.counters.tolist() == [0] * len(workspace.counters)
@@ -104,27 +142,30 @@ def test_sampling(data):
 
 
 @few
-@given(forests(vocabs=(2, 5, 17, 40)), st.sampled_from([(0.09, 0.3), (0.3, 1.0), (0.0, 0.05), (1.0, 9.0)]))
+@given(forests(vocabs=(2, 5, 17, 40)), st.sampled_from(THRESHOLDS))
 def test_typical(forest, typical):
-    assert_equals_reference(forest | {"typical": TypicalAcceptance(*typical)})
+    assert_equals_reference(forest | {"typical": thresholds(forest, typical)})
 
 
-@few
-@given(st.data())
-def test_typical_paths_end_in_a_sample_where_there_is_noise(data):
-    forest = data.draw(forests(most_threads=2, vocabs=(5, 17)))
-    assert_equals_reference(forest | {"typical": TypicalAcceptance(), "noise": data.draw(noises(forest))})
+@settings(few, max_examples=12)
+@given(mixtures(vocabs=(2, 5, 17, 40)))
+def test_each_thread_has_a_mode_of_its_own(forest):
+    """Greedy, sampled, exact and typical threads in one launch: each has the result of a launch of its own."""
+    workspace = poisoned(forest)
+    assert_equals_reference(forest, workspace)
+    for thread, count in enumerate(forest["first_rows"].diff().tolist()):
+        if count:
+            single = alone(forest, thread)
+            out, own = workspace.out, verify(**single, max_rows=8, workspace=poisoned(single))
+            first = int(forest["first_rows"][thread])
+            assert out.tokens[thread].tolist() == own.tokens[0].tolist()
+            assert out.rows[thread].tolist() == [row + first if row >= 0 else -1 for row in own.rows[0].tolist()]
+            assert (out.lengths[thread], out.last_rows[thread]) == (own.lengths[0], own.last_rows[0] + first)
 
 
 @settings(few, max_examples=4)
-@given(st.data(), st.integers(1, 99))
-def test_the_order_of_programs_does_not_show(shuffled_programs, data, seed):
-    forest = data.draw(forests(vocabs=(40,)))
-    choosing = data.draw(st.sampled_from(["greedy", "sampling", "typical"]))
-    if choosing == "typical":
-        forest["typical"] = TypicalAcceptance()
-    if choosing == "sampling":
-        forest["noise"] = data.draw(noises(forest))
+@given(mixtures(most_threads=2, vocabs=(40,)), st.integers(1, 99))
+def test_the_order_of_programs_does_not_show(shuffled_programs, forest, seed):
     shuffled_programs(seed)
     workspace = poisoned(forest)
     for _ in range(2):  # a workspace is ready for the next launch
@@ -133,7 +174,7 @@ def test_the_order_of_programs_does_not_show(shuffled_programs, data, seed):
 
 
 @few
-@given(forests(vocabs=(40,)), st.sampled_from([8, 32, 64]))
+@given(mixtures(vocabs=(40,)), st.sampled_from([8, 32, 64]))
 def test_the_chunk_does_not_show(forest, chunk):
     assert_equals_reference(forest, poisoned(forest, chunk))
 
@@ -170,7 +211,7 @@ def test_equals_and_values_that_are_no_numbers(dtype, far):
     assert out.tokens[:, 0].tolist() == [reference.likeliest(row) for row in logits.float()]
     assert out.tokens[-2, 0] == -1 and (out.tokens[2:4, 0] == 0).all()  # nothing possible; NaN no more than nothing
     ids = torch.arange(len(pairs))
-    assert_equals_reference(rows_of(logits, noise=Noise(ids, ids, ids)))
+    assert_equals_reference(rows_of(logits, noise=Noise(ids, ids, ids, torch.ones_like(ids).int())))
 
 
 @pytest.mark.parametrize("depth", range(7))
@@ -186,7 +227,7 @@ def test_a_path_is_cut_at_the_depth_asked_for(depth):
         "depth": depth,
     }
     assert_equals_reference(forest)
-    assert_equals_reference(forest | {"typical": TypicalAcceptance()})
+    assert_equals_reference(forest | {"typical": thresholds(forest, TypicalAcceptance())})
     assert verify(**forest, workspace=poisoned(forest)).lengths.tolist() == [min(depth, 5) + 1] * 2
 
 
@@ -206,21 +247,18 @@ def test_typical_thresholds_are_float64s(seed, sampled, control):
         "bans": torch.ones(2, dtype=torch.int32),
     }
     if sampled:
-        forest["noise"] = Noise(*(torch.tensor(ids) for ids in ([1], [2], [3, 4])))
+        forest["noise"] = Noise(*(torch.tensor(ids) for ids in ([1], [2], [3, 4])), torch.ones(1, dtype=torch.int32))
     allowed = logits[0].double()
     if control is not None:
         allowed[list(control)] = -torch.inf
     chances = allowed.softmax(-1)
     edge = float(chances[forest["tokens"][1].item()] * (-torch.special.xlogy(chances, chances).sum()).exp())
     for delta, length in ((edge * (1 - 2e-5), 2), (edge * (1 + 2e-5), 1)):
-        # Sampling goes through a chunk in two blocks; without it, chunks are too many to be merged at once.
-        out = verify(
-            **forest,
-            typical=TypicalAcceptance(1.0, delta),
-            workspace=poisoned(forest, CHUNK if sampled else CHUNK // 2),
-        )
+        # Of the smaller chunks there are too many to be merged at once.
+        typical = thresholds(forest, (1.0, delta))
+        out = verify(**forest, typical=typical, workspace=poisoned(forest, CHUNK if sampled else CHUNK // 2))
         assert out.lengths.tolist() == [length]
-        assert torch.equal(out.packed, reference.verify(**forest, typical=TypicalAcceptance(1.0, delta)).packed)
+        assert torch.equal(out.packed, reference.verify(**forest, typical=typical).packed)
 
 
 def test_of_equally_long_typical_paths_the_likeliest_wins():
@@ -230,8 +268,8 @@ def test_of_equally_long_typical_paths_the_likeliest_wins():
         "parents": torch.tensor([-1, 0, 0, 0], dtype=torch.int32),
         "first_rows": torch.tensor([0, 4], dtype=torch.int32),
         "depth": 2,
-        "typical": TypicalAcceptance(),
     }
+    forest["typical"] = thresholds(forest, TypicalAcceptance())
     assert_equals_reference(forest)
     assert reference.verify(**forest).rows.tolist() == [[2, -1, -1]]
 
@@ -248,8 +286,8 @@ def test_a_long_vocabulary_and_rows_far_apart(monkeypatch):
         "first_rows": torch.tensor([0, 2, 3], dtype=torch.int32),
         "depth": 1,
     }
-    noise = Noise(*(torch.tensor(ids) for ids in ([1, 2], [3, -4], [5, 6, 7])))
-    for extra in ({}, {"noise": noise}, {"typical": TypicalAcceptance()}):
+    noise = Noise(*(torch.tensor(ids) for ids in ([1, 2], [3, -4], [5, 6, 7])), torch.tensor([1, 0]).int())
+    for extra in ({}, {"noise": noise}, {"typical": thresholds(forest, TypicalAcceptance(), None)}):
         out = verify(**forest, **extra)
         assert torch.equal(out.packed, reference.verify(**forest, **extra).packed)
     assert out.lengths.tolist()[1] == 1
@@ -265,8 +303,8 @@ def test_more_chunks_than_are_merged_at_once():
         "first_rows": torch.tensor([0, 2], dtype=torch.int32),
         "depth": 1,
     }
-    for extra in ({}, {"typical": TypicalAcceptance()}):
-        out = verify(**forest, **extra, most_rows=128, workspace=poisoned(forest, 64))
+    for extra in ({}, {"typical": thresholds(forest, TypicalAcceptance())}):
+        out = verify(**forest, **extra, max_rows=128, workspace=poisoned(forest, 64))
         assert out.tokens.tolist() == [[1029, 500]] and out.rows.tolist() == [[1, -1]]
         assert torch.equal(out.packed, reference.verify(**forest, **extra).packed)
 
@@ -302,7 +340,7 @@ def test_reference_accepts_what_medusa_llm_accepts(forest, typical):
     padded = torch.stack([impossible[path[:-1] + [-1] * (longest - len(path) + 1)] for path in paths])
     best, length = evaluate_posterior(padded, candidates, 1.0, *typical)
     options = {"tokens": forest["tokens"], "parents": forest["parents"], "first_rows": forest["first_rows"]}
-    out = reference.verify(logits, **options, depth=8, typical=TypicalAcceptance(*typical))
+    out = reference.verify(logits, **options, depth=8, typical=torch.tensor([typical]))
     expected = paths[int(best)][: int(length) + 1]
     assert [0, *out.rows[0].tolist()][: int(out.lengths[0])] == expected
     assert int(out.tokens[0, int(length)]) == int(logits[expected[-1]].argmax())
