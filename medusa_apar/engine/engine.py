@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -14,14 +14,12 @@ from transformers import PreTrainedModel
 
 from medusa_apar.drafting.candidates import MOST_DEPTH, Proposal, Proposer
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import Drafter
+from medusa_apar.drafting.drafter import Drafter, Heads
 from medusa_apar.drafting.ngram_index import Recall, SiblingMemory
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.engine.stats import Stats
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.forest.forest import Forest, Stem
-from medusa_apar.heads import DraftHeads
-from medusa_apar.runtimes.cpu.drafting import Pruned
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.paragraph_tree import Thread
@@ -41,7 +39,7 @@ class Decoder:
     """Everything one generate call needs; `run` generates for all requests at once."""
 
     model: PreTrainedModel
-    heads: DraftHeads | None
+    heads: Heads | None
     runtime: Runtime
     scheduler: Scheduler
     verifier: Verifier
@@ -52,9 +50,7 @@ class Decoder:
     proposer: Proposer = field(default_factory=Proposer)
     stats: Stats = field(default_factory=Stats)
     reporter: Reporter | None = None  # None where nobody wants to know
-    # Written by `run`: what drafts for the heads, and what it reads.
-    drafter: Drafter | None = None
-    drafter_weights: Hashable = None
+    drafter: Drafter | None = None  # of the heads; written by `run`
     # Candidates for each thread's draft tree; written by `_propose`, read by the scheduler.
     proposals: dict[Thread, Proposal] = field(default_factory=dict)
     memories: dict[Request, SiblingMemory] = field(default_factory=dict)
@@ -64,11 +60,9 @@ class Decoder:
 
     def run(self) -> Iterator[None]:
         """Steps until every request is done; yields after each step, with `requests` and `stats` up to date."""
-        with self.runtime.running(checked=True):  # by whoever picked it for this call
-            # Looked up once, as it asks every weight that was copied whether it has changed.
-            least = self.scheduler.budget.least_chance
-            self.drafter = self.heads.drafter(least) if isinstance(self.heads, DraftHeads) else self.heads
-            self.drafter_weights = self.heads.weights_key() if isinstance(self.heads, DraftHeads) else None
+        with self.runtime.session(checked=True):  # by whoever picked it for this call
+            # Made once, as that asks every weight that was copied whether it has changed.
+            self.drafter = None if self.heads is None else self.runtime.drafter(self.heads)
             while any(not request.done for request in self.requests):
                 self.step()
                 yield
@@ -187,14 +181,12 @@ class Decoder:
         threads, requests = crowd
         drafting = self._drafting(threads, len(advanced)) if advanced else None
         if drafting is not None:
-            if isinstance(self.drafter, Pruned):
-                # Of several threads of a request the one that the answer waits for counts about half.
-                worth = 1.0 if threads <= requests else 0.5
-                self.drafter.chance = self.scheduler.budget.bar(threads, requests, worth)
+            # Of several threads of a request the one that the answer waits for counts about half.
+            least = self.scheduler.budget.bar(threads, requests, 1.0 if threads <= requests else 0.5)
             rows = torch.tensor([verdict.row for _, _, verdict in advanced], dtype=torch.long, device=hidden.device)
             last = [thread.tokens[-1] for _, thread, _ in advanced]
             roots = torch.tensor(last, dtype=torch.long, device=hidden.device)
-            token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree)
+            token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree, least)
             guessed = zip(token_ids.cpu().numpy(), log_probs.float().cpu().numpy(), strict=True)
             for (_, _, verdict), guess in zip(advanced, guessed, strict=True):
                 verdict.guessed = guess
@@ -230,7 +222,7 @@ class Decoder:
             return None
         budget = self.scheduler.budget
         tree = self.draft_tree.first(budget.nodes(roots, max(min(threads, roots), 1), budget.rows))
-        return Drafting(self.drafter, tree, self.drafter_weights) if len(tree) else None
+        return Drafting(self.drafter, tree) if len(tree) else None
 
     def _keep_scores(self, thread: Thread, verdict: Verdict, gained: int) -> None:
         for kept, new in ((self.scores, verdict.scores), (self.logits, verdict.logits)):

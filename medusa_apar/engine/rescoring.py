@@ -166,7 +166,7 @@ class Stitcher:
             return scored
         runtime, stats, started = self.decoder.runtime, self.decoder.stats, time.perf_counter()
         trunk = ParagraphTree(request.prompt_ids + text_ids).trunk
-        with runtime.running():
+        with runtime.session():
             stop = prompt
             while len(scored.log_probs) < len(text_ids):
                 stem = Stem(trunk, stop, scored=1 if stop == prompt else stop - self.ledger.cached(trunk))

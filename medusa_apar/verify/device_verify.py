@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,11 +20,15 @@ from .verdict import Verdict
 
 
 class Drafting(NamedTuple):
-    """Who proposes, and a tree of how many nodes below every thread; `weights` tells apart what the drafter reads."""
+    """Who proposes, and a tree of how many nodes below every thread."""
 
     drafter: Drafter
     tree: DraftTree
-    weights: Hashable = None
+
+    @property
+    def operations(self) -> tuple:
+        """What runs, as a key for captured steps."""
+        return self.drafter.key, self.tree
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +95,8 @@ class Choice:
         """What runs, as a key for captured steps; None where it cannot be captured."""
         if self.process is not None:
             return None
-        return self.control, self.depth, self.drafting, self.noise is not None, self.typical
+        drafting = self.drafting and self.drafting.operations
+        return self.control, self.depth, drafting, self.noise is not None, self.typical
 
     @property
     def threads(self) -> int:
