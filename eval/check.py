@@ -24,7 +24,6 @@ from medusa_apar.job import Job
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.chat import encode
-from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
@@ -118,14 +117,14 @@ def differences(apar: MedusaApar, tree: ParagraphTree, counts: dict[str, Any]) -
 
 def checks_itself(apar: MedusaApar) -> bool:
     """Whether answers are held against the CPU runtime's own weights instead of transformers."""
-    return isinstance(apar.runtime, CpuRuntime) and apar.runtime.kind != "float32"
+    return apar.runtime.facts.backend == "cpu" and apar.runtime.facts.kind != "float32"
 
 
 @torch.no_grad()
 def logits_alone(runtime: Runtime, ids: list[int], first: int) -> torch.Tensor:
     """[len(ids) - first, vocab]: what the runtime says behind the places from `first` on, of one text by itself."""
     ledger = SlotLedger(KVPool())
-    with runtime.running():
+    with runtime.session():
         forest = Forest([[Stem(ParagraphTree(ids).trunk, len(ids))]], ledger, torch.device("cpu"))
         forest.verified_rows = torch.arange(first, len(ids))
         return runtime.forward(forest, ledger.pool)[0]

@@ -13,7 +13,6 @@ from medusa_apar.generate import MedusaApar
 from medusa_apar.job import machine, write_text
 from medusa_apar.json_files import json_object
 from medusa_apar.models.fingerprint import fingerprint
-from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 
 from .prompts import Prompt, digest
 from .runs import Runs
@@ -62,6 +61,9 @@ def plan_of(apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens:
         tree = hashlib.sha256(repr(apar.options.draft_tree.choices).encode()).hexdigest()[:8]
         heads = f"{apar.heads.kind} {fingerprint(apar.heads)[:12]}, {len(apar.options.draft_tree)} nodes {tree}"
     weights = fingerprint(apar.model)[:12]
-    runtime = f"{'cpu' if isinstance(apar.runtime, CpuRuntime) else 'torch'}, {apar.runtime.kind}"
+    facts = apar.runtime.facts
+    runtime = f"{'cpu' if facts.backend == 'cpu' else 'torch'}, {facts.kind}"
     threads = torch.get_num_threads()
-    return Plan(model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens, apar.options.budget)
+    return Plan(
+        model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens, apar.options.budget
+    )

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, write_text
 from medusa_apar.models.chat import encode
@@ -79,23 +81,25 @@ def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> d
     runtime, device = apar.runtime, apar.model.device
     timer = StepTimer(apar.model, runtime, apar.heads.taps if apar.heads else (), slots)
     found: dict[str, Any] = {"slots": slots, "rows": {}, "draft": {}}
-    with torch.no_grad(), runtime.running():
+    with torch.no_grad(), runtime.session():
         found["prefill"] = least(timer.prefill, 3)
         timer.fill()
         for size in rows:
             found["rows"][size] = least(partial(timer.rows, size), REPEATS)
         if apar.heads is not None and len(apar.options.draft_tree):
+            drafter = runtime.drafter(apar.heads)
             for threads in (1, 2, 4, 8):
                 hidden = torch.randn(threads, apar.heads.input_size, device=device, dtype=apar.model.dtype)
                 roots = torch.zeros(threads, dtype=torch.long, device=device)
-                found["draft"][threads] = least(partial(_draft, apar, hidden, roots), REPEATS)
+                found["draft"][threads] = least(
+                    partial(_draft, drafter, hidden, roots, apar.options.draft_tree), REPEATS
+                )
     return found
 
 
-def _draft(apar: MedusaApar, hidden: torch.Tensor, roots: torch.Tensor) -> float:
-    assert apar.heads is not None
+def _draft(drafter: Drafter, hidden: torch.Tensor, roots: torch.Tensor, tree: DraftTree) -> float:
     started = time.perf_counter()
-    apar.heads.propose(hidden, roots, apar.options.draft_tree)
+    drafter.propose(hidden, roots, tree)
     finish(hidden.device)
     return time.perf_counter() - started
 
@@ -108,7 +112,7 @@ def run(job: Job, apar: MedusaApar, asked: Sequence[Prompt], max_new_tokens: int
     """profile.md and profile.json in the job's folder; the table is printed too."""
     found = attribution(apar, asked[:MOST_PROMPTS], max_new_tokens)
     costs = curve(apar)
-    text = table(found, costs, apar.runtime.kind)
+    text = table(found, costs, apar.runtime.facts.kind)
     write_text(job.folder / "profile.md", text)
     write_text(job.folder / "profile.json", json.dumps({"attribution": found, "curve": costs}, indent=2) + "\n")
     print(text)

@@ -81,9 +81,10 @@ def main() -> None:
             apar = load(args.model, heads=None, dtype="float32", device="cpu", **options)
             dialogues = plain_dialogues(held_out(args.corpus, SEED), args.dialogues, apar.tokenizer)
             total, count = loss(apar, dialogues)
-            measured[apar.runtime.kind] = {"loss": total / count}
+            kind = apar.runtime.facts.kind
+            measured[kind] = {"loss": total / count}
             measured["tokens"], measured["dialogues"] = count, len(dialogues)
-            job.say(f"{apar.runtime.kind}: loss {total / count:.4f} over {count} tokens of {len(dialogues)} answers")
+            job.say(f"{kind}: loss {total / count:.4f} over {count} tokens of {len(dialogues)} answers")
             written.append(answers(apar, asked, args.max_new_tokens))
         change = measured["int8"]["loss"] / measured["float32"]["loss"] - 1
         found = {**measured, "loss_change": change, "prompts": len(asked), **compare(*written)}

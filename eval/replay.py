@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.finetune.packing import IGNORED
 from medusa_apar.heads.answers import AnswerFile, Answers, encode
 from medusa_apar.heads.draft_heads import DraftHeads
@@ -38,9 +39,9 @@ class Drafting:
     tree: DraftTree
     nodes: int | None = None
 
-    def propose(self, heads: DraftHeads, hidden: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
+    def propose(self, drafter: Drafter, hidden: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
         """Below each of T roots: token ids of the candidates, and bool which of them are nodes, both [T, n]."""
-        token_ids, log_probs = heads.propose(hidden, roots, self.tree)
+        token_ids, log_probs = drafter.propose(hidden, roots, self.tree)
         if self.nodes is None or self.nodes >= len(self.tree):
             return token_ids, torch.ones_like(token_ids, dtype=torch.bool)
         chances = path_log_probs(self.tree, log_probs)
@@ -114,7 +115,7 @@ def _thread_times(heads: DraftHeads, answers: Answers, counts: list[int], drafti
 
     All threads go on side by side, so that the heads' weights are read once a step for all of them.
     """
-    device = heads.base.device
+    device, drafter = heads.base.device, heads.drafter()
     starts = (answers.threads.diff(prepend=answers.threads[:1] - 1) != 0).nonzero()[:, 0]
     known = answers.next_ids != IGNORED
     assert len(starts) == len(counts), "a thread has no position that predicts its first token"
@@ -128,7 +129,7 @@ def _thread_times(heads: DraftHeads, answers: Answers, counts: list[int], drafti
     while len(active := (place < lengths - 1).nonzero()[:, 0]):
         step += 1
         at = starts[active] + place[active]
-        guessed, kept = drafting.propose(heads, answers.hidden[at].to(device, heads.dtype), tokens[at].to(device))
+        guessed, kept = drafting.propose(drafter, answers.hidden[at].to(device, heads.dtype), tokens[at].to(device))
         places = torch.arange(1, depth + 2)
         # Behind a thread's end lies another thread: nothing there is this one's.
         beyond = place[active, None] + places >= lengths[active, None]

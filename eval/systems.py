@@ -130,7 +130,7 @@ def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
     elif name == "siblings":
         ours = ours.speculating(Speculation())
     answer = partial(_ours, ours, threads)
-    return System(name, NAMES[name], ours, answer, apar.runtime.kind)
+    return System(name, NAMES[name], ours, answer, apar.runtime.facts.kind)
 
 
 def _ours(apar: MedusaApar, fork: bool, inputs: dict[str, torch.Tensor], limit: int) -> Answer:

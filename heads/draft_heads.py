@@ -13,6 +13,7 @@ import logging
 import os
 import weakref
 from collections.abc import Hashable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -26,19 +27,18 @@ from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
 from medusa_apar.runtimes.capture import tapped_layers
-from medusa_apar.runtimes.cpu.contents import Contents, plain
-from medusa_apar.runtimes.cpu.weights import PackedMatrix, top
-from medusa_apar.runtimes.packed_linear import can_pack, pack, packed_linear
+from medusa_apar.runtimes.cpu.weight_fingerprint import plain
 
 from . import checkpoints
+from .drafters import KernelDrafter, PackedDrafter, TorchDrafter
+from .weight_copies import DraftRows, WeightCopies
 
 logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="DraftHeads")
 
-MOST_RANKS = 16  # of a head's guesses that the kernels find
 # Tokens that a model may have gained since its heads were trained (or an eighth of all): new ones are never drafted.
-MOST_ADDED = 1024
+MAX_ADDED = 1024
 
 
 def zeros(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -117,11 +117,6 @@ class DraftHeads(nn.Module):
 
     kind: str  # "medusa" or "hydra", as config.json says it
     token_map: Tensor | None
-    # How the CPU runtime that attached these heads last keeps its weights ("int8", say), and so do they in drafting;
-    # None: they run in torch. Proposals differ by it, tokens do not.
-    packing: str | None = None
-    # Whether to draft with the Triton kernels; set where they are attached to a model that runs over them.
-    kernels: bool = False
     # Share of positions where a head's guess of each rank is the base's choice, [heads][ranks]; None: not measured.
     acceptance: list[list[float]] | None = None
 
@@ -143,10 +138,7 @@ class DraftHeads(nn.Module):
         self.draft_vocab_size = vocab_size if token_map is None else len(token_map)
         # The base is referenced in a tuple, which torch does not search for submodules: not saved, moved or counted.
         self._base: tuple[PreTrainedModel, ...] = ()
-        self._draft_rows: tuple[tuple, Tensor, Tensor | None] | None = None  # key, weight, bias
-        self._packed: tuple[Tensor, Tensor] | None = None  # those rows, and oneDNN's layout of them
-        self._in_panels: tuple[Tensor, str, PackedMatrix] | None = None  # those rows, as the CPU runtime has them
-        self._contents: Contents | None = None  # of what copies were made from
+        self._copies = WeightCopies()
 
     @property
     def input_size(self) -> int:
@@ -166,42 +158,40 @@ class DraftHeads(nn.Module):
         """
         raise NotImplementedError
 
-    def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        """Tokens for the n nodes of `tree` below each of T roots.
-
-        hidden_states [T, input_size], root_ids long [T] (the tokens the base chose from these states) -> token ids
-        (long) and log-probabilities given the parent (float32, over the draft vocabulary), both [T, n].
-        """
+    def draft(
+        self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree, drafter: TorchDrafter
+    ) -> tuple[Tensor, Tensor]:
+        """`Drafter.propose`, in inference mode; states become tokens as `drafter` says."""
         raise NotImplementedError
 
-    def drafter(self, least: float = 0.0) -> Drafter:
-        """What proposes in one generate call as these heads do; a weight that is changed shows in the next call.
+    def drafter(self, packing: str | None = None, kernels: bool = False) -> Drafter:
+        """As `drafting.drafter.Heads.drafter`. Calls that need other drafters of the same heads may run at once."""
+        rows = self.draft_rows(bits=True) if self.token_map is not None and not self.owns_unembedding else None
+        if kernels:
+            return self._kernel_drafter(rows)
+        return TorchDrafter(self, rows) if packing is None else PackedDrafter(self, rows, packing)
 
-        least: what hangs below nodes of less chance need not be looked for; it comes with log-probability -inf.
-        """
-        copied, contents = self._copied(), self._contents  # which another call may drop meanwhile
-        if contents is None or not contents.same(copied):
-            self.refresh()
-            self._contents = Contents(copied)
-        return self
+    def _kernel_drafter(self, rows: DraftRows | None) -> KernelDrafter:
+        return KernelDrafter(self, rows)
+
+    @property
+    def owns_unembedding(self) -> bool:
+        """Whether the base's unembedding is not used."""
+        return False
+
+    @property
+    def shape_key(self) -> Hashable:
+        shapes = tuple(tuple(parameter.shape) for parameter in self.parameters())
+        return type(self).__name__, self.num_heads, self.draft_vocab_size, str(self.dtype), shapes
 
     def refresh(self) -> None:
         """Drops whatever was copied from weights: it is copied anew when it is needed."""
-        self._draft_rows = self._packed = self._in_panels = self._contents = None
-
-    def _copied(self) -> list[Tensor]:
-        """The weights of which copies are kept, as far as they can be read."""
-        if self.token_map is None:
-            return []
-        lm_head = self.base.get_output_embeddings()
-        return [self.token_map, *(weight for weight in lm_head.parameters() if plain(weight))]
+        self._copies.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the base, which is saved by itself, and without copies of weights: heads that are unpickled are
         attached anew."""
-        kept = self.__dict__.copy()
-        kept |= dict.fromkeys(("_draft_rows", "_packed", "_in_panels", "_in_code", "_contents") & kept.keys())
-        return kept | {"_base": ()}
+        return self.__dict__ | {"_base": (), "_copies": WeightCopies()}
 
     def __copy__(self: Self) -> Self:
         return self._made_of(self.__getstate__(), self._base)
@@ -248,7 +238,7 @@ class DraftHeads(nn.Module):
             raise ValueError(
                 f"these are heads of another model: their hidden size is {self.hidden_size}, the model's {hidden_size}."
             )
-        if not 0 <= vocab_size - self.vocab_size <= max(self.vocab_size // 8, MOST_ADDED):
+        if not 0 <= vocab_size - self.vocab_size <= max(self.vocab_size // 8, MAX_ADDED):
             raise ValueError(
                 f"these are heads of another model: their vocabulary is {self.vocab_size}, the model's {vocab_size}."
             )
@@ -279,70 +269,36 @@ class DraftHeads(nn.Module):
             weight = getattr(lm_head, "weight", None)
             logits = lm_head(x.to(weight.dtype) if isinstance(weight, Tensor) else x)[..., : self.vocab_size]
         else:
-            weight, bias = self.draft_rows()
-            if self._draws_packed(weight):
-                logits = self._packed_unembedding(weight, bias)(x)
-            elif torch.is_grad_enabled() or not can_pack(weight):
-                logits = F.linear(x.to(weight.dtype), weight, bias)
-            else:
-                logits = packed_linear(x.to(weight.dtype), self._packed_rows(weight), weight, bias)
+            rows = self.draft_rows()
+            logits = F.linear(x.to(rows.weight.dtype), rows.weight, rows.bias)
         return base_logit_scale(logits, model)
 
-    def plain_unembedding(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias over the draft vocabulary; None where logits are more than their product."""
+    def plain_unembedding(self, bits: bool = False) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias over the draft vocabulary; None where logits are more than their product. bits: as
+        `draft_rows` has it."""
         config = self.base.config.get_text_config()
         if any(getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")):
             return None
         if self.token_map is not None:
-            return self.draft_rows()
+            rows = self.draft_rows(bits)
+            return rows.weight, rows.bias
         lm_head = self.base.get_output_embeddings()
         if type(lm_head) is not nn.Linear or not plain(lm_head.weight):
             return None
         return lm_head.weight[: self.vocab_size], None if lm_head.bias is None else lm_head.bias[: self.vocab_size]
 
-    def draft_rows(self) -> tuple[Tensor, Tensor | None]:
-        """The base's unembedding weight and bias at `token_map`, copied once and again whenever the base's change."""
+    def draft_rows(self, bits: bool = False) -> DraftRows:
+        """The base's unembedding at `token_map`, copied once and again where the base's has changed; bits: as
+        `WeightCopies.get` has it."""
         assert self.token_map is not None
-        lm_head, kept = self.base.get_output_embeddings(), self._draft_rows
+        lm_head = self.base.get_output_embeddings()
         weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
         if weight is None or not plain(weight) or not weight.is_floating_point():
-            if kept is None:  # quantised before the first draft
+            if (kept := self._copies.last("rows")) is None:  # quantised before the first draft
                 raise ValueError(f"cannot take rows of a quantised unembedding ({type(lm_head).__name__}).")
-            return kept[1:]
-        version = None if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), weight.dtype, weight.device, version)
-        if kept is None or kept[0] != key:
-            # Outside of inference mode even if the caller is in it: training uses these rows too.
-            with torch.inference_mode(False), torch.no_grad():
-                rows = self.token_map.to(weight.device)
-                kept = self._draft_rows = key, weight[rows], None if not isinstance(bias, Tensor) else bias[rows]
-        return kept[1:]
-
-    def weights_key(self) -> Hashable:
-        """Another one when what drafting reads lies elsewhere."""
-        rows = self.draft_rows()[:1] if self.token_map is not None and self._base else ()
-        ends = (self._base[0].get_input_embeddings(), self._base[0].get_output_embeddings()) if self._base else ()
-        weights = [*rows, *self.parameters(), *(weight for end in ends for weight in end.parameters())]
-        return tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in weights if plain(weight))
-
-    def _packed_unembedding(self, weight: Tensor, bias: Tensor | None) -> PackedMatrix:
-        kept = self._in_panels
-        if kept is None or kept[0] is not weight or kept[1] != self.packing:
-            kept = self._in_panels = (
-                weight,
-                cast(str, self.packing),
-                PackedMatrix(weight, cast(str, self.packing), bias),
-            )
-        return kept[2]
-
-    def _draws_packed(self, weight: Tensor) -> bool:
-        return self.packing is not None and not torch.is_grad_enabled() and weight.device.type == "cpu"
-
-    def _packed_rows(self, weight: Tensor) -> Tensor:
-        kept = self._packed
-        if kept is None or kept[0] is not weight:
-            kept = self._packed = weight, pack(weight)
-        return kept[1]
+            return kept
+        weights = [self.token_map, weight, *([bias] if isinstance(bias, Tensor) else [])]
+        return self._copies.get("rows", weights, partial(_rows, *weights), bits)
 
     # ---- drafting
 
@@ -367,31 +323,12 @@ class DraftHeads(nn.Module):
     def top(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """[..., draft vocabulary] -> vocabulary ids (long) and log-probabilities (float32), both [..., top_k]."""
         logits = logits.float()
-        if self._draws_packed(logits):
-            log_probs, index = top(logits, top_k)
-        else:
-            best, index = logits.topk(top_k, dim=-1)
-            log_probs = best - logits.logsumexp(-1, keepdim=True)
-        return (index if self.token_map is None else self.token_map[index]), log_probs
+        best, index = logits.topk(top_k, dim=-1)
+        return self.vocabulary_ids(index), best - logits.logsumexp(-1, keepdim=True)
 
-    def likeliest(self, states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """`top` of the logits that the base's unembedding makes of states [..., H]; kernels do not write those."""
-        unembedding = self.plain_unembedding() if self._draws_with_kernels(states, top_k) else None
-        if unembedding is None or not unembedding[0].is_contiguous():
-            return self.top(self.unembed(states), top_k)
-        from medusa_apar.triton_kernels.draft import top_logits
-
-        weight, bias = unembedding
-        flat = states.to(weight.dtype).reshape(-1, self.hidden_size).contiguous()
-        values, index, total = top_logits(flat, weight, bias, top_k)
-        log_probs, index = (values - total[:, None]), index.long()
-        if self.token_map is not None:
-            index = self.token_map[index]
-        shape = (*states.shape[:-1], top_k)
-        return index.view(shape), log_probs.view(shape)
-
-    def _draws_with_kernels(self, states: Tensor, top_k: int) -> bool:
-        return self.kernels and not torch.is_grad_enabled() and top_k <= MOST_RANKS and states.numel() > 0
+    def vocabulary_ids(self, index: Tensor) -> Tensor:
+        """Places in the draft vocabulary -> ids of the vocabulary."""
+        return index if self.token_map is None else self.token_map[index]
 
     def _config(self) -> dict[str, Any]:
         """What every kind's config.json says."""
@@ -403,6 +340,13 @@ class DraftHeads(nn.Module):
             "acceptance": self.acceptance and [[round(share, 4) for share in ranks] for ranks in self.acceptance],
             "base_model_name_or_path": self._base[0].name_or_path if self._base else "",
         }
+
+
+def _rows(token_map: Tensor, weight: Tensor, bias: Tensor | None = None) -> DraftRows:
+    # Outside of inference mode even if the caller is in it: training uses these rows too.
+    with torch.inference_mode(False), torch.no_grad():
+        rows = token_map.to(weight.device)
+        return DraftRows(weight[rows], None if bias is None else bias[rows])
 
 
 @functools.cache

@@ -12,6 +12,7 @@ token once for all heads below it.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -23,12 +24,13 @@ from transformers import PreTrainedModel
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.models.families import unembedding_size
-from medusa_apar.runtimes.cpu.contents import plain
-from medusa_apar.runtimes.cpu.drafting import CompiledHydra, Pruned, compilable
+from medusa_apar.runtimes.cpu.drafting import CompiledHydra, compilable
+from medusa_apar.runtimes.cpu.weight_fingerprint import plain
 from medusa_apar.runtimes.devices import device_of
 
 from . import checkpoints
 from .draft_heads import DraftHeads, ResidualBlock, tree_tensors, zeros
+from .drafters import TorchDrafter
 
 
 class HydraHeads(DraftHeads):
@@ -62,7 +64,6 @@ class HydraHeads(DraftHeads):
         )
         self.bias = zeros(num_heads, hidden_size)
         self.blocks = nn.ModuleList(ResidualBlock(num_heads, hidden_size) for _ in range(num_layers))
-        self._in_code: tuple[tuple, CompiledHydra | None] | None = None
 
     # ---- making, loading, saving
 
@@ -154,41 +155,30 @@ class HydraHeads(DraftHeads):
             x = block(x)
         return x
 
-    def _compiled(self) -> CompiledHydra | None:
-        """These heads in compiled code, made anew when a weight has changed; None where they do not draft for it."""
-        if not self._draws_packed(self.bias):
-            return None
-        places = ((w.data_ptr(), None if w.is_inference() else w._version) for w in self._copied())
-        key, kept = (self.packing, *places), self._in_code
-        if kept is None or kept[0] != key:
-            made, unembedding = None, self.plain_unembedding()
-            if unembedding is not None and compilable(self, unembedding):
-                made = CompiledHydra(self, unembedding, cast(str, self.packing))
-            kept = self._in_code = key, made
-        return kept[1]
+    def drafter(self, packing: str | None = None, kernels: bool = False) -> Drafter:
+        if packing is not None:
+            kind, make = ("compiled", packing), partial(self._compiled, packing)
+            compiled = self._copies.get(kind, self._weights_read(), make, bits=True)
+            if compiled is not None:
+                return compiled
+        return super().drafter(packing, kernels)
 
-    def _copied(self) -> list[Tensor]:
-        if self.packing is None:
-            return super()._copied()
+    def _compiled(self, packing: str) -> CompiledHydra | None:
+        """These heads in compiled code; None where they do not draft for it."""
+        unembedding = self.plain_unembedding(bits=True)
+        if unembedding is None or not compilable(self, unembedding):
+            return None
+        return CompiledHydra(self, unembedding, packing)
+
+    def _weights_read(self) -> list[Tensor]:
+        """All that drafting reads, tied ones once."""
         ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         weights = [*self.parameters(), *self.buffers(), *(weight for end in ends for weight in end.parameters())]
-        return list({id(weight): weight for weight in weights if plain(weight)}.values())  # tied ones once
+        return list({id(weight): weight for weight in weights if plain(weight)}.values())
 
-    def refresh(self) -> None:
-        super().refresh()
-        self._in_code = None
-
-    def drafter(self, least: float = 0.0) -> Drafter:
-        super().drafter(least)
-        compiled = self._compiled()
-        if compiled is None:
-            return self
-        return Pruned(compiled, least) if least > 0 else compiled
-
-    @torch.inference_mode()
-    def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        if (compiled := self._compiled()) is not None:
-            return compiled.propose(hidden_states, root_ids, tree)
+    def draft(
+        self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree, drafter: TorchDrafter
+    ) -> tuple[Tensor, Tensor]:
         threads, heads = len(hidden_states), tree.num_heads
         token_ids = root_ids.new_zeros(threads, len(tree))
         log_probs = torch.zeros(threads, len(tree), dtype=torch.float32, device=root_ids.device)
@@ -201,7 +191,7 @@ class HydraHeads(DraftHeads):
             x = sums[:, :, 0]
             for block in self.blocks:
                 x = cast(ResidualBlock, block).of(depth, x)
-            ids, chances = self.likeliest(x, tree.levels[depth].top_k)
+            ids, chances = drafter.likeliest(x, tree.levels[depth].top_k)
             drafted = ids[:, level.parents, level.ranks]
             token_ids[:, level.nodes], log_probs[:, level.nodes] = drafted, chances[:, level.parents, level.ranks]
             drafted, sums = drafted[:, level.inner], sums[:, level.inner_parents, 1:]

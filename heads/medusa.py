@@ -16,6 +16,8 @@ from medusa_apar.runtimes.devices import device_of
 from . import checkpoints
 from .checkpoints import HeadTensors
 from .draft_heads import DraftHeads, ResidualBlock, tree_tensors, zeros
+from .drafters import KernelDrafter, TorchDrafter
+from .weight_copies import DraftRows
 
 
 class MedusaHeads(DraftHeads):
@@ -137,35 +139,47 @@ class MedusaHeads(DraftHeads):
     def head_logits(self, states: Tensor) -> Tensor:
         return self.unembed(states) if self.unembedding is None else torch.bmm(states, self.unembedding.mT)
 
-    @torch.inference_mode()
-    def propose(self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        # Heads below the tree are not asked.
-        if (drafted := self._drafted_by_kernels(hidden_states, tree)) is not None:
-            token_ids, log_probs = drafted
-        else:
-            states = self.hidden(hidden_states)[: tree.num_heads]
-            own = self.unembedding
-            logits = self.unembed(states) if own is None else torch.bmm(states, own[: len(states)].mT)
-            token_ids, log_probs = self.top(logits, tree.top_k)  # [heads, T, top_k]
-        places = tree_tensors(tree, token_ids.device)
-        return token_ids[places.depths, :, places.ranks].T, log_probs[places.depths, :, places.ranks].T
+    @property
+    def owns_unembedding(self) -> bool:
+        return self.unembedding is not None
 
-    def _drafted_by_kernels(self, hidden_states: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor] | None:
-        """ids and log-probabilities [heads, T, top_k] in a few launches; None where the kernels do not serve."""
-        if not self._draws_with_kernels(hidden_states, tree.top_k):
-            return None
-        heads, bias = tree.num_heads, None
-        if self.unembedding is not None:
-            unembedding = self.unembedding[:heads]
-        elif (plain := self.plain_unembedding()) is not None:
-            unembedding, bias = plain
+    def draft(
+        self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree, drafter: TorchDrafter
+    ) -> tuple[Tensor, Tensor]:
+        states = self.hidden(hidden_states)[: tree.num_heads]  # heads below the tree are not asked
+        if self.unembedding is None:
+            found = drafter.likeliest(states, tree.top_k)
         else:
-            return None
+            found = drafter.top(torch.bmm(states, self.unembedding[: len(states)].mT), tree.top_k)
+        return _at_nodes(tree, *found)
+
+    def _kernel_drafter(self, rows: DraftRows | None) -> KernelDrafter:
+        return MedusaKernelDrafter(self, rows)
+
+
+class MedusaKernelDrafter(KernelDrafter):
+    """Drafts with all Medusa heads in a few launches."""
+
+    heads: MedusaHeads
+
+    @torch.inference_mode()
+    def propose(
+        self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree, min_probability: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        heads, count = self.heads, tree.num_heads
+        own = heads.unembedding
+        unembedding = self._unembedding if own is None else (own[:count], None)
+        if unembedding is None or unembedding[0].dtype != heads.dtype or not self.serves(hidden_states, tree.top_k):
+            return super().propose(hidden_states, root_ids, tree)
         from medusa_apar.triton_kernels.draft import medusa_draft
 
-        if unembedding.dtype != self.dtype or not unembedding.is_contiguous():
-            return None
-        weights, biases = ([block.get_parameter(n)[:heads] for block in self.blocks] for n in ("weight", "bias"))
-        x = hidden_states.to(self.dtype).contiguous()
-        ids, log_probs = medusa_draft(x, weights, biases, unembedding, bias, self.token_map, tree.top_k)
-        return ids.long().transpose(0, 1), log_probs.transpose(0, 1)
+        weights, biases = ([block.get_parameter(n)[:count] for block in heads.blocks] for n in ("weight", "bias"))
+        x = hidden_states.to(heads.dtype).contiguous()
+        ids, log_probs = medusa_draft(x, weights, biases, *unembedding, heads.token_map, tree.top_k)
+        return _at_nodes(tree, ids.long().transpose(0, 1), log_probs.transpose(0, 1))
+
+
+def _at_nodes(tree: DraftTree, token_ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each head's likeliest [heads, T, top_k] those that a tree's nodes are, [T, n]."""
+    places = tree_tensors(tree, token_ids.device)
+    return token_ids[places.depths, :, places.ranks].T, log_probs[places.depths, :, places.ranks].T

@@ -1,4 +1,4 @@
-"""One call of `generate`: from what transformers hands a `custom_generate` to requests, and from these to its output."""
+"""One call of `generate`: what transformers hands a `custom_generate` becomes requests, and these its output."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def _request_options(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -
     if mode == "auto" and control is None:
         mode = "off"
     policy = fork_policy(mode, asked.fork_if, max_depth, tokenizer)
-    ends = StopConditions.of(
-        prepared.stopping_criteria, config, prepared.input_ids.shape[1], one_thread=mode == "off"
-    )
+    ends = StopConditions.of(prepared.stopping_criteria, config, prepared.input_ids.shape[1], one_thread=mode == "off")
     if asked.stop_strings is not None:
         if tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")

@@ -21,6 +21,7 @@ from .heads import DraftHeads
 if TYPE_CHECKING:
     from medusa_apar.threads.request import Request
 
+    from .call import CallOptions
     from .generate import MedusaApar
 
 # Arguments of the model that transformers' `generate` prepares, and that are not used here: steps have their own. The
@@ -62,8 +63,8 @@ def expected_acceptance(heads: DraftHeads | None) -> list[tuple[float, ...]]:
     """Chance per head and rank that a guess is right, as measured in training, else as is usual for such heads."""
     if heads is None:
         return []
-    if (measured := getattr(heads, "acceptance", None)) is not None:
-        return [tuple(max(share, 1e-6) for share in ranks) for ranks in measured]
+    if heads.acceptance is not None:
+        return [tuple(max(share, 1e-6) for share in ranks) for ranks in heads.acceptance]
     return [DEFAULT_ACCEPTANCE[min(head, len(DEFAULT_ACCEPTANCE) - 1)] for head in range(heads.num_heads)]
 
 

@@ -30,11 +30,10 @@ from medusa_apar.events import Consumer
 from medusa_apar.events.streaming import EndedOnce, ended_on_error
 from medusa_apar.heads import DraftHeads, load_heads
 from medusa_apar.models.families import check_model, unembedding_size
-from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime, unsupported_reason
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.runtimes.runtime import Runtime
-from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_mode
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
@@ -80,25 +79,23 @@ class MedusaApar:
     def _take(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self._state: tuple | None = _state(self.model)  # None: to be picked anew
-        if isinstance(self.heads, DraftHeads):
-            self.heads.packing = runtime.kind if isinstance(runtime, CpuRuntime) else None
-            self.heads.kernels = isinstance(runtime, TorchRuntime) and runtime.backend == "triton"
+        if self.heads is not None:
             self.heads.refresh()
 
     def _fit(self) -> None:
         """Has a runtime picked anew where the model has become another since, and where it has become itself again;
         ValueError where that cannot be."""
         if self._pick is not None:
-            before, why = self.runtime, self.runtime.refusal()
+            before, why = self.runtime, self.runtime.unsupported_reason()
             same = self._state == _state(self.model)
-            back = self._left_compiled and refusal(self.model) is None
+            back = self._left_compiled and unsupported_reason(self.model) is None
             if not same or why is not None or back:
                 self._take(self._pick())
                 left = isinstance(before, CpuRuntime) and not isinstance(self.runtime, CpuRuntime)
                 self._left_compiled = left or (self._left_compiled and not back)
                 if left and same:
                     _say_once(f"{type(self.model).__name__} runs in torch from now on, since {why}.")
-        if isinstance(self.heads, DraftHeads):
+        if self.heads is not None:
             self.heads.check_matches(self.model)
         if self.control_token_ids is not None:
             self.control_token_ids.check_matches(unembedding_size(self.model)[0])
@@ -107,10 +104,11 @@ class MedusaApar:
         """Drops what was copied from weights, so that the next call reads them all anew.
 
         Never needed after `load_state_dict`, merging, averaging or a training step: calls notice those by themselves
-        (`medusa_apar.runtimes.cpu.contents`). It is for whoever changes single values of a large model through `.data`.
+        (`medusa_apar.runtimes.cpu.weight_fingerprint`). It is for whoever changes single values of a large model
+        through `.data`.
         """
         self.runtime.refresh()
-        if isinstance(self.heads, DraftHeads):
+        if self.heads is not None:
             self.heads.refresh()
 
     def __repr__(self) -> str:
@@ -391,14 +389,15 @@ def attach(
         )
     speculation = default if speculation is None else Speculation.named(speculation)
     fork = fork_mode(fork)
+    most = chosen.facts.max_nodes
     if draft_tree is None:
         size = budget or EngineOptions().max_rows(device_of(model).type)
         if speculation is not None and speculation.plan == "forest":
             size = _CANDIDATES
-        size = size if chosen.most_nodes is None else min(size, chosen.most_nodes)
+        size = size if most is None else min(size, most)
         draft_tree = DraftTree.likeliest(size, checks.expected_acceptance(heads))
-    elif chosen.most_nodes is not None and len(draft_tree) > chosen.most_nodes:
-        raise ValueError(f"the draft tree has {len(draft_tree)} nodes; attention='triton' takes {chosen.most_nodes}.")
+    elif most is not None and len(draft_tree) > most:
+        raise ValueError(f"the draft tree has {len(draft_tree)} nodes; attention='triton' takes {most}.")
     elif heads is not None and draft_tree.num_heads > heads.num_heads:
         raise ValueError(f"The draft tree is {draft_tree.num_heads} deep but there are {heads.num_heads} Medusa heads.")
     options = EngineOptions(speculation, draft_tree, budget, step_cost, pool_slots)

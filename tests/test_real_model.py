@@ -83,7 +83,7 @@ def test_int8_threads_are_what_the_rounded_weights_choose_alone(apar):
     rounded = medusa_apar.attach(apar.model, apar.heads, apar.control_token_ids, quantize="int8")
     inputs = encode(apar.tokenizer, QUESTION)
     out = rounded.generate(**inputs, max_new_tokens=192, do_sample=False, return_dict_in_generate=True)
-    assert rounded.runtime.kind == "int8" and out.stats.steps < out.stats.generated_tokens / 2
+    assert rounded.runtime.facts.kind == "int8" and out.stats.steps < out.stats.generated_tokens / 2
     counts = {"threads": 0, "tokens": 0}
     assert differences(rounded, out.paragraph_tree[0], counts) == []
     assert counts["threads"] >= 3 and counts["tokens"] >= 192

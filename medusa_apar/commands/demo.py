@@ -151,8 +151,8 @@ def table(apar: MedusaApar, ours: Run, plain: Run | None) -> Table:
     runs = [ours] if plain is None else [ours, plain]
     model = apar.model
     found = Table(title=f"{_dtype(model)} on {_device(model)}", title_style="dim")
-    if apar.runtime.kind != _dtype(model):
-        found.title = f"{apar.runtime.kind} weights, transformers' in {found.title}"
+    if apar.runtime.facts.kind != _dtype(model):
+        found.title = f"{apar.runtime.facts.kind} weights, transformers' in {found.title}"
     found.add_column()
     found.add_column("medusa-apar", justify="right", style="bold")
     if plain is not None:
@@ -193,6 +193,6 @@ def as_json(apar: MedusaApar, ours: Run, plain: Run | None) -> dict[str, Any]:
         "tokens_per_second": ours.tokens_per_second,
         "baseline_tokens_per_second": plain and plain.tokens_per_second,
         "speedup": plain and ours.tokens_per_second / plain.tokens_per_second,
-        "weights": apar.runtime.kind,
+        "weights": apar.runtime.facts.kind,
         "baseline_weights": plain and _dtype(apar.model),
     }

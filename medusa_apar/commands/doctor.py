@@ -28,7 +28,7 @@ from medusa_apar.loading import load
 from medusa_apar.models import hub
 from medusa_apar.models.sources import Source, locate
 from medusa_apar.runtimes.cpu.library import library
-from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.cpu.runtime import unsupported_reason
 from medusa_apar.runtimes.devices import device_of
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "triton", "fschat")
@@ -63,12 +63,12 @@ def findings() -> Iterator[tuple[str, str]]:
     yield "cpu", f"{_cpu_model()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads"
     yield "cpu features", f"{' '.join(_cpu_flags()) or 'unknown'}; torch runs {torch.backends.cpu.get_cpu_capability()}"
     yield "memory", f"{_size(psutil.virtual_memory().available)} free of {_size(psutil.virtual_memory().total)}"
-    yield "cpu runtime", _or_why_not(_cpu_runtime)
-    yield "gpu", _or_why_not(_gpu)
+    yield "cpu runtime", _or_reason(_cpu_runtime)
+    yield "gpu", _or_reason(_gpu)
     yield "kernels", _kernels()
-    yield "cache", _or_why_not(_cache)
+    yield "cache", _or_reason(_cache)
     for name in hub.EMBEDDED:
-        yield name, _or_why_not(partial(_embedded, name))
+        yield name, _or_reason(partial(_embedded, name))
 
 
 def model_findings(name: str, **options: Any) -> Iterator[tuple[str, str]]:
@@ -92,12 +92,12 @@ def model_findings(name: str, **options: Any) -> Iterator[tuple[str, str]]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield "architecture", f"{type(model).__name__}, {parameters / 1e6:,.0f} million parameters"
     yield "runtime", "; ".join([apar.runtime.description, *(messages.said or _why_torch(apar))])
-    yield "dtype", f"{str(model.dtype).removeprefix('torch.')} as loaded, {apar.runtime.kind} where it runs"
+    yield "dtype", f"{str(model.dtype).removeprefix('torch.')} as loaded, {apar.runtime.facts.kind} where it runs"
     yield "heads", _heads(apar)
     yield "control tokens", _control_tokens(apar)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     yield "memory", f"{_size(weights)} of weights; loading it took {_size(max(taken, 0))} in all"
-    yield "disk", _or_why_not(partial(_on_disk, source))
+    yield "disk", _or_reason(partial(_on_disk, source))
 
 
 def _on_disk(source: Source) -> str:
@@ -115,9 +115,11 @@ def _on_disk(source: Source) -> str:
 
 
 def _why_torch(apar: MedusaApar) -> list[str]:
-    if isinstance(apar.runtime, CpuRuntime) or device_of(apar.model).type != "cpu":
+    if apar.runtime.facts.backend == "cpu" or device_of(apar.model).type != "cpu":
         return []
-    return [refusal(apar.model) or "for the CPU runtime's copy of the weights there is too little free memory"]
+    return [
+        unsupported_reason(apar.model) or "for the CPU runtime's copy of the weights there is too little free memory"
+    ]
 
 
 def _heads(apar: MedusaApar) -> str:
@@ -147,7 +149,7 @@ class _Messages(logging.Handler):
         self.said.append(" ".join(record.getMessage().split()))
 
 
-def _or_why_not(find: Callable[[], str]) -> str:
+def _or_reason(find: Callable[[], str]) -> str:
     try:
         return find()
     except (OSError, RuntimeError, ValueError) as error:

@@ -70,11 +70,6 @@ class ForestBudget:
             order = order[: self._pays(len(proposals), drawn, order, requests)]
         return drawn.of_threads(np.sort(order))
 
-    @property
-    def least_chance(self) -> float:
-        """Below nodes to which the heads give less, looking on is in vain: they would not be kept at any time."""
-        return LEAST_CHANCE
-
     def bar(self, roots: int, requests: int, worth: float) -> float:
         """The chance with which a node would pay beside so many roots, the thread's tokens being worth so much."""
         if self.cost is None:
@@ -201,8 +196,6 @@ class EvenBudget:
 
     def paying(self, threads: Sequence[Thread], roots: int, requests: int) -> set[Thread]:
         return set(threads)
-
-    least_chance = 0.0
 
 
 def worths(threads: Sequence[Thread]) -> np.ndarray:

@@ -25,11 +25,15 @@ from .options import Speculation
 
 
 class Drafting(NamedTuple):
-    """Who proposes, and a tree of how many nodes below every thread; `weights` tells apart what the drafter reads."""
+    """Who proposes, and the tree that it fills below every thread."""
 
     drafter: Drafter
     tree: DraftTree
-    weights: Hashable = None
+
+    @property
+    def key(self) -> tuple[Hashable, DraftTree]:
+        """What runs, as a part of the key of captured steps."""
+        return self.drafter.key, self.tree
 
 
 class Load(NamedTuple):
@@ -54,7 +58,6 @@ class Speculator:
     drafter: Drafter | None = None
     tree: DraftTree = field(default_factory=lambda: DraftTree([]))
     scorer: Proposer = field(default_factory=Proposer)
-    weights: Hashable = None
     # Draft nodes, and those that were right, by who proposed them.
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
@@ -188,4 +191,4 @@ class Speculator:
         if self.drafter is None or not self._asks:
             return None
         tree = self.tree.first(self.budget.nodes(roots, max(min(threads, roots), 1), self.budget.rows))
-        return Drafting(self.drafter, tree, self.weights) if len(tree) else None
+        return Drafting(self.drafter, tree) if len(tree) else None

@@ -1,11 +1,11 @@
 """The engine: requests join and leave it at every step, and one forward pass serves them all.
 
-    engine = Engine(model, runtime, heads, options)
-    engine.add(request)
-    while engine.unfinished:
-        for output in engine.step():
-            ...
-    engine.close()
+engine = Engine(model, runtime, heads, options)
+engine.add(request)
+while engine.unfinished:
+    for output in engine.step():
+        ...
+engine.close()
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from medusa_apar.drafting.advance import Advance, DraftResult
 from medusa_apar.drafting.budget import EvenBudget, ForestBudget
 from medusa_apar.drafting.candidates import Proposer
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.drafter import Heads
 from medusa_apar.drafting.speculator import Speculator
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.events import Event
@@ -35,6 +36,7 @@ from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_manager import ForkManager
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request, Status, TokenLogprobs
+from medusa_apar.verify.processor_state import StateWatch
 from medusa_apar.verify.sampler import Sampler
 from medusa_apar.verify.tail import Tail
 from medusa_apar.verify.verdict import Verdict
@@ -189,7 +191,9 @@ class Engine:
             outcome = self.fork_manager.advance(request, thread, verdict.tokens)
             nodes, ended = verdict.nodes[: outcome.gained], outcome.ended
             accepted = [(thread, [drafted[node] for node in nodes])]
-            advances = [Advance(request, thread, outcome.gained, verdict.row, verdict.guessed)] if outcome.gained else []
+            advances = (
+                [Advance(request, thread, outcome.gained, verdict.row, verdict.guessed)] if outcome.gained else []
+            )
             for place, child in outcome.children:
                 fork = nodes[place] if place < len(nodes) else None
                 if child.live and fork in stem.forks:
@@ -258,6 +262,10 @@ class Engine:
         self.scheduler.remove(request)
         self.speculator.forget(request.tree.threads)
         self.reporters.ended(request)
+        if request.sampler.before:
+            request.sampler.watch.users -= 1
+            if not request.sampler.watch.users:
+                del self._watches[tuple(map(id, request.sampler.before))]
         del self._requests[request.id]
 
     def _count(self, plan: Plan, forest: Forest, phase: PhaseTimer) -> None:
@@ -279,7 +287,7 @@ class Engine:
         if self._session is not None:
             return
         self._session = ExitStack()
-        self._session.enter_context(self.runtime.running(checked=True))  # by whoever picked it
+        self._session.enter_context(self.runtime.session(checked=True))  # by whoever picked it
         if self.heads is not None:
             # Looked up once, as it asks every weight that was copied whether it has changed.
             self.speculator.drafter = self.runtime.drafter(self.heads)
@@ -292,7 +300,12 @@ class Engine:
 
     def _sampler(self, request: Request) -> Sampler:
         """Requests that share logits processors share what watches them for state."""
-        return Sampler(request.options)
+        sampler = Sampler(request.options)
+        if sampler.before:
+            watch = self._watches.setdefault(tuple(map(id, sampler.before)), sampler.watch)
+            watch.users += 1
+            sampler.watch = watch
+        return sampler
 
     def _step_cost(self) -> StepCost | None:
         options = self.options
@@ -306,7 +319,7 @@ class Engine:
             return EvenBudget(0, DraftTree([]))
         if speculation.plan == "even":
             return EvenBudget(rows, self.options.draft_tree, self.cost)
-        return ForestBudget(rows, self.cost, self.runtime.most_nodes, speculation.worths)
+        return ForestBudget(rows, self.cost, self.runtime.facts.max_nodes, speculation.worths)
 
     def _max_prefill_rows(self) -> int:
         """So many rows more than a full step's that it takes twice as long at most."""

@@ -1,4 +1,4 @@
-"""Which requests and threads run in a step, and with how many draft nodes. It decides when a token is made, never which.
+"""Which requests and threads run in a step, and with how many draft nodes: when a token is made, never which.
 
 Waiting requests are admitted in the order of their priority, then of their arrival, as soon as the KV pool has room for
 what they are expected to need. In a step every running request gets a row before any gets a second. A prompt, and
@@ -245,9 +245,7 @@ class Scheduler:
 
     def _trees(self, plan: Plan, candidates: Candidates) -> dict[Thread, tuple[Proposal, np.ndarray]]:
         """Which nodes of which candidates each thread drafts."""
-        by_request = [
-            [thread for thread in members if thread in plan.chosen] for members in plan.requests.values()
-        ]
+        by_request = [[thread for thread in members if thread in plan.chosen] for members in plan.requests.values()]
         threads = [thread for members in by_request for thread in members]
         if not threads:
             return {}
@@ -276,9 +274,7 @@ class Scheduler:
         room = self.context_length - thread.end
         return proposal if len(proposal.tokens) <= room else proposal.within(room)
 
-    def _stems(
-        self, request: Request, plan: Plan, trees: dict[Thread, tuple[Proposal, np.ndarray]]
-    ) -> list[Stem]:
+    def _stems(self, request: Request, plan: Plan, trees: dict[Thread, tuple[Proposal, np.ndarray]]) -> list[Stem]:
         members = plan.requests[request]
         if len(members) > 1:
             fed = set(members)

@@ -66,8 +66,8 @@ class CriteriaStop:
                 own = request.scores[thread][index - thread.num_forced]
                 self._scores.append(own.expand(row.batch_size, -1))
             scores = tuple(self._scores)
-        verdicts = (torch.as_tensor(criterion(ids, scores)).expand(row.batch_size) for criterion in self._criteria)
-        return any([bool(verdict[row.index]) for verdict in verdicts])  # each is asked, as transformers does
+        verdicts = [torch.as_tensor(criterion(ids, scores)).expand(row.batch_size) for criterion in self._criteria]
+        return any(bool(verdict[row.index]) for verdict in verdicts)
 
     def _text(self, request: Request) -> torch.Tensor:
         """Row and text, long [length]; it grows in place, as it would be made anew for every token."""

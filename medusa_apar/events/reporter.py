@@ -36,9 +36,7 @@ class Reporter:
         max_new_tokens: the caller's, where requests have a greater limit of their own.
     """
 
-    def __init__(
-        self, consumer: Consumer | None = None, keep: bool = True, max_new_tokens: int | None = None
-    ) -> None:
+    def __init__(self, consumer: Consumer | None = None, keep: bool = True, max_new_tokens: int | None = None) -> None:
         self.events: list[Event] = []
         self.requests: list[Request] = []  # unfinished ones
         self._consumer, self._keep, self._limit = consumer, keep, max_new_tokens
@@ -161,7 +159,7 @@ class Reporter:
 
 
 class Reporters:
-    """All reporters of an engine. A request that nobody watches costs nothing; one whose consumer raises fails alone."""
+    """All reporters of an engine. A request that nobody watches costs nothing, one whose consumer raises fails alone."""
 
     def __init__(self) -> None:
         self._requests: dict[Reporter, set[Request]] = {}

@@ -29,16 +29,16 @@ def check_agrees(model: PreTrainedModel, runtime: Runtime, largest: float | None
     a text of random tokens tells at once what would otherwise fail, or silently differ, in mid-run.
     """
     device = device_of(model)
-    interpreted = runtime.verify is not None and device.type == "cpu"  # kernels, a hundred times as slow
+    interpreted = runtime.facts.fused_verify and device.type == "cpu"  # kernels, a hundred times as slow
     try:
         ids, logits = _some_text(model, 32 if interpreted else _LENGTH)
-        with runtime.running():
+        with runtime.session():
             rows, ours = _over_a_forest(runtime, ids, device)
         plain = logits[rows].float()
         off = (ours - plain).abs().amax(dim=1) / plain.abs().amax(dim=1).clamp(min=1e-6)
         # Rounded weights may tip a single random token over into other activations, and its logits are then far off:
         # one row of 36 of SmolLM2-135M in int8, the others within 3 %. A model built otherwise is off in most rows.
-        difference = float(off.max() if runtime.kind == "float32" else off.sort().values[len(off) // 2])
+        difference = float(off.max() if runtime.facts.kind == "float32" else off.sort().values[len(off) // 2])
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{type(model).__name__} cannot decode over a KV pool: {reason}") from error

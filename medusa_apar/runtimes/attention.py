@@ -74,7 +74,7 @@ def _columns(pool: torch.Tensor, columns: slice | torch.Tensor) -> torch.Tensor:
 # Attention over a forest, and what its `attention_mask` is made by.
 BACKENDS: dict[str, tuple[Callable, Callable]] = {"sdpa": (sdpa_forest_attention, _dense_mask)}
 if importlib.util.find_spec("triton") is not None:
-    from .triton_attention import tree_mask, triton_forest_attention, why_not
+    from .triton_attention import tree_mask, triton_forest_attention, unsupported_reason
 
     BACKENDS["triton"] = triton_forest_attention, tree_mask
 
@@ -125,7 +125,7 @@ def pick_backend(attention: str, model: PreTrainedModel) -> str:
         raise ValueError("attention='triton' needs the package triton.")
     if attention == "triton" and len(devices) > 1:
         raise ValueError(f"attention='triton' needs the model on one device, and it lies on {len(devices)}.")
-    if attention == "triton" and (why := why_not(device)):
+    if attention == "triton" and (why := unsupported_reason(device)):
         raise ValueError(f"attention='triton' cannot be had: {why}.")
     return attention
 

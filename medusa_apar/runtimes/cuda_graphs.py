@@ -20,7 +20,8 @@ from medusa_apar.forest.device_tables import PackedForest, fill
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool, KVStorage
 from medusa_apar.triton_kernels.layout import CHUNK, LayoutKind, Sizes, TreeLayout, power_of_two
-from medusa_apar.verify.device_verify import Choice
+from medusa_apar.verify.device_verify import DeviceVerify
+from medusa_apar.verify.tail import StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -72,17 +73,17 @@ class _Step:
         self._forward, self._taps = forward, taps
         self._forest = StaticForest(sizes, device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._choice: Choice | None = None
+        self._device_verify: DeviceVerify | None = None
         self._inputs: Tensor | None = None
-        self.outputs: tuple[Tensor, Tensor, Tensor | None]
+        self.outputs: StepOutput
 
-    def become(self, forest: Forest, choice: Choice | None) -> None:
+    def become(self, forest: Forest, device_verify: DeviceVerify | None) -> None:
         self._forest.become(forest)
-        if choice is None:
+        if device_verify is None:
             return
-        inputs = choice.inputs(self._forest.sizes.queries, power_of_two(choice.threads))
+        inputs = device_verify.inputs(self._forest.sizes.queries, power_of_two(device_verify.num_threads))
         if self._inputs is None:
-            self._choice, self._inputs = choice, inputs.to(self._forest.device)
+            self._device_verify, self._inputs = device_verify, inputs.to(self._forest.device)
         else:
             fill(self._inputs, inputs)
 
@@ -90,9 +91,11 @@ class _Step:
         self._forest.pack()
         logits, hidden = self._forward(self._forest, pool, self._taps)
         chosen = None
-        if self._choice is not None and self._inputs is not None:
-            chosen = self._choice.run(logits, hidden, self._inputs, power_of_two(self._choice.threads))
-        self.outputs = logits, hidden, chosen
+        if self._device_verify is not None and self._inputs is not None:
+            chosen = self._device_verify.run(
+                logits, hidden, self._inputs, power_of_two(self._device_verify.num_threads)
+            )
+        self.outputs = StepOutput(logits, hidden, chosen)
 
     def replay(self, pool: KVPool) -> None:
         try:
@@ -137,40 +140,45 @@ class GraphedSteps:
             return pool
 
     def __call__(
-        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
-    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], device_verify: DeviceVerify | None
+    ) -> StepOutput | None:
         """As Runtime.step, good until the next call; None where it has to run without a graph."""
         if self._broken or len(forest) > MOST_ROWS or pool.storage is not self._storage or not self._storage.keys:
             return None
         stores = (self._storage.keys, self._storage.values)
         slots = (forest.table.data_ptr(), *(tensor.data_ptr() for store in stores for tensor in store.values()))
         sizes = Sizes.of(forest.leaves).rounded()
-        key = (sizes, taps, choice and (choice.operations, power_of_two(choice.threads)), slots)
+        key = (
+            sizes,
+            taps,
+            device_verify and (device_verify.operations, power_of_two(device_verify.num_threads)),
+            slots,
+        )
         step = self._steps.get(key)
         if step is None:
-            step = self._made(forest, sizes, pool, taps, choice)
+            step = self._made(forest, sizes, pool, taps, device_verify)
             if step is None:
                 return None
             self._steps[key] = step
             if len(self._steps) > MOST_GRAPHS:
                 self._steps.popitem(last=False)
         else:
-            step.become(forest, choice)
+            step.become(forest, device_verify)
         self._steps.move_to_end(key)
         step.replay(pool)
         logits, hidden, chosen = step.outputs
         verified = len(forest.arrays[3])
-        return logits[:verified], hidden[:verified], chosen
+        return StepOutput(logits[:verified], hidden[:verified], chosen)
 
     def _made(
-        self, forest: Forest, sizes: Sizes, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
+        self, forest: Forest, sizes: Sizes, pool: KVPool, taps: tuple[int, ...], device_verify: DeviceVerify | None
     ) -> _Step | None:
         before = torch.cuda.current_stream() if self._device.type == "cuda" else None
         try:
             # Buffers outlive a caller's inference mode, outside of which such tensors could not be filled again.
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 step = _Step(self._forward, sizes, self._device, taps)
-                step.become(forest, choice)
+                step.become(forest, device_verify)
                 if before is not None:
                     self._capture(step, pool)
                 return step

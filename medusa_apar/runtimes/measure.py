@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a step of a model costs on this device by its rows, and a draft by its threads: measured once, and kept."""
 
 from __future__ import annotations
 
@@ -11,51 +11,36 @@ import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
+from medusa_apar.drafting.drafter import Drafter, Heads
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.job import processor, write_text
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.hub import cache_dir
 from medusa_apar.runtimes.devices import device_of
+from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.paragraph_tree import ParagraphTree
-
-if TYPE_CHECKING:
-    from medusa_apar.runtimes.runtime import Runtime
-
 
 logger = logging.getLogger(__name__)
 
-
 ROWS = {"cpu": (1, 2, 4, 6, 8, 12, 16, 24, 32), "cuda": (1, 8, 16, 32, 64)}
-
-
 THREADS = (1, 2, 4, 8)  # that draft
-
-
 SLOTS, REPEATS = 256, 4
-
-
 LONGEST = 4.0  # seconds that all of it may take by the first step's measure; a slower model is measured coarsely
-
-
 COARSE, FEW_SLOTS = 4, 32  # then only every fourth size, once each, below so few slots
-
-
 NODES = 8  # of a draft that is timed: a whole tree, pruned as it is in decoding, takes about as long
-
-
 FILE = "step_costs.json"
 
 
 class StepTimer:
-    """Times a model's forward passes below one thread of `slots` tokens; use it inside `runtime.running()`."""
+    """Times a model's forward passes below one thread of `slots` tokens; use it inside `runtime.session()`."""
 
     def __init__(self, model: PreTrainedModel, runtime: Runtime, taps: tuple[int, ...], slots: int = SLOTS) -> None:
         self._runtime, self._device, self._taps = runtime, device_of(model), taps
@@ -96,13 +81,14 @@ def finish(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTree) -> StepCost:
+def measure(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree: DraftTree) -> StepCost:
     """In milliseconds, the least of a few runs; sizes take turns, so that a busy moment harms no single one. A model
     whose steps are long is measured coarsely: the first call of a large model on a CPU would wait a minute."""
-    sizes = [size for size in ROWS.get(device_of(model).type, ROWS["cpu"]) if size <= (runtime.most_nodes or size)]
+    most = runtime.facts.max_nodes
+    sizes = [size for size in ROWS.get(device_of(model).type, ROWS["cpu"]) if most is None or size <= most]
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * SLOTS
     taps = () if heads is None else tuple(heads.taps)
-    with runtime.running():
+    with runtime.session():
         slots, repeats = max(1, min(SLOTS, positions - max(sizes))), REPEATS
         first = StepTimer(model, runtime, taps, 1)
         first.fill()
@@ -112,10 +98,10 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTre
         timer.fill()
         runs: dict[tuple[str, int], Callable[[], float]] = {("rows", size): partial(timer.rows, size) for size in sizes}
         # Where steps are captured so is drafting, and costs far less than its kernels one by one.
-        if heads is not None and len(tree) and not getattr(runtime, "graphs", False):
-            drafter = heads.drafter() if hasattr(heads, "drafter") else heads
+        if heads is not None and len(tree) and not runtime.facts.graphs:
+            drafter, some = runtime.drafter(heads), tree.first(NODES)
             for threads in THREADS:
-                runs["drafts", threads] = partial(_draft, model, heads, drafter, tree.first(NODES), threads)
+                runs["drafts", threads] = partial(_draft, model, drafter, some, threads, heads.input_size)
         runs_of = [[run() for run in runs.values()] for _ in range(repeats)]
     least = dict(zip(runs, map(min, zip(*runs_of, strict=True)), strict=True))
 
@@ -128,10 +114,9 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTre
     return StepCost(curve("rows"), curve("drafts"))
 
 
-def _draft(model: PreTrainedModel, heads: Any, drafter: Any, tree: DraftTree, threads: int) -> float:
-    size = getattr(heads, "input_size", None) or model.config.get_text_config().hidden_size
+def _draft(model: PreTrainedModel, drafter: Drafter, tree: DraftTree, threads: int, input_size: int) -> float:
     device = device_of(model)
-    hidden = torch.randn(threads, size, device=device, dtype=model.dtype)
+    hidden = torch.randn(threads, input_size, device=device, dtype=model.dtype)
     roots = torch.zeros(threads, dtype=torch.long, device=device)
     started = time.perf_counter()
     drafter.propose(hidden, roots, tree)
@@ -142,27 +127,26 @@ def _draft(model: PreTrainedModel, heads: Any, drafter: Any, tree: DraftTree, th
 _measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, StepCost]] = weakref.WeakKeyDictionary()
 
 
-def known_cost(model: PreTrainedModel, runtime: Runtime, heads: Any, tree: DraftTree) -> StepCost:
+def known_cost(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree: DraftTree) -> StepCost:
     """What an earlier call measured for such a model on this device, else measured now: a second on a small model."""
-    shapes = None if heads is None else tuple(p.shape for p in getattr(heads, "parameters", list)())
     how = (
-        *(runtime.kind, getattr(runtime, "backend", ""), getattr(runtime, "graphs", False), str(device_of(model))),
-        *(torch.get_num_threads(), type(heads).__name__, shapes, getattr(heads, "draft_vocab_size", 0), len(tree)),
+        *(runtime.facts, str(device_of(model)), torch.get_num_threads()),
+        *(None if heads is None else heads.shape_key, tuple(tree.choices)),
     )
     found = _measured.setdefault(model, {})
     if how not in found:
-        path = cache_dir() / FILE
-        cost = _kept(path, model, heads, tree, how)
+        path, key = cache_dir() / FILE, _key(model, runtime.facts.kind, how)
+        cost = _kept(path, key)
         if cost is None:
             logger.info("measuring what a step costs on this device, for %s", path)
             cost = measure(model, runtime, heads, tree)
-            _keep(path, _key(model, heads, tree, how), cost)
+            _keep(path, key, cost)
         found[how] = cost
     return found[how]
 
 
-def _kept(path: Path, model: PreTrainedModel, heads: Any, tree: DraftTree, how: tuple) -> StepCost | None:
-    entry = _read(path).get(_key(model, heads, tree, how))
+def _kept(path: Path, key: str) -> StepCost | None:
+    entry = _read(path).get(key)
     try:
         return entry and StepCost(tuple(map(tuple, entry["curve"])), tuple(map(tuple, entry["drafts"])))
     except (KeyError, TypeError):  # damaged
@@ -186,10 +170,9 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _key(model: PreTrainedModel, heads: Any, tree: DraftTree, how: tuple) -> str:
+def _key(model: PreTrainedModel, kind: str, how: tuple) -> str:
     device = device_of(model)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    drafting = (getattr(heads, "num_heads", 0), tree.choices)
-    digest = hashlib.sha256(repr((shapes, drafting, how, torch.__version__)).encode()).hexdigest()[:16]
-    return f"{type(model).__name__} {how[0]} on {hardware}, {digest}"
+    digest = hashlib.sha256(repr((shapes, how, torch.__version__)).encode()).hexdigest()[:16]
+    return f"{type(model).__name__} {kind} on {hardware}, {digest}"

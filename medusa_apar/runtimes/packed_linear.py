@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from medusa_apar.runtimes.cpu.contents import Contents, plain
+from medusa_apar.runtimes.cpu.weight_fingerprint import WeightFingerprint, plain
 
 _ROWS_HINT = 16  # the layout is chosen for so many rows; it serves 1 to 64 well
 _MOST_ROWS = 64  # beyond, as in a prefill, F.linear is as good
@@ -31,7 +31,7 @@ class PackedLinears:
     def __init__(self, model: nn.Module):
         self._model = model
         self._packed: dict[nn.Linear, torch.Tensor] = {}
-        self._contents: Contents | None = None  # None: the next call looks at every weight
+        self._fingerprint: WeightFingerprint | None = None  # None: the next call looks at every weight
         self._users = 0
         self._lock = threading.Lock()
         layers = self._layers()
@@ -57,7 +57,7 @@ class PackedLinears:
 
     def refresh(self) -> None:
         with self._lock:
-            self._contents = None
+            self._fingerprint = None
 
     def _layers(self) -> list[nn.Linear]:
         return [module for module in self._model.modules() if isinstance(module, nn.Linear) and _packable(module)]
@@ -65,10 +65,11 @@ class PackedLinears:
     def _refill(self, layers: list[nn.Linear]) -> None:
         """Packs what has changed since the last call."""
         weights = [layer.weight for layer in layers]
-        if self._contents is not None and self._contents.same(weights) and all(map(self._packed.__contains__, layers)):
+        known = self._fingerprint is not None and self._fingerprint.matches(weights)
+        if known and all(map(self._packed.__contains__, layers)):
             return
         _give_back(self._packed)
-        self._packed, self._contents = {}, Contents(weights)  # the old copy goes before there is another
+        self._packed, self._fingerprint = {}, WeightFingerprint(weights)  # the old copy goes before there is another
         self._packed = {layer: pack(layer.weight.detach()) for layer in layers}
 
 

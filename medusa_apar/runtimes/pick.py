@@ -8,7 +8,7 @@ import psutil
 from transformers import PreTrainedModel
 
 from medusa_apar.runtimes.agreement import check_agrees
-from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime, unsupported_reason
 from medusa_apar.runtimes.runtime import Runtime
 
 from .attention import pick_backend
@@ -47,11 +47,11 @@ def pick_runtime(
     if runtime == "auto" and quantize is None and (attention != "auto" or not _fits_twice(model)):
         runtime = "torch"
     if runtime != "torch":
-        why = refusal(model)
+        why = unsupported_reason(model)
         if why is None:
             ours = CpuRuntime(model, quantize or str(model.dtype).removeprefix("torch."))
             try:
-                check_agrees(model, ours, _LARGEST_DIFFERENCE[ours.kind])
+                check_agrees(model, ours, _LARGEST_DIFFERENCE[ours.facts.kind])
                 return ours
             except ValueError as error:
                 if runtime == "cpu" or quantize:
@@ -63,7 +63,7 @@ def pick_runtime(
         if not gpus:
             logger.info("%s runs in torch, since the CPU runtime cannot run it: %s", type(model).__name__, why)
     plain = TorchRuntime(model, backend, graphs)
-    largest = _LARGEST_DIFFERENCE["float32"] if plain.kind == "float32" else None
+    largest = _LARGEST_DIFFERENCE["float32"] if plain.facts.kind == "float32" else None
     try:
         check_agrees(model, plain, largest)
     except ValueError as error:

@@ -1,27 +1,44 @@
-"""TODO"""
+"""What the engine asks of whatever runs a model's steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
+from medusa_apar.drafting.drafter import Drafter, Heads
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.triton_kernels.reference import Verified
+from medusa_apar.verify.tail import StepOutput, Tail
 
-if TYPE_CHECKING:
-    from medusa_apar.verify.device_verify import Choice
+
+@dataclass(frozen=True, slots=True)
+class RuntimeFacts:
+    """What does not change as long as a runtime lives.
+
+    Attributes:
+        kind: what the weights are, a dtype's name or "int8".
+        backend: what attends: "sdpa" or "triton" in torch, "cpu" in compiled code.
+        graphs: whether steps run as CUDA graphs.
+        max_nodes: draft nodes that a thread can have in one step; None for any number.
+        fused_verify: whether the verify kernel can run behind the forward pass.
+    """
+
+    kind: str
+    backend: str
+    graphs: bool = False
+    max_nodes: int | None = None
+    fused_verify: bool = False
 
 
 class Runtime(Protocol):
     """What runs a model's step."""
 
-    @property
-    def kind(self) -> str:
-        """What the weights are: a dtype's name, or "int8"."""
+    facts: RuntimeFacts
 
     @property
     def description(self) -> str:
@@ -30,30 +47,29 @@ class Runtime(Protocol):
     def pool(self, max_slots: int | None) -> KVPool:
         """An empty pool for a generate call."""
 
-    def running(self, checked: bool = False) -> AbstractContextManager[None]:
-        """Entered once for all steps of a generate call. checked: `refusal` has just been asked, which takes a walk."""
+    def session(self, checked: bool = False) -> AbstractContextManager[None]:
+        """Entered once for all steps of a generate call. checked: `unsupported_reason` has just said None; the session
+        need not ask it again, which takes a walk over the model."""
 
-    def refusal(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why the model, as it has become, cannot be run any more, in half a sentence; None where it can."""
 
     def refresh(self) -> None:
         """Drops whatever was copied from the model's weights."""
 
+    def drafter(self, heads: Heads) -> Drafter:
+        """What drafts with these heads beside this runtime's steps. The heads are not changed: several runtimes may
+        have them at once."""
+
     def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Of a forest's verified rows: logits [M, vocab], and the hidden states [M, hidden * (1 + taps)] before the
         unembedding and, at unit scale, behind the tapped layers."""
 
-    def step(
-        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What `forward` returns, and what `choice` chose from it; None where there is no choice."""
+    def step(self, forest: Forest, pool: KVPool, taps: tuple[int, ...], tail: Tail | None) -> StepOutput:
+        """What `forward` returns, and what the tail's device part has chosen from it."""
 
     def argmax(self, logits: Tensor) -> Tensor:
         """[M, vocab] -> long [M]."""
-
-    @property
-    def most_nodes(self) -> int | None:
-        """Most draft nodes of a thread; None: any number."""
 
     @property
     def verify(self) -> Callable[..., Verified] | None:

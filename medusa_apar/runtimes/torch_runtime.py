@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from medusa_apar.drafting.drafter import Drafter, Heads
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.triton_kernels.layout import MAX_NODES
+from medusa_apar.verify.tail import StepOutput, Tail
 
 from .attention import current_forest, forest_attention
 from .capture import Captured
 from .devices import device_of
 from .packed_linear import PackedLinears
+from .runtime import RuntimeFacts
 
 if TYPE_CHECKING:
-    from medusa_apar.verify.device_verify import Choice
-
     from .cuda_graphs import StaticForest
 
 
@@ -34,47 +35,48 @@ class TorchRuntime:
     """
 
     def __init__(self, model: PreTrainedModel, backend: str, graphs: bool = False) -> None:
-        self.model, self.backend = model, backend
+        kernels = backend == "triton"
+        kind = str(model.dtype).removeprefix("torch.")
+        self.model, self.facts = model, RuntimeFacts(kind, backend, graphs, MAX_NODES if kernels else None, kernels)
         self._packed = PackedLinears(model)
-        self._write = self.verify = self.most_nodes = None
-        if backend == "triton":
+        self._write = self.verify = None
+        if kernels:
             from medusa_apar.triton_kernels.store import store_kv
             from medusa_apar.triton_kernels.verify import verify
 
-            self._write, self.verify, self.most_nodes = store_kv, verify, MAX_NODES
-        self._graphed, self.graphs = None, graphs
+            self._write, self.verify = store_kv, verify
+        self._graphed = None
         if graphs:
             from .cuda_graphs import GraphedSteps
 
             self._graphed = GraphedSteps(self._forward, device_of(model))
         taken = inspect.signature(model.forward).parameters
-        self._compiled = False  # whether torch.compile has compiled it; written by `running`
+        self._compiled = False  # whether torch.compile has compiled it; written by `session`
         self._keeps_logits = "logits_to_keep" in taken
         self._cache = "cache" if "cache" in taken else "past_key_values"  # its name from transformers 5.24 on
 
     @property
-    def kind(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
-
-    @property
     def description(self) -> str:
-        kernels = " with Triton kernels" if self.backend == "triton" else ""
-        return f"torch{kernels} on {device_of(self.model).type} in {self.kind}"
+        kernels = " with Triton kernels" if self.facts.backend == "triton" else ""
+        return f"torch{kernels} on {device_of(self.model).type} in {self.facts.kind}"
 
     @contextmanager
-    def running(self, checked: bool = False) -> Iterator[None]:
+    def session(self, checked: bool = False) -> Iterator[None]:
         # Triton launches on the current device, wherever its arguments lie.
         device = device_of(self.model)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         self._compiled = any(_is_compiled(module) for module in self.model.modules())
-        with on_device, forest_attention(self.model, self.backend), self._packed.in_use():
+        with on_device, forest_attention(self.model, self.facts.backend), self._packed.in_use():
             yield
 
-    def refusal(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         return None
 
     def refresh(self) -> None:
         self._packed.refresh()
+
+    def drafter(self, heads: Heads) -> Drafter:
+        return heads.drafter(kernels=self.facts.backend == "triton")
 
     def pool(self, max_slots: int | None) -> KVPool:
         if self._graphed is None:
@@ -84,18 +86,18 @@ class TorchRuntime:
     def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         return self.step(forest, pool, taps, None)[:2]
 
-    def step(
-        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], choice: Choice | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        captured = choice if choice is None or choice.operations is not None else None
-        outputs = None if self._graphed is None else self._graphed(forest, pool, taps, captured)
-        logits, hidden, chosen = outputs or (*self._forward(forest, pool, taps), None)
-        if choice is not None and chosen is None:
-            inputs = choice.inputs()
-            if logits.is_cuda:
-                inputs = inputs.pin_memory().to(logits.device, non_blocking=True)
-            chosen = choice.run(logits, hidden, inputs)
-        return logits, hidden, chosen
+    def step(self, forest: Forest, pool: KVPool, taps: tuple[int, ...], tail: Tail | None) -> StepOutput:
+        device = None if tail is None else tail.device
+        captured = device if device is None or device.operations is not None else None
+        output = None if self._graphed is None else self._graphed(forest, pool, taps, captured)
+        if output is None:
+            output = StepOutput(*self._forward(forest, pool, taps))
+        if device is None or output.chosen is not None:
+            return output
+        inputs = device.inputs()
+        if output.logits.is_cuda:
+            inputs = inputs.pin_memory().to(output.logits.device, non_blocking=True)
+        return output._replace(chosen=device.run(output.logits, output.hidden, inputs))
 
     def _forward(self, forest: Forest | StaticForest, pool: KVPool, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         pool.slots, pool.write = forest.slots, self._write

@@ -79,7 +79,7 @@ def _layout(mask: TreeMask, query: torch.Tensor, kv_heads: int) -> TreeLayout:
 
 
 @cache
-def why_not(device: str) -> str | None:
+def unsupported_reason(device: str) -> str | None:
     """Why the kernels cannot run on a kind of device, in half a sentence; None where they can."""
     if device == "cuda" or INTERPRETED:
         return None

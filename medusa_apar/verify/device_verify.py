@@ -40,14 +40,14 @@ class DeviceVerify:
     stems: list[Stem]
     first_rows: np.ndarray  # int64 [T + 1]
     rows: tuple[np.ndarray, ...]  # int64 [M]: tokens, parents among the M, fork bans
-    threads: tuple[np.ndarray, ...]  # int64 [T]: seeds, keys, whether sampled; then epsilon and delta as bits of float64
+    threads: tuple[
+        np.ndarray, ...
+    ]  # int64 [T]: seeds, keys, whether sampled; then epsilon and delta as bits of float64
     positions: np.ndarray  # int64 [M]
     processed: list[tuple[int, Stem]]  # stems whose logits go through processors, each with its first row
 
     @classmethod
-    def of(
-        cls, verify: Callable[..., Verified], forest: Forest, depth: int, drafting: Drafting | None
-    ) -> DeviceVerify:
+    def of(cls, verify: Callable[..., Verified], forest: Forest, depth: int, drafting: Drafting | None) -> DeviceVerify:
         """For all of a forest's verified stems; what the host verifies is verified here too, and ignored."""
         sizes: list[int] = []
         keys: list[int] = []
@@ -91,7 +91,7 @@ class DeviceVerify:
     @property
     def operations(self) -> tuple | None:
         """What runs, as a key for captured steps; None where it cannot be captured."""
-        return None if self.processed else (self.depth, self.drafting, self.modes)
+        return None if self.processed else (self.depth, self.drafting and self.drafting.key, self.modes)
 
     @property
     def num_threads(self) -> int:

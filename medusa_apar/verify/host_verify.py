@@ -1,9 +1,10 @@
-"""Verification on the host: the kernels' reference, with scores that are made path by path where processors ask for it."""
+"""Verification on the host: the kernels' reference, with scores made path by path where processors ask for it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,12 +65,16 @@ class HostVerify:
             accepted = walk(0, size, choose, ids, parents, len(drafted))
             last = accepted[-1] if accepted else 0
         else:
-            scores = torch.stack([choose.scored(row, ids, parents) for row in range(size)])
+
+            @cache
+            def scores(row: int) -> Tensor:
+                return choose.scored(row, ids, parents)
+
             accepted = likeliest_path(0, size, scores, ids, parents, len(drafted), sampler.typical)
             last = accepted[-1] if accepted else 0
             for row, token in zip((0, *accepted), [ids[row] for row in accepted], strict=False):
-                choose.took(row, token, scores[row])
-            choose.again(last, scores[last])
+                choose.took(row, token, scores(row))
+            choose.again(last, scores(last))
         nodes = [row - 1 for row in accepted]
         verdict = Verdict(choose.tokens, nodes, first + last, choose.scores, choose.logits, choose.logprobs)
         for fork, child in stem.forks.items():

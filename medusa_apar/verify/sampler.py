@@ -57,7 +57,7 @@ class Sampler:
     scores, so that a kernel can choose.
     """
 
-    def __init__(self, options: RequestOptions, watch: StateWatch | None = None) -> None:
+    def __init__(self, options: RequestOptions) -> None:
         self.options, self.rule, self.seed, self.typical = options, options.rule, options.seed, options.typical
         processors = list(options.processors)
         behind = len(processors)
@@ -65,8 +65,7 @@ class Sampler:
             behind -= 1
         self.before: list[LogitsProcessor] = cast(Any, processors[:behind])
         self.warpers: list[LogitsProcessor] = cast(Any, processors[behind:])
-        # Shared where a batch's rows share their processors.
-        self.watch = StateWatch(own_part(p) for p in self.before if may_keep_state(p)) if watch is None else watch
+        self.watch = StateWatch(own_part(p) for p in self.before if may_keep_state(p))
         kept = options.scores or options.logits or options.logprobs is not None
         free = options.fork_if is None and not kept
         self.path_free = free and all(type(processor) in _PATH_FREE for processor in processors)
@@ -90,7 +89,7 @@ class Sampler:
         return [self.rule.child_id, self.rule.fork_id] if fork_banned else [self.rule.child_id]
 
     def process(self, logits: torch.Tensor, fork_bans: Sequence[bool]) -> torch.Tensor:
-        """The scores of rows whatever their paths: `logits` [rows, vocab] -> float32 [rows, vocab]. `path_free` only."""
+        """The scores of rows whatever their paths: `logits` [rows, vocab] -> float32, alike. `path_free` only."""
         scores = logits.float()
         for processor in self.before:
             scores = processor(_NO_IDS, cast(torch.FloatTensor, scores))
@@ -108,7 +107,14 @@ class Sampler:
         return self._warped(self._shown(path, logits, request), banned)
 
     def choose(
-        self, path: list[int], row: torch.Tensor, stem: Stem, ahead: Sequence[int], fork_banned: bool, key: int, end: int
+        self,
+        path: list[int],
+        row: torch.Tensor,
+        stem: Stem,
+        ahead: Sequence[int],
+        fork_banned: bool,
+        key: int,
+        end: int,
     ) -> tuple[torch.Tensor, int]:
         """Scores [vocab] of a row, and the token they choose.
 
@@ -176,9 +182,8 @@ class Sampler:
         for processor in self.before:
             scores = _applied(processor, ids, scores, request)
         self.watch.called()
-        if self.watch.stateful is not None and (
-            request.row.batch_size > 1 or len(request.tree.threads) > 1 or self.typical is not None
-        ):
+        shared = request.row.batch_size > 1 or self.watch.users > 1 or len(request.tree.threads) > 1
+        if self.watch.stateful is not None and (shared or self.typical is not None):
             raise ValueError(
                 f"{self.watch.stateful} between its calls, which the threads and rows of one answer would "
                 "mix up: use it with fork=False, one row and exact acceptance, or have it go by the ids it is given."

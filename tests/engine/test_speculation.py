@@ -16,6 +16,7 @@ from tests.support.tiny import (
     CONTROL,
     VOCAB,
     RecallHeads,
+    WeightlessHeads,
     assert_threads_are_plain,
     forking_model,
     prompts,
@@ -163,16 +164,10 @@ def test_a_drafted_fork_costs_no_step(forked):
 # ---- promise 7
 
 
-class WrongHeads:
+class WrongHeads(WeightlessHeads):
     """Claims to know, and never does."""
 
-    taps = ()
-    num_heads = 3
-    acceptance = [[0.8, 0.1, 0.05]] * 3
-
-    def check_matches(self, model): ...
-
-    def propose(self, hidden, root_ids, tree):
+    def propose(self, hidden_states, root_ids, tree, min_probability=0.0):
         token_ids = torch.full((len(root_ids), len(tree)), VOCAB - 1)
         return token_ids, torch.full(token_ids.shape, -0.1)
 
@@ -204,8 +199,8 @@ def test_heads_are_not_given_up_for_one_weak_step():
 class BrokenHeads(WrongHeads):
     """Half of what they claim is no number."""
 
-    def propose(self, hidden, root_ids, tree):
-        token_ids, log_probs = super().propose(hidden, root_ids, tree)
+    def propose(self, hidden_states, root_ids, tree, min_probability=0.0):
+        token_ids, log_probs = super().propose(hidden_states, root_ids, tree)
         log_probs[:, ::2] = torch.nan
         log_probs[:, 1::4] = torch.inf
         return token_ids, log_probs

@@ -27,7 +27,7 @@ def test_phases_make_up_the_whole_and_the_compiled_code_splits_its_own(apar):
     assert 0.5 < found["attributed"] <= 1 and found["rows_per_step"] >= 1
     costs = profile.curve(apar, rows=(1, 4), slots=20)
     assert list(costs["rows"]) == [1, 4] and list(costs["draft"]) == [1, 2, 4, 8] and costs["prefill"] > 0
-    text = profile.table(found, costs, apar.runtime.kind)
+    text = profile.table(found, costs, apar.runtime.facts.kind)
     assert "| forward |" in text and "| rows | 1 | 4 |" in text
 
 

@@ -74,13 +74,13 @@ def test_a_lower_limit_is_reached_as_early_as_the_decoder_does(limit):
 def test_the_likeliest_nodes_of_a_larger_tree_are_kept():
     """Whatever the order of the tree, its few nodes with the greatest chance are what is drafted."""
 
-    class Heads:
+    class Guesses:
         def propose(self, hidden, roots, tree):
             chances = torch.tensor([[0.1, 0.6, 0.5, 0.9, 0.05], [0.7, 0.2, 0.9, 0.1, 0.9]])
             return torch.zeros(2, 5, dtype=torch.long), chances.log()
 
     tree = DraftTree([(0,), (1,), (0, 0), (1, 0), (1, 1)])
-    _, kept = Drafting(tree, 2).propose(Heads(), torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))
+    _, kept = Drafting(tree, 2).propose(Guesses(), torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))
     assert kept.tolist() == [[False, True, False, True, False], [True, False, True, False, False]]
 
 
@@ -100,7 +100,7 @@ def test_fewer_nodes_take_no_fewer_steps():
 def test_kept_nodes_are_a_tree(table, data):
     """Whatever the chances, ties among them, a kept node's parent is kept."""
 
-    class Heads:
+    class Guesses:
         def propose(self, hidden, roots, tree):
             levels = st.sampled_from([0.0, -0.1, -0.1, -1.0, -3.0])
             rows = data.draw(st.lists(st.lists(levels, min_size=len(tree), max_size=len(tree)), min_size=2, max_size=2))
@@ -108,7 +108,7 @@ def test_kept_nodes_are_a_tree(table, data):
 
     tree = DraftTree.likeliest(20, table)
     nodes = data.draw(st.integers(1, len(tree)))
-    _, kept = Drafting(tree, nodes).propose(Heads(), torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))
+    _, kept = Drafting(tree, nodes).propose(Guesses(), torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))
     assert (kept.sum(1) == nodes).all()
     for node, parent in enumerate(tree.parents):
         assert parent < 0 or not (kept[:, node] & ~kept[:, parent]).any()

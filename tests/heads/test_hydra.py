@@ -62,7 +62,7 @@ def test_proposals_follow_each_nodes_own_path(tree, truncated):
         heads = HydraHeads.from_state(state, {}, model)
     hidden_states, _ = inputs(3)
     roots = torch.tensor([7, 50, 11])
-    token_ids, log_probs = heads.propose(hidden_states, roots, tree)
+    token_ids, log_probs = heads.drafter().propose(hidden_states, roots, tree)
     assert token_ids.dtype == torch.long and log_probs.dtype == torch.float32
     assert token_ids.shape == log_probs.shape == (3, len(tree))
     ids = torch.arange(VOCAB) if heads.token_map is None else heads.token_map
@@ -82,9 +82,9 @@ def test_a_trees_first_nodes_are_proposed_alike():
     heads4 = HydraHeads.random(tiny_model(), 4)
     for some in (heads4, heads):
         whole = DraftTree.likeliest(15, [[0.5, 0.2, 0.1]] * 3) if some is heads else tree
-        all_ids, all_chances = some.propose(hidden_states, roots, whole)
+        all_ids, all_chances = some.drafter().propose(hidden_states, roots, whole)
         for size in range(1, 16):
-            token_ids, log_probs = some.propose(hidden_states, roots, whole.first(size))
+            token_ids, log_probs = some.drafter().propose(hidden_states, roots, whole.first(size))
             assert torch.equal(token_ids, all_ids[:, :size])
             torch.testing.assert_close(log_probs, all_chances[:, :size])
 
@@ -93,7 +93,7 @@ def test_guesses_are_what_a_chain_proposes():
     heads = HydraHeads.random(tiny_model(), 3)
     hidden_states, _ = inputs(4)
     roots = torch.tensor([7, 50, 11, 5])
-    chain, chances = heads.propose(hidden_states, roots, DraftTree([(0,), (0, 0), (0, 0, 0)]))
+    chain, chances = heads.drafter().propose(hidden_states, roots, DraftTree([(0,), (0, 0), (0, 0, 0)]))
     token_ids, log_probs = heads.guess(hidden_states, torch.cat([roots[:, None], chain[:, :2]], dim=1), 4)
     assert token_ids.shape == (4, 3, 4)
     assert torch.equal(token_ids[:, :, 0], chain)

@@ -83,7 +83,7 @@ def test_guesses_are_the_sorted_top_of_each_head(dtype, truncated):
 def test_proposals_are_the_guesses_of_the_trees_nodes(layout):
     heads = MedusaHeads.random(tiny_model(), 3, layout=layout)
     hidden_states, tree = torch.randn(4, HIDDEN), DraftTree([(2,), (2, 1), (0,), (0, 0)])
-    token_ids, log_probs = heads.propose(hidden_states, torch.zeros(4, dtype=torch.long), tree)
+    token_ids, log_probs = heads.drafter().propose(hidden_states, torch.zeros(4, dtype=torch.long), tree)
     ids, chances = heads.guess(hidden_states, None, 3)
     for node, (depth, rank) in enumerate([(0, 2), (1, 1), (0, 0), (1, 0)]):
         assert torch.equal(token_ids[:, node], ids[:, depth, rank])
@@ -104,14 +104,14 @@ def test_token_map_rows_follow_the_base():
     heads = MedusaHeads(2, 1, HIDDEN, VOCABULARY, token_map=token_map).attach(model)
     hidden_states = torch.randn(4, HIDDEN)
     assert heads.guess(hidden_states, None, 3)[0].unique().tolist() == [3, 17, 60]
-    first = heads.draft_rows()[0]
-    assert heads.draft_rows()[0] is first  # copied once
+    first = heads.draft_rows().weight
+    assert heads.draft_rows().weight is first  # copied once
     assert not first.is_inference()  # though `guess`, under inference mode, made it
     with torch.no_grad():
         model.lm_head.weight.mul_(-2)
-    torch.testing.assert_close(heads.draft_rows()[0], model.lm_head.weight[token_map])
+    torch.testing.assert_close(heads.draft_rows().weight, model.lm_head.weight[token_map])
     model.double()
-    assert heads.draft_rows()[0].dtype == torch.float64
+    assert heads.draft_rows().weight.dtype == torch.float64
 
 
 def test_token_map_takes_the_bases_bias_too():

@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads
+from medusa_apar.heads.weight_copies import WeightCopies
+from medusa_apar.runtimes.cpu import weight_fingerprint
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from tests.runtimes.cpu.test_runtime import model_of
 from tests.support.tiny import VOCAB, prompts
@@ -141,8 +143,8 @@ def test_rounded_weights_follow(change):
 
 def test_a_new_attach_looks_at_every_weight(monkeypatch):
     """However small the change and large the model."""
-    monkeypatch.setattr("medusa_apar.runtimes.cpu.contents._ALWAYS", 0)
-    monkeypatch.setattr("medusa_apar.runtimes.cpu.contents._SHARE", 0.0)
+    monkeypatch.setattr(weight_fingerprint, "_ALWAYS", 0)
+    monkeypatch.setattr(weight_fingerprint, "_SHARE", 0.0)
     model = model_of(seed=1)
     medusa_apar.attach(model, runtime="cpu")
     for name in ("lm_head.weight", "model.layers.0.mlp.down_proj.weight"):
@@ -157,10 +159,9 @@ def test_refresh_reads_all_anew(runtime, monkeypatch):
     model = model_of(seed=1)
     heads = HydraHeads.random(model, 3, seed=1)
     hook = medusa_apar.attach(model, heads, runtime=runtime)
-    monkeypatch.setattr("medusa_apar.runtimes.cpu.contents._places", lambda tensors: [])  # nothing is ever noticed
-    monkeypatch.setattr(
-        "medusa_apar.runtimes.cpu.contents.sums", lambda tensors, turn=None: torch.zeros(len(tensors), 16)
-    )
+    # Nothing is ever noticed.
+    monkeypatch.setattr(weight_fingerprint, "places", lambda tensors: [])
+    monkeypatch.setattr(weight_fingerprint, "sums", lambda tensors, turn=None: torch.zeros(len(tensors), 16))
     hook.refresh()
     model.generate(**INPUTS, **GREEDY, custom_generate=hook)
     average(model)
@@ -199,13 +200,12 @@ OF_HEADS = {
 def test_drafts_follow(kind, change, packing):
     model = model_of(seed=2)
     heads = HEADS[kind](model)
-    heads.packing = packing
     tree = DraftTree([(0,), (0, 0), (1,), (0, 0, 0)])
     hidden = torch.randn(3, heads.input_size, generator=torch.Generator().manual_seed(0))
 
     def drafts():
         with torch.no_grad():
-            return heads.drafter().propose(hidden, torch.tensor([5, 6, 7]), tree)
+            return heads.drafter(packing).propose(hidden, torch.tensor([5, 6, 7]), tree)
 
     drafts()
     OF_HEADS[change](model, heads)
@@ -215,21 +215,22 @@ def test_drafts_follow(kind, change, packing):
         torch.testing.assert_close(ours, anew, rtol=0, atol=0)
 
 
-class Interrupted(MedusaHeads):
-    """Another call refreshes them whenever it has been looked what they know of their weights."""
+class Interrupted(WeightCopies):
+    """Another call refreshes them whenever it has been looked what there is."""
 
     @property
-    def _contents(self):
+    def _copies(self):
         found = self.__dict__["known"]
-        self.refresh()
+        self.clear()
         return found
 
-    @_contents.setter
-    def _contents(self, contents):
-        self.__dict__["known"] = contents
+    @_copies.setter
+    def _copies(self, copies):
+        self.__dict__["known"] = copies
 
 
 def test_heads_may_be_refreshed_while_a_call_begins():
-    heads = mapped(Interrupted.random(model_of(seed=2), 3, seed=1))
+    heads = mapped(MedusaHeads.random(model_of(seed=2), 3, seed=1))
+    heads._copies = Interrupted()
     for _ in range(2):
-        assert heads.drafter() is heads
+        assert heads.drafter().rows.weight.shape == (len(MAP), heads.hidden_size)

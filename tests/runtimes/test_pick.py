@@ -15,8 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import medusa_apar
 from medusa_apar import generate as generation
 from medusa_apar.heads import HydraHeads, MedusaHeads
+from medusa_apar.heads.drafters import TorchDrafter
 from medusa_apar.runtimes import agreement
 from medusa_apar.runtimes.agreement import _some_text
+from medusa_apar.runtimes.cpu.drafting import CompiledHydra
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from medusa_apar.runtimes.packed_linear import PackedLinears, can_pack
 from medusa_apar.runtimes.torch_runtime import TorchRuntime
@@ -125,8 +127,9 @@ def test_a_hook_follows_its_model():
         torch.manual_seed(0)
         expected = model.generate(**INPUTS, **GREEDY)
         assert torch.equal(model.generate(**INPUTS, **GREEDY, custom_generate=hook), expected)
-        assert (hook.runtime.kind, type(hook.runtime)) == (kind, runtime)
-        assert hook.heads.packing == (kind if runtime is CpuRuntime else None)
+        assert (hook.runtime.facts.kind, type(hook.runtime)) == (kind, runtime)
+        drafts = CompiledHydra if runtime is CpuRuntime else TorchDrafter
+        assert type(hook.runtime.drafter(hook.heads)) is drafts
 
     check("float32", CpuRuntime)
     model.to(torch.bfloat16)
@@ -173,7 +176,7 @@ def test_other_threads_compile_between_a_calls_steps():
         return graph
 
     double = torch.compile(lambda x: x * 2, backend=backend)
-    with hook.runtime.running():
+    with hook.runtime.session():
         assert double(torch.ones(2)).tolist() == [2, 2]
     assert len(compiled) == 1
     torch._dynamo.reset()

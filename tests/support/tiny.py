@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Hashable
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from medusa_apar import ControlTokens, DraftTree
+from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
 from medusa_apar.triton_kernels.reference import sample
 
@@ -197,17 +199,44 @@ def assert_chosen_tokens_are_the_models(model, trees, seed=None, process=lambda 
     return compared
 
 
-class RecallHeads:
-    """A drafter that remembers a finished run: nearest hidden state -> the tokens that followed it there.
+class WeightlessHeads:
+    """Draft heads that are their own drafter (`medusa_apar.drafting.drafter`); `propose` is what they differ in."""
+
+    taps = ()
+    num_heads, input_size = 3, _LLAMA_LIKE["hidden_size"]
+    acceptance: list[list[float]] | None = [[0.8, 0.1, 0.05]] * 3
+
+    @property
+    def shape_key(self) -> Hashable:
+        return type(self).__name__, self.num_heads
+
+    @property
+    def key(self) -> Hashable:
+        return id(self)
+
+    def check_matches(self, model: PreTrainedModel) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def drafter(self, packing: str | None = None, kernels: bool = False) -> Drafter:
+        return self
+
+    def propose(
+        self, hidden_states: torch.Tensor, root_ids: torch.Tensor, tree: DraftTree, min_probability: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+
+class RecallHeads(WeightlessHeads):
+    """Heads that remembers a finished run: nearest hidden state -> the tokens that followed it there.
 
     Guesses so well that runs of several tokens, `[Fork]` among them, are accepted at once; every `wrong_every`-th
     guess is spoilt.
     """
 
-    taps = ()
-
     def __init__(self, model: PreTrainedModel, paragraph_trees, num_heads: int = 3, wrong_every: int = 5):
         self.num_heads, self.wrong_every, self._calls = num_heads, wrong_every, 0
+        self.input_size = model.config.get_text_config().hidden_size
         self.acceptance = [[0.8, 0.1, 0.05, 0.03]] * num_heads
         keys, futures = [], []
         for thread in (thread for tree in paragraph_trees for thread in tree.threads):
@@ -220,12 +249,10 @@ class RecallHeads:
                 futures.append(future + [0] * (num_heads - len(future)))
         self._keys, self._futures = torch.stack(keys), torch.tensor(futures)
 
-    def check_matches(self, model) -> None: ...
-
     def propose(
-        self, hidden: torch.Tensor, root_ids: torch.Tensor, tree: DraftTree
+        self, hidden_states: torch.Tensor, root_ids: torch.Tensor, tree: DraftTree, min_probability: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        nearest = torch.cdist(hidden, self._keys).argmin(dim=1)
+        nearest = torch.cdist(hidden_states, self._keys).argmin(dim=1)
         first = self._futures[nearest][..., None]
         self._calls += 1
         if self._calls % self.wrong_every == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,16 @@ class CompiledHydra:
         )
         self._trees: weakref.WeakKeyDictionary[DraftTree, tuple[Any, list[Tensor]]] = weakref.WeakKeyDictionary()
 
+    @property
+    def key(self) -> Hashable:
+        return id(self)  # what it reads was packed when it was made
+
     def propose(
-        self, states: Tensor, root_ids: Tensor, tree: DraftTree, least: float = -math.inf
+        self, hidden_states: Tensor, root_ids: Tensor, tree: DraftTree, min_probability: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """As `DraftHeads.propose`; below nodes whose path has a log-probability under `least` nothing is looked for:
-        the token is -1, its log-probability -inf."""
-        states, root_ids, count = states.float().contiguous(), root_ids.contiguous(), len(root_ids)
+        """As `Drafter.propose`; below nodes that are less likely the token is -1, its log-probability -inf."""
+        states, root_ids, count = hidden_states.float().contiguous(), root_ids.contiguous(), len(root_ids)
+        least = math.log(min_probability) if min_probability > 0 else -math.inf
         assert states.shape == (count, self._inputs) and len(tree.levels) <= self._struct.heads
         made = self._trees.get(tree)
         if made is None:
@@ -69,17 +73,6 @@ class CompiledHydra:
         ):
             raise IndexError(f"a token is not one of the model's {len(self._table)}")
         return token_ids, log_probs
-
-
-@dataclass(slots=True)
-class Pruned:
-    """A drafter that does not look below what is less likely than `chance`, which may change from step to step."""
-
-    drafter: CompiledHydra
-    chance: float
-
-    def propose(self, states: Tensor, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        return self.drafter.propose(states, root_ids, tree, math.log(self.chance))
 
 
 def compilable(heads: Any, unembedding: tuple[Tensor, Tensor | None]) -> bool:

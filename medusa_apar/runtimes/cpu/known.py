@@ -24,7 +24,7 @@ _HELPERS = ("apply_rotary_pos_emb", "rotate_half")  # what a module's `forward` 
 _FOLDERS = tuple(str(Path(str(package.__file__)).parent) + os.sep for package in (transformers, torch))
 
 
-def strangeness(model: PreTrainedModel) -> str | None:
+def unknown_part(model: PreTrainedModel) -> str | None:
     """How a model differs from what transformers defines, in half a sentence; None where it does not."""
     family = type(model).__name__.removesuffix("ForCausalLM")
     home = f"transformers.models.{family.lower()}.modeling_{family.lower()}"

@@ -25,8 +25,8 @@ from medusa_apar.models import hub
 
 FOLDER = Path(__file__).parent
 SOURCES = (
-    *("step.cpp", "contents.h", "hydra.h", "float_cache.h", "step_cache.h", "attention.h", "int16.h"),
-    *("product.h", "team.h", "top.h", "matrix.h"),
+    *("step.cpp", "weight_fingerprint.h", "hydra.h", "float_cache.h", "step_cache.h", "attention.h"),
+    *("int16.h", "product.h", "team.h", "top.h", "matrix.h"),
 )
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 PHASES = ("norm", "qkv", "attention", "output", "gate_up", "down", "unembedding")

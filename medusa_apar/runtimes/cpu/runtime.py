@@ -18,19 +18,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from medusa_apar.drafting.drafter import Drafter, Heads
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.models.families import context_length
+from medusa_apar.runtimes.runtime import RuntimeFacts
+from medusa_apar.verify.tail import StepOutput, Tail
 
 from . import known, library
-from .contents import Contents
 from .library import address, floats
+from .weight_fingerprint import WeightFingerprint
 from .weights import KINDS, PackedMatrix, argmax, interleaved, joined
 
 
-def refusal(model: PreTrainedModel) -> str | None:
+def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Why this runtime cannot run the model, in half a sentence; None where it can."""
-    if why := _refusal_now(model):
+    if why := _unsupported_now(model):
         return why
     decoder = cast(Any, model).model
     for layer in decoder.layers:
@@ -43,9 +46,9 @@ def refusal(model: PreTrainedModel) -> str | None:
     return missing if isinstance(missing, str) else None
 
 
-def _refusal_now(model: PreTrainedModel) -> str | None:
-    """The checks of `refusal` whose outcome can change while the weights stay the same. Every call makes them."""
-    if why := known.strangeness(model) or known.odd_scale(model):
+def _unsupported_now(model: PreTrainedModel) -> str | None:
+    """Those checks of `unsupported_reason` whose outcome can change while the weights stay; every call makes them."""
+    if why := known.unknown_part(model) or known.odd_scale(model):
         return why
     weights = _weights(model)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
@@ -91,35 +94,35 @@ def _packs_of(model: PreTrainedModel) -> _Packs:
 class CpuRuntime:
     """Runs `model` from weights packed as `kind`: "float32", "bfloat16" or "int8".
 
-    Weights that were changed are packed anew for the next call: `medusa_apar.runtimes.cpu.contents` says how that
-    is noticed.
+    Weights that were changed are packed anew for the next call: `medusa_apar.runtimes.cpu.weight_fingerprint` says how
+    that is noticed.
 
     `seconds` of a `profiled` one adds up the time of `library.PHASES`.
     """
 
     def __init__(self, model: PreTrainedModel, kind: str) -> None:
-        if why := refusal(model):
+        if why := unsupported_reason(model):
             raise ValueError(f"the CPU runtime cannot run this model: {why}.")
-        self.model, self.kind = model, kind
+        self.model, self.facts = model, RuntimeFacts(kind, "cpu")
         self.profile = False
         self.seconds = library.Seconds()
         self._dtype = model.dtype
-        self._packed: _Packed | None = None  # written by `running`, and kept: a call may be about to read it
+        self._packed: _Packed | None = None  # written by `session`, and kept: a call may be about to read it
         self._entirely = True  # whether the next call looks at every weight
         self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
 
-    verify = most_nodes = None
+    verify = None
 
     @property
     def description(self) -> str:
-        return f"compiled code on cpu in {self.kind}"
+        return f"compiled code on cpu in {self.facts.kind}"
 
     def pool(self, max_slots: int | None) -> KVPool:
         return KVPool(max_slots)
 
-    def refusal(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why this runtime cannot run what the model has become; None where it can."""
-        why = _refusal_now(self.model)
+        why = _unsupported_now(self.model)
         if why is None and self.model.dtype != self._dtype:
             why = f"it was in {str(self._dtype).removeprefix('torch.')}"
         return why
@@ -130,17 +133,20 @@ class CpuRuntime:
             packs.kinds.clear()
             self._entirely = True
 
+    def drafter(self, heads: Heads) -> Drafter:
+        return heads.drafter(packing=self.facts.kind)
+
     @contextmanager
-    def running(self, checked: bool = False) -> Iterator[None]:
+    def session(self, checked: bool = False) -> Iterator[None]:
         """ValueError where the model has become one that this runtime cannot run."""
-        why = None if checked else self.refusal()
+        why = None if checked else self.unsupported_reason()
         packs = _packs_of(self.model)
         with packs.lock:
-            packed = packs.kinds.get(self.kind)
+            packed = packs.kinds.get(self.facts.kind)
             if why is None and (packed is None or not packed.is_of(self.model, self._entirely)):
-                why = refusal(self.model)
+                why = unsupported_reason(self.model)
                 if why is None:
-                    packed = packs.kinds[self.kind] = _Packed(self.model, self.kind)
+                    packed = packs.kinds[self.facts.kind] = _Packed(self.model, self.facts.kind)
             if why is None:
                 self._packed, self._entirely = packed, False
         if why is not None:
@@ -151,7 +157,7 @@ class CpuRuntime:
     def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Of a forest's verified rows: logits float32 [M, vocab], good until the pool's next pass, and the hidden
         states [M, hidden * (1 + taps)] before the unembedding and, at unit scale, behind the tapped layers."""
-        assert self._packed is not None, "enter `running` first"
+        assert self._packed is not None, "enter `session` first"
         scratch = self._scratch.get(pool)
         if scratch is None:
             scratch = self._scratch[pool] = _Scratch(self._packed)
@@ -178,14 +184,12 @@ class CpuRuntime:
             raise IndexError(f"a token is not one of the model's {len(packed.table)}")
         return buffers[0][:verified], hidden
 
-    def step(
-        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], choice: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *self.forward(forest, pool, taps), None
+    def step(self, forest: Forest, pool: KVPool, taps: tuple[int, ...], tail: Tail | None) -> StepOutput:
+        return StepOutput(*self.forward(forest, pool, taps))
 
     def profiled(self) -> CpuRuntime:
         """Another runtime of the same packed weights, whose clocks run."""
-        runtime = CpuRuntime(self.model, self.kind)
+        runtime = CpuRuntime(self.model, self.facts.kind)
         runtime.profile = True
         return runtime
 
@@ -200,7 +204,8 @@ class _Packed:
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
         self.kind = kind
-        self._settings, self._contents = _settings(model), Contents(_weights(model))  # before any of it is copied
+        # Before any of it is copied:
+        self._settings, self._fingerprint = _settings(model), WeightFingerprint(_weights(model))
         self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
         self.eps = decoder.norm.variance_epsilon
         dim = attention.head_dim
@@ -218,7 +223,7 @@ class _Packed:
 
     def is_of(self, model: PreTrainedModel, entirely: bool) -> bool:
         """Whether the model still is what was packed."""
-        return self._settings == _settings(model) and self._contents.same(_weights(model), entirely)
+        return self._settings == _settings(model) and self._fingerprint.matches(_weights(model), entirely)
 
     def rotary(self, needed: int) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [positions, head_dim] of at least so many positions, from the model's own module."""

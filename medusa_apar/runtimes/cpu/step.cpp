@@ -1,6 +1,6 @@
 // One forward pass of a Llama-like decoder over a forest, in one parallel region: what eager transformers does in some
 // thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
-#include "contents.h"
+#include "weight_fingerprint.h"
 #include "float_cache.h"
 #include "hydra.h"
 #include "product.h"
@@ -303,7 +303,7 @@ EXPORTED int mapar_hydra(const Hydra* heads, const Tree* tree, const float* stat
     return 0;
 }
 
-// Adds to sums[count][TURNS] those of `contents.h`, of one turn or, with -1, of all.
+// Adds to sums[count][TURNS] those of `weight_fingerprint.h`, of one turn or, with -1, of all.
 EXPORTED void mapar_sums(const Span* spans, int count, int turn, uint64_t* sums, int threads) {
 #pragma omp parallel num_threads(threads)
     for (int i = 0; i < count; i++) add_sums(spans[i], turn, sums + (size_t)i * TURNS);

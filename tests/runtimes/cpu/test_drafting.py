@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads
+from medusa_apar.heads.drafters import PackedDrafter, TorchDrafter
+from medusa_apar.runtimes.cpu.drafting import CompiledHydra
 from tests.support.tiny import VOCAB, prompts, tiny_model
 
 SHAPES = {
@@ -33,12 +35,9 @@ def heads_of(shape, dtype=torch.float32, mapped=False):
 
 def both(heads, roots, tree, packing="float32", seed=0):
     hidden = torch.randn(len(roots), heads.input_size, generator=torch.Generator().manual_seed(seed)).to(heads.dtype)
-    found = []
-    for heads.packing in (None, packing):
-        with torch.inference_mode():
-            found.append(heads.propose(hidden, torch.tensor(roots), tree))
-    assert heads._in_code is not None
-    return found
+    drafters = heads.drafter(), heads.drafter(packing)
+    assert list(map(type, drafters)) == [TorchDrafter, CompiledHydra]
+    return [drafter.propose(hidden, torch.tensor(roots), tree) for drafter in drafters]
 
 
 @settings(max_examples=40, deadline=None)
@@ -69,19 +68,15 @@ def test_in_low_precision_they_are_close(kind):
     torch.testing.assert_close(compiled, log_probs.float(), rtol=0.1, atol=0.1)
 
 
-def test_heads_that_change_are_packed_anew_and_attach_says_how():
+def test_heads_that_change_are_packed_anew():
     heads = heads_of("hydra")
-    medusa_apar.attach(heads.base, heads, quantize="int8")
-    assert heads.packing == "int8"
-    medusa_apar.attach(heads.base, heads, runtime="torch")
-    assert heads.packing is None
     tree = DraftTree(CHOICES[:4])
     both(heads, [5], tree)
     with torch.no_grad():
-        before = heads.drafter()
-        assert heads.drafter() is before
+        before = heads.drafter("float32")
+        assert heads.drafter("float32") is before
         heads.from_states.neg_()
-        assert heads.drafter() is not before
+        assert heads.drafter("float32") is not before
     (ids, _), (compiled_ids, _) = both(heads, [5], tree)
     assert torch.equal(compiled_ids, ids)
 
@@ -95,7 +90,7 @@ def test_heads_of_a_padded_unembedding_draft_in_torch():
         model.lm_head.weight[:VOCAB] = weight
         model.lm_head.bias[:VOCAB], model.lm_head.bias[VOCAB:] = 0, -1e4
     hook = medusa_apar.attach(model, HydraHeads.random(model, 3, seed=3), runtime="cpu")
-    assert hook.heads.packing == "float32" and hook.heads.drafter() is hook.heads
+    assert type(hook.runtime.drafter(hook.heads)) is PackedDrafter
     call = prompts(1, 9) | {"do_sample": False, "max_new_tokens": 12}
     expected = model.generate(**call)
     assert torch.equal(hook.generate(**call), expected)
@@ -103,9 +98,8 @@ def test_heads_of_a_padded_unembedding_draft_in_torch():
 
 def test_tied_weights_are_looked_at_once():
     heads = heads_of("hydra")
-    heads.packing = "float32"
     heads.base.lm_head.weight = heads.base.model.embed_tokens.weight
-    seen = [weight.data_ptr() for weight in heads._copied()]
+    seen = [weight.data_ptr() for weight in heads._weights_read()]
     assert len(seen) == len(set(seen)) and heads.base.lm_head.weight.data_ptr() in seen
 
 
@@ -120,13 +114,12 @@ def test_tied_weights_are_looked_at_once():
 def test_below_what_is_too_unlikely_nothing_is_looked_for(mapped, nodes, roots, least, threads):
     heads, tree = heads_of("hydra", mapped=mapped), DraftTree(CHOICES[:nodes])
     hidden = torch.randn(len(roots), heads.input_size, generator=torch.Generator().manual_seed(nodes))
-    heads.packing = "float32"
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode():
-            ids, log_probs = heads.propose(hidden, torch.tensor(roots), tree)
-            pruned_ids, pruned = heads.drafter(least).propose(hidden, torch.tensor(roots), tree)
+        drafter = heads.drafter("float32")
+        ids, log_probs = drafter.propose(hidden, torch.tensor(roots), tree)
+        pruned_ids, pruned = drafter.propose(hidden, torch.tensor(roots), tree, least)
     finally:
         torch.set_num_threads(before)
     reach = torch.zeros(len(roots), len(tree))

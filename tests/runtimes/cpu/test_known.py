@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 import medusa_apar
-from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime, unsupported_reason
 from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from tests.runtimes.cpu.test_runtime import model_of
 from tests.support.tiny import VOCAB, prompts
@@ -133,9 +133,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_with(change):
     model = model_of(seed=2)
-    assert refusal(model) is None
+    assert unsupported_reason(model) is None
     CHANGES[change](model)
-    assert refusal(model)
+    assert unsupported_reason(model)
     runs_in_torch(model)
 
 
@@ -168,12 +168,12 @@ def test_a_forward_that_was_replaced_in_the_class(name, decorated, monkeypatch):
     model = model_of(seed=2)
     hook = medusa_apar.attach(model)
     monkeypatch.setattr(kind, "forward", functools.wraps(before)(forward) if decorated else forward)
-    assert "forward pass" in refusal(model)
+    assert "forward pass" in unsupported_reason(model)
     runs_in_torch(model)
     expected = model.generate(**INPUTS, **GREEDY)
     assert torch.equal(model.generate(**INPUTS, **GREEDY, custom_generate=hook), expected)
     monkeypatch.undo()
-    assert refusal(model) is None
+    assert unsupported_reason(model) is None
 
 
 @pytest.mark.parametrize("package", ["torchao", "torchtune", "transformers_too"])
@@ -185,7 +185,7 @@ def test_a_forward_of_a_package_whose_name_begins_like_torchs(package, monkeypat
     exec(compile(source, str(Path(torch.__file__).parents[1] / package / "mlp.py"), "exec"), made)
     model = model_of(seed=2)
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", functools.wraps(before)(made["forward"]))
-    assert "forward pass" in refusal(model)
+    assert "forward pass" in unsupported_reason(model)
     runs_in_torch(model)
 
 
@@ -193,7 +193,7 @@ def test_a_helper_that_was_replaced_in_transformers(monkeypatch):
     model = model_of(seed=2)
     before = modeling_llama.rotate_half
     monkeypatch.setattr(modeling_llama, "rotate_half", lambda x: before(x) * 0.9)
-    assert "rotary" in refusal(model)
+    assert "rotary" in unsupported_reason(model)
     runs_in_torch(model)
 
 
@@ -203,11 +203,11 @@ def test_hooks_on_all_modules():
         lambda module, args, out: out * 1.2 if type(module) is nn.Linear else None
     )
     try:
-        assert "hooks" in refusal(model)
+        assert "hooks" in unsupported_reason(model)
         runs_in_torch(model)
     finally:
         handle.remove()
-    assert refusal(model) is None
+    assert unsupported_reason(model) is None
 
 
 def test_layers_of_other_sizes_than_the_config_says():
@@ -221,7 +221,7 @@ def test_layers_of_other_sizes_than_the_config_says():
     down = nn.Linear(48, 96, bias=False)
     down.weight.data = mlp.down_proj.weight.data[:, :48].clone()
     mlp.down_proj = down
-    assert "another size" in refusal(model)
+    assert "another size" in unsupported_reason(model)
     runs_in_torch(model)
 
 

@@ -19,7 +19,7 @@ from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.runtimes.agreement import check_agrees
 from medusa_apar.runtimes.cpu import known, library
 from medusa_apar.runtimes.cpu import runtime as cpu_runtime
-from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
+from medusa_apar.runtimes.cpu.runtime import CpuRuntime, unsupported_reason
 from medusa_apar.runtimes.cpu.weights import PackedMatrix
 from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from medusa_apar.threads.paragraph_tree import ParagraphTree
@@ -92,7 +92,7 @@ def path_logits(runtime, ids):
     """[len(ids), vocab], a token a step: nothing beside it, nothing drafted."""
     ledger, trunk = SlotLedger(KVPool()), ParagraphTree(ids).trunk
     logits = []
-    with runtime.running():
+    with runtime.session():
         for stop in range(1, len(ids) + 1):
             forest = Forest([[Stem(trunk, stop)]], ledger, torch.device("cpu"))
             logits.append(runtime.forward(forest, ledger.pool)[0].clone())
@@ -119,7 +119,7 @@ def test_a_rows_bits_depend_on_its_path_alone(threads, data):
         trunk = ParagraphTree(prompt).trunk
         cached = data.draw(st.integers(0, len(prompt) - 1))
         if cached:
-            with runtime.running():
+            with runtime.session():
                 forest = Forest([[Stem(trunk, cached)]], ledger, torch.device("cpu"))
                 runtime.forward(forest, ledger.pool)
         tree = DraftTree.likeliest(8).first(size) if size else DraftTree([])
@@ -128,7 +128,7 @@ def test_a_rows_bits_depend_on_its_path_alone(threads, data):
         for node in range(size):
             lineage = [drafts[i] for i in np.flatnonzero(tree.ancestors[node])]
             expected.append(path_logits(runtime, prompt + lineage)[-1])
-    with runtime.running():
+    with runtime.session():
         logits, _ = runtime.forward(Forest(requests, ledger, torch.device("cpu")), ledger.pool)
     assert torch.equal(logits, torch.stack(expected))
 
@@ -139,7 +139,7 @@ def test_long_paths_have_the_same_bits_in_one_pass_and_token_by_token(kind, thre
     runtime = CpuRuntime(model_of("llama", seed=6), kind)
     ids = [5 + (7 * n * n + n) % (VOCAB - 5) for n in range(300)]
     ledger, trunk = SlotLedger(KVPool()), ParagraphTree(ids).trunk
-    with runtime.running():
+    with runtime.session():
         forest = Forest([[Stem(trunk, len(ids))]], ledger, torch.device("cpu"))
         forest.verified_rows = torch.arange(len(ids))
         whole = runtime.forward(forest, ledger.pool)[0].clone()
@@ -166,7 +166,7 @@ def test_threads_and_heads_have_the_bits_of_one_token_after_another(kind):
     apar = medusa_apar.attach(
         model, heads, CONTROL, runtime="cpu", quantize="int8" if kind == "int8" else None, budget=20, max_threads=5
     )
-    assert apar.runtime.kind == kind
+    assert apar.runtime.facts.kind == kind
     out = apar.generate(**prompts(2, 9), do_sample=False, max_new_tokens=40, return_dict_in_generate=True)
     written = [thread for tree in out.paragraph_tree for thread in tree.threads if thread.token_ids]
     assert len(written) > 3
@@ -198,7 +198,7 @@ def test_hidden_states_and_taps_are_those_of_the_torch_runtime():
     for runtime in (CpuRuntime(model, "float32"), TorchRuntime(model, "sdpa")):
         ledger, trunk = SlotLedger(KVPool()), ParagraphTree([5, 9, 13, 20]).trunk
         tree = DraftTree([(0,), (0, 0), (1,)])
-        with runtime.running():
+        with runtime.session():
             stem = Stem(trunk, 4, draft_tree=tree, draft_tokens=[7, 8, 9])
             forest = Forest([[stem]], ledger, model.device)
             forests.append(runtime.forward(forest, ledger.pool, (0, 2)))
@@ -241,7 +241,7 @@ def test_a_call_that_is_about_to_begin_survives_refresh():
     model = model_of(seed=1)
     runtime = CpuRuntime(model, "float32")
     expected = path_logits(runtime, [5, 6, 7, 8])
-    with runtime.running():
+    with runtime.session():
         runtime.refresh()
         ledger = SlotLedger(runtime.pool(None))
         stem = Stem(ParagraphTree([5, 6, 7, 8]).trunk, 4)
@@ -282,8 +282,8 @@ def test_a_call_looks_through_the_model_once(by, monkeypatch):
     generate = hook.generate if by == "hook.generate" else functools.partial(model.generate, custom_generate=hook)
     call = prompts(1, 9) | {"do_sample": False, "max_new_tokens": 8}
     generate(**call)  # has measured what a step costs
-    looks, strangeness = [], known.strangeness
-    monkeypatch.setattr(known, "strangeness", lambda model: looks.append(model) or strangeness(model))
+    looks, unknown_part = [], known.unknown_part
+    monkeypatch.setattr(known, "unknown_part", lambda model: looks.append(model) or unknown_part(model))
     generate(**call)
     assert looks == [model]
 
@@ -326,9 +326,9 @@ def test_what_it_cannot_run_is_refused_or_left_to_torch(monkeypatch):
         medusa_apar.attach(model, runtime="torch", quantize="int8")
     llama = model_of()
     handle = llama.model.layers[0].register_forward_hook(lambda *_: None)
-    assert "hooks" in refusal(llama)
+    assert "hooks" in unsupported_reason(llama)
     handle.remove()
-    assert refusal(llama) is None
+    assert unsupported_reason(llama) is None
     library.outcome.cache_clear()
     monkeypatch.setenv("CXX", "/no/such/compiler")
     try:
@@ -412,7 +412,7 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_read_of_anything():
     runtime = CpuRuntime(model_of(), "float32")
     for token in (VOCAB, -1):
         ledger, trunk = SlotLedger(KVPool()), ParagraphTree([5, token, 7]).trunk
-        with runtime.running(), pytest.raises(IndexError, match=f"not one of the model's {VOCAB}"):
+        with runtime.session(), pytest.raises(IndexError, match=f"not one of the model's {VOCAB}"):
             runtime.forward(Forest([[Stem(trunk, 3)]], ledger, torch.device("cpu")), ledger.pool)
 
 

@@ -53,7 +53,7 @@ def _families_checked_once():
     check, checked = pick.check_agrees, set()
 
     def once(model, runtime, largest):
-        kind = model.config.to_json_string(), getattr(runtime, "backend", runtime.kind)
+        kind = model.config.to_json_string(), runtime.facts.backend, runtime.facts.kind
         if kind not in checked:
             check(model, runtime, largest)
             checked.add(kind)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.heads import HydraHeads, MedusaHeads
-from medusa_apar.heads import draft_heads as module
+from medusa_apar.heads import DraftHeads, HydraHeads, MedusaHeads
 from tests.support.tiny import VOCAB, tiny_model
 
 TREE = DraftTree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
@@ -27,10 +26,9 @@ def test_kernels_propose_what_torch_proposes(kind, truncated, monkeypatch):
         heads.token_map = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:40]
         heads.draft_vocab_size = 40
     states, roots = torch.randn(5, heads.input_size), torch.tensor([5, 6, 7, 8, 9])
-    expected_ids, expected = heads.propose(states, roots, TREE)
-    heads.kernels = True
-    monkeypatch.setattr(module.DraftHeads, "top", None)  # torch's way is not taken
-    ids, log_probs = heads.propose(states, roots, TREE)
+    expected_ids, expected = heads.drafter().propose(states, roots, TREE)
+    monkeypatch.setattr(DraftHeads, "top", None)  # torch's way is not taken
+    ids, log_probs = heads.drafter(kernels=True).propose(states, roots, TREE)
     assert ids.dtype == expected_ids.dtype and torch.equal(ids, expected_ids)
     torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
 
@@ -38,6 +36,5 @@ def test_kernels_propose_what_torch_proposes(kind, truncated, monkeypatch):
 def test_hydra_heads_without_residual_blocks():
     heads = HydraHeads.random(tiny_model(), num_layers=0)
     states, roots = torch.randn(3, heads.input_size), torch.tensor([5, 6, 7])
-    expected, _ = heads.propose(states, roots, TREE)
-    heads.kernels = True
-    assert torch.equal(heads.propose(states, roots, TREE)[0], expected)
+    expected, _ = heads.drafter().propose(states, roots, TREE)
+    assert torch.equal(heads.drafter(kernels=True).propose(states, roots, TREE)[0], expected)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from . import library
 
-TURNS, _LINE = 16, 8  # int64 words of a line, as in `contents.h`
+TURNS, _LINE = 16, 8  # int64 words of a line, as in `weight_fingerprint.h`
 _SQUARE = TURNS * TURNS * _LINE  # words of TURNS stretches, behind which a turn has the same lines again
 _PLACES = 0x9E3779B97F4A7C15
 _ALWAYS = 1 << 23  # bytes: half a millisecond
@@ -28,7 +28,7 @@ _SHARE = 0.02  # of the time that passes
 _PIECE, _PIECE_ON_GPU = 1 << 14, 1 << 22
 
 
-class Contents:
+class WeightFingerprint:
     """What tensors hold, in sums of their bits.
 
     A turn reads a sixteenth of them, some of every column and of every row that is a kilobyte long. So a change of a
@@ -37,16 +37,16 @@ class Contents:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         started = time.perf_counter()
-        self._places = _places(tensors)
+        self._places = places(tensors)
         self._sums = sums(tensors)
         self._bytes = sum(tensor.nbytes for tensor in tensors)
         self._read = time.perf_counter()  # when all was read
         self._seconds = self._read - started
         self._turn = 0
 
-    def same(self, tensors: Sequence[Tensor], entirely: bool = False) -> bool:
+    def matches(self, tensors: Sequence[Tensor], entirely: bool = False) -> bool:
         """Whether these are the tensors, with what they held. entirely: all of them is read, whatever it costs."""
-        if _places(tensors) != self._places:
+        if places(tensors) != self._places:
             return False
         now = time.perf_counter()
         if entirely or self._bytes <= _ALWAYS or self._seconds <= _SHARE * (now - self._read):
@@ -61,7 +61,8 @@ def plain(tensor: Any) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
 
 
-def _places(tensors: Sequence[Tensor]) -> list[tuple]:
+def places(tensors: Sequence[Tensor]) -> list[tuple]:
+    """Where tensors lie, in which shape, and how many writes torch has counted."""
     return [
         (t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.device, t.shape, t.stride())
         for t in tensors
@@ -95,7 +96,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _sums_in_torch(data: Tensor, turn: int | None = None) -> Tensor:
-    """A row of `sums`, where the data is. Shifts of an int64 bring in its sign, which `contents.h` does not have."""
+    """A row of `sums`, where the data is. Shifts of an int64 bring in its sign, which the code in C++ does not have."""
     if data.storage_offset() % 8:  # cannot be seen as words
         data = data.clone()
     length = _PIECE if data.device.type == "cpu" else _PIECE_ON_GPU

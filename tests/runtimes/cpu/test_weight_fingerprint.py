@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.runtimes.cpu import contents
-from medusa_apar.runtimes.cpu.contents import TURNS, Contents, plain, sums
+from medusa_apar.runtimes.cpu import weight_fingerprint
+from medusa_apar.runtimes.cpu.weight_fingerprint import TURNS, WeightFingerprint, plain, sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool)
 
@@ -29,7 +29,7 @@ def test_compiled_sums_are_those_of_the_twin(size, dtype, threads, seed):
     try:
         found = sums(tensors)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(contents.library, "outcome", lambda: "no compiler")
+            patch.setattr(weight_fingerprint.library, "outcome", lambda: "no compiler")
             assert torch.equal(sums(tensors), found)
             of_twin = [sums(tensors, turn) for turn in range(TURNS)]
         for turn in range(TURNS):
@@ -45,7 +45,7 @@ def test_compiled_sums_are_those_of_the_twin(size, dtype, threads, seed):
 def test_a_turn_reads_a_sixteenth(twin, monkeypatch):
     """Each value is in one turn's sums alone, and a sixteenth of the lines is in each turn."""
     if twin:
-        monkeypatch.setattr(contents.library, "outcome", lambda: "no compiler")
+        monkeypatch.setattr(weight_fingerprint.library, "outcome", lambda: "no compiler")
     weight = numbers(16 * 4096)
     before = torch.cat([sums([weight], turn)[:, turn] for turn in range(TURNS)])
     seen = torch.zeros(TURNS, dtype=torch.int64)
@@ -60,7 +60,8 @@ def test_a_turn_reads_a_sixteenth(twin, monkeypatch):
 
 def test_words_that_do_not_begin_at_a_word_are_read():
     weight = numbers(999, dtype=torch.bfloat16)
-    assert torch.equal(contents._sums_in_torch(contents._bytes(weight[1:])), sums([weight[1:].clone()])[0])
+    found = weight_fingerprint._sums_in_torch(weight_fingerprint._bytes(weight[1:]))
+    assert torch.equal(found, sums([weight[1:].clone()])[0])
 
 
 def set_nan(tensor):
@@ -84,30 +85,30 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_through_data_is_seen(change, twin, monkeypatch):
     if twin:
-        monkeypatch.setattr(contents.library, "outcome", lambda: "no compiler")
+        monkeypatch.setattr(weight_fingerprint.library, "outcome", lambda: "no compiler")
     weight = torch.nn.Parameter(numbers(40, 96))
-    kept = Contents([weight])
-    assert kept.same([weight])
+    kept = WeightFingerprint([weight])
+    assert kept.matches([weight])
     CHANGES[change](weight.data)
-    assert not kept.same([weight])
+    assert not kept.matches([weight])
 
 
 def test_other_places_shapes_and_counted_writes_are_seen():
     weight, other = numbers(40, 96), numbers(8)
-    kept = Contents([weight, other])
-    assert kept.same([weight, other])
+    kept = WeightFingerprint([weight, other])
+    assert kept.matches([weight, other])
     for tensors in ([weight], [weight.clone(), other], [weight.view(96, 40), other], [other, weight]):
-        assert not kept.same(tensors)
+        assert not kept.matches(tensors)
     other.add_(0)
-    assert not kept.same([weight, other])
+    assert not kept.matches([weight, other])
 
 
 @pytest.fixture
 def large(monkeypatch):
     """A tensor that is too dear to be read in every call, and what is known of it."""
-    monkeypatch.setattr(contents, "_ALWAYS", 0)
+    monkeypatch.setattr(weight_fingerprint, "_ALWAYS", 0)
     weight = numbers(300, 1152)
-    kept = Contents([weight])
+    kept = WeightFingerprint([weight])
     kept._seconds = 1e9
     return weight, kept
 
@@ -117,19 +118,19 @@ def large(monkeypatch):
 def test_of_large_weights_rows_columns_and_whole_changes_show_in_any_turn(large, where, turns):
     weight, kept = large
     for _ in range(turns):
-        assert kept.same([weight])
+        assert kept.matches([weight])
     changed = {"a row": weight[123], "a column": weight[:, 77], "everything": weight}[where]
     changed.data.add_(1)
-    assert not kept.same([weight])
+    assert not kept.matches([weight])
 
 
 def test_of_large_weights_single_values_show_when_their_turn_comes_and_when_all_is_read(large):
     weight, kept = large
     weight.data[123, 456] += 1
-    assert not all(kept.same([weight]) for _ in range(TURNS))
-    assert not kept.same([weight], entirely=True)
+    assert not all(kept.matches([weight]) for _ in range(TURNS))
+    assert not kept.matches([weight], entirely=True)
     kept._seconds = 0.0  # cheap by what time has passed
-    assert not kept.same([weight])
+    assert not kept.matches([weight])
 
 
 def test_what_cannot_be_read_is_not_plain():
@@ -138,4 +139,4 @@ def test_what_cannot_be_read_is_not_plain():
 
 
 def test_nothing_is_nothing_new():
-    assert Contents([]).same([])
+    assert WeightFingerprint([]).matches([])
