@@ -27,12 +27,15 @@ from medusa_apar.drafting.candidates import Proposer
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.engine import draft_watch
 from medusa_apar.engine.engine import Decoder
 from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.engine.rescoring import Stitcher, first_limit, last_limit
 from medusa_apar.engine.scheduler import Scheduler
+from medusa_apar.events import Consumer
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.events.streaming import EndedOnce, TextColumns, ended_on_error
+from medusa_apar.heads import DraftHeads, load_heads
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.families import check_model, context_length, unembedding_size
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, refusal
@@ -49,9 +52,6 @@ from medusa_apar.triton_kernels.reference import TypicalAcceptance
 from medusa_apar.verify.verifier import Verifier
 
 from . import checks
-from .engine import draft_watch
-from .events import Consumer
-from .heads import DraftHeads, load_heads
 from .output import MedusaAparOutput
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What drafts tokens from hidden states, as the engine sees it: draft heads, or whatever stands in for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from medusa_apar.drafting.draft_tree import DraftTree
+from .draft_tree import DraftTree
 
 
 class Drafter(Protocol):

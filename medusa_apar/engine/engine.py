@@ -17,7 +17,6 @@ from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.drafting.ngram_index import Recall, SiblingMemory
 from medusa_apar.drafting.options import Speculation
-from medusa_apar.engine.stats import Stats
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.heads import DraftHeads
@@ -32,6 +31,7 @@ from medusa_apar.verify.verifier import Verifier
 
 from .fork_manager import ForkManager
 from .scheduler import Scheduler
+from .stats import Stats
 
 Advanced = tuple[Request, Thread, Verdict]  # a thread that has gone on in this step, and by what
 

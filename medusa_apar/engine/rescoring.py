@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from medusa_apar.engine.stats import ThreadAgreement
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.runtimes.devices import device_of
@@ -25,6 +24,7 @@ from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import likeliest
 
 from .engine import Decoder
+from .stats import ThreadAgreement
 
 # A thread is judged by what it wrote among the first so many tokens of its part of the text, which is its own and its
 # descendants'. Were it judged by everything, a limit would change what is judged and no longer just cut the text.

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Measures what a step costs on this device, once for each model, and keeps it in the cache folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,34 +23,19 @@ from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.job import processor, write_text
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.hub import cache_dir
-from medusa_apar.runtimes.devices import device_of
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
-if TYPE_CHECKING:
-    from medusa_apar.runtimes.runtime import Runtime
-
+from .devices import device_of
+from .runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-
 ROWS = {"cpu": (1, 2, 4, 6, 8, 12, 16, 24, 32), "cuda": (1, 8, 16, 32, 64)}
-
-
 THREADS = (1, 2, 4, 8)  # that draft
-
-
 SLOTS, REPEATS = 256, 4
-
-
 LONGEST = 4.0  # seconds that all of it may take by the first step's measure; a slower model is measured coarsely
-
-
 COARSE, FEW_SLOTS = 4, 32  # then only every fourth size, once each, below so few slots
-
-
 NODES = 8  # of a draft that is timed: a whole tree, pruned as it is in decoding, takes about as long
-
-
 FILE = "step_costs.json"
 
 

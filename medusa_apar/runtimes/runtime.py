@@ -1,4 +1,4 @@
-"""TODO"""
+"""What every runtime can do: the protocol that the engine talks to."""
 
 from __future__ import annotations
 
