@@ -10,8 +10,8 @@ import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
-from tests.runtimes.cpu.test_runtime import model_of
-from tests.support.tiny import VOCAB, prompts
+from tests.support.models import VOCAB, model_of
+from tests.support.prompts import prompts
 
 INPUTS = prompts(2, 9, seed=4)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}

@@ -30,18 +30,11 @@ from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.verify import processor_state
 from medusa_apar.verify.processor_state import StateWatch
-from tests.support.tiny import (
-    CHILD,
-    CONTROL,
-    FORK,
-    VOCAB,
-    RecallHeads,
-    assert_chosen_tokens_are_the_models,
-    forking_model,
-    prompts,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.support.models import CHILD, CONTROL, FORK, VOCAB, forking_model, tiny_model
+from tests.support.oracles import assert_chosen_tokens_are_the_models
+from tests.support.prompts import prompts
+from tests.support.tiny import RecallHeads
+from tests.support.tokenizers import tiny_tokenizer
 
 LIMIT = 24
 GREEDY = {"do_sample": False, "max_new_tokens": LIMIT}

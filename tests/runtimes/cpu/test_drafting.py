@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads
-from tests.support.tiny import VOCAB, prompts, tiny_model
+from tests.support.models import VOCAB, tiny_model
+from tests.support.prompts import prompts
 
 SHAPES = {
     "hydra": {},
