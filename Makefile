@@ -23,7 +23,7 @@ $(READY): setup.py constraints.txt
 demo: install
 	$(BIN)/medusa-apar demo $(ARGS)
 
-# A process a core, a file of tests to each; ARGS="-n 0 tests/forest/test_trees.py" runs one file plainly.
+# A process a core, a file of tests to each; ARGS="-n 0 tests/kv/test_pool.py" runs one file plainly.
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -1,1 +1,45 @@
-"""Measuring: latency, throughput, quality and kernels. Benchmarks live here, never in tests."""
+"""Measuring: latency, throughput, quality and kernels. Benchmarks live here, never in tests.
+
+`medusa-apar bench`:
+
+    bench.py           the same prompts through several systems, prompt by prompt and turn by turn
+    plan.py            what a run is, so that nothing is compared that was not run alike
+    systems.py         transformers and our own systems
+    peers.py           other engines, each in an environment and a process of its own
+    peer_files.py      what those need on disk
+    peer_worker.py     our end of such a process
+    peers_workers/     the other end, a script an engine
+    prompts.py         prompt sets, by name or file
+    check.py           whether every thread's tokens are what the model itself would have written
+    statistics.py      medians of repeats, and what chance could do to a ratio
+    bench_plots.py     a run's pictures
+    speculation.py     what each part of speculation brings, from a run's results
+    profile.py         where a step's time goes
+    judge.py           what a language model thinks of the answers
+    judge_files.py     the answers as FastChat's llm_judge has them
+    chat_endpoint.py   a model behind an OpenAI-compatible endpoint
+
+The weights we ship:
+
+    weights.py         a tuned model and its heads, measured against their goals
+    goals.py           the figures, and the table that puts them beside the goals
+    questions.py       what is asked and read
+    answering.py       answers with what they took
+    replay.py          what heads would have done for answers that are already there
+    loops.py           answers that loop
+    runs.py            what was answered, on disk
+    quantisation.py    what int8 weights cost in quality
+
+Kernels and host code:
+
+    kernels.py         the kernels on this machine's GPU: right, and how fast
+    kernel_choices.py  those that choose tokens
+    kernel_packing.py  the one that packs a forest
+    kernel_forests.py  the forests they run over
+    kernel_timing.py   how they are timed
+    kernel_steps.py    whole forward passes on a GPU
+    kernel_host.py     what a forest costs the host before kernels run
+    budget_host.py     what choosing a step's nodes costs the host
+    linear_layers.py   linear layers on a CPU, packed and not
+    gpu_exactness.py   kernels and CUDA graphs, token for token what masks give
+"""

@@ -1,15 +1,17 @@
 """Draft heads: several tokens guessed ahead from one hidden state.
 
-draft_heads.py   DraftHeads, what all kinds share
-medusa.py        MedusaHeads, each head on its own
-hydra.py         HydraHeads, each head sees the tokens drafted before it
-captured.py      the hidden states they read, taken out of a forward pass
-checkpoints.py   the head files found in the wild (V1, V2, Medusa-2, vLLM), read into one form
-ask.py           the tuned model answers prompts with our own engine, threads included
-answers.py       those answers, their hidden states computed once: what heads are trained on
-train.py         heads trained to match the base's distribution; `medusa-apar train-heads`
-calibrate.py     how often guesses are right, and the draft tree that follows; calibration_plot.py draws it
-convert.py       heads from one file layout into another; `medusa-apar convert`
+draft_heads.py       `DraftHeads`, what all kinds share
+medusa.py            `MedusaHeads`, each head on its own
+hydra.py             `HydraHeads`, each head sees the tokens drafted before it
+checkpoints.py       the head files found in the wild (V1, V2, Medusa-2, vLLM), read into one form
+convert.py           `medusa-apar convert`: heads from one file layout into another
+ask.py               the tuned model answers prompts with our own engine, threads included
+own_answers.py       `medusa-apar answer`: such answers as a corpus
+answers.py           answers with their hidden states, computed once: what heads are trained on
+train.py             `medusa-apar train-heads`: heads that match the base's distribution
+losses.py            what heads are trained on and judged by
+calibrate.py         `medusa-apar calibrate`: how often guesses are right, and the draft tree that follows
+calibration_plot.py  the same, drawn
 """
 
 import os

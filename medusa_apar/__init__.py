@@ -5,6 +5,34 @@
     apar.generate(**apar.tokenizer("...", return_tensors="pt"), max_new_tokens=256)
 
 or, for a model you already have: `model.generate(**inputs, custom_generate=medusa_apar.attach(model, heads=...))`.
+
+Each folder is a room, and a room imports only from the rows below its own:
+
+    __main__.py       `python -m medusa_apar`
+    commands/         the command line: a file a subcommand
+    eval/             benchmarks and checks
+    generate.py       the drop-in: `attach`, `MedusaApar.generate`
+    loading.py        `load` and `save_pretrained`
+    output.py         what `generate` returns beside the tokens
+    checks.py         what is refused before any work is done
+    custom_generate/  the drop-in as a folder of transformers' Hub convention
+    heads/            draft heads: modules, training, checkpoints, calibration, the weights we ship
+    display/          pictures of an answer, drawn from its events
+    engine/           runs steps: scheduler, fork manager, rescoring, stats
+    finetune/         from a chat corpus to a model that forks
+    events/           what happens in a call: typed events, recordings, text streams
+    runtimes/         how a step runs: torch, Triton, or compiled for the CPU
+    verify/           from logits to accepted tokens
+    forest/           all draft trees of a step in one row, and its masks
+    drafting/         what is guessed, and which guesses become nodes
+    kv/               KV pool, slot ledger and path table
+    models/           where models come from
+    threads/          paragraph trees, requests and fork policies; no tensors
+    job.py            a long command's log, settings and report
+    arguments.py      what subcommands' arguments have in common
+    reading.py        files that others wrote, and what is wrong with them
+    json_files.py     JSON that others wrote
+    triton_kernels/   each kernel beside its torch reference
 """
 
 from importlib import import_module
@@ -18,18 +46,17 @@ if (Path(__file__).parent.parent / "setup.py").exists():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from medusa_apar import display as display
+    from medusa_apar import events as events
+    from medusa_apar import heads as heads
     from medusa_apar.drafting.draft_tree import DraftTree as DraftTree
     from medusa_apar.drafting.options import Speculation as Speculation
     from medusa_apar.drafting.step_cost import StepCost as StepCost
+    from medusa_apar.generate import MedusaApar as MedusaApar
+    from medusa_apar.generate import attach as attach
+    from medusa_apar.loading import load as load
     from medusa_apar.threads.control_tokens import ControlTokens as ControlTokens
     from medusa_apar.triton_kernels.reference import TypicalAcceptance as TypicalAcceptance
-
-    from . import display as display
-    from . import events as events
-    from . import heads as heads
-    from .generate import MedusaApar as MedusaApar
-    from .generate import attach as attach
-    from .loading import load as load
 
 # Imported on first use: torch and transformers take seconds, `medusa-apar --help` should not.
 _EXPORTS = {

@@ -1,3 +1,5 @@
+"""`python -m medusa_apar` is the command `medusa-apar`."""
+
 import sys
 
 from medusa_apar.commands.cli import main

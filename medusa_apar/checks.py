@@ -13,10 +13,9 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Tem
 from transformers.generation import GenerationMode
 
 from medusa_apar.drafting.draft_tree import DEFAULT_ACCEPTANCE
-from medusa_apar.models.families import _SWITCHING, _rope_kinds, context_length
+from medusa_apar.heads import DraftHeads
+from medusa_apar.models.families import SWITCHING_ROPE, context_length, rope_kinds
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
-
-from .heads import DraftHeads
 
 if TYPE_CHECKING:
     from medusa_apar.threads.request import Request
@@ -214,7 +213,7 @@ def cut_short(model: PreTrainedModel, requests: Sequence[Request], max_new_token
         return None
     why = "its positions end there"
     rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
-    if rope and any(kind.get("rope_type") in _SWITCHING for kind in _rope_kinds(rope)):
+    if rope and any(kind.get("rope_type") in SWITCHING_ROPE for kind in rope_kinds(rope)):
         why = "beyond, its rotary scaling depends on the whole batch, which parallel threads cannot have"
     return (
         f"{type(model).__name__} stopped at {limit} tokens, prompt included, before max_new_tokens was reached: {why}."

@@ -11,27 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medusa_apar.models import head_files
+from medusa_apar.job import on_a_terminal, write_text
+from medusa_apar.models import head_files, hub
 from medusa_apar.models.sources import (
     RELEASED_TOKENS,
     Source,
-    _has_heads,
-    _with_apar_folder,
     adapter_weights,
     config_of,
+    has_heads,
     locate,
     read_model,
     read_tokenizer,
+    with_apar_folder,
 )
+from medusa_apar.reading import expanded
 from medusa_apar.threads.control_tokens import CONFIG_NAME, MODEL_ENTRY, ControlTokens
 
-from .job import on_a_terminal, write_text
-from .models import hub
-from .reading import expanded
-
 if TYPE_CHECKING:
+    from medusa_apar.heads import DraftHeads
+
     from .generate import MedusaApar
-    from .heads import DraftHeads
 
 AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,10 +73,10 @@ def load(
     attach_options: passed to `medusa_apar.attach`: `fork` (where answers split), `speculation` (how tokens are guessed
         ahead), `max_threads` (that run in one step), `quantize="int8"`, and others that are told there.
     """
+    from medusa_apar.heads import load_heads
     from medusa_apar.models.merge import merge_into
 
     from .generate import attach
-    from .heads import load_heads
 
     if device is not None and device_map is not None:
         raise ValueError("give device or device_map, not both")
@@ -86,7 +85,7 @@ def load(
     chosen = _dtype(dtype, device if device_map is None else _fastest(device_map))
     source = locate(name, revision, token)
     if isinstance(apar, (str, Path)) and apar != "auto":
-        source = _with_apar_folder(source, apar)
+        source = with_apar_folder(source, apar)
     elif apar is None or apar is False:
         source = replace(source, adapter=None, control=None)
     if isinstance(heads, (str, Path)):
@@ -186,7 +185,7 @@ def heads_name(heads: str | Path, source: Source) -> str | Path:
     path = expanded(heads)
     if path.exists():
         return path
-    if source.heads is not None and len(path.parts) == 1 and _has_heads(source.heads / path):
+    if source.heads is not None and len(path.parts) == 1 and has_heads(source.heads / path):
         return source.heads / path
     if str(heads).startswith((".", "/", "~")) or str(heads).count("/") != 1:
         raise FileNotFoundError(f"heads={str(heads)!r} is no file, folder or Hub id")

@@ -10,10 +10,9 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from medusa_apar.engine.stats import Stats, ThreadAgreement
+from medusa_apar.events import Event
 from medusa_apar.events.recording import Recording
 from medusa_apar.threads.paragraph_tree import ParagraphTree
-
-from .events import Event
 
 
 @dataclass
@@ -39,12 +38,12 @@ class MedusaAparOutput(GenerateDecoderOnlyOutput):
         return Recording.of(self.events or ())
 
     def _repr_html_(self) -> str | None:
-        from .display import answer
+        from medusa_apar.display import answer
 
         return answer(self).html if self.events else None
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """What IPython prints where it shows no picture."""
-        from .display import answer
+        from medusa_apar.display import answer
 
         printer.text(answer(self).text if self.events else repr(self))

@@ -24,7 +24,8 @@ from medusa_apar import ControlTokens, DraftTree
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.runtimes.attention import BACKENDS, current_forest
 from medusa_apar.triton_kernels.tree_attention import INTERPRETED
-from tests.support.tiny import CONTROL, VOCAB, forking_model, prompts, tiny_model
+from tests.support.models import CONTROL, VOCAB, forking_model, tiny_model
+from tests.support.prompts import prompts
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ from medusa_apar import ControlTokens, load
 from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
 from medusa_apar.heads.convert import convert
 from medusa_apar.models.merge import merge
+from tests.support.folders import PROMPT, word_model
+from tests.support.models import CHILD, FORK
 from tests.support.tiny_gguf import write_tiny_gguf
-from tests.test_loading import CHILD, FORK, PROMPT, save_tokenizer, tiny_model
+from tests.support.tokenizers import save_tokenizer
 
 OURS = (ValueError, OSError, NotImplementedError)
 PLACES = 10  # at which a file is cut
@@ -29,10 +31,10 @@ def whole(tmp_path_factory):
     """A folder of each format, and what is in it."""
     root = tmp_path_factory.mktemp("whole")
     for name in ("base", "shards", "pickle"):
-        tiny_model().save_pretrained(root / name, max_shard_size="4KB" if name == "shards" else "1GB")
+        word_model().save_pretrained(root / name, max_shard_size="4KB" if name == "shards" else "1GB")
         save_tokenizer(root / name)
     (root / "pickle" / "model.safetensors").unlink()
-    torch.save(tiny_model().state_dict(), root / "pickle" / "pytorch_model.bin")
+    torch.save(word_model().state_dict(), root / "pickle" / "pytorch_model.bin")
     model = AutoModelForCausalLM.from_pretrained(root / "base")
     MedusaHeads.random(model, 2, layout="v1").save_pretrained(root / "v1")
     heads = MedusaHeads.random(model, 2)

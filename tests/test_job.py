@@ -1,9 +1,7 @@
 """Files that are written whole or not at all, by whatever library, and can be read by whom the umask lets."""
 
 import os
-import resource
 import stat
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,8 +13,9 @@ from medusa_apar.heads import MedusaHeads
 from medusa_apar.heads.convert import convert
 from medusa_apar.job import filling, replacing, write_text
 from medusa_apar.models.merge import merge
-from tests.models.test_merge import lora_of
-from tests.test_loading import save_tokenizer, tiny_model
+from tests.support.disks import full_disk
+from tests.support.folders import lora_of, word_model
+from tests.support.tokenizers import save_tokenizer
 
 TENSORS = {"a": torch.zeros(30_000)}
 
@@ -47,28 +46,17 @@ WRITERS = {
 
 
 def heads():
-    return MedusaHeads.random(tiny_model(), num_heads=32)
+    return MedusaHeads.random(word_model(), num_heads=32)
 
 
 @pytest.fixture
 def root(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "base")
+    word_model().save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
     lora_of(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     MedusaHeads.random(model, num_heads=8).save_pretrained(tmp_path / "heads", dtype=torch.float32)
     return tmp_path
-
-
-@contextmanager
-def full_disk():
-    """No file may grow beyond some kilobytes: the system's error is another than a full disk's, its way the same."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("kind", WRITERS)

@@ -13,8 +13,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from medusa_apar import attach
@@ -24,40 +23,17 @@ from medusa_apar.loading import _check_devices, load
 from medusa_apar.models import hub
 from medusa_apar.models.sources import locate
 from medusa_apar.threads.control_tokens import ControlTokens
-from tests.support.tiny import forking_folder
+from tests.support.folders import PROMPT, forking_folder, word_model
 from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tokenizers import WORDS, save_tokenizer
 
 FORK, CHILD = 3, 4
-WORDS = ["<unk>", "<s>", "</s>", "<fork>", "<child>", *(f"w{i}" for i in range(27))]
-
-
-def save_tokenizer(folder, words=WORDS):
-    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
-    fast.save_pretrained(folder)
-
-
-def tiny_model(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture
 def base(tmp_path):
     folder = tmp_path / "base"
-    tiny_model().save_pretrained(folder)
+    word_model().save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
@@ -85,9 +61,6 @@ def adapter(base, tmp_path):
         return folder, tuned(PROMPT).logits
 
 
-PROMPT = torch.tensor([[1, FORK, CHILD, 9, 17]])
-
-
 def logits(apar):
     with torch.no_grad():
         return apar.model(PROMPT).logits
@@ -111,7 +84,7 @@ def test_a_folder_is_a_plain_model(base):
     assert apar.model.dtype == torch.float32
     assert not apar.model.training
     assert apar.tokenizer.convert_ids_to_tokens(9) == "w4"
-    assert torch.equal(logits(apar), tiny_model()(PROMPT).logits)
+    assert torch.equal(logits(apar), word_model()(PROMPT).logits)
     expected = apar.model.generate(PROMPT, max_new_tokens=8, do_sample=False)
     assert torch.equal(apar.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
 
@@ -149,7 +122,7 @@ def test_an_adapter_passed_as_apar(base, adapter):
 def test_apar_none_leaves_the_base_as_it_was_released(adapter):
     apar = load(adapter[0], apar=None)
     assert apar.control_token_ids is None
-    assert torch.equal(logits(apar), tiny_model()(PROMPT).logits)
+    assert torch.equal(logits(apar), word_model()(PROMPT).logits)
 
 
 def test_control_tokens_given_by_hand(base):
@@ -158,7 +131,7 @@ def test_control_tokens_given_by_hand(base):
 
 @pytest.mark.parametrize("place", [".", "medusa"])
 def test_heads_beside_a_model(base, place):
-    heads = MedusaHeads.random(tiny_model(), num_heads=2, seed=3)
+    heads = MedusaHeads.random(word_model(), num_heads=2, seed=3)
     if place == ".":  # whose config.json is the model's own
         heads.save_pretrained(base / "elsewhere", dtype=torch.float32)
         (base / "elsewhere" / "medusa_lm_head.safetensors").rename(base / "medusa_lm_head.safetensors")
@@ -171,7 +144,7 @@ def test_heads_beside_a_model(base, place):
 
 
 def test_other_heads_that_come_with_a_model_are_named(base):
-    first, second = (MedusaHeads.random(tiny_model(), num_heads=count, seed=count) for count in (2, 3))
+    first, second = (MedusaHeads.random(word_model(), num_heads=count, seed=count) for count in (2, 3))
     first.save_pretrained(base / "elsewhere")
     (base / "elsewhere" / "medusa_lm_head.safetensors").rename(base / "medusa_lm_head.safetensors")
     second.save_pretrained(base / "second")
@@ -186,7 +159,7 @@ def test_heads_alone_name_their_base(base, tmp_path):
     heads.save_pretrained(tmp_path / "heads")
     apar = load(tmp_path / "heads")
     assert apar.heads.num_heads == 2
-    assert torch.equal(logits(apar), tiny_model()(PROMPT).logits)
+    assert torch.equal(logits(apar), word_model()(PROMPT).logits)
     assert load(base, heads=tmp_path / "heads").heads.num_heads == 2
 
 
@@ -208,9 +181,7 @@ def test_a_gguf_file(tmp_path):
 def test_the_embedded_name_takes_weights_from_the_package(base, adapter, monkeypatch):
     folder, expected = adapter
     monkeypatch.setattr(hub, "embedded_model_dir", lambda name: base)
-    monkeypatch.setattr("medusa_apar.models.sources.files", lambda package: folder.parent / "package")
-    (folder.parent / "package" / "weights").mkdir(parents=True)
-    folder.rename(folder.parent / "package" / "weights" / "smollm2-135m")
+    monkeypatch.setattr("medusa_apar.models.sources.shipped_weights", lambda name: folder)
     apar = load()
     torch.testing.assert_close(logits(apar), expected)
     assert apar.control_token_ids == ControlTokens(FORK, CHILD)
@@ -222,14 +193,14 @@ def test_a_hub_repository_is_read_like_a_folder(base, monkeypatch):
 
 
 def test_dtype_auto_is_the_one_that_is_stored(base):
-    tiny_model().to(torch.bfloat16).save_pretrained(base)
+    word_model().to(torch.bfloat16).save_pretrained(base)
     assert load(base, dtype="auto").model.dtype == torch.bfloat16
     assert load(base).model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, {"": torch.device("cpu")}])
 def test_a_device_map_of_one_device(base, device_map):
-    assert torch.equal(logits(load(base, device_map=device_map)), tiny_model()(PROMPT).logits)
+    assert torch.equal(logits(load(base, device_map=device_map)), word_model()(PROMPT).logits)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +259,7 @@ def test_a_hub_repository_with_an_adapter_is_taken_as_a_folder_is(base, adapter,
 
 
 def test_the_token_arrives_where_heads_are_downloaded(base, tmp_path, monkeypatch):
-    MedusaHeads.random(tiny_model(), num_heads=2).save_pretrained(tmp_path / "heads")
+    MedusaHeads.random(word_model(), num_heads=2).save_pretrained(tmp_path / "heads")
     asked = []
     monkeypatch.setattr(
         huggingface_hub,
@@ -307,7 +278,7 @@ def test_a_daemon_without_standard_error_loads(base, tmp_path, monkeypatch, caps
         apar = load(base)
     with Job(tmp_path / "job", "train-heads", {}) as job:
         job.say("done")
-    assert torch.equal(logits(apar), tiny_model()(PROMPT).logits)
+    assert torch.equal(logits(apar), word_model()(PROMPT).logits)
     assert capsys.readouterr().out == ""
 
 
@@ -315,7 +286,7 @@ def test_weights_on_disk_are_read_as_they_are_needed(base):
     parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
     spread = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
     apar = load(base, device_map=spread)
-    expected = tiny_model().generate(PROMPT, max_new_tokens=8, do_sample=False)
+    expected = word_model().generate(PROMPT, max_new_tokens=8, do_sample=False)
     assert torch.equal(apar.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
 
 
@@ -329,7 +300,7 @@ def test_revision_and_token_arrive_at_the_hub(base, monkeypatch):
 
 
 def test_a_saved_model_forks_and_drafts_again(adapter, tmp_path):
-    MedusaHeads.random(tiny_model(), num_heads=2, seed=3).save_pretrained(tmp_path / "heads", dtype=torch.float32)
+    MedusaHeads.random(word_model(), num_heads=2, seed=3).save_pretrained(tmp_path / "heads", dtype=torch.float32)
     apar = load(adapter[0], heads=tmp_path / "heads")
     for _ in range(2):  # onto itself too
         apar.save_pretrained(tmp_path / "saved")
@@ -365,12 +336,12 @@ def test_what_transformers_saves_of_a_loaded_model_forks_again(adapter, tmp_path
 
 def test_paths_of_every_kind(tmp_path, monkeypatch):
     folder = tmp_path / "a böse name"
-    tiny_model().save_pretrained(folder)
+    word_model().save_pretrained(folder)
     save_tokenizer(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in (folder, str(folder), f"~/{folder.name}", f"./{folder.name}", f"{folder}/", Path(folder.name)):
-        assert torch.equal(logits(load(name)), tiny_model()(PROMPT).logits)
+        assert torch.equal(logits(load(name)), word_model()(PROMPT).logits)
     write_tiny_gguf(tmp_path / "TINY.GGUF")
     assert load("~/TINY.GGUF").model.config.vocab_size == load(tmp_path / "TINY.GGUF").tokenizer.vocab_size
 
@@ -378,7 +349,8 @@ def test_paths_of_every_kind(tmp_path, monkeypatch):
 def test_every_part_of_the_package_is_there_after_one_import():
     script = "import medusa_apar; print(medusa_apar.heads.MedusaHeads, medusa_apar.events, medusa_apar.display)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
-    script = "import sys; from medusa_apar import cli; cli.parser().format_help(); assert 'torch' not in sys.modules"
+    script = "import sys; from medusa_apar.commands import cli; cli.parser().format_help()"
+    script += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
@@ -386,7 +358,7 @@ def test_every_part_of_the_package_is_there_after_one_import():
 
 
 def without(name):
-    state = tiny_model().state_dict()
+    state = word_model().state_dict()
     del state[name]
     return state
 
@@ -395,7 +367,7 @@ def test_missing_weights_are_not_made_up(base):
     save_file(
         {k: v.clone() for k, v in without("lm_head.weight").items()}, base / "model.safetensors", {"format": "pt"}
     )
-    assert torch.equal(logits(load(base)), tiny_model()(PROMPT).logits)  # tied to the embedding
+    assert torch.equal(logits(load(base)), word_model()(PROMPT).logits)  # tied to the embedding
     state = without("model.layers.1.mlp.up_proj.weight")
     del state["lm_head.weight"]
     save_file(state, base / "model.safetensors", {"format": "pt"})
@@ -416,7 +388,7 @@ def test_missing_weights_are_not_made_up(base):
     "place", ["../outside.safetensors", "/outside.safetensors", "", 5, "inner/../../x.safetensors"]
 )
 def test_an_index_names_no_file_outside_of_its_folder(base, place):
-    index = {"weight_map": dict.fromkeys(tiny_model().state_dict(), place)}
+    index = {"weight_map": dict.fromkeys(word_model().state_dict(), place)}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"index.json says that .* which is no file of its folder"):
         load(base)
@@ -519,9 +491,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="apar is empty"):
             load(base, apar="")
         with pytest.raises(ValueError, match="name of the heads is empty"):
-            attach(tiny_model(), heads="")
+            attach(word_model(), heads="")
         with pytest.raises(ValueError, match="name of the control tokens' folder is empty"):
-            attach(tiny_model(), apar="")
+            attach(word_model(), apar="")
 
     @pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64])
     def test_dtype(self, base, dtype):

@@ -21,7 +21,9 @@ from transformers import (
 import medusa_apar
 from medusa_apar import checks
 from medusa_apar.heads import MedusaHeads
-from tests.support.tiny import prompts, tiny_model, tiny_tokenizer
+from tests.support.models import tiny_model
+from tests.support.prompts import prompts
+from tests.support.tokenizers import tiny_tokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 SAMPLED = {"do_sample": True, "top_k": 0}

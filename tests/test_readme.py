@@ -23,7 +23,7 @@ from medusa_apar import loading
 from medusa_apar.commands import cli
 from medusa_apar.eval.peers import PEERS
 from medusa_apar.heads import HydraHeads
-from tests.support.tiny import forking_folder
+from tests.support.folders import forking_folder
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

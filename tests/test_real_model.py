@@ -7,8 +7,8 @@ import medusa_apar
 from medusa_apar.commands.demo import QUESTION
 from medusa_apar.eval.check import differences
 from medusa_apar.models.chat import encode
-from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
-from tests.support.tiny import assert_chosen_tokens_are_the_models
+from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
+from tests.support.oracles import assert_chosen_tokens_are_the_models
 
 pytestmark = pytest.mark.real
 

@@ -1,9 +1,12 @@
 """The kernels and the torch references they must equal.
 
-reference   what every kernel computes, in plain torch; the counter-based noise that makes samples independent of the
-            schedule
-pack        a step's forest onto the device: new slots into the table of paths, and the tables of queries
-verify      from logits to accepted paths, all threads in one launch
-draft       residual heads, and the likeliest tokens without writing logits
-aot         compiles every variant without a GPU, and holds its registers and shared memory against a table
+reference.py       what every kernel computes, in plain torch; the noise that makes samples independent of schedules
+layout.py          the tables by which queries find their keys
+pack.py            a step's forest onto the device: new slots into the table of paths, and the tables of queries
+store.py           keys and values into their slots
+tree_attention.py  every query over its path and its ancestors in the draft tree
+verify.py          from logits to accepted paths, all threads in one launch
+draft.py           residual heads, and the likeliest tokens without writing logits
+aot.py             compiles every variant without a GPU, and holds what it costs against a table
+resources.json     that table
 """

@@ -1,6 +1,6 @@
 """A step's forest onto the device in one launch: from one small buffer to what all other kernels read of queries.
 
-Slots of paths live on the device, in a table of chunks (`medusa_apar/path_table.py`). A step commits the few that are
+Slots of paths live on the device, in a table of chunks (`kv/path_table.py`). A step commits the few that are
 new: those of its rows, and of the chunks in which threads part. A program per leaf writes the tables of its queries,
 and further programs commit slots and widen the rows.
 """

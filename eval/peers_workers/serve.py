@@ -1,6 +1,6 @@
 """The protocol of every worker: JSON lines, one question in, one answer out.
 
-A worker is a script that the peer's own Python runs as `worker.py SETTINGS`, SETTINGS being JSON. It writes
+A worker is a script that the peer's own Python runs as `SCRIPT SETTINGS`, SETTINGS being JSON. It writes
 `{"ready": {...}}` once it can answer, then for each `{"ids": [...], "limit": n}` on standard input an answer with
 `ids` (an end token included), `seconds` and `first_token_seconds`. It ends with its input. Nothing of medusa_apar is
 imported here: it is not installed where this runs.

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from medusa_apar.heads import checkpoints
 from medusa_apar.job import quiet, slow
 from medusa_apar.loading import load
 from medusa_apar.models import hub
-from medusa_apar.models.sources import Source, locate
+from medusa_apar.models.sources import Source, locate, shipped_weights
 from medusa_apar.runtimes.cpu.library import library
 from medusa_apar.runtimes.cpu.runtime import unsupported_reason
 from medusa_apar.runtimes.devices import device_of
@@ -215,7 +214,7 @@ def _kernels() -> str:
 
 
 def _embedded(name: str) -> str:
-    weights = Path(str(files("medusa_apar.heads"))) / "weights" / name
+    weights = shipped_weights(name)
     parts = {"base": hub.embedded_model_path(name) / "model.safetensors"}
     parts |= {"tuned": weights / "adapter_model.safetensors", "heads": weights / "medusa_lm_head.safetensors"}
     absent = {"base": "not downloaded yet"}

@@ -7,13 +7,12 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from medusa_apar.display.picture import Recorded
 from medusa_apar.events.recording import Origin, Recording
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .guesses import all_wrong_guesses, guess_text
 from .names import HUES, SOURCES, count, hue, name
-from .picture import Picture, sources
+from .picture import Picture, Recorded, sources
 from .pieces import Pieces
 from .timeline_picture import timeline_svg
 

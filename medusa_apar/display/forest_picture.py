@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from medusa_apar.display.picture import Recorded
 from medusa_apar.events import Drafted
 from medusa_apar.events.recording import Recording
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .names import HUES, hue, name
-from .picture import Picture, sources
+from .picture import Picture, Recorded, sources
 from .pieces import Pieces
 
 _TEXT, _ROW, _CELL, _HEAD = 330, 18, 15, 76  # pixels

@@ -5,13 +5,12 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from medusa_apar.display.picture import Recorded
 from medusa_apar.events.recording import Recording
 from medusa_apar.threads.paragraph_tree import ParagraphTree, Thread
 
 from .guesses import chains, guess_text, wrong_guesses
 from .names import HUES, count, hue, name, state
-from .picture import Picture, sources
+from .picture import Picture, Recorded, sources
 from .pieces import Pieces
 
 CHAINS_SHOWN = 3  # of the guesses that stand at one place

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from html import escape
 
-from medusa_apar.display.picture import Recorded
 from medusa_apar.events.recording import Recording
 
 from .names import HUES, count, hue, name, state
-from .picture import Picture, sources
+from .picture import Picture, Recorded, sources
 
 _LEFT, _WIDTH, _LANE, _SLOTS = 74, 860, 17, 64  # pixels
 _DIGITS = 9  # pixels a step, from which on the counts are written into their boxes

@@ -6,12 +6,11 @@ from html import escape
 from textwrap import shorten
 from typing import Any
 
-from medusa_apar.display.picture import Recorded
 from medusa_apar.events.recording import Recording
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .names import HUES, count, hue, name, state
-from .picture import Picture, sources
+from .picture import Picture, Recorded, sources
 from .pieces import Pieces
 
 _HEAD, _BEGINNING = 48, 60  # characters

@@ -1,1 +1,10 @@
-"""TODO map."""
+"""What is guessed ahead of each thread, and which guesses become draft nodes.
+
+draft_tree.py   the shape of a draft tree, and the best one for a table of acceptance
+candidates.py   what could hang below a thread's root, with a probability for each node
+ngram_index.py  what a request has said before: prompt lookup over all its threads
+budget.py       which candidates become nodes: one budget for the whole forest
+step_cost.py    what a step costs by its rows, and so how many nodes pay
+drafter.py      the protocol of whatever drafts from hidden states
+options.py      `Speculation`: which parts of all this take part
+"""

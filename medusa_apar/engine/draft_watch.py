@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from medusa_apar.engine.stats import Stats
+from .stats import Stats
 
 logger = logging.getLogger(__name__)
 

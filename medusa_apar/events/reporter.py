@@ -159,7 +159,7 @@ class Reporter:
 
 
 class Reporters:
-    """All reporters of an engine. A request that nobody watches costs nothing, one whose consumer raises fails alone."""
+    """All reporters of an engine. An unwatched request costs nothing, and one whose consumer raises fails alone."""
 
     def __init__(self) -> None:
         self._requests: dict[Reporter, set[Request]] = {}

@@ -1,12 +1,11 @@
 """Teaching a chat model to fork: paragraph trees by rule, trie packing, LoRA training.
 
-- rules.py: an answer's text -> its paragraph tree
-- corpus.py: chat files -> examples, with what was left out and why
-- data.py: `medusa-apar data`: examples.jsonl and a report
-- packing.py: threads -> one row in which every token appears once
-- mixture.py: which examples are trained on, and how rows fill updates
-- base.py: the model to be tuned and its two control tokens
-- adapter.py: LoRA plus the two control rows: attach, forward, save
-- train.py: `medusa-apar finetune`: the training loop
-- merge.py: `medusa-apar merge`: an adapter as a whole model
+rules.py    an answer's text into its paragraph tree
+corpus.py   chat files into examples, with what was left out and why
+data.py     `medusa-apar data`: examples.jsonl and a report
+packing.py  threads into one row in which every token appears once
+mixture.py  which examples are trained on, and how rows fill updates
+base.py     the model to be tuned and its two control tokens
+adapter.py  LoRA plus the two control rows: attach, forward, save
+train.py    `medusa-apar finetune`: the training loop
 """

@@ -13,13 +13,13 @@ import torch
 
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.draft_tree import TreeShape
-from medusa_apar.forest.mask import ForestMask, Group
 from medusa_apar.kv.path_table import Changes
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread, thread_key
 from medusa_apar.triton_kernels.layout import LayoutKind, Leaves, Plan, Sizes, TreeLayout, tables
 
 from .device_tables import PackedForest
+from .mask import ForestMask, Group
 
 _NO_TREE = TreeShape(np.zeros(0, dtype=np.int64))
 _NOTHING = np.zeros(0, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The dense mask of a forest, one block a request: which slots each row may attend to."""
 
 from __future__ import annotations
 

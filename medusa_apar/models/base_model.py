@@ -4,41 +4,35 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from medusa_apar.models import head_files, sources
 from medusa_apar.reading import expanded, reading, shards
 
-if TYPE_CHECKING:
-    from medusa_apar.models.sources import Source
+from . import head_files, hub
+from .merge import merged_model
+from .sources import Source, is_gguf, locate, read_model
 
 
 class Base:
     """The model the heads sit on, read only as far as it is needed."""
 
     def __init__(self, name: str, trust_remote_code: bool = False) -> None:
-        from . import hub
-
         self.name, self.trust_remote_code = name, trust_remote_code
         path = expanded(name)
         self.local = path.resolve() if name not in hub.EMBEDDED and path.is_dir() else None
 
     @cached_property
     def source(self) -> Source:
-        from medusa_apar.models.sources import locate
-
         return locate(self.name)
 
     @cached_property
     def unembedding(self) -> Tensor:
         """[vocabulary, H] in the dtype it is stored in, with what an adapter tuned."""
-        if self.source.adapter or sources.is_gguf(self.source.base):
-            from .merge import merged_model
-
+        if self.source.adapter or is_gguf(self.source.base):
             model, _ = merged_model(self.source, trust_remote_code=self.trust_remote_code)
             weight, bias = _output(model, self.name)
         else:
@@ -49,8 +43,6 @@ class Base:
 
     def folder(self) -> Path:
         """Of the model's weights, downloaded where they are on the Hub."""
-        from . import hub
-
         if self.source.base in hub.EMBEDDED:
             return hub.embedded_model_dir(self.source.base)
         path = expanded(self.source.base)
@@ -67,7 +59,7 @@ class Base:
                 f"{self.name} is an adapter on {self.source.base}: run `medusa-apar merge` and pass the merged model "
                 "as --base"
             )
-        if sources.is_gguf(self.source.base):
+        if is_gguf(self.source.base):
             raise ValueError(f"{self.name} is a GGUF file: pass a model folder as --base")
         return self.folder()
 
@@ -86,8 +78,6 @@ def model_shards(folder: Path) -> list[Path]:
 def _stored_unembedding(folder: Path, name: str, trust_remote_code: bool) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the unembedding: the one tensor where its name is plain, else the whole model is loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from medusa_apar.models.sources import read_model
 
     with reading(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from medusa_apar.models.sources import RELEASED_TOKENS
+from .sources import RELEASED_TOKENS
 
 Message = dict[str, str]  # "role": "system" | "user" | "assistant", "content"
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What differs between families of models: which are refused, how long a path may be, what becomes of logits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from transformers import PreTrainedModel
 
 # Layers whose state is not a list of keys and values: a rejected draft node could not be taken back from them.
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "rwkv", "short_conv", "hybrid")
-
-
 # Rotary scalings that depend on the longest row of a batch.
-_SWITCHING = ("longrope", "dynamic")
+SWITCHING_ROPE = ("longrope", "dynamic")
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -46,14 +44,14 @@ def context_length(model: PreTrainedModel) -> int | None:
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return length  # learned positions: there is no embedding beyond
-    kinds = _rope_kinds(rope)
-    if any(kind.get("rope_type") in _SWITCHING for kind in kinds):
+    kinds = rope_kinds(rope)
+    if any(kind.get("rope_type") in SWITCHING_ROPE for kind in kinds):
         originals = [kind.get("original_max_position_embeddings") for kind in kinds]
         return next((original for original in originals if original), length)
     return None
 
 
-def _rope_kinds(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def rope_kinds(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list(rope.values()) if all(isinstance(kind, dict) for kind in rope.values()) else [rope]
 
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""A name for the weights of a model, by which files made from them are told from those of other weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The files in which draft heads lie: their names, and the config beside them, checked field by field."""
 
 from __future__ import annotations
 
@@ -8,24 +8,18 @@ from medusa_apar.json_files import json_object
 from medusa_apar.reading import field
 
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
-
-
 FULL_MODEL_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-
-
 CONFIG_FIELDS = {
     **dict.fromkeys(("kind", "base_model_name_or_path", "model_type"), str),
     **dict.fromkeys(("vocab_size", "hidden_size", "medusa_num_heads", "medusa_num_layers"), int),
     **dict.fromkeys(("original_lm_head", "medusa_fc_bias"), bool),
     "acceptance": list,
 }
-
-
 SUBFOLDER = "medusa"  # where APAR models keep their heads
 
 

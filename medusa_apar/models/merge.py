@@ -8,22 +8,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from medusa_apar.job import write_text
 from medusa_apar.json_files import json_object
-from medusa_apar.models import head_files, sources
 from medusa_apar.reading import expanded, reading
 from medusa_apar.threads.control_tokens import CONFIG_NAME
 
-from . import hub
+from . import head_files, hub
 from .model_folder import check_empty, new_model_folder
-
-if TYPE_CHECKING:
-    from medusa_apar.models.sources import Source
+from .sources import Source, adapter_weights, is_gguf, locate, read_model, read_tokenizer
 
 
 def merge(
@@ -45,7 +42,7 @@ def merge(
     trust_remote_code: whether code from the base's repository may run.
     """
     out = expanded(out)
-    source = sources.locate(adapter)
+    source = locate(adapter)
     if source.adapter is None:
         raise ValueError(f"{adapter} holds no adapter_config.json, so there is nothing to merge")
     base = expanded(source.base)
@@ -53,7 +50,7 @@ def merge(
         if out.is_dir() and used.exists() and out.resolve() == used.resolve():
             raise ValueError(f"{out} is what the merged model is made from: choose another folder")
     check_empty(out, force)
-    sources.adapter_weights(source.adapter)
+    adapter_weights(source.adapter)
     model, tokenizer = merged_model(source, dtype, trust_remote_code)
     with new_model_folder(out) as built:
         model.save_pretrained(built)
@@ -73,10 +70,10 @@ def merged_model(source: Source, dtype: torch.dtype | None = None, trust_remote_
     dtype: of the returned weights; None is the one the base is stored in.
     """
     base = str(hub.embedded_model_dir(source.base)) if source.base in hub.EMBEDDED else source.base
-    tokenizer = sources.read_tokenizer(source.tokenizer or base, trust_remote_code=trust_remote_code)
-    if dtype is None and not sources.is_gguf(base):
+    tokenizer = read_tokenizer(source.tokenizer or base, trust_remote_code=trust_remote_code)
+    if dtype is None and not is_gguf(base):
         dtype = read_config(base, trust_remote_code).dtype
-    model = sources.read_model(base, torch.float32, trust_remote_code=trust_remote_code)
+    model = read_model(base, torch.float32, trust_remote_code=trust_remote_code)
     if source.adapter:
         model = merge_into(model, source.adapter, tokenizer)
     return model.to(dtype or torch.float32).eval(), tokenizer
@@ -128,8 +125,6 @@ def put_adapter(model: Any, adapter: Path, is_trainable: bool = False) -> Any:
     """peft's model of `adapter` over `model`, every tensor of its file in its place and none missing."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
-    from medusa_apar.models.sources import adapter_weights
 
     config = _adapter_config(adapter)
     with reading(adapter_weights(adapter)):

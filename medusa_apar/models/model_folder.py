@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from medusa_apar.job import with_ordinary_permissions, writing
-from medusa_apar.models import head_files
+
+from . import head_files
 
 # What is replaced of a model, and of the heads in its medusa/; other files may be anyone's.
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")

@@ -1,25 +1,22 @@
-"""TODO"""
+"""What a model's name stands for (an embedded model, a folder, a GGUF file, a Hub id), and reading what lies there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from medusa_apar.json_files import json_object
-from medusa_apar.models import head_files, hub
 from medusa_apar.reading import expanded, field, reading, shards
 from medusa_apar.threads.control_tokens import CONFIG_NAME, MODEL_ENTRY
 
+from . import head_files, hub
+
 RELEASED_TOKENS = ("[SplitMask]", "[SplitSop]")  # [Fork] and [Child] of the APAR models their authors released
-
-
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-
 HUB_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.*", "medusa_lm_head.*", "medusa/*"]
 
 
@@ -49,7 +46,7 @@ def _located(name: str | Path, revision: str | None, token: str | bool | None, b
     if revision is not None and here:
         raise ValueError(f"revision={revision!r} is of a Hub repository, which {name} is not")
     if name in hub.EMBEDDED:
-        return replace(_parts(Path(str(files("medusa_apar.heads"))) / "weights" / str(name)), base=str(name))
+        return replace(_parts(shipped_weights(str(name))), base=str(name))
     if path.is_file() and path.suffix.lower() != ".gguf":
         raise ValueError(f"{path} is a file, but no GGUF file: name the folder it lies in")
     if path.is_file():
@@ -74,10 +71,17 @@ def _located(name: str | Path, revision: str | None, token: str | bool | None, b
     return replace(parts, base=_base_name(parts.base, folder, token, building), tokenizer=tokenizer)
 
 
+def shipped_weights(name: str) -> Path:
+    """The folder of the adapter and the heads that this package ships for an embedded model."""
+    heads = find_spec("medusa_apar.heads")  # found, not imported: the heads are a room above this one
+    assert heads and heads.submodule_search_locations
+    return Path(heads.submodule_search_locations[0]) / "weights" / name
+
+
 def _parts(folder: Path) -> Source:
     """What `folder` holds besides base weights, and which base its configs name ("" for none)."""
     adapter = folder if (folder / "adapter_config.json").exists() else None
-    heads = next((place for place in (folder, folder / "medusa") if _has_heads(place)), None)
+    heads = next((place for place in (folder, folder / "medusa") if has_heads(place)), None)
     control = folder if (folder / CONFIG_NAME).exists() or MODEL_ENTRY in config_of(folder) else None
     named = [(control, CONFIG_NAME, "base"), (adapter, "adapter_config.json", "base_model_name_or_path")]
     named.append((heads and folder, "config.json", "base_model_name_or_path"))
@@ -85,7 +89,8 @@ def _parts(folder: Path) -> Source:
     return Source(base=next(filter(None, bases), ""), adapter=adapter, heads=heads, control=control)
 
 
-def _has_heads(folder: Path) -> bool:
+def has_heads(folder: Path) -> bool:
+    """Whether a folder holds draft heads: files of their own, or a Medusa-2 model with heads among its weights."""
     if any((folder / file).is_file() for file in head_files.FILES):
         return True
     if folder.name == "medusa":
@@ -168,7 +173,8 @@ def _file_names(folder: Path, hub_id: str | None, revision: str | None, token: s
     return here | {file.rfilename for file in found or []}
 
 
-def _with_apar_folder(source: Source, name: str | Path) -> Source:
+def with_apar_folder(source: Source, name: str | Path) -> Source:
+    """The source with the adapter and the control ids of folder `name` in place of its own."""
     if not str(name).strip():
         raise ValueError("apar is empty: name a folder")
     folder = expanded(name)

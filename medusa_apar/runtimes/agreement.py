@@ -1,4 +1,4 @@
-"""TODO"""
+"""Whether a runtime computes what the model itself does: tried on a short text before anything is generated."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.families import context_length
-from medusa_apar.runtimes.devices import device_of
-from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.paragraph_tree import ParagraphTree
+
+from .devices import device_of
+from .runtime import Runtime
+
+_DRAFTED = 3  # tokens of a text that are drafted, the last ones
+_CHECKED = TreeShape(np.array([-1, -1, 0, 2]))  # the second node is a token that is wrong
+_LENGTH = 256  # of a text where it is quick
+_WORK = 10_000_000_000  # products of a forward pass that a CPU does not feel: a quarter of a second, more or less
+_SECONDS = 2.0  # that a pass over the whole length may take on a CPU
 
 
 @torch.no_grad()
@@ -46,21 +53,6 @@ def check_agrees(model: PreTrainedModel, runtime: Runtime, largest: float | None
         raise ValueError(
             f"{type(model).__name__} cannot be attached: over a KV pool its logits are {difference:.0%} off its own."
         )
-
-
-_DRAFTED = 3  # tokens of a text that are drafted, the last ones
-
-
-_CHECKED = TreeShape(np.array([-1, -1, 0, 2]))  # the second node is a token that is wrong
-
-
-_LENGTH = 256  # of a text where it is quick
-
-
-_WORK = 10_000_000_000  # products of a forward pass that a CPU does not feel: a quarter of a second, more or less
-
-
-_SECONDS = 2.0  # that a pass over the whole length may take on a CPU
 
 
 def _some_text(model: PreTrainedModel, most: int = _LENGTH) -> tuple[list[int], torch.Tensor]:

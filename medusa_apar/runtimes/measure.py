@@ -24,9 +24,10 @@ from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.job import processor, write_text
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.hub import cache_dir
-from medusa_apar.runtimes.devices import device_of
-from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.paragraph_tree import ParagraphTree
+
+from .devices import device_of
+from .runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

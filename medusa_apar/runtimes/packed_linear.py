@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from medusa_apar.runtimes.cpu.weight_fingerprint import WeightFingerprint, plain
+from .cpu.weight_fingerprint import WeightFingerprint, plain
 
 _ROWS_HINT = 16  # the layout is chosen for so many rows; it serves 1 to 64 well
 _MOST_ROWS = 64  # beyond, as in a prefill, F.linear is as good

@@ -7,12 +7,11 @@ import logging
 import psutil
 from transformers import PreTrainedModel
 
-from medusa_apar.runtimes.agreement import check_agrees
-from medusa_apar.runtimes.cpu.runtime import CpuRuntime, unsupported_reason
-from medusa_apar.runtimes.runtime import Runtime
-
+from .agreement import check_agrees
 from .attention import pick_backend
+from .cpu.runtime import CpuRuntime, unsupported_reason
 from .devices import device_of, gpus_of
+from .runtime import Runtime
 from .torch_runtime import TorchRuntime
 
 logger = logging.getLogger(__name__)

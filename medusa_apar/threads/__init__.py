@@ -1,1 +1,8 @@
-"""TODO map."""
+"""A request's threads as lists of token ids: where they fork, and in which order they are read. No tensors.
+
+paragraph_tree.py  threads, their forks, their paths and their reading order
+request.py         one prompt and everything generated for it
+control_tokens.py  the ids of `[Fork]` and `[Child]`, and the rule that bans them
+fork_policy.py     where an answer forks: at `[Fork]`, at list items, or nowhere
+list_items.py      list items as they are being written
+"""

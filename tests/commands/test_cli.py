@@ -22,9 +22,9 @@ from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.models import hub
 from medusa_apar.runtimes.cpu import library
-from tests.models.test_merge import own_code
-from tests.support.tiny import CONTROL, VOCAB, forking_folder, forking_model
-from tests.test_loading import save_tokenizer
+from tests.support.folders import forking_folder, own_code
+from tests.support.models import CONTROL, VOCAB, forking_model
+from tests.support.tokenizers import save_tokenizer
 
 QUESTION = "w1 w2 w9 w3"
 KEYS = ["text", "tokens", "steps", "threads", "forks", "tokens_per_second", "baseline_tokens_per_second", "speedup"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from medusa_apar.commands.cli import main
-from tests.support.tiny import forking_folder
+from tests.support.folders import forking_folder
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,9 +18,10 @@ from medusa_apar.events.recording import Recording
 from medusa_apar.forest.forest import Forest
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.support.calls import CALLS, SAMPLED, fork_freely
-from tests.support.list_writer import Pieces as ListTokenizer
 from tests.support.list_writer import list_prompts, list_writer
-from tests.support.tiny import CONTROL, forking_model, prompts, tiny_tokenizer
+from tests.support.models import CONTROL, forking_model
+from tests.support.prompts import prompts
+from tests.support.tokenizers import ListTokenizer, tiny_tokenizer
 
 CONTROL_IDS = (CONTROL.fork_id, CONTROL.child_id)
 

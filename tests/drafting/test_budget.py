@@ -12,7 +12,7 @@ from medusa_apar.drafting.budget import LEAST_CHANCE, ForestBudget, worths
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.threads.paragraph_tree import ParagraphTree
-from tests.support.tiny import CHILD, FORK
+from tests.support.models import CHILD, FORK
 
 
 @st.composite

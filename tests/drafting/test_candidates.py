@@ -8,7 +8,7 @@ from medusa_apar.drafting.candidates import Calibration, Proposer, Trust
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.ngram_index import LONGEST, MOST_RECALLED, SHORTEST, Recall, SiblingMemory
 from medusa_apar.threads.paragraph_tree import ParagraphTree
-from tests.support.tiny import CHILD, FORK
+from tests.support.models import CHILD, FORK
 
 # ---- sibling memory
 

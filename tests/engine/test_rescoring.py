@@ -7,17 +7,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 import medusa_apar
 from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from tests.support.tiny import (
-    CHILD,
-    CONTROL,
-    EOS,
-    FORK,
-    RecallHeads,
-    forking_model,
-    prompts,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.support.drafters import RecallHeads
+from tests.support.models import CHILD, CONTROL, EOS, FORK, forking_model, tiny_model
+from tests.support.prompts import prompts
+from tests.support.tokenizers import tiny_tokenizer
 
 LIMIT = 40
 GREEDY = {"do_sample": False, "max_new_tokens": LIMIT, "return_dict_in_generate": True, "verify": "stitched"}

@@ -13,21 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from medusa_apar.commands.cli import main
 from medusa_apar.eval import bench, check, prompts, statistics, systems
-from medusa_apar.eval.plan import Plan, open_results
+from medusa_apar.eval.plan import open_results
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
 from medusa_apar.models.chat import encode
-from tests.support.tiny import forking_folder
+from tests.support.benchmarks import PLAN, lines, row
+from tests.support.folders import forking_folder
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 # ---- prompt sets
-
-
-def lines(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
 
 
 def test_every_benchmarks_lines_are_prompts(tmp_path):
@@ -134,14 +130,6 @@ def test_sides_of_different_prompts_have_no_ratio():
 # ---- what may be compared
 
 
-def row(system, prompt, seconds=1.0, tokens=10, repeat=0, looping=0.0, category="", steps=5):
-    return {
-        "system": system, "prompt": prompt, "repeat": repeat, "seconds": seconds, "tokens": tokens, "looping": looping,
-        "category": category, "steps": steps, "peak_slots": 7, "repeated_4grams": 0.1, "first_token_seconds": 0.1,
-        "threads": 2, "finish": "stop",
-    }  # fmt: skip
-
-
 def test_systems_that_answered_other_prompts_are_not_compared():
     rows = [row("a", "1"), row("a", "2"), row("b", "1")]
     with pytest.raises(ValueError, match=r"b and a did not answer the same prompts \(2 differs\)"):
@@ -166,9 +154,6 @@ def test_speed_is_of_totals_and_medians_and_loops_stand_apart():
     assert summary["looping"] == ["2"] and summary["parts"]["no loops"]["prompts"] == 1
     assert summary["parts"]["no loops"]["a"]["tokens_per_second"]["value"] == pytest.approx(10.0)
     assert set(summary["parts"]) == {"all", "no loops", "x"}
-
-
-PLAN = Plan("m", "w", "", "float32", "torch, float32", "cpu", 1, "p", 8)
 
 
 # ---- the command

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from medusa_apar.eval import systems
 from medusa_apar.loading import load
 from medusa_apar.models.chat import encode
-from tests.support.tiny import forking_folder
+from tests.support.folders import forking_folder
 
 ASKED, LIMIT, LONGEST = ("a", "ask b", "ask cde"), 20, 40
 

@@ -13,7 +13,7 @@ from medusa_apar.eval import bench, chat_endpoint, judge, judge_files, prompts
 from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.runs import Runs
 from medusa_apar.job import Job
-from tests.support.tiny import forking_folder
+from tests.support.folders import forking_folder
 
 TEMPLATES = [
     {"name": "single-v1", "system_prompt": "S", "prompt_template": "rate {question} | {answer}"},

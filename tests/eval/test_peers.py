@@ -13,8 +13,8 @@ from medusa_apar.commands.cli import main
 from medusa_apar.eval import bench, peer_files, peers, systems
 from medusa_apar.eval.peer_worker import Worker
 from medusa_apar.loading import load
-from tests.eval.test_bench import PLAN, lines, row
-from tests.support.tiny import forking_folder
+from tests.support.benchmarks import PLAN, lines, row
+from tests.support.folders import forking_folder
 
 # What the real workers share, and an engine that writes the prompt backwards and prints where it should not.
 FAKE = f"""

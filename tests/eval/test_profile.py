@@ -9,7 +9,8 @@ from medusa_apar.eval.prompts import Prompt
 from medusa_apar.eval.quantisation import compare
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.runtimes.cpu import library
-from tests.support.tiny import CONTROL, forking_model, tiny_tokenizer
+from tests.support.models import CONTROL, forking_model
+from tests.support.tokenizers import tiny_tokenizer
 
 
 @pytest.fixture

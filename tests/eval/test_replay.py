@@ -12,7 +12,7 @@ from medusa_apar.eval.answering import answer
 from medusa_apar.eval.replay import Drafting, path_log_probs, replay
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.heads.ask import as_record
-from tests.support.tiny import CONTROL, EOS, forking_model
+from tests.support.models import CONTROL, EOS, forking_model
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16], [20, 21, 22]]
 TREE = DraftTree.likeliest(12, [[0.5, 0.3, 0.2]] * 3)

@@ -16,7 +16,8 @@ from medusa_apar.eval import answering, goals, questions, weights
 from medusa_apar.eval.loops import looping_share
 from medusa_apar.finetune.mixture import is_held_out
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from tests.support.tiny import CONTROL, EOS, forking_folder, forking_model
+from tests.support.folders import forking_folder
+from tests.support.models import CONTROL, EOS, forking_model
 
 # A busy machine is no failure.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

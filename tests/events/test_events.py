@@ -23,7 +23,8 @@ from medusa_apar.events import (
 )
 from medusa_apar.events.recording import ReadingOrder, Recording
 from tests.support.calls import CALLS, fork_freely, fork_lists
-from tests.support.tiny import CONTROL, forking_model, prompts
+from tests.support.models import CONTROL, forking_model
+from tests.support.prompts import prompts
 
 
 @pytest.fixture(scope="module", params=CALLS)

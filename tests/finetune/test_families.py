@@ -7,16 +7,17 @@ from transformers import AutoModelForCausalLM, CohereConfig, GPTNeoXConfig, Gran
 
 from medusa_apar.finetune.adapter import attach_lora, check_forward, control_rows, label_losses
 from medusa_apar.finetune.packing import Tokens, join, pack_threads
-from tests.support.tiny import _IDS, _LLAMA_LIKE, CHILD, CONFIGS, EOS, FORK, VOCAB, tiny_tokenizer
+from tests.support.models import CHILD, CONFIGS, EOS, FORK, IDS, LLAMA_LIKE, VOCAB
+from tests.support.tokenizers import tiny_tokenizer
 
 TOKENS = Tokens(FORK, CHILD, EOS)
 SCALED = {
-    "granite": lambda: GraniteConfig(**_LLAMA_LIKE, **_IDS, logits_scaling=8.0, embedding_multiplier=6.0),
-    "cohere": lambda: CohereConfig(**_LLAMA_LIKE, **_IDS, logit_scale=0.0625),
+    "granite": lambda: GraniteConfig(**LLAMA_LIKE, **IDS, logits_scaling=8.0, embedding_multiplier=6.0),
+    "cohere": lambda: CohereConfig(**LLAMA_LIKE, **IDS, logit_scale=0.0625),
     "gpt_neox tied": lambda: GPTNeoXConfig(
-        **{k: v for k, v in _LLAMA_LIKE.items() if k != "num_key_value_heads"}, **_IDS, tie_word_embeddings=True
+        **{k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}, **IDS, tie_word_embeddings=True
     ),
-    "phi": lambda: PhiConfig(**_LLAMA_LIKE, **_IDS),  # an unembedding with a bias
+    "phi": lambda: PhiConfig(**LLAMA_LIKE, **IDS),  # an unembedding with a bias
 }
 FAMILIES = CONFIGS | SCALED
 
@@ -36,7 +37,7 @@ def model_of(family: str):
 
 
 def threads(seed: int):
-    """A trunk of 24, a child under a fork at 9, a grandchild: longer than any window of tests.support.tiny."""
+    """A trunk of 24, a child under a fork at 9, a grandchild: longer than any window of CONFIGS."""
     ids = torch.randint(5, VOCAB, (3, 24), generator=torch.Generator().manual_seed(seed)).tolist()
     ids[0][9] = ids[1][6] = FORK
     ids[1][0] = ids[2][0] = CHILD

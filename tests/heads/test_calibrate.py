@@ -19,8 +19,10 @@ from medusa_apar.heads.answers import AnswerFile, encode, greedy
 from medusa_apar.heads.ask import as_record
 from medusa_apar.heads.calibrate import UNKNOWN, Ranks, Reliability, acceptance, accepted
 from medusa_apar.heads.calibration_plot import plot
-from tests.models.test_merge import own_code
-from tests.support.tiny import CONTROL, EOS, forking_model, prompts, tiny_tokenizer
+from tests.support.folders import own_code
+from tests.support.models import CONTROL, EOS, forking_model
+from tests.support.prompts import prompts
+from tests.support.tokenizers import tiny_tokenizer
 
 TOP_K, HEADS = 4, 3
 # A busy machine is no failure.

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
 from medusa_apar.runtimes.capture import Captured
-from tests.support.tiny import CONFIGS, VOCAB, tiny_model
+from tests.support.models import CONFIGS, VOCAB, tiny_model
 
 HIDDEN = 32
 

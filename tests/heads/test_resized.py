@@ -9,8 +9,8 @@ import torch
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
-from tests.runtimes.cpu.test_runtime import model_of
-from tests.support.tiny import VOCAB, prompts
+from tests.support.models import VOCAB, model_of
+from tests.support.prompts import prompts
 
 INPUTS = prompts(2, 9)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}

@@ -20,8 +20,11 @@ from medusa_apar.heads.losses import WINDOW, evaluate, ridge_start, window_losse
 from medusa_apar.heads.train import Settings, train
 from medusa_apar.job import Job
 from medusa_apar.loading import load
-from tests.models.test_merge import own_code
-from tests.support import tiny
+from tests.support.folders import own_code
+from tests.support.models import CHILD as TINY_CHILD
+from tests.support.models import FORK as TINY_FORK
+from tests.support.models import VOCAB, tiny_model
+from tests.support.tokenizers import tiny_tokenizer
 
 VOCABULARY, FORK, CHILD, EOS = 47, 43, 44, 45
 
@@ -95,7 +98,7 @@ def test_states_are_those_of_each_threads_path(model):
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_states_see_no_further_than_a_layers_window(family):
     """Packed rows were once read with the path mask alone, as if every layer saw the whole path."""
-    model = tiny.tiny_model(family)
+    model = tiny_model(family)
     answers = encode(model, AnswerFile([RECORD]), 0, [EOS])
     for index, (before, own) in enumerate(paths(RECORD)):
         states = model.model(torch.tensor([before + own])).last_hidden_state[0]
@@ -370,12 +373,12 @@ def test_loss_of_zero_heads_is_that_of_the_next_token_distribution(model):
 def tuned(tmp_path_factory):
     """A folder with a tiny forking model, its tokenizer and its control tokens."""
     folder = tmp_path_factory.mktemp("tuned")
-    model = tiny.tiny_model(scale=6.0)
+    model = tiny_model(scale=6.0)
     model.save_pretrained(folder)
-    tokenizer = tiny.tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
-    control = {"fork_token_id": tiny.FORK, "child_token_id": tiny.CHILD, "max_depth": 2}
+    control = {"fork_token_id": TINY_FORK, "child_token_id": TINY_CHILD, "max_depth": 2}
     (folder / "apar_config.json").write_text(json.dumps(control))
     return folder
 
@@ -549,11 +552,11 @@ def command_on(tuned, tmp_path, *options):
 
 
 def test_ids_beyond_the_vocabulary_are_refused_with_their_line(tuned, tmp_path, capsys):
-    thread = {"parent": -1, "fork_index": -1, "token_ids": [5, 6, tiny.VOCAB]}
+    thread = {"parent": -1, "fork_index": -1, "token_ids": [5, 6, VOCAB]}
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(RECORD) + "\n\n" + json.dumps({"prompt_ids": [5], "threads": [thread]}))
     assert main(command_on(tuned, tmp_path, "--answers", str(path))) == 2
-    assert f"a.jsonl:3: id {tiny.VOCAB} is beyond the model's vocabulary of {tiny.VOCAB}" in capsys.readouterr().err
+    assert f"a.jsonl:3: id {VOCAB} is beyond the model's vocabulary of {VOCAB}" in capsys.readouterr().err
 
 
 def test_answers_of_another_model_or_with_other_settings_are_not_gone_on_with(tuned, tmp_path, capsys):

@@ -14,7 +14,7 @@ from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.forest.forest import Stem
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.triton_kernels.layout import Sizes
-from tests.forest.test_trees import Script
+from tests.support.random_requests import Script
 
 
 class Evicting(Script):

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from medusa_apar.models.chat import encode
 from medusa_apar.models.sources import RELEASED_TOKENS
-from tests.test_loading import WORDS, save_tokenizer
+from tests.support.tokenizers import WORDS, save_tokenizer
 
 
 @pytest.fixture

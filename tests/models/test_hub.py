@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medusa_apar.models import hub
+from tests.support.disks import full_disk
 from tests.support.tiny_gguf import write_tiny_gguf
-from tests.test_job import full_disk
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
 from medusa_apar.models.merge import merge
 from medusa_apar.threads.control_tokens import ControlTokens
-from tests.test_loading import WORDS, save_tokenizer
+from tests.support.folders import lora_of, own_code
+from tests.support.tokenizers import WORDS, save_tokenizer
 
 
 def make_base(folder, tied, dtype=torch.float32, vocabulary=32):
@@ -65,19 +66,6 @@ def make_adapter(base, folder, indices, ids, grown=False):
     (folder / "apar_config.json").write_text(json.dumps(apar))
     with torch.no_grad():
         return tuned(prompt(ids)).logits
-
-
-def own_code(folder):
-    """Makes a Llama folder one whose classes lie in the folder."""
-    (folder / "own_llama.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n\n\n"
-        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
-    config = json.loads((folder / "config.json").read_text())
-    auto = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnModel"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": auto}))
-    return folder
 
 
 def prompt(ids):
@@ -265,20 +253,6 @@ ADAPTERS = {
     "biases": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
     "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
 }
-
-
-def lora_of(base, folder, **options):
-    """A random adapter, every trained number of it other than the base's; returns its logits before any merging."""
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if parameter.requires_grad and "lora_" not in name:
-                parameter.add_(torch.randn_like(parameter))
-    tuned.save_pretrained(folder)
-    with torch.no_grad():
-        return tuned(prompt([3, 4])).logits
 
 
 def biased_base(folder, tied):

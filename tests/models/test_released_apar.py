@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, Pre
 
 from medusa_apar.heads.convert import convert
 from medusa_apar.loading import load
-from medusa_apar.threads.control_tokens import ControlTokens, ControlTokensLogitsProcessor
+from medusa_apar.threads.control_tokens import ControlTokens
+from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 
 FORK, CHILD, EOS, HIDDEN, PIECES, HEADS = 32000, 32001, 2, 16, 32000, 5
 WORDS = 40  # the ids 259 to 298, of which the model writes

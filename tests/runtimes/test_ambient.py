@@ -15,8 +15,8 @@ PRELUDE = """
     import medusa_apar
     from medusa_apar.heads import HydraHeads, MedusaHeads
     from medusa_apar.drafting.step_cost import StepCost
-    from tests.runtimes.cpu.test_runtime import model_of
-    from tests.support.tiny import CONTROL, prompts
+    from tests.support.models import CONTROL, model_of
+    from tests.support.prompts import prompts
 
     faulthandler.enable()
     torch.set_num_threads(1)

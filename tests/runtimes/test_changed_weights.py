@@ -12,8 +12,8 @@ from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.heads.weight_copies import WeightCopies
 from medusa_apar.runtimes.cpu import weight_fingerprint
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
-from tests.runtimes.cpu.test_runtime import model_of
-from tests.support.tiny import VOCAB, prompts
+from tests.support.models import VOCAB, model_of
+from tests.support.prompts import prompts
 
 INPUTS = prompts(2, 9, seed=4)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}

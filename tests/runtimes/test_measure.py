@@ -10,7 +10,8 @@ from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.heads import HydraHeads
 from medusa_apar.models import hub
 from medusa_apar.runtimes import measure
-from tests.support.tiny import prompts, tiny_model
+from tests.support.models import tiny_model
+from tests.support.prompts import prompts
 
 
 @pytest.fixture

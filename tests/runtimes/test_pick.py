@@ -22,8 +22,8 @@ from medusa_apar.runtimes.cpu.drafting import CompiledHydra
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from medusa_apar.runtimes.packed_linear import PackedLinears, can_pack
 from medusa_apar.runtimes.torch_runtime import TorchRuntime
-from tests.runtimes.cpu.test_runtime import model_of
-from tests.support.tiny import VOCAB, prompts, tiny_model
+from tests.support.models import VOCAB, model_of, tiny_model
+from tests.support.prompts import prompts
 
 INPUTS = prompts(2, 9)
 GREEDY = {"do_sample": False, "max_new_tokens": 20}

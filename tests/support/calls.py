@@ -4,8 +4,11 @@ import torch
 
 import medusa_apar
 from medusa_apar.triton_kernels import reference
-from tests.support.list_writer import Pieces, list_prompts, list_writer
-from tests.support.tiny import CONTROL, RecallHeads, forking_model, prompts
+from tests.support.drafters import RecallHeads
+from tests.support.list_writer import list_prompts, list_writer
+from tests.support.models import CONTROL, forking_model
+from tests.support.prompts import prompts
+from tests.support.tokenizers import ListTokenizer
 
 SAMPLED = {"do_sample": True, "seed": 3, "top_k": 0}
 
@@ -28,7 +31,7 @@ def fork_freely(**options):
 
 def fork_lists(**options):
     """By rule: tokens are inserted, children take over."""
-    apar = medusa_apar.attach(list_writer(), tokenizer=Pieces(), speculation="forest", **options)
+    apar = medusa_apar.attach(list_writer(), tokenizer=ListTokenizer(), speculation="forest", **options)
     return apar.generate(**list_prompts(3), max_new_tokens=64, fork="lists", return_dict_in_generate=True, **SAMPLED)
 
 

@@ -3,48 +3,24 @@
 from __future__ import annotations
 
 import random
-import string
 from functools import cache
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.tiny import CONFIGS, EOS, VOCAB
-
-_TITLES, _WORDS = (
-    [f" {kind}{letter}" for letter in string.ascii_lowercase[:count]] for kind, count in (("T", 12), ("w", 24))
-)
-# Some pieces hold a mark and the line break behind it, as those of Llama 3 and Qwen do.
-PIECES = ["<pad>", "<s>", "</s>", "<fork>", "<child>", "\n", "\n\n", ".", "a", ":", ":\n", "  ", "-", " -", ".\n"]
-PIECES += [*map(str, range(10)), *_TITLES, *_WORDS]
-ID = {piece: index for index, piece in enumerate(PIECES)}
-assert len(PIECES) == VOCAB
-
-
-class Pieces:
-    """A tokenizer: the longest piece first."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = []
-        while text:
-            piece = max((piece for piece in PIECES if text.startswith(piece)), key=len)
-            ids.append(ID[piece])
-            text = text[len(piece) :]
-        return ids
-
-    def decode(self, ids: list[int], **options) -> str:
-        return "".join(PIECES[index] for index in ids)
+from tests.support.models import CONFIGS, EOS
+from tests.support.tokenizers import ID, LIST_WORDS, TITLES
 
 
 def _answer(draw: random.Random) -> list[str]:
     """A list of three to eight items, most with a line of detail, some with bullets; half of them with a last word."""
-    words = lambda least, most: [draw.choice(_WORDS) for _ in range(draw.randint(least, most))]  # noqa: E731
+    words = lambda least, most: [draw.choice(LIST_WORDS) for _ in range(draw.randint(least, most))]  # noqa: E731
     pieces = [*words(3, 3), ".", "\n\n"]
-    title, numbered, last = draw.randrange(len(_TITLES)), draw.random() < 0.7, draw.randint(3, 8)
+    title, numbered, last = draw.randrange(len(TITLES)), draw.random() < 0.7, draw.randint(3, 8)
     line_break = draw.choice([["\n"], ["\n\n"]])
     for item in range(1, last + 1):
         pieces += [str(item), "."] if numbered else ["-"]
-        pieces.append(_TITLES[(title + item) % len(_TITLES)])
+        pieces.append(TITLES[(title + item) % len(TITLES)])
         nested = [":\n", "  ", " -", *words(2, 2), "\n", "  ", " -", *words(1, 1)]
         pieces += nested if draw.random() < 0.15 else [":", *words(2, 7)]
         glued = item < last and line_break == ["\n"] and draw.random() < 0.2
@@ -74,7 +50,7 @@ def list_writer(seed: int = 0, family: str = "llama", steps: int = 350) -> PreTr
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        rows = model.get_output_embeddings().weight[ID[_TITLES[0]] :]
+        rows = model.get_output_embeddings().weight[ID[TITLES[0]] :]
         rows += 0.25 * rows.std() * torch.randn(rows.shape)
     return model.eval()
 
@@ -82,7 +58,7 @@ def list_writer(seed: int = 0, family: str = "llama", steps: int = 350) -> PreTr
 def list_prompts(rows: int) -> dict[str, torch.Tensor]:
     """How different answers begin, left-padded by 0, 1, 2, ..."""
     draw = random.Random(7)
-    ids = torch.tensor([[*(ID[draw.choice(_WORDS)] for _ in range(3 + rows)), 7, 6] for _ in range(rows)])
+    ids = torch.tensor([[*(ID[draw.choice(LIST_WORDS)] for _ in range(3 + rows)), 7, 6] for _ in range(rows)])
     mask = torch.ones_like(ids)
     for row in range(rows):
         mask[row, :row] = 0

@@ -10,13 +10,17 @@ from hypothesis import strategies as st
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.threads.fork_policy import ListForks, NoForks, Turn
 from medusa_apar.threads.paragraph_tree import Fork, ParagraphTree, ReadingCursor
 from medusa_apar.triton_kernels.reference import verify
-from tests.forest import test_trees as trees
-from tests.support.list_writer import ID, PIECES, Pieces, list_prompts, list_writer
-from tests.support.tiny import CONTROL, FORK, RecallHeads, assert_chosen_tokens_are_the_models, forking_model, prompts
+from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
+from tests.support import random_requests
+from tests.support.drafters import RecallHeads
+from tests.support.list_writer import list_prompts, list_writer
+from tests.support.models import CONTROL, FORK, forking_model
+from tests.support.oracles import assert_chosen_tokens_are_the_models
+from tests.support.prompts import prompts
+from tests.support.tokenizers import ID, PIECES, ListTokenizer
 
 LIMIT, ROWS = 64, 3
 SEEDED = {"do_sample": True, "seed": 3, "top_k": 0}
@@ -24,7 +28,7 @@ GREEDY = {"do_sample": False, "repetition_penalty": 1.1}  # without it the tiny 
 
 
 def run(heads=None, limit=LIMIT, model=None, rows=None, sampling=SEEDED, fork="lists", generate=None, **options):
-    apar = medusa_apar.attach(model or list_writer(), heads, tokenizer=Pieces(), **options)
+    apar = medusa_apar.attach(model or list_writer(), heads, tokenizer=ListTokenizer(), **options)
     inputs = list_prompts(ROWS)
     if rows is not None:
         inputs = {name: tensor[rows] for name, tensor in inputs.items()}
@@ -53,7 +57,7 @@ class RandomRule(NoForks):
 
     def fork(self, tree, thread):
         size = len(thread.tokens)
-        if thread.parent is not None or thread.tokens[-1] != trees.FORK:
+        if thread.parent is not None or thread.tokens[-1] != random_requests.FORK:
             return None
         return Fork((8, 8), 1 + size // 2, (7, 6), 1) if size % 4 else Fork((8,), size // 2, takes_over=True)
 
@@ -97,7 +101,7 @@ def test_reading_order_and_slots_where_a_rule_forks(data):
                 assert before.get(thread, 0) <= count <= len(spliced(tree))
                 before[thread] = count
 
-    for tree in trees.Script(data, steps=10, policy=RandomRule(), fork_id=None).run(after_step):
+    for tree in random_requests.Script(data, steps=10, policy=RandomRule(), fork_id=None).run(after_step):
         assert [thread.tokens[index] for thread, index in tree.reading_order()] == spliced(tree)
         for child in tree.threads[1:]:
             assert child.path_ids == [*child.parent.tokens[: child.seen], *child.tokens[: child.num_forced]]
@@ -220,7 +224,7 @@ def test_verification_in_one_launch_never_shows(listed):
     """What the Triton runtime does: drafts of the same launch are stale behind an insertion."""
     model, inputs = list_writer(), list_prompts(ROWS)
     for heads in drafters(listed):
-        apar = medusa_apar.attach(model, heads, tokenizer=Pieces())
+        apar = medusa_apar.attach(model, heads, tokenizer=ListTokenizer())
         apar.runtime.verify = verify
         for kind, expected in ((SEEDED, listed), ({"do_sample": False}, run(sampling={"do_sample": False}))):
             options = {"max_new_tokens": LIMIT, "fork": "lists", **kind}
@@ -293,7 +297,7 @@ def test_the_context_ends_in_mid_insertion():
 def test_tokens_are_read_as_text_behind_others():
     """SentencePiece drops a leading space from whatever it decodes or adds one to what it encodes."""
 
-    class Leading(Pieces):
+    class Leading(ListTokenizer):
         def encode(self, text, add_special_tokens=True):
             return [*([] if text.startswith("a") else [ID[" -"]]), *super().encode(text)]
 
@@ -315,7 +319,7 @@ def test_lists_are_off_by_default_and_forking_is_the_only_difference():
     assert torch.equal(off.sequences, run(fork="lists", generate={"max_depth": 0}).sequences)
     assert torch.equal(off.sequences, run(fork="lists", generate={"fork_if": lambda point: False}).sequences)
     options = {"max_new_tokens": LIMIT, "do_sample": False}
-    apar = medusa_apar.attach(plain, tokenizer=Pieces())
+    apar = medusa_apar.attach(plain, tokenizer=ListTokenizer())
     ours = plain.generate(**list_prompts(ROWS), **options, custom_generate=apar, fork="off")
     assert torch.equal(ours, plain.generate(**list_prompts(ROWS), **options))
 

@@ -16,7 +16,7 @@ from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import Noise, TypicalAcceptance
 from medusa_apar.verify.verifier import Verifier
-from tests.support.tiny import CHILD, CONTROL, FORK, tiny_model
+from tests.support.models import CHILD, CONTROL, FORK, tiny_model
 
 
 @settings(deadline=None)

@@ -11,7 +11,8 @@ from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 from medusa_apar.verify.device_verify import Choice
-from tests.support.tiny import CHILD, CONTROL, FORK
+from tests.support.models import CONTROL
+from tests.support.random_requests import CHILD, FORK
 
 VOCAB = max(FORK, CHILD) + 1
 LENIENT = TypicalAcceptance(0.05, 0.3)

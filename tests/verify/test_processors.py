@@ -24,24 +24,17 @@ from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.verify import processor_state
+from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from medusa_apar.verify.processor_state import StateWatch
-from tests.support.tiny import (
-    CHILD,
-    CONTROL,
-    FORK,
-    VOCAB,
-    RecallHeads,
-    assert_chosen_tokens_are_the_models,
-    forking_model,
-    prompts,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.support.drafters import RecallHeads
+from tests.support.models import CHILD, CONTROL, FORK, VOCAB, forking_model, tiny_model
+from tests.support.oracles import assert_chosen_tokens_are_the_models
+from tests.support.prompts import prompts
+from tests.support.tokenizers import tiny_tokenizer
 
 LIMIT = 24
 GREEDY = {"do_sample": False, "max_new_tokens": LIMIT}

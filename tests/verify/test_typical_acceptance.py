@@ -18,22 +18,17 @@ from medusa_apar import DraftTree, TypicalAcceptance
 from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.forest.forest import Stem
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokensLogitsProcessor
+from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH
+from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import sample
 from medusa_apar.verify.verifier import Verifier
-from tests.support.tiny import (
-    CHILD,
-    CONTROL,
-    FORK,
-    RecallHeads,
-    assert_threads_are_plain,
-    forking_model,
-    prompts,
-    tiny_model,
-)
+from tests.support.drafters import RecallHeads
+from tests.support.models import CHILD, CONTROL, FORK, forking_model, tiny_model
+from tests.support.oracles import assert_threads_are_plain
+from tests.support.prompts import prompts
 
 SAMPLING = {"max_new_tokens": 24, "do_sample": True, "seed": 7, "top_k": 0, "return_dict_in_generate": True}
 LENIENT = TypicalAcceptance(0.05, 0.3)

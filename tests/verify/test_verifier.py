@@ -10,11 +10,11 @@ from transformers import LogitsProcessorList
 
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.forest.forest import Stem
-from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
+from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from medusa_apar.verify.verifier import Verifier
-from tests.support.tiny import CHILD, CONTROL, FORK
+from tests.support.models import CHILD, CONTROL, FORK
 
 
 def verify(verifier, tree, stem, logits):

@@ -1,6 +1,20 @@
 """The step of a Llama-like model in compiled code, for CPUs.
 
-`step.cpp` and what it includes: the code. `library.py`: compiles it once and mirrors its structs. `weights.py`: a
-model's weights in its layout. `weight_fingerprint.py`: whether weights still are what was copied. `known.py`: which
-models the code computes. `drafting.py`: Hydra heads in compiled code. `runtime.py`: a forward pass over a forest.
+runtime.py     a forward pass over a forest
+known.py       which models are computed: those that are what transformers defines
+weights.py     a model's weights in the layout of the compiled code
+weight_fingerprint.py  whether weights still are what was copied
+drafting.py    drafting with Hydra heads
+library.py     compiles the code once, and mirrors its structs
+step.cpp       the step
+matrix.h       products of few rows with a matrix
+product.h      whole layers, shared by the threads
+attention.h    attention of rows over their paths
+step_cache.h   keys and values as int16 steps
+float_cache.h  keys and values as floats
+int16.h        products of int16
+hydra.h        Hydra heads over a draft tree
+top.h          the largest of many logits
+contents.h     sums over the bits of weights
+team.h         threads that share a step
 """

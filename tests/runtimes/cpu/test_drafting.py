@@ -10,7 +10,8 @@ from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads
 from medusa_apar.heads.drafters import PackedDrafter, TorchDrafter
 from medusa_apar.runtimes.cpu.drafting import CompiledHydra
-from tests.support.tiny import VOCAB, prompts, tiny_model
+from tests.support.models import VOCAB, tiny_model
+from tests.support.prompts import prompts
 
 SHAPES = {
     "hydra": {},

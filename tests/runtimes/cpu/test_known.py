@@ -12,8 +12,8 @@ from transformers.models.mistral.modeling_mistral import MistralMLP
 import medusa_apar
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, unsupported_reason
 from medusa_apar.runtimes.torch_runtime import TorchRuntime
-from tests.runtimes.cpu.test_runtime import model_of
-from tests.support.tiny import VOCAB, prompts
+from tests.support.models import VOCAB, model_of
+from tests.support.prompts import prompts
 
 INPUTS = prompts(1, 9)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}

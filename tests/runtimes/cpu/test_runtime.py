@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import LlamaConfig
 
 import medusa_apar
 from medusa_apar import DraftTree
@@ -23,34 +23,11 @@ from medusa_apar.runtimes.cpu.runtime import CpuRuntime, unsupported_reason
 from medusa_apar.runtimes.cpu.weights import PackedMatrix
 from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from medusa_apar.threads.paragraph_tree import ParagraphTree
-from tests.support import tiny
-from tests.support.tiny import CHILD, CONTROL, EOS, FORK, VOCAB, WIDE, assert_threads_are_plain, prompts, tiny_model
+from tests.support.models import CHILD, COMPILED, CONTROL, FORK, VOCAB, model_of, tiny_model
+from tests.support.oracles import assert_threads_are_plain
+from tests.support.prompts import prompts
 
 KINDS = ("float32", "bfloat16", "int8")
-SIZES = WIDE | {"num_hidden_layers": 3, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": EOS}
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "llama, 5 queries a head": lambda: LlamaConfig(
-        **{**SIZES, "num_attention_heads": 5, "num_key_value_heads": 1, "hidden_size": 160}
-    ),
-    "llama, no groups": lambda: LlamaConfig(**{**SIZES, "num_key_value_heads": 6, "head_dim": 64}),
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=7),
-    "qwen2": lambda: Qwen2Config(**SIZES),
-    "heads of 96": lambda: LlamaConfig(**{**SIZES, "head_dim": 96, "num_attention_heads": 2}),
-    "heads of 128": lambda: LlamaConfig(**{**SIZES, "head_dim": 128, "num_attention_heads": 2}),
-    "qwen2, windows": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-}
-
-
-def model_of(name="llama", seed=0, **bias):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny.CONFIGS, "cpu", CONFIGS[name])
-        model = tiny_model("cpu", seed, scale=6.0, **bias)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1 and float(parameter.abs().max()) == 0:  # biases that a fresh model has at zero
-                parameter.normal_(std=0.1)
-    return model
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -68,7 +45,7 @@ def written(name, rows):
     return model, inputs, model.generate(**inputs, do_sample=False, max_new_tokens=24)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_equals_transformers(name, rows, threads):
     model, inputs, expected = written(name, rows)

@@ -5,7 +5,7 @@ import torch
 
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.heads import DraftHeads, HydraHeads, MedusaHeads
-from tests.support.tiny import VOCAB, tiny_model
+from tests.support.models import VOCAB, tiny_model
 
 TREE = DraftTree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
 

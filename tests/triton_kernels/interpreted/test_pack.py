@@ -13,7 +13,7 @@ from medusa_apar.kv.path_table import PathTable
 from medusa_apar.triton_kernels import pack, reference
 from medusa_apar.triton_kernels.layout import MAX_NODES, MOST_WINDOWS, Sizes
 from medusa_apar.triton_kernels.reference import Descriptor, Packed
-from tests.forest.test_trees import Script
+from tests.support.random_requests import Script
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,75 @@
+"""Random requests written step by step through the real forest and fork manager, as hypothesis draws them."""
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+
+from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.engine.fork_manager import ForkManager
+from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.kv.pool import KVPool
+from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
+from medusa_apar.threads.paragraph_tree import ParagraphTree
+from medusa_apar.verify.verdict import Verdict
+
+FORK, CHILD, EOS = 1, 2, 0
+
+
+@dataclass
+class Script:
+    """A random request written step by step through the real forest and fork manager, tokens drawn by hypothesis."""
+
+    data: st.DataObject
+    ledger: SlotLedger = field(default_factory=lambda: SlotLedger(KVPool()))
+    steps: int = 6
+    policy: NoForks = field(default_factory=ControlTokenForks)
+    fork_id: int | None = FORK
+
+    def run(self, after_step=lambda forest, trees: None) -> list[ParagraphTree]:
+        draw = self.data.draw
+        lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+        trees = [ParagraphTree([9] * length, 7, {EOS}, self.fork_id, CHILD) for length in lengths]
+        manager = ForkManager(self.ledger, None, self.policy)
+        for _ in range(self.steps):
+            requests = [stems for tree in trees if (stems := self._stems(tree))]
+            if not requests:
+                break
+            forest = Forest(requests, self.ledger, torch.device("cpu"))
+            owner = {thread: tree for tree in trees for thread in tree.threads}
+            after_step(forest, trees)
+            for stem in forest.verified:
+                manager.commit(owner[stem.thread], stem, self._verdict(stem))
+            self.ledger.check()
+        return trees
+
+    def cached_path(self, thread) -> list[int]:
+        """Slots of what is cached on the path; a `[Fork]` just accepted is not."""
+        booked = self.ledger._slots
+        return [slot for t, stop in [*thread.ancestors(), (thread, None)] for slot in booked.get(t, [])[:stop]]
+
+    def _stems(self, tree: ParagraphTree) -> list[Stem]:
+        stems = []
+        for thread in tree.depth_first():
+            if thread.live:
+                size = self.data.draw(st.integers(0, 6))
+                draft_tree = DraftTree.likeliest(8)
+                tokens = [20 + node for node in range(size)]
+                stems.append(Stem(thread, len(thread.tokens), draft_tree=draft_tree, draft_tokens=tokens))
+        return stems
+
+    def _verdict(self, stem: Stem) -> Verdict:
+        """Walks a random way down the draft tree, then one more token; any token may turn out to be any other."""
+        nodes, node = [], -1
+        parents = stem.draft_tree.parents[: len(stem.draft_tokens)].tolist()
+        while (below := [n for n, p in enumerate(parents) if p == node]) and self.data.draw(st.booleans()):
+            node = self.data.draw(st.sampled_from(below))
+            nodes.append(node)
+        tokens = []
+        previous = stem.thread.tokens[-1]
+        for _ in range(len(nodes) + 1):
+            choice = self.data.draw(st.sampled_from([5, 6, FORK, FORK, EOS]))
+            previous = 5 if choice == FORK and previous in (FORK, CHILD) else choice
+            tokens.append(previous)
+        return Verdict(tokens, nodes, 0)
