@@ -12,8 +12,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from medusa_apar.engine import draft_watch
-from medusa_apar.engine.admission import check_fits
+from medusa_apar.engine import admission, draft_watch
 from medusa_apar.engine.engine import Engine
 from medusa_apar.engine.rescoring import Rescoring, first_limit, last_limit
 from medusa_apar.engine.stopping import CriteriaStop, StopConditions
@@ -78,7 +77,7 @@ def answer(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> MedusaAp
     options, ends = _request_options(apar, prepared, asked)
     limit = ends.max_new_tokens
     last = replace(options, max_new_tokens=last_limit(limit, asked.regenerate_below))
-    check_fits(apar.model, apar.options.pool_slots, prompts, last)
+    admission.check_fits(apar.model, apar.options.pool_slots, prompts, last)
     reporter = None
     if prepared.returns_dict or asked.events is not None:
         reporter = Reporter(asked.events, prepared.returns_dict, limit)

@@ -47,5 +47,5 @@ def _assumed_step_cost():
     """What a step costs is measured in its own tests alone: elsewhere it would decide how many steps are counted."""
     assumed = StepCost(((1, 10.0), (8, 14.0), (64, 70.0)), ((1, 0.5), (8, 1.0)))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("medusa_apar.generate.known_cost", lambda *_: assumed)
+        patched.setattr("medusa_apar.engine.engine.known_cost", lambda *_: assumed)
         yield

@@ -41,7 +41,8 @@ from medusa_apar.verify.sampler import Sampler
 from medusa_apar.verify.tail import Tail
 from medusa_apar.verify.verdict import Verdict
 
-from .admission import QueueFull, check_fits
+from . import admission
+from .admission import QueueFull
 from .options import EngineOptions
 from .scheduler import Plan, Scheduler
 from .stats import PhaseTimer, Stats
@@ -109,7 +110,7 @@ class Engine:
             raise RuntimeError("the engine is closed.")
         if request.id in self._requests:
             raise ValueError(f"a request named {request.id!r} is unfinished.")
-        check_fits(self.model, self.options.pool_slots, [request.prompt_ids], request.options)
+        admission.check_fits(self.model, self.options.pool_slots, [request.prompt_ids], request.options)
         most = self.options.max_waiting
         if most is not None and self.scheduler.num_waiting >= most:
             raise QueueFull(f"{most} requests are waiting already; try again later.")

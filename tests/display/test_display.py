@@ -200,7 +200,7 @@ def test_the_forest_has_the_mask_that_the_model_was_given(call, monkeypatch):
             given_masks.append((visible.sum(axis=1), visible[:, own], positions))
 
     monkeypatch.setattr(Forest, "__init__", keep)
-    monkeypatch.setattr("medusa_apar.generate.checks.check_lengths", lambda *_: None)
+    monkeypatch.setattr("medusa_apar.engine.admission.check_fits", lambda *_: None)
     out = CALLS[call]()
     recording, place = out.recording, len(given_masks)
     drawn = []

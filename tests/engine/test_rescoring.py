@@ -181,7 +181,7 @@ def test_a_rewritten_thread_that_does_not_end_is_given_up(monkeypatch):
 
 
 def test_drafts_and_schedules_never_show(monkeypatch):
-    monkeypatch.setattr("medusa_apar.checks.check_lengths", lambda *args: None)
+    monkeypatch.setattr("medusa_apar.engine.admission.check_fits", lambda *args: None)
     model = forking_model(24)
     options = ENDING | {"regenerate_below": 0.6}
     plain = run(model, **options)

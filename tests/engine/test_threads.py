@@ -101,7 +101,7 @@ def test_eviction_feeds_again_and_never_shows(monkeypatch):
     monkeypatch.setattr(
         SlotLedger, "evict", lambda self, thread: taken_back.append(evict(self, thread)) or taken_back[-1]
     )
-    monkeypatch.setattr("medusa_apar.checks.check_lengths", lambda *args: None)
+    monkeypatch.setattr("medusa_apar.engine.admission.check_fits", lambda *args: None)
     for seed in (5, 11):
         model = forking_model(seed)
         plain = run(model, rows=3)

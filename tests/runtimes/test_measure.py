@@ -83,7 +83,7 @@ def test_costs_between_and_beyond_what_was_measured():
 def test_a_first_call_measures_by_itself(monkeypatch, tmp_path, family):
     """Models with few positions too."""
     monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path))
-    monkeypatch.setattr("medusa_apar.generate.known_cost", measure.known_cost)
+    monkeypatch.setattr("medusa_apar.engine.engine.known_cost", measure.known_cost)
     model = tiny_model(family)
     apar = medusa_apar.attach(model, HydraHeads.random(model))
     inputs = prompts(1, 5)

@@ -8,8 +8,8 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH
-from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from medusa_apar.triton_kernels.reference import sample
+from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from tests.support.models import CONTROL
 
 

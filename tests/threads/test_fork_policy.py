@@ -213,7 +213,7 @@ def test_drafts_and_schedules_never_show(listed, options):
 
 
 def test_memory_pressure_never_shows(listed, monkeypatch):
-    monkeypatch.setattr("medusa_apar.checks.check_lengths", lambda *args: None)
+    monkeypatch.setattr("medusa_apar.engine.admission.check_fits", lambda *args: None)
     for heads in (None, *drafters(listed)):
         out = run(heads, pool_slots=80)
         assert torch.equal(out.sequences, listed.sequences)

@@ -39,7 +39,7 @@ def test_memory_pressure_never_shows_in_a_sample(monkeypatch):
     monkeypatch.setattr(
         SlotLedger, "evict", lambda self, thread: taken_back.append(evict(self, thread)) or taken_back[-1]
     )
-    monkeypatch.setattr("medusa_apar.checks.check_lengths", lambda *args: None)
+    monkeypatch.setattr("medusa_apar.engine.admission.check_fits", lambda *args: None)
     model = forking_model(24)
     inputs = prompts(3, 6, ragged=True)
     plain = medusa_apar.attach(model, None, CONTROL).generate(**inputs, seed=11, **OPTIONS)

@@ -19,11 +19,11 @@ from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.forest.forest import Stem
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH
-from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import sample
+from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from medusa_apar.verify.verifier import Verifier
 from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, FORK, forking_model, tiny_model

@@ -60,7 +60,7 @@ def spied(function, calls: list):
 def test_what_is_fed_again_after_eviction_decodes_the_same(monkeypatch):
     model = forking_model(1)
     plain = run(model, "sdpa", limit=12, speculation="off")
-    monkeypatch.setattr("medusa_apar.checks.check_lengths", lambda *args: None)
+    monkeypatch.setattr("medusa_apar.engine.admission.check_fits", lambda *args: None)
     evicted = []
     monkeypatch.setattr(SlotLedger, "evict", spied(SlotLedger.evict, evicted))
     ours = run(model, "triton", limit=12, pool_slots=24, speculation="off")
