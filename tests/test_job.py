@@ -14,8 +14,7 @@ from medusa_apar.heads.convert import convert
 from medusa_apar.job import filling, replacing, write_text
 from medusa_apar.models.merge import merge
 from tests.support.disks import full_disk
-from tests.support.folders import lora_of, word_model
-from tests.support.tokenizers import save_tokenizer
+from tests.support.folders import lora_of, word_folder, word_model
 
 TENSORS = {"a": torch.zeros(30_000)}
 
@@ -51,8 +50,7 @@ def heads():
 
 @pytest.fixture
 def root(tmp_path):
-    word_model().save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base")
+    word_folder(tmp_path / "base")
     lora_of(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     MedusaHeads.random(model, num_heads=8).save_pretrained(tmp_path / "heads", dtype=torch.float32)

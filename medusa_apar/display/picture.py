@@ -8,6 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any, Protocol
 
+from medusa_apar.engine.stats import Stats
 from medusa_apar.events.recording import Recording
 
 
@@ -16,6 +17,7 @@ class Recorded(Protocol):
 
     events: Any
     tokenizer: Any
+    stats: Stats | None
 
     @property
     def recording(self) -> Recording: ...

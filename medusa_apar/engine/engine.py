@@ -43,6 +43,7 @@ from medusa_apar.verify.verdict import Verdict
 
 from . import admission
 from .admission import QueueFull
+from .commit import commit
 from .options import EngineOptions
 from .scheduler import Plan, Scheduler
 from .stats import PhaseTimer, Stats
@@ -181,40 +182,30 @@ class Engine:
         return self._outputs(plan)
 
     def _commit(self, stem: Stem, verdict: Verdict | None) -> list[Advance]:
-        """Appends what a stem's thread has chosen, books accepted slots, frees rejected ones; threads that went on: the
-        stem's, then children whose `[Child]` had been drafted."""
-        request, thread, drafted = stem.request, stem.thread, stem.drafted_slots.tolist()
+        """The threads that went on: the stem's, then children whose `[Child]` had been drafted."""
+        request, thread = stem.request, stem.thread
         if verdict is None or request.error is not None:
-            self.ledger.commit(drafted, [], [])
-            request.done |= verdict is None and request.error is None and stem.stop >= len(thread.tokens) - 1
+            self.ledger.commit(stem.drafted_slots.tolist(), [], [])
+            request.done |= request.error is None and stem.stop >= len(thread.tokens) - 1  # all of a text is scored
             return []
         try:
-            outcome = self.fork_manager.advance(request, thread, verdict.tokens)
-            nodes, ended = verdict.nodes[: outcome.gained], outcome.ended
-            accepted = [(thread, [drafted[node] for node in nodes])]
-            advances = (
-                [Advance(request, thread, outcome.gained, verdict.row, verdict.guessed)] if outcome.gained else []
-            )
-            for place, child in outcome.children:
-                fork = nodes[place] if place < len(nodes) else None
-                if child.live and fork in stem.forks:
-                    first = verdict.children[fork]
-                    accepted.append((child, [drafted[stem.forks[fork]]]))
-                    ended += self.fork_manager.advance(request, child, first.tokens).ended
-                    advances.append(Advance(request, child, 1, first.row, first.guessed))
-                    self._keep(request, child, first, 1)
+            made = commit(stem, verdict, self.fork_manager, self.ledger)
         except Exception as error:  # a fork policy's
             request.error = error
-            self.ledger.commit(drafted, [], [])
             return []
-        self.ledger.commit(drafted, accepted, ended)
-        self._keep(request, thread, verdict, outcome.gained)
-        self.stats.forks += len(outcome.children)
+        request.status = Status.DECODING
+        went_on = [(thread, verdict, made.gained)] if made.gained else []
+        went_on += [(child, first, 1) for child, first in made.begun]
+        advances = []
+        for member, its, gained in went_on:
+            self._keep(request, member, its, gained)
+            advances.append(Advance(request, member, gained, its.row, its.guessed))
+        self.stats.forks += made.forks
         self.stats.accepted_lengths.update(advance.gained for advance in advances)
         if stem.proposal is not None:
-            self.speculator.learn(DraftResult(stem.proposal, stem.kept, nodes, stem.guessed, list(stem.forks)), thread)
-        self.reporters.committed(stem, nodes, advances)
-        request.status = Status.DECODING
+            result = DraftResult(stem.proposal, stem.kept, made.nodes, stem.guessed, list(stem.forks))
+            self.speculator.learn(result, thread)
+        self.reporters.committed(stem, made.nodes, advances)
         return advances
 
     def _publish(self, request: Request) -> None:
@@ -334,8 +325,6 @@ class Engine:
 
     def _keep(self, request: Request, thread: Thread, verdict: Verdict, gained: int) -> None:
         """Keeps scores of a thread's new tokens; those of forced ones say that nothing else was possible."""
-        if not gained:
-            return
         for kept, new in ((request.scores, verdict.scores), (request.logits, verdict.logits)):
             if new:
                 own = kept.setdefault(thread, [])

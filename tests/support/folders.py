@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.support.models import CHILD, FORK, VOCAB, forking_model
-from tests.support.tokenizers import WORDS, tiny_tokenizer
+from tests.support.tokenizers import WORDS, save_tokenizer, tiny_tokenizer
 
 PROMPT = torch.tensor([[1, FORK, CHILD, 9, 17]])  # for a model of words
 
@@ -71,3 +71,31 @@ def word_model(seed=0):
         eos_token_id=2,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def word_folder(folder):
+    """A saved `word_model` and its tokenizer."""
+    word_model().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def word_adapter(base, folder):
+    """A LoRA with both control rows, naming its base relative to itself; returns it and its logits before merging."""
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        trainable_token_indices=[FORK, CHILD],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.normal_()
+    tuned.save_pretrained(folder)
+    ids = {"fork_token_id": FORK, "child_token_id": CHILD, "base": f"../{base.name}"}
+    (folder / "apar_config.json").write_text(json.dumps(ids))
+    with torch.no_grad():
+        return folder, tuned(PROMPT).logits

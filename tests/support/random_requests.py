@@ -6,12 +6,15 @@ import torch
 from hypothesis import strategies as st
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.engine.fork_manager import ForkManager
+from medusa_apar.engine.commit import commit
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.threads.fork_manager import ForkManager
 from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
+from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.paragraph_tree import ParagraphTree
+from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.verify.verdict import Verdict
 
 FORK, CHILD, EOS = 1, 2, 0
@@ -30,17 +33,18 @@ class Script:
     def run(self, after_step=lambda forest, trees: None) -> list[ParagraphTree]:
         draw = self.data.draw
         lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-        trees = [ParagraphTree([9] * length, 7, {EOS}, self.fork_id, CHILD) for length in lengths]
-        manager = ForkManager(self.ledger, None, self.policy)
+        rule = None if self.fork_id is None else ForkRule(self.fork_id, CHILD, 3)
+        options = RequestOptions(eos_ids=frozenset({EOS}), policy=self.policy, rule=rule)
+        requests = [Request(str(row), [9] * length, options, key=7) for row, length in enumerate(lengths)]
+        trees, manager = [request.tree for request in requests], ForkManager(None)
         for _ in range(self.steps):
-            requests = [stems for tree in trees if (stems := self._stems(tree))]
-            if not requests:
+            running = [stems for request in requests if (stems := self._stems(request))]
+            if not running:
                 break
-            forest = Forest(requests, self.ledger, torch.device("cpu"))
-            owner = {thread: tree for tree in trees for thread in tree.threads}
+            forest = Forest(running, self.ledger, torch.device("cpu"))
             after_step(forest, trees)
             for stem in forest.verified:
-                manager.commit(owner[stem.thread], stem, self._verdict(stem))
+                commit(stem, self._verdict(stem), manager, self.ledger)
             self.ledger.check()
         return trees
 
@@ -49,14 +53,15 @@ class Script:
         booked = self.ledger._slots
         return [slot for t, stop in [*thread.ancestors(), (thread, None)] for slot in booked.get(t, [])[:stop]]
 
-    def _stems(self, tree: ParagraphTree) -> list[Stem]:
+    def _stems(self, request: Request) -> list[Stem]:
         stems = []
-        for thread in tree.depth_first():
+        for thread in request.tree.depth_first():
             if thread.live:
                 size = self.data.draw(st.integers(0, 6))
                 draft_tree = DraftTree.likeliest(8)
                 tokens = [20 + node for node in range(size)]
-                stems.append(Stem(thread, len(thread.tokens), draft_tree=draft_tree, draft_tokens=tokens))
+                stem = Stem(thread, len(thread.tokens), draft_tree=draft_tree, draft_tokens=tokens, request=request)
+                stems.append(stem)
         return stems
 
     def _verdict(self, stem: Stem) -> Verdict:

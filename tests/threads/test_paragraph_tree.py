@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_apar.threads.paragraph_tree import ParagraphTree, ReadingCursor
-from tests.support.models import CHILD, EOS
-from tests.support.random_requests import Script
+from tests.support.random_requests import CHILD, EOS, Script
 
 
 def slow_reading_order(tree: ParagraphTree, thread=None) -> list[int]:
