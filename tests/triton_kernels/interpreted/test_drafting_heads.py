@@ -5,6 +5,9 @@ import torch
 
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.heads import DraftHeads, HydraHeads, MedusaHeads
+from medusa_apar.runtimes.runtime import RuntimeFacts
+from medusa_apar.runtimes.torch_runtime import TorchRuntime
+from medusa_apar.triton_kernels.layout import MAX_NODES
 from tests.support.models import VOCAB, tiny_model
 
 TREE = DraftTree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
@@ -28,7 +31,8 @@ def test_kernels_propose_what_torch_proposes(kind, truncated, monkeypatch):
     states, roots = torch.randn(5, heads.input_size), torch.tensor([5, 6, 7, 8, 9])
     expected_ids, expected = heads.drafter().propose(states, roots, TREE)
     monkeypatch.setattr(DraftHeads, "top", None)  # torch's way is not taken
-    ids, log_probs = heads.drafter(kernels=True).propose(states, roots, TREE)
+    runtime = TorchRuntime(heads.base, "triton")
+    ids, log_probs = runtime.drafter(heads).propose(states, roots, TREE)
     assert ids.dtype == expected_ids.dtype and torch.equal(ids, expected_ids)
     torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
 
@@ -38,3 +42,9 @@ def test_hydra_heads_without_residual_blocks():
     states, roots = torch.randn(3, heads.input_size), torch.tensor([5, 6, 7])
     expected, _ = heads.drafter().propose(states, roots, TREE)
     assert torch.equal(heads.drafter(kernels=True).propose(states, roots, TREE)[0], expected)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_facts_of_a_runtime_with_kernels(graphs):
+    facts = TorchRuntime(tiny_model(), "triton", graphs).facts
+    assert facts == RuntimeFacts("float32", "triton", graphs, MAX_NODES, fused_verify=True)

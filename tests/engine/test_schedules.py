@@ -1,0 +1,151 @@
+"""Requests that join, leave and are aborted at any step: scheduling never shows (DESIGN promise 5).
+
+`make schedules COUNT=100000` runs as many random schedules.
+"""
+
+import os
+from functools import cache, partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
+
+from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.options import Speculation
+from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.engine.engine import Engine
+from medusa_apar.engine.options import EngineOptions
+from medusa_apar.runtimes.pick import pick_runtime
+from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.threads.request import Request, RequestOptions, Status
+from medusa_apar.triton_kernels import reference
+from tests.support.drafters import RecallHeads
+from tests.support.models import CONTROL, EOS, VOCAB, forking_model
+
+COUNT = int(os.environ.get("MEDUSA_APAR_SCHEDULES", "500"))
+COST = StepCost(((1, 10.0), (8, 14.0), (64, 70.0)), ((1, 0.5), (8, 1.0)))
+BACKENDS = ("cpu", "torch", "one launch")
+LONGEST = 24  # tokens of an answer
+HIDDEN = 24 + 2 * 3  # control tokens on a path beside the text
+PROMPTS = [[7 + (3 * n + k) % (VOCAB - 8) for k in range(3 + 5 * n)] for n in range(4)]
+PROCESSORS = {
+    "greedy": (),
+    "penalised": (RepetitionPenaltyLogitsProcessor(1.3),),
+    "warm": (TemperatureLogitsWarper(0.8), TopKLogitsWarper(12)),
+    "hot": (),
+    "warm and penalised": (RepetitionPenaltyLogitsProcessor(1.2), TemperatureLogitsWarper(1.1)),
+}
+
+
+@cache
+def backend(name):
+    """Model, runtime and heads that remember what it writes."""
+    model = forking_model(5, "wide_llama")
+    runtime = pick_runtime(model, "cpu" if name == "cpu" else "torch", None, "auto")
+    if name == "one launch":
+        runtime.verify = reference.verify
+    trees = []
+    for prompt in PROMPTS:
+        request = Request("a", prompt, options("greedy", None))
+        with Engine(model, runtime, control=CONTROL) as engine:
+            engine.add(request)
+            while engine.unfinished:
+                engine.step()
+        trees.append(request.tree)
+    return model, runtime, RecallHeads(model, trees)
+
+
+def options(how, seed, fork=True, **changes):
+    return RequestOptions(
+        **{"max_new_tokens": LONGEST, "eos_ids": frozenset({EOS})} | changes,
+        policy=ControlTokenForks() if fork else NoForks(),
+        rule=ForkRule.of(CONTROL, fork=fork),
+        seed=None if how in ("greedy", "penalised") else seed,
+        processors=PROCESSORS[how],
+    )
+
+
+@cache
+def alone(name, prompt, how, seed, fork, limit):
+    """The text of a request that has an engine for itself, without drafts."""
+    model, runtime, _ = backend(name)
+    request = Request("alone", PROMPTS[prompt], options(how, seed, fork, max_new_tokens=limit))
+    with Engine(model, runtime, control=CONTROL) as engine:
+        engine.add(request)
+        while engine.unfinished:
+            engine.step()
+    assert request.error is None
+    return request.text_ids
+
+
+requests = st.tuples(
+    st.integers(0, len(PROMPTS) - 1),
+    st.sampled_from(sorted(PROCESSORS)),
+    st.integers(0, 2),
+    st.booleans(),
+    st.sampled_from([1, 5, LONGEST]),
+)
+
+
+def checked(engine, live):
+    """After every step: nothing is leaked, and a request that waits or has ended holds nothing."""
+    ledger = engine.ledger
+    ledger.check()
+    pool = ledger.pool
+    assert len(pool._free) + pool.in_use == pool.capacity
+    if pool.max_slots is not None:
+        assert pool.in_use <= pool.max_slots
+    for request in live:
+        if request.status in (Status.WAITING, Status.PREEMPTED) or request.status.ended:
+            assert not any(ledger.cached(thread) for thread in request.tree.threads)
+    if not engine.unfinished:
+        assert pool.in_use == 0
+
+
+@settings(max_examples=COUNT, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_every_text_is_the_one_written_alone(data):
+    draw = data.draw
+    name = draw(st.sampled_from(BACKENDS))
+    model, runtime, heads = backend(name)
+    most = max(map(len, PROMPTS)) + LONGEST + LONGEST + 2 * 3
+    how = EngineOptions(
+        speculation=draw(st.sampled_from([None, Speculation(), Speculation.even()])),
+        draft_tree=DraftTree.likeliest(8),
+        step_cost=COST,
+        budget=draw(st.sampled_from([None, 6, 40])),
+        pool_slots=draw(st.none() | st.integers(most, 2 * most)),
+        max_prefill_rows=draw(st.sampled_from([None, 1, 3, 7])),
+        max_requests=draw(st.sampled_from([None, 1, 3])),
+    )
+    todo = draw(st.lists(requests, min_size=1, max_size=7))
+    running, aborted = {}, set()
+    with Engine(model, runtime, draw(st.sampled_from([None, heads])), how, CONTROL) as engine:
+        while todo or engine.unfinished:
+            for _ in range(draw(st.integers(0, 3)) if engine.unfinished else 1):
+                if todo:
+                    prompt, kind, seed, fork, limit = its = todo.pop()
+                    changes = {"max_threads": draw(st.sampled_from([None, 1, 2])), "max_new_tokens": limit}
+                    changes["priority"] = draw(st.integers(0, 1))
+                    request = Request(str(len(running)), PROMPTS[prompt], options(kind, seed, fork, **changes))
+                    running[request.id] = request, its
+                    engine.add(request)
+            if running and draw(st.integers(0, 9)) == 0:
+                named = draw(st.sampled_from(sorted(running)))
+                if not running[named][0].status.ended:
+                    aborted.add(named)
+                engine.abort(named)
+                checked(engine, [request for request, _ in running.values()])
+            if engine.unfinished:
+                engine.step()
+            checked(engine, [request for request, _ in running.values()])
+    for named, (request, its) in running.items():
+        expected = alone(name, *its)
+        assert request.error is None
+        if named in aborted:
+            assert request.status is Status.ABORTED and request.text_ids == expected[: len(request.text_ids)]
+        else:
+            assert request.status is Status.FINISHED and request.text_ids == expected, (named, its)
