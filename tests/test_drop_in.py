@@ -13,9 +13,9 @@ from transformers.generation import BaseStreamer
 import medusa_apar
 from medusa_apar.events import StepFinished
 from medusa_apar.heads import HydraHeads, MedusaHeads
+from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, VOCAB, forking_model, tiny_model
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 from tests.support.tokenizers import tiny_tokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16}

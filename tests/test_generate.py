@@ -8,9 +8,9 @@ import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.events import StepFinished
 from medusa_apar.heads import HydraHeads, MedusaHeads
+from tests.support.drafters import RecallHeads
 from tests.support.models import CONFIGS, CONTROL, VOCAB, forking_model, tiny_model
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 LIMIT = 24
 TREES = {

@@ -9,9 +9,9 @@ from transformers.generation import ConfidenceCriteria, EosTokenCriteria, MaxLen
 
 import medusa_apar
 from medusa_apar.heads import MedusaHeads
+from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, EOS, forking_model, tiny_model
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
 SCORES = {"return_dict_in_generate": True, "output_scores": True}

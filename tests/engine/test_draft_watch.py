@@ -5,9 +5,9 @@ import torch
 import medusa_apar
 from medusa_apar.engine.draft_watch import ENOUGH
 from medusa_apar.heads import MedusaHeads
+from tests.support.drafters import RecallHeads
 from tests.support.models import tiny_model
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
 

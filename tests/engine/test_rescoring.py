@@ -7,9 +7,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 import medusa_apar
 from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.heads import HydraHeads, MedusaHeads
+from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, EOS, FORK, forking_model, tiny_model
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 from tests.support.tokenizers import tiny_tokenizer
 
 LIMIT = 40

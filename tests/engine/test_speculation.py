@@ -12,10 +12,10 @@ from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.heads import HydraHeads
 from medusa_apar.triton_kernels import reference
+from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, VOCAB, forking_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 POLICIES = {
     "all": Speculation(),

@@ -7,10 +7,10 @@ import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.kv.slot_ledger import SlotLedger
+from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, EOS, FORK, forking_model
 from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 LIMIT = 40
 SEEDS = (1, 5, 11, 24)

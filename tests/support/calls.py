@@ -4,10 +4,10 @@ import torch
 
 import medusa_apar
 from medusa_apar.triton_kernels import reference
+from tests.support.drafters import RecallHeads
 from tests.support.list_writer import list_prompts, list_writer
 from tests.support.models import CONTROL, forking_model
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 from tests.support.tokenizers import ListTokenizer
 
 SAMPLED = {"do_sample": True, "seed": 3, "top_k": 0}

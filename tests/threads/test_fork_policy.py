@@ -15,11 +15,11 @@ from medusa_apar.threads.fork_policy import ListForks, NoForks, Turn
 from medusa_apar.threads.paragraph_tree import Fork, ParagraphTree, ReadingCursor
 from medusa_apar.triton_kernels.reference import verify
 from tests.support import random_requests
+from tests.support.drafters import RecallHeads
 from tests.support.list_writer import list_prompts, list_writer
 from tests.support.models import CONTROL, FORK, forking_model
 from tests.support.oracles import assert_chosen_tokens_are_the_models
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 from tests.support.tokenizers import ID, PIECES, ListTokenizer
 
 LIMIT, ROWS = 64, 3

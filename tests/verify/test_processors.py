@@ -13,10 +13,10 @@ from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
+from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, FORK, VOCAB, forking_model, tiny_model
 from tests.support.oracles import assert_chosen_tokens_are_the_models
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 LIMIT = 24
 GREEDY = {"do_sample": False, "max_new_tokens": LIMIT}

@@ -8,9 +8,9 @@ import medusa_apar
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.triton_kernels.reference import gumbel_noise, philox, sample
+from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, VOCAB, forking_model, tiny_model
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 OPTIONS = {"max_new_tokens": 20, "do_sample": True, "return_dict_in_generate": True}
 

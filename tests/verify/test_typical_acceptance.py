@@ -24,10 +24,10 @@ from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import sample
 from medusa_apar.verify.verifier import Verifier
+from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, FORK, forking_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 SAMPLING = {"max_new_tokens": 24, "do_sample": True, "seed": 7, "top_k": 0, "return_dict_in_generate": True}
 LENIENT = TypicalAcceptance(0.05, 0.3)

@@ -10,10 +10,10 @@ from medusa_apar.heads import HydraHeads
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.runtimes.cuda_graphs import GraphedSteps, StaticForest
+from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, forking_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 # Windows, soft caps, two kinds of layers, sinks, positions that are learned.
 FAMILIES = ("mistral", "gemma2", "gemma3", "gpt_oss", "gpt2")

@@ -6,9 +6,9 @@ import torch
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.verify.device_verify import Choice
+from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, forking_model
 from tests.support.prompts import prompts
-from tests.support.tiny import RecallHeads
 
 
 def run(model, heads=None, attention="triton", **generate):
