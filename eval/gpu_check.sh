@@ -43,7 +43,7 @@ part exactness 240 "$python" -m medusa_apar.eval.gpu_exactness --out "$out/exact
 part steps 180 "$python" -m medusa_apar.eval.kernel_steps --out "$out/steps"
 
 # Whole answers, in turns with transformers' own static cache and compile, and every thread held against the model.
-if [ -d "$model" ] || "$python" -c "import sys; from medusa_apar import hub; sys.exit(not hub.embedded_model_path('$model').is_dir())"; then
+if [ -d "$model" ] || "$python" -c "import sys; from medusa_apar.models import hub; sys.exit(not hub.embedded_model_path('$model').is_dir())"; then
     part bench 360 "$python" -m medusa_apar bench --model "$model" --limit 8 --max-new-tokens 256 --dtype float32 --check \
         --systems hf hf-compiled ours-ar threads heads ours --out "$out/bench"
 else

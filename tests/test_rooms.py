@@ -32,6 +32,21 @@ def test_files_that_are_named_exist():
     assert not complaints_of(rooms.stale_names(ROOT, (*DOCUMENTS, "Makefile")))
 
 
+def test_what_is_imported_and_run_exists():
+    written = (
+        "*.md",
+        "Makefile",
+        "notebooks/*.ipynb",
+        "notebooks/*.py",
+        "medusa_apar/**/*.py",
+        "medusa_apar/*.md",
+        "tests/**/*.py",
+    )
+    folders = [f"{folder}/**/*.{kind}" for folder in ("heads", "eval", "triton_kernels") for kind in ("py", "sh", "md")]
+    found = complaints_of(rooms.imports_of_nothing(ROOT, (*written, *folders))).splitlines()
+    assert not [line for line in found if not line.startswith("tests/test_rooms.py:")]  # the small house has its own
+
+
 def test_no_test_file_imports_another():
     assert not complaints_of(rooms.imports_of_tests(ROOT / "tests"))
 
@@ -92,6 +107,7 @@ def complaints(folder: Path, changed: dict[str, str | None]) -> str:
     return complaints_of(
         *(rooms.arrows_up(folder), rooms.tensors_in_threads(folder), rooms.wrong_maps(folder)),
         *(rooms.stale_names(folder, ("README.md",)), rooms.imports_of_tests(folder / "tests")),
+        rooms.imports_of_nothing(folder, ("*.sh",)),
     )
 
 
@@ -208,6 +224,14 @@ FAULTS = {
     "a stale name in a document": (
         {"README.md": "medusa_apar/pool.py and kv/pool.py\n"},
         "README.md: names medusa_apar/pool.py, which does not exist",
+    ),
+    "a script that imports what has moved": (
+        {"check.sh": 'python -c "import sys; from medusa_apar import job, pool"\n'},
+        "check.sh: medusa_apar has no pool",
+    ),
+    "a script that runs what has moved": (
+        {"check.sh": "python -m medusa_apar.kv.pool\npython -m medusa_apar.pool --out x\n"},
+        "check.sh: there is no medusa_apar.pool to run",
     ),
     "a test that imports a test": (
         {"tests/kv/test_ledger.py": "from tests.test_pool import pool\n"},

@@ -41,6 +41,8 @@ FOREIGN = ("llama.cpp", "gen_judgment.py")  # names of others that look like fil
 _ROOM_OF = {member: room for room, members in ROOMS.items() for member in members}
 _HEIGHT = {room: height for height, room in enumerate(reversed(ROOMS))}
 _MAP_LINE = re.compile(r"^ *(\w+\.\w+|\w+/) +(?=\S)", re.MULTILINE)
+_IMPORT = re.compile(r"from (?P<module>medusa_apar[\w.]*) import (?P<names>\w+(?: as \w+)?(?:, \w+(?: as \w+)?)*)")
+_RUN = re.compile(r"-m (?P<module>medusa_apar\.[\w.]*\w)")
 _FILE_NAME = re.compile(r"(?<![\w./*-])(?:\w+/)*\w+\.(?:py|cpp|h|css|sh|ipynb)\b")
 
 
@@ -213,6 +215,27 @@ def stale_names(root: Path, documents: tuple[str, ...]) -> Iterator[str]:
     for path in [*(module.path for module in modules(root)), *(root / name for name in documents)]:
         for name in sorted(set(_FILE_NAME.findall(path.read_text(encoding="utf-8"))) - known):
             yield f"{path.relative_to(root)}: names {name}, which does not exist"
+
+
+def imports_of_nothing(root: Path, patterns: tuple[str, ...]) -> Iterator[str]:
+    """Every import of the package that finds nothing, and every `-m`, wherever one is written: in scripts within
+    strings, shell scripts, notebooks and documents too."""
+    known = {module.name: module for module in modules(root)}
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+        text = path.read_text(encoding="utf-8")
+        for match in _IMPORT.finditer(text):
+            names = re.findall(r"(\w+)(?: as \w+)?", match["names"])
+            for name in names:
+                module = known.get(match["module"])
+                if module is None or (f"{module.name}.{name}" not in known and not _says(module, name)):
+                    yield f"{path.relative_to(root)}: {match['module']} has no {name}"
+        for match in _RUN.finditer(text):
+            if match["module"] not in known:
+                yield f"{path.relative_to(root)}: there is no {match['module']} to run"
+
+
+def _says(module: Module, name: str) -> bool:
+    return re.search(rf"\b{name}\b", module.path.read_text(encoding="utf-8")) is not None
 
 
 def imports_of_tests(tests: Path) -> Iterator[str]:
