@@ -4,10 +4,8 @@
 """
 
 import os
-from functools import cache, partial
+from functools import cache
 
-import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
