@@ -12,11 +12,7 @@ from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.heads import HydraHeads
 from medusa_apar.triton_kernels import reference
-<<<<<<< HEAD
 from tests.support.drafters import RecallHeads, WeightlessHeads
-=======
-from tests.support.drafters import RecallHeads
->>>>>>> rooms
 from tests.support.models import CONTROL, VOCAB, forking_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts

@@ -28,10 +28,6 @@ from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, FORK, VOCAB, forking_model, tiny_model
 from tests.support.oracles import assert_chosen_tokens_are_the_models
 from tests.support.prompts import prompts
-<<<<<<< HEAD
-from tests.support.drafters import RecallHeads
-=======
->>>>>>> rooms
 from tests.support.tokenizers import tiny_tokenizer
 
 LIMIT = 24

@@ -12,10 +12,7 @@ from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
-<<<<<<< HEAD
 from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
-=======
->>>>>>> rooms
 from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, FORK, VOCAB, forking_model, tiny_model
 from tests.support.oracles import assert_chosen_tokens_are_the_models
