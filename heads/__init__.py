@@ -3,6 +3,8 @@
 draft_heads.py       `DraftHeads`, what all kinds share
 medusa.py            `MedusaHeads`, each head on its own
 hydra.py             `HydraHeads`, each head sees the tokens drafted before it
+drafters.py          what drafts with them beside a runtime: in torch, from packed weights, with the Triton kernels
+weight_copies.py     what drafting copies of weights, kept until those change
 checkpoints.py       the head files found in the wild (V1, V2, Medusa-2, vLLM), read into one form
 convert.py           `medusa-apar convert`: heads from one file layout into another
 ask.py               the tuned model answers prompts with our own engine, threads included

@@ -58,9 +58,9 @@ class TorchDrafter:
 
 
 class PackedDrafter(TorchDrafter):
-    """Drafts beside the CPU runtime, what there is of large weights and sums in its compiled code.
+    """Drafts in torch but for the unembedding of a draft vocabulary and the choice of tokens, which compiled code does.
 
-    packing: the runtime's weight format.
+    packing: weight format of the CPU runtime.
     """
 
     def __init__(self, heads: DraftHeads, rows: DraftRows | None, packing: str) -> None:
@@ -79,11 +79,11 @@ class PackedDrafter(TorchDrafter):
 
 
 class KernelDrafter(TorchDrafter):
-    """Drafts with the Triton kernels, which do not write logits, where those serve."""
+    """Drafts with the Triton kernels, which write no logits, and in torch where they cannot serve."""
 
     def __init__(self, heads: DraftHeads, rows: DraftRows | None) -> None:
         super().__init__(heads, rows)
-        unembedding = heads.plain_unembedding()
+        unembedding = None if heads.owns_unembedding else heads.plain_unembedding()
         self._unembedding = unembedding if unembedding is not None and unembedding[0].is_contiguous() else None
 
     def serves(self, states: Tensor, top_k: int) -> bool:

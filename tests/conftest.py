@@ -7,7 +7,7 @@ import pytest
 import setuptools  # noqa: F401  it replaces distutils, and inductor fails where that was imported before
 import torch
 
-from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.eval import chat_endpoint
 from tests.support.player import Player
 
@@ -48,4 +48,6 @@ def _assumed_step_cost():
     assumed = StepCost(((1, 10.0), (8, 14.0), (64, 70.0)), ((1, 0.5), (8, 1.0)))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("medusa_apar.engine.engine.known_cost", lambda *_: assumed)
+        patched.setattr("medusa_apar.engine.engine.keep_learned", lambda *_: None)
+        patched.setattr(LearnedCost, "observe", lambda *_: None)
         yield

@@ -12,7 +12,7 @@ from medusa_apar.triton_kernels.layout import power_of_two
 
 from .candidates import Proposal
 from .draft_tree import DraftTree
-from .step_cost import StepCost
+from .step_cost import LearnedCost, StepCost
 
 LEAST_CHANCE = 0.01  # of being accepted: no node has less
 _SMALL = 6  # rows more, of which the cheapest counts
@@ -36,7 +36,7 @@ class ForestBudget:
     """
 
     rows: int
-    cost: StepCost | None = None
+    cost: StepCost | LearnedCost | None = None
     most_nodes: int | None = None
     weighs: bool = True
     # Of the steps so far: tokens that a thread gains, and what a step costs.
@@ -165,7 +165,7 @@ class EvenBudget:
 
     rows: int
     tree: DraftTree
-    cost: StepCost | None = None
+    cost: StepCost | LearnedCost | None = None
     weighs = False
 
     def choose(

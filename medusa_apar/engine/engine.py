@@ -23,14 +23,14 @@ from medusa_apar.drafting.candidates import Proposer
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.drafter import Heads
 from medusa_apar.drafting.speculator import Speculator
-from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.events import Event
 from medusa_apar.events.reporter import Reporters
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.families import context_length
 from medusa_apar.runtimes.devices import device_of
-from medusa_apar.runtimes.measure import known_cost
+from medusa_apar.runtimes.measure import keep_learned, known_cost
 from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_manager import ForkManager
@@ -89,7 +89,10 @@ class Engine:
         self.device, context = device_of(model), context_length(model)
         self.taps: tuple[int, ...] = () if heads is None else tuple(heads.taps)
         self.ledger = SlotLedger(runtime.pool(options.pool_slots))
-        self.cost = self._step_cost()
+        self.cost: StepCost | LearnedCost | None = options.step_cost
+        self._learned: LearnedCost | None = None
+        if options.step_cost is None and options.budget is None and options.speculation is not None:
+            self.cost = self._learned = LearnedCost(known_cost(model, runtime, heads, options.draft_tree))
         budget = self._budget()
         self.scheduler = Scheduler(self.ledger, budget, context, self._max_prefill_rows(), options.max_requests)
         scorer = Proposer() if control is None else Proposer(control.fork_id, control.child_id)
@@ -140,6 +143,8 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
         self._leave()
+        if self._learned is not None and not self._closed:
+            keep_learned(self.model, self.runtime, self.heads, self.options.draft_tree, self._learned)
         self._closed = True
 
     def __enter__(self) -> Engine:
@@ -268,6 +273,8 @@ class Engine:
         stats.preemptions, stats.thread_preemptions = self.scheduler.preemptions, self.scheduler.thread_preemptions
         stats.peak_threads = max(stats.peak_threads, len(forest.verified))
         stats.peak_slots = self.ledger.pool.peak
+        if self._learned is not None and not plan.prefill_rows:
+            self._learned.observe(len(forest), phase.seconds["forward"])
         if plan.prefill_rows:
             stats.prefill_seconds += phase.total
         else:
@@ -296,14 +303,9 @@ class Engine:
         if sampler.before:
             watch = self._watches.setdefault(tuple(map(id, sampler.before)), sampler.watch)
             watch.users += 1
+            watch.shared |= watch.users > 1
             sampler.watch = watch
         return sampler
-
-    def _step_cost(self) -> StepCost | None:
-        options = self.options
-        if options.step_cost is not None or options.budget is not None or options.speculation is None:
-            return options.step_cost
-        return known_cost(self.model, self.runtime, self.heads, options.draft_tree)
 
     def _budget(self) -> ForestBudget | EvenBudget:
         speculation, rows = self.options.speculation, self.options.max_rows(self.device.type)

@@ -70,13 +70,13 @@ class PhaseTimer:
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds = seconds
+        self.seconds: dict[str, float] = {}  # of this step alone
         self.total = 0.0
-        self.last = 0.0  # of the phase that ended last
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.last = time.perf_counter() - started
-        self._seconds[name] = self._seconds.get(name, 0.0) + self.last
-        self.total += self.last
+        took = self.seconds[name] = time.perf_counter() - started
+        self._seconds[name] = self._seconds.get(name, 0.0) + took
+        self.total += took

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
 from medusa_apar.drafting.drafter import Drafter, Heads
-from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.job import processor, write_text
 from medusa_apar.kv.slot_ledger import SlotLedger
@@ -38,6 +38,7 @@ LONGEST = 4.0  # seconds that all of it may take by the first step's measure; a 
 COARSE, FEW_SLOTS = 4, 32  # then only every fourth size, once each, below so few slots
 NODES = 8  # of a draft that is timed: a whole tree, pruned as it is in decoding, takes about as long
 FILE = "step_costs.json"
+ENOUGH, STALE = 200, 0.25  # steps of an engine before the file is corrected, and by how much it has to be wrong
 
 
 class StepTimer:
@@ -130,10 +131,7 @@ _measured: weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, StepCost]] 
 
 def known_cost(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree: DraftTree) -> StepCost:
     """What an earlier call measured for such a model on this device, else measured now: a second on a small model."""
-    how = (
-        *(runtime.facts, str(device_of(model)), torch.get_num_threads()),
-        *(None if heads is None else heads.shape_key, tuple(tree.choices)),
-    )
+    how = _how(model, runtime, heads, tree)
     found = _measured.setdefault(model, {})
     if how not in found:
         path, key = cache_dir() / FILE, _key(model, runtime.facts.kind, how)
@@ -144,6 +142,28 @@ def known_cost(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tr
             _keep(path, key, cost)
         found[how] = cost
     return found[how]
+
+
+def keep_learned(
+    model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree: DraftTree, learned: LearnedCost
+) -> None:
+    """Has later engines begin with what the steps of one have taught; the file is written where it says otherwise."""
+    how = _how(model, runtime, heads, tree)
+    _measured.setdefault(model, {})[how] = learned.cost
+    if learned.steps < ENOUGH:
+        return
+    path, key = cache_dir() / FILE, _key(model, runtime.facts.kind, how)
+    kept = _kept(path, key)
+    pairs = [] if kept is None else zip(kept.curve, learned.cost.curve, strict=True)
+    if any(abs(now - before) > STALE * before for (_, before), (_, now) in pairs):
+        _keep(path, key, learned.cost)
+
+
+def _how(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree: DraftTree) -> tuple:
+    return (
+        *(runtime.facts, str(device_of(model)), torch.get_num_threads()),
+        *(None if heads is None else heads.shape_key, tuple(tree.choices)),
+    )
 
 
 def _kept(path: Path, key: str) -> StepCost | None:

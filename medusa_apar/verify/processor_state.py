@@ -65,6 +65,7 @@ class StateWatch:
         self._before: list[dict[tuple, Any]] | None = None
         self._calls = 0
         self.users = 0  # unfinished requests whose processors these are
+        self.shared = False  # whether there were several at once
         self.stateful: str | None = None  # the name of one that is, and what it does
 
     def called(self) -> None:

@@ -182,7 +182,7 @@ class Sampler:
         for processor in self.before:
             scores = _applied(processor, ids, scores, request)
         self.watch.called()
-        shared = request.row.batch_size > 1 or self.watch.users > 1 or len(request.tree.threads) > 1
+        shared = request.row.batch_size > 1 or self.watch.shared or len(request.tree.threads) > 1
         if self.watch.stateful is not None and (shared or self.typical is not None):
             raise ValueError(
                 f"{self.watch.stateful} between its calls, which the threads and rows of one answer would "

@@ -134,6 +134,14 @@ def test_quantising_the_unembedding_leaves_the_rows_that_were_copied():
         heads.drafter()
 
 
+@pytest.mark.parametrize("how", [{}, {"packing": "float32"}, {"kernels": True}])
+def test_heads_with_unembeddings_of_their_own_do_not_ask_for_the_bases(how):
+    model = tiny_model("wide_llama", seed=2)
+    heads = MedusaHeads(3, 1, model.config.hidden_size, VOCAB, own_unembedding=True, token_map=MAP).attach(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    assert heads.drafter(**how).rows is None
+
+
 @pytest.mark.parametrize(
     ("name", "facts"),
     {

@@ -63,10 +63,10 @@ CONFIGS = {
 
 def tiny_model(family: str = "llama", seed: int = 0, scale: float = 3.0, **bias: float) -> PreTrainedModel:
     """Random weights, scaled up so that the text varies and ties do not occur. `bias` nudges "fork" and "eos"."""
-    return _random_model(CONFIGS[family](), seed, scale, **bias)
+    return random_model(CONFIGS[family](), seed, scale, **bias)
 
 
-def _random_model(config: PretrainedConfig, seed: int, scale: float, **bias: float) -> PreTrainedModel:
+def random_model(config: PretrainedConfig, seed: int, scale: float, **bias: float) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -106,7 +106,7 @@ COMPILED = {
 
 def model_of(name="llama", seed=0, **bias):
     """Of a kind that the CPU runtime runs."""
-    model = _random_model(COMPILED[name](), seed, 6.0, **bias)
+    model = random_model(COMPILED[name](), seed, 6.0, **bias)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1 and float(parameter.abs().max()) == 0:  # biases that a fresh model has at zero

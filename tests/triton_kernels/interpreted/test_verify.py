@@ -134,7 +134,7 @@ def test_greedy(forest):
     assert_equals_reference(forest)
 
 
-@few
+@settings(few, max_examples=4)
 @given(st.data())
 def test_sampling(data):
     forest = data.draw(forests())
@@ -147,7 +147,7 @@ def test_typical(forest, typical):
     assert_equals_reference(forest | {"typical": thresholds(forest, typical)})
 
 
-@settings(few, max_examples=12)
+@few
 @given(mixtures(vocabs=(2, 5, 17, 40)))
 def test_each_thread_has_a_mode_of_its_own(forest):
     """Greedy, sampled, exact and typical threads in one launch: each has the result of a launch of its own."""
@@ -163,6 +163,40 @@ def test_each_thread_has_a_mode_of_its_own(forest):
             assert (out.lengths[thread], out.last_rows[thread]) == (own.lengths[0], own.last_rows[0] + first)
 
 
+# What a thread does with the tree of the test below: sampled, thresholds (None: exact), length.
+MODES = [
+    (0, None, 2),
+    (1, None, 1),
+    (0, (0.0, 0.3), 4),  # all that is possible
+    (1, (1.0, 9.0), 1),  # nothing
+    (0, (0.05, 9.0), 3),  # by the probability alone
+    (1, (1.0, 2.5), 2),  # by the entropy alone
+]
+
+
+@pytest.mark.parametrize("shift", [0, len(MODES) // 2])
+def test_modes_that_accept_differently_keep_apart(shift):
+    """The same logits and draft tokens for all threads, the modes in another order each time."""
+    modes = MODES[shift:] + MODES[:shift]
+    threads = len(modes)
+    logits = torch.zeros(4, 40)
+    logits[0, 5], logits[1, 6], logits[1, 7], logits[2, 8] = 5.0, 4.0, 3.5, 5.0
+    forest = {
+        "logits": logits.repeat(threads, 1),
+        "tokens": torch.tensor([4, 5, 7, 9], dtype=torch.int32).repeat(threads),
+        "parents": torch.tensor([[-1, 4 * t, 4 * t + 1, 4 * t + 2] for t in range(threads)]).int().flatten(),
+        "first_rows": 4 * torch.arange(threads + 1, dtype=torch.int32),
+        "depth": 3,
+    }
+    ids = torch.full((threads,), 3)
+    sampled = torch.tensor([sampled for sampled, _, _ in modes], dtype=torch.int32)
+    forest["noise"] = Noise(ids, ids, torch.arange(4).repeat(threads), sampled)
+    forest["typical"] = thresholds(forest, *(pair for _, pair, _ in modes))
+    workspace = poisoned(forest)
+    assert_equals_reference(forest, workspace)
+    assert workspace.out.lengths.tolist() == [length for _, _, length in modes]
+
+
 @settings(few, max_examples=4)
 @given(mixtures(most_threads=2, vocabs=(40,)), st.integers(1, 99))
 def test_the_order_of_programs_does_not_show(shuffled_programs, forest, seed):
@@ -173,7 +207,7 @@ def test_the_order_of_programs_does_not_show(shuffled_programs, forest, seed):
         assert_equals_reference(forest, workspace)
 
 
-@few
+@settings(few, max_examples=5)
 @given(mixtures(vocabs=(40,)), st.sampled_from([8, 32, 64]))
 def test_the_chunk_does_not_show(forest, chunk):
     assert_equals_reference(forest, poisoned(forest, chunk))

@@ -1,0 +1,150 @@
+"""The asyncio shell over an engine: streams, aborts, drains and breaks."""
+
+import asyncio
+
+import pytest
+
+from medusa_apar.engine.async_engine import ThreadedEngine
+from medusa_apar.engine.engine import Engine
+from medusa_apar.engine.options import EngineOptions
+from medusa_apar.runtimes.pick import pick_runtime
+from medusa_apar.threads.fork_policy import ControlTokenForks
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.threads.request import Request, RequestOptions
+from tests.support.models import CONTROL, EOS, forking_model
+
+PROMPTS = [[7, 8, 9 + n, 10] for n in range(6)]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model = forking_model(5, "wide_llama")
+    return model, pick_runtime(model, "auto", None, "auto")
+
+
+def request(name, prompt, limit=40, **changes):
+    how = {"eos_ids": frozenset({EOS}), "policy": ControlTokenForks(), "rule": ForkRule.of(CONTROL)}
+    return Request(name, prompt, RequestOptions(max_new_tokens=limit, **how | changes))
+
+
+def written(parts, prompt, limit=40):
+    its = request("alone", prompt, limit)
+    with Engine(*parts, control=CONTROL) as engine:
+        engine.add(its)
+        while engine.unfinished:
+            engine.step()
+    return its.text_ids
+
+
+async def started(parts, **options):
+    return await ThreadedEngine(lambda: Engine(*parts, None, EngineOptions(**options), CONTROL)).start()
+
+
+async def answer(engine, its):
+    outputs = [output async for output in engine.generate(its)]
+    assert all(output.finish_reason is None for output in outputs[:-1])
+    return [token for output in outputs for token in output.token_ids], outputs[-1]
+
+
+def test_many_streams_at_once_are_each_what_is_written_alone(parts):
+    async def run():
+        engine = await started(parts)
+        assert engine.healthy
+        answers = await asyncio.gather(*(answer(engine, request(str(n), p)) for n, p in enumerate(PROMPTS)))
+        assert await engine.drain()
+        assert not engine.healthy and engine.stats().final_slots == 0
+        return answers
+
+    for (ids, last), prompt in zip(asyncio.run(run()), PROMPTS, strict=True):
+        assert ids == written(parts, prompt)
+        assert last.finish_reason in ("stop", "length") and last.error is None
+
+
+def test_an_iterator_that_is_closed_aborts_its_request_alone(parts):
+    async def run():
+        engine = await started(parts)
+        other = asyncio.create_task(answer(engine, request("other", PROMPTS[1])))
+        stream = engine.generate(request("gone", PROMPTS[0], 200))
+        first = await anext(stream)
+        assert first.token_ids
+        await stream.aclose()
+        ids, _ = await other
+        again, _ = await answer(engine, request("gone", PROMPTS[0]))  # its name is free again
+        assert await engine.drain()
+        return ids, again, engine.stats()
+
+    ids, again, stats = asyncio.run(run())
+    assert ids == written(parts, PROMPTS[1]) and again == written(parts, PROMPTS[0])
+    assert stats.final_slots == 0
+
+
+def test_what_can_never_fit_is_said_to_whoever_asks(parts):
+    async def run():
+        engine = await started(parts, pool_slots=40)
+        with pytest.raises(ValueError, match="pool_slots=40 is too small"):
+            await answer(engine, request("long", PROMPTS[0], 100))
+        ids, _ = await answer(engine, request("short", PROMPTS[0], 5))
+        await engine.close()
+        with pytest.raises(RuntimeError, match="takes no requests"):
+            await answer(engine, request("late", PROMPTS[0]))
+        return ids
+
+    assert asyncio.run(run()) == written(parts, PROMPTS[0], 5)
+
+
+def test_a_failed_request_says_so_and_others_go_on(parts):
+    def broken(input_ids, scores):
+        if input_ids.shape[1] > 9:
+            raise LookupError("of the processor")
+        return scores
+
+    async def run():
+        engine = await started(parts)
+        bad, good = await asyncio.gather(
+            answer(engine, request("bad", PROMPTS[0], processors=(broken,))), answer(engine, request("ok", PROMPTS[1]))
+        )
+        assert await engine.drain()
+        return bad, good
+
+    (_, last), (ids, _) = asyncio.run(run())
+    assert last.finish_reason == "error" and isinstance(last.error, LookupError)
+    assert ids == written(parts, PROMPTS[1])
+
+
+def test_drain_gives_up_after_its_time(parts):
+    async def run():
+        engine = await started(parts)
+        task = asyncio.create_task(answer(engine, request("long", PROMPTS[0], 200)))
+        await asyncio.sleep(0)
+        assert not await engine.drain(timeout=0.0)
+        with pytest.raises(RuntimeError, match="the engine was closed"):
+            await task
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_breaks_tells_everybody(parts, monkeypatch):
+    async def run():
+        engine = await started(parts)
+        monkeypatch.setattr(type(parts[1]), "step", lambda *_: (_ for _ in ()).throw(MemoryError("of the machine")))
+        tasks = [answer(engine, request(str(n), prompt)) for n, prompt in enumerate(PROMPTS)]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert not engine.healthy
+        with pytest.raises(RuntimeError, match="has broken: of the machine"):
+            await answer(engine, request("late", PROMPTS[0]))
+        await engine.close()
+        return results
+
+    for result in asyncio.run(run()):
+        assert isinstance(result, RuntimeError)
+
+
+def test_what_the_making_of_an_engine_raises_is_raised_at_the_start():
+    async def run():
+        def make():
+            raise ValueError("no such model")
+
+        with pytest.raises(ValueError, match="no such model"):
+            await ThreadedEngine(make).start()
+
+    asyncio.run(run())

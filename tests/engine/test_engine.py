@@ -1,0 +1,312 @@
+"""The engine's own promises: the queue, fairness, long prompts in pieces, and failures that stay with their request."""
+
+from functools import cache
+
+import pytest
+import torch
+from transformers import LlamaConfig, RepetitionPenaltyLogitsProcessor
+
+from medusa_apar.drafting.options import Speculation
+from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.engine.admission import QueueFull
+from medusa_apar.engine.engine import Engine
+from medusa_apar.engine.options import EngineOptions
+from medusa_apar.events.recording import Recording
+from medusa_apar.events.reporter import Reporter
+from medusa_apar.runtimes.pick import pick_runtime
+from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.threads.request import Request, RequestOptions, Status
+from tests.support.models import CONTROL, EOS, VOCAB, WIDE, forking_model, random_model
+
+LIMIT = 32
+
+
+@cache
+def parts(seed=5):
+    """Model and runtime; of seed 13 the first prompt's answer has dozens of threads."""
+    model = forking_model(seed, "wide_llama")
+    return model, pick_runtime(model, "auto", None, "auto")
+
+
+@cache
+def long_parts():
+    """A model with room for long prompts, whose answers do not end by themselves."""
+    config = LlamaConfig(**WIDE | {"max_position_embeddings": 8192, "num_hidden_layers": 1}, eos_token_id=EOS)
+    model = random_model(config, 3, scale=3.0)
+    return model, pick_runtime(model, "auto", None, "auto")
+
+
+def prompt(n, length=6):
+    return [5 + (7 * n + 3 * k) % (VOCAB - 6) for k in range(length)]
+
+
+def request(name, ids, limit=LIMIT, fork=True, **changes):
+    policy = ControlTokenForks() if fork else NoForks()
+    how = {"eos_ids": frozenset({EOS}), "policy": policy, "rule": ForkRule.of(CONTROL, fork=fork)}
+    return Request(name, ids, RequestOptions(max_new_tokens=limit, **how | changes))
+
+
+def run(engine, *its):
+    for one in its:
+        engine.add(one)
+    while engine.unfinished:
+        engine.step()
+    engine.ledger.check()
+    assert engine.ledger.pool.in_use == 0
+    return its
+
+
+def alone(ids, its=None, **changes):
+    with Engine(*(parts() if its is None else its), control=CONTROL) as engine:
+        return run(engine, request("alone", ids, **changes))[0].text_ids
+
+
+def test_a_queue_of_64_goes_through_a_pool_for_two_in_the_order_it_came():
+    its = [request(str(n), prompt(n), limit=24) for n in range(64)]
+    order = []
+    with Engine(*parts(), options=EngineOptions(pool_slots=2 * (6 + 24 + 24 + 6)), control=CONTROL) as engine:
+        for one in its:
+            engine.add(one)
+        while engine.unfinished:
+            engine.step()
+            order += [one.arrival for one in its if one.stats.steps and one.arrival not in order]
+    assert order == list(range(64))
+    assert all(one.status is Status.FINISHED for one in its)
+    assert engine.stats.preemptions == sum(one.stats.preemptions for one in its) <= 64
+    assert engine.stats.peak_threads > 1
+    for n in (0, 1, 30, 63):
+        assert its[n].text_ids == alone(prompt(n), limit=24)
+
+
+def test_a_waiting_request_of_a_better_priority_goes_first():
+    its = [request(str(n), prompt(n), priority=5 - n % 3) for n in range(6)]
+    with Engine(*parts(), options=EngineOptions(max_requests=1), control=CONTROL) as engine:
+        for one in its:
+            engine.add(one)
+        assert [one.arrival for one in engine.scheduler.waiting()] == [2, 5, 1, 4, 0, 3]
+        order = []
+        while engine.unfinished:
+            order += [output.request_id for output in engine.step() if output.finish_reason]
+    assert order == ["2", "5", "1", "4", "0", "3"]
+
+
+def test_too_many_waiting_requests_and_what_can_never_fit_are_refused_with_the_numbers():
+    with Engine(*parts(), options=EngineOptions(pool_slots=80, max_waiting=2), control=CONTROL) as engine:
+        with pytest.raises(ValueError, match="a prompt of 6 tokens and max_new_tokens=90 may need 192 slots"):
+            engine.add(request("a", prompt(0), limit=90))
+        with pytest.raises(ValueError, match="The prompt has 300 tokens, but the model's context ends at 256"):
+            engine.add(request("b", prompt(0, 300)))
+        engine.add(request("c", prompt(0)))
+        with pytest.raises(ValueError, match="a request named 'c' is unfinished"):
+            engine.add(request("c", prompt(0)))
+        engine.add(request("d", prompt(1)))
+        with pytest.raises(QueueFull, match="2 requests are waiting already"):
+            engine.add(request("e", prompt(2)))
+        engine.step()
+        engine.abort("nobody")
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.add(request("f", prompt(0)))
+
+
+def test_a_plain_answer_gets_its_row_in_every_step_beside_one_with_many_threads():
+    """Under a pool that is too small for all threads, too."""
+    free = run(Engine(*parts(13), control=CONTROL), request("wide", prompt(0), 100))[0]
+    assert len(free.tree.threads) > 8
+    for slots in (None, 6 + 200 + 6 + 12):
+        wide, plain = request("wide", prompt(0), 100), request("plain", prompt(1), 40, fork=False)
+        with Engine(*parts(13), options=EngineOptions(pool_slots=slots), control=CONTROL) as engine:
+            engine.add(wide)
+            engine.step()
+            engine.add(plain)
+            most = 0
+            while not plain.done:
+                before = len(plain.text_ids)
+                engine.step()
+                assert len(plain.text_ids) == before + 1
+                most = max(most, len(wide.live))
+            while engine.unfinished:
+                engine.step()
+            assert most > 4 and wide.text_ids == free.text_ids
+
+
+def test_a_long_prompt_joins_running_requests_without_stopping_them():
+    model, runtime = long_parts()
+    long = prompt(9, 4000)
+    its = [request(str(n), prompt(n), limit=200, fork=False, eos_ids=frozenset()) for n in range(8)]
+    with Engine(model, runtime, options=EngineOptions(max_prefill_rows=64), control=CONTROL) as engine:
+        for one in its:
+            engine.add(one)
+        engine.step()
+        joined = request("long", long, limit=4, fork=False, eos_ids=frozenset())
+        engine.add(joined)
+        steps = 0
+        while not joined.text_ids:
+            before, fed = [len(one.text_ids) for one in its], engine.stats.forward_tokens
+            engine.step()
+            steps += 1
+            assert [len(one.text_ids) for one in its] == [length + 1 for length in before]
+            assert engine.stats.forward_tokens - fed <= 8 + 64
+        assert steps == -(-4000 // 64)
+        while engine.unfinished:
+            engine.step()
+    assert joined.text_ids == alone(long, (model, runtime), limit=4, fork=False, eos_ids=frozenset())
+
+
+def test_a_step_with_prefill_is_predicted_to_take_twice_a_decode_steps_time_at_most():
+    cost = StepCost(((1, 6.0), (24, 30.0), (64, 70.0)))
+    for speculation, rows in ((Speculation(), None), (None, 24)):
+        options = EngineOptions(speculation=speculation, step_cost=cost)
+        engine = Engine(*parts(), options=options, control=CONTROL)
+        expected = max(n for n in range(1, 300) if cost.rows(24 + n)[-1] <= 2 * cost.rows(24)[-1])
+        assert engine.scheduler.max_prefill_rows == expected
+        engine.close()
+    assert (
+        Engine(*parts(), control=CONTROL).scheduler.max_prefill_rows == 24
+    )  # rows never cost more than the first ones
+
+
+def raising_at(step):
+    """A processor that raises at its so manieth call."""
+    calls = []
+
+    def processor(input_ids, scores):
+        calls.append(1)
+        if len(calls) == step:
+            raise LookupError(f"call {step}")
+        return scores
+
+    return processor
+
+
+def raising_consumer(event):
+    if event.step == 7:
+        raise LookupError("of the consumer")
+
+
+def stop_raises(request):
+    if len(request.text) == 5:
+        raise LookupError("of the criterion")
+    return False
+
+
+def never_again(point):
+    raise LookupError("of fork_if")
+
+
+FAILURES = {
+    "processor": lambda: {"processors": (raising_at(7),)},
+    "consumer": lambda: {"watcher": Reporter(raising_consumer)},
+    "criterion": lambda: {"stop": stop_raises},
+    "fork_if": lambda: {"fork_if": never_again},
+    "no token": lambda: {"processors": (lambda ids, scores: torch.full_like(scores, -torch.inf),)},
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failure_ends_its_request_alone(kind):
+    bad = request("bad", prompt(0), **FAILURES[kind]())
+    others = [request(str(n), prompt(n)) for n in range(1, 4)]
+    others[1] = request("2", prompt(2), processors=(RepetitionPenaltyLogitsProcessor(1.3),))
+    with Engine(*parts(), control=CONTROL) as engine:
+        for one in (others[0], bad, *others[1:]):
+            engine.add(one)
+        told = {}
+        while engine.unfinished:
+            for output in engine.step():
+                if output.finish_reason is not None:
+                    told[output.request_id] = output
+            engine.ledger.check()
+        assert engine.ledger.pool.in_use == 0
+    assert bad.status is Status.FAILED and told["bad"].finish_reason == "error"
+    expected = ValueError if kind == "no token" else LookupError
+    assert isinstance(told["bad"].error, expected)
+    assert others[0].text_ids == alone(prompt(1)) and others[2].text_ids == alone(prompt(3))
+    assert others[1].text_ids == alone(prompt(2), processors=(RepetitionPenaltyLogitsProcessor(1.3),))
+
+
+def test_an_abort_within_a_prefill_and_between_steps_changes_nothing_for_others():
+    model, runtime = long_parts()
+    its = [request(str(n), prompt(n), limit=60, fork=False, eos_ids=frozenset()) for n in range(2)]
+    with Engine(model, runtime, options=EngineOptions(max_prefill_rows=16), control=CONTROL) as engine:
+        engine.add(its[0])
+        engine.step()
+        engine.add(request("long", prompt(9, 500)))
+        engine.add(its[1])
+        for _ in range(4):
+            engine.step()
+        held = engine.ledger.pool.in_use
+        assert held > 60
+        engine.abort("long")
+        engine.ledger.check()
+        assert engine.ledger.pool.in_use == held - 64
+        while engine.unfinished:
+            engine.step()
+    for n, one in enumerate(its):
+        assert one.text_ids == alone(prompt(n), (model, runtime), limit=60, fork=False, eos_ids=frozenset())
+
+
+def test_a_processor_with_state_is_refused_where_two_requests_share_it():
+    class Counter:
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, input_ids, scores):
+            self.calls += 1
+            return scores
+
+    shared = Counter()
+    its = [request(str(n), prompt(n), fork=False, processors=(shared,)) for n in range(2)]
+    with Engine(*parts(), control=CONTROL) as engine:
+        run(engine, *its)
+        assert all("Counter keeps state" in str(one.error) for one in its)
+        assert run(engine, request("alone", prompt(0), fork=False, processors=(shared,)))[0].error is None
+
+
+def test_logprobs_are_those_of_the_models_own_distribution():
+    model, _ = parts()
+    with Engine(*parts(), control=CONTROL) as engine:
+        (one,) = run(engine, request("a", prompt(0), logprobs=3, seed=4))
+    compared = 0
+    for thread in one.tree.threads:
+        told = one.logprobs.get(thread, [])
+        ids = thread.path_ids + thread.token_ids
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        first = len(thread.path_ids)
+        for place, its in enumerate(told):
+            row = expected[first + place - 1]
+            assert its.logprob == pytest.approx(float(row[ids[first + place]]), abs=1e-4)
+            assert [token for token, _ in its.top] == row.topk(3).indices.tolist()
+            compared += 1
+    assert compared > 20
+
+
+def test_outputs_carry_events_of_their_own_request_alone():
+    watched, other = request("watched", prompt(0), events=True), request("other", prompt(1))
+    events = []
+    with Engine(*parts(), control=CONTROL) as engine:
+        for one in (watched, other):
+            engine.add(one)
+        while engine.unfinished:
+            for output in engine.step():
+                events += output.events
+                assert output.request_id == "watched" or not output.events
+    recording = Recording.of(events)
+    assert list(recording.rows) == ["watched"]
+    text = [(thread.index, index) for thread, index in recording.text()]
+    assert text == [(thread.index, index) for thread, index in watched.text]
+
+
+def test_no_step_tells_of_requests_that_did_not_change():
+    events = []
+    reporter = Reporter(events.append)
+    its = [request(str(n), prompt(n), watcher=reporter, limit=10 + 10 * n) for n in range(3)]
+    with Engine(*parts(), control=CONTROL) as engine:
+        run(engine, *its)
+    lengths = {}
+    for event in events:
+        for named, length in getattr(event, "text_lengths", ()):
+            assert length > lengths.get(named, 0)
+            lengths[named] = length
+    assert lengths == {one.id: len(one.text) for one in its}
