@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation import StopStringCriteria
 
 from medusa_apar.engine import admission, draft_watch
@@ -185,3 +195,79 @@ def _remark(
     # A hot sample, and processors that the heads know nothing of, make good heads look bad.
     if not requests[0].sampler.before and not (config.do_sample and (config.temperature or 1.0) > 1):
         draft_watch.watch(apar.runtime, engine.stats, unembedding_size(apar.model)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request of an engine chooses tokens, in vLLM's words and with its defaults but for the temperature.
+
+    temperature: 0 decodes greedily, and the others are not used then. top_k: 0 keeps all tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, fits, said in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {said}.")
+
+    def processors(self) -> list[LogitsProcessor]:
+        """transformers' own, in the order in which its `generate` applies them."""
+        penalty, hot = self.repetition_penalty != 1.0, self.temperature > 0
+        chosen = (
+            (penalty, lambda: RepetitionPenaltyLogitsProcessor(self.repetition_penalty)),
+            (hot and self.temperature != 1.0, lambda: TemperatureLogitsWarper(self.temperature)),
+            (hot and self.top_k > 0, lambda: TopKLogitsWarper(self.top_k)),
+            (hot and self.top_p < 1.0, lambda: TopPLogitsWarper(self.top_p)),
+            (hot and self.min_p > 0, lambda: MinPLogitsWarper(self.min_p)),
+        )
+        return [make() for wanted, make in chosen if wanted]
+
+
+def engine_request(
+    apar: MedusaApar, id: str, prompt_ids: list[int], sampling: Sampling, asked: CallOptions, **options: Any
+) -> Request:
+    """A request for an engine of `apar`. ValueError for what cannot be combined, before it is added anywhere."""
+    checks.check_ids(apar.model, torch.tensor([prompt_ids], dtype=torch.long, device="cpu"), None)
+    checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
+    config, control = apar.model.generation_config or GenerationConfig(), apar.control_token_ids
+    max_depth = apar.max_depth if asked.max_depth is None else asked.max_depth
+    mode = fork_mode(apar.fork if asked.fork is None else asked.fork)
+    if mode == "auto" and control is None:
+        mode = "off"
+    eos = config.eos_token_id
+    stop = None
+    if asked.stop_strings is not None:
+        if apar.tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to attach.")
+        criteria = [StopStringCriteria(tokenizer=apar.tokenizer, stop_strings=asked.stop_strings)]
+        stop = CriteriaStop(criteria, "cpu")
+    seed = None
+    if sampling.temperature > 0:
+        drawn = int(torch.randint(2**62, (), dtype=torch.long, device="cpu"))
+        seed = drawn if sampling.seed is None else sampling.seed
+    its = RequestOptions(
+        eos_ids=frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos]),
+        stop=stop,
+        policy=fork_policy(mode, asked.fork_if, max_depth, apar.tokenizer),
+        rule=None if control is None else ForkRule.of(control, max_depth, mode == "auto"),
+        fork_if=asked.fork_if if mode == "auto" else None,
+        max_threads=asked.max_threads or apar.max_threads,
+        seed=seed,
+        processors=sampling.processors(),
+        typical=apar.typical if seed is not None else None,
+        watcher=None if asked.events is None else Reporter(asked.events, keep=False),
+        **options,
+    )
+    return Request(id, prompt_ids, its)

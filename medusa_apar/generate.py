@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers.generation import GenerationMixin
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.engine.engine import Engine
 from medusa_apar.engine.options import EngineOptions
 from medusa_apar.events import Consumer
 from medusa_apar.events.streaming import EndedOnce, ended_on_error
@@ -36,10 +38,11 @@ from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_mode
+from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 
 from . import checks
-from .call import CallOptions, Prepared, answer
+from .call import CallOptions, Prepared, Sampling, answer, engine_request
 from .output import MedusaAparOutput
 
 logger = logging.getLogger(__name__)
@@ -186,6 +189,49 @@ class MedusaApar:
                 bound.model.generation_config = copy.deepcopy(self.model.generation_config)
                 bound.model.generation_config.stop_strings = None
             return cast(Any, bound.model).generate(inputs, config, custom_generate=bound, **kwargs)
+
+    def engine(self, **changes: Any) -> Engine:
+        """An engine that requests join and leave at every step, until it is closed.
+
+        changes: of `EngineOptions`, for this engine alone: pool_slots, max_requests, max_waiting, max_prefill_rows ...
+        """
+        self._fit()
+        options = replace(self.options, **changes)
+        return Engine(self.model, self.runtime, self.heads, options, self.control_token_ids)
+
+    def request(
+        self,
+        id: str,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        fork: bool | str | None = None,
+        fork_if: ForkIf | None = None,
+        max_threads: int | None = None,
+        max_depth: int | None = None,
+        events: Consumer | None = None,
+        stop_strings: str | list[str] | None = None,
+        **options: Any,
+    ) -> Request:
+        """A request for `Engine.add`.
+
+        Args:
+            id: names it in its engine and its outputs.
+            prompt: token ids; or a text, which the tokenizer encodes as it is, without a chat template.
+            sampling: None decodes greedily.
+            fork, fork_if, max_threads, max_depth, events, stop_strings: as of a call of the hook.
+            options: further ones of `RequestOptions`: priority, logprobs, scores, logits ...
+
+        Raises ValueError, in one sentence, for what cannot be.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("a prompt that is text needs the tokenizer: pass tokenizer=... to attach.")
+            prompt = cast(Any, self.tokenizer)(prompt)["input_ids"]
+        asked = CallOptions(fork, fork_if, max_threads, max_depth, events=events, stop_strings=stop_strings)
+        sampling = Sampling() if sampling is None else sampling
+        return engine_request(self, id, list(prompt), sampling, asked, max_new_tokens=max_new_tokens, **options)
 
     def __copy__(self) -> MedusaApar:
         other = object.__new__(type(self))
