@@ -18,6 +18,7 @@
     judge.py           what a language model thinks of the answers
     judge_files.py     the answers as FastChat's llm_judge has them
     chat_endpoint.py   a model behind an OpenAI-compatible endpoint
+    engine.py          requests in flight in one engine: throughput, latency, slots
 
 The weights we ship:
 

@@ -12,13 +12,14 @@ Each folder is a room, and a room imports only from the rows below its own:
     commands/         the command line: a file a subcommand
     eval/             benchmarks and checks
     generate.py       the drop-in: `attach`, `MedusaApar.generate`
+    call.py           one call of it: requests for an engine, and what becomes of them
     loading.py        `load` and `save_pretrained`
     output.py         what `generate` returns beside the tokens
     checks.py         what is refused before any work is done
     custom_generate/  the drop-in as a folder of transformers' Hub convention
     heads/            draft heads: modules, training, checkpoints, calibration, the weights we ship
     display/          pictures of an answer, drawn from its events
-    engine/           runs steps: scheduler, fork manager, rescoring, stats
+    engine/           requests join and leave it at every step: scheduler, commit, rescoring, stats
     finetune/         from a chat corpus to a model that forks
     events/           what happens in a call: typed events, recordings, text streams
     runtimes/         how a step runs: torch, Triton, or compiled for the CPU

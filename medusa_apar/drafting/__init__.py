@@ -5,6 +5,8 @@ candidates.py   what could hang below a thread's root, with a probability for ea
 ngram_index.py  what a request has said before: prompt lookup over all its threads
 budget.py       which candidates become nodes: one budget for the whole forest
 step_cost.py    what a step costs by its rows, and so how many nodes pay
-drafter.py      the protocol of whatever drafts from hidden states
+drafter.py      the protocols of draft heads, and of what drafts with them
+speculator.py   owns all of this and what it learns: candidates, learn, draft
+advance.py      what a step has brought a thread
 options.py      `Speculation`: which parts of all this take part
 """

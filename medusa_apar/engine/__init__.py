@@ -1,9 +1,13 @@
-"""Runs steps for requests: plan, forward, verify, commit, draft.
+"""Runs steps for requests that join and leave at any of them: plan, forward, verify, commit, draft.
 
-engine.py        the loop
-scheduler.py     which threads run in a step, and with how many draft nodes
-fork_manager.py  accepts tokens, spawns threads, ends them and gives their slots back
+engine.py        `Engine`: add, abort, step, close
+async_engine.py  the same for asyncio, over a thread that steps
+options.py       how an engine decodes, whatever its requests ask for
+admission.py     which requests can ever be answered
+scheduler.py     the queue, and which threads run in a step with how many draft nodes
+commit.py        what a verdict does to threads and slots
+stopping.py      stopping criteria, limits and end tokens as transformers says them
 rescoring.py     a finished answer held against plain decoding, weak threads written anew
 draft_watch.py   says once where heads guess no better than chance
-stats.py         what a call counted and measured
+stats.py         what an engine counted and measured
 """

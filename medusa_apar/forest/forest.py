@@ -129,7 +129,9 @@ class Forest:
         fields = [(stem.row, len(stem.pending), stem.length, len(stem.draft_tokens)) for stem in self.stems]
         self._fields = np.array(fields)
         positions, self._draft_rows = _positions(self._fields, self._drafting)
-        slots = ledger.pool.allocate(positions)
+        slots = ledger.pool.allocate(
+            positions, [(_trunk(stems), sum(stem.size for stem in stems)) for stems in requests]
+        )
         for stem in self.stems:
             rows = slice(stem.row, stem.row + stem.size)
             stem.place(slots[rows], positions[rows])
@@ -250,6 +252,14 @@ class Forest:
             self.groups,
             [g.visible & mask_function(0, 0, g.row_positions, g.column_positions) for g in self.groups],
         )
+
+
+def _trunk(stems: list[Stem]) -> Thread:
+    """A request's slots are booked for one owner, whatever thread they are of: it attends over all of them."""
+    thread = stems[0].thread
+    while thread.parent is not None:
+        thread = thread.parent
+    return thread
 
 
 def _group(stems: list[Stem], ledger: SlotLedger, device: torch.device) -> Group:

@@ -1,17 +1,19 @@
-"""Slots for keys and values: one per cached token, handed out and taken back one by one, never copied or moved.
+"""Slots for keys and values: one per cached token, never copied or moved.
 
 K is stored after RoPE, so a slot's number says nothing of its token's place on the path; `positions` remembers that.
+Which slots a request has is for `SlotRuns` to choose.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from transformers import Cache
+
+from .slot_runs import SlotRuns
 
 _FIRST_CAPACITY = 256
 
@@ -55,8 +57,7 @@ class KVPool(Cache):
         self.slots: torch.Tensor | None = None  # int64 [N], set by the decoder before each forward
         # A backend's own way of writing: key and value [N, kv_heads, head_dim], the layer's keys and values, slots.
         self.write: Callable[..., None] | None = None
-        self._free: list[int] = []  # heap: the lowest slot first keeps a request's slots close together
-        self._used: set[int] = set()
+        self._runs = SlotRuns()
         self.peak = 0
         self._grow(max(first if max_slots is None else max_slots, self.storage.capacity))
 
@@ -66,41 +67,56 @@ class KVPool(Cache):
 
     @property
     def in_use(self) -> int:
-        return len(self._used)
+        return self._runs.held
 
     @property
     def available(self) -> int | None:
         """Slots that can still be allocated; None means any number."""
         return None if self.max_slots is None else self.max_slots - self.in_use
 
-    def allocate(self, positions: np.ndarray) -> np.ndarray:
-        """Slots for tokens at these path positions; int64, same length. MemoryError beyond `max_slots`."""
+    @property
+    def used(self) -> np.ndarray:
+        """The slots that are in use, int64, ascending."""
+        return self._runs.slots
+
+    def allocate(self, positions: np.ndarray, owners: Iterable[tuple[Hashable, int]] | None = None) -> np.ndarray:
+        """Slots for tokens at these path positions; int64, same length. MemoryError beyond `max_slots`.
+
+        owners: for whom, and how many of them, in the order of `positions`; what one owner has lies close together.
+            By default all are the same owner's.
+        """
         count = len(positions)
+        owners = [(None, count)] if owners is None else list(owners)
         if self.max_slots is not None and self.in_use + count > self.max_slots:
             raise MemoryError(f"{count} slots were asked of a KV pool with {self.max_slots - self.in_use} left.")
-        if count > len(self._free):
-            self._grow(max(2 * self.capacity, self.in_use + count))
-        free, pop = self._free, heapq.heappop
-        taken = [pop(free) for _ in range(count)]
-        self._used.update(taken)
-        slots = np.array(taken, dtype=np.int64)
+        wants = self._runs.go_on(owners)
+        short = [want for want in wants if want.missing]
+        if short:
+            missing = sum(want.missing for want in short)
+            if self.max_slots is None and self._runs.crowded(missing):
+                try:
+                    # Half of it is free then, so that owners can go on where they are.
+                    self._grow(2 * max(self.capacity, self.in_use + missing))
+                except Exception:  # no memory
+                    self._runs.release(slot for want in wants for slot in want.slots)
+                    raise
+            self._runs.begin(short)
+        slots = np.array([slot for want in wants for slot in want.slots], dtype=np.int64)
         self.positions[slots] = positions
         self.peak = max(self.peak, self.in_use)
         return slots
 
     def release(self, slots: Iterable[int]) -> None:
-        for slot in slots:
-            self._used.remove(slot)  # KeyError: a slot given back twice
-            heapq.heappush(self._free, slot)
+        """KeyError for a slot that is free."""
+        self._runs.release(slots)
 
     def _grow(self, capacity: int) -> None:
-        for slot in range(self.capacity, capacity):
-            heapq.heappush(self._free, slot)
-        self.positions = np.concatenate([self.positions, np.zeros(capacity - self.capacity, dtype=np.int64)])
         for store in (self.keys, self.values, self.scales):
             for layer, old in store.items():
                 if len(old) < capacity:
                     store[layer] = torch.cat([old, old.new_zeros(capacity - len(old), *old.shape[1:])])
+        self.positions = np.concatenate([self.positions, np.zeros(capacity - self.capacity, dtype=np.int64)])
+        self._runs.grow(capacity)
 
     # What transformers calls during a forward pass.
 

@@ -1,7 +1,11 @@
 """From logits to accepted tokens.
 
-verifier.py         each draft tree walked for as long as it guessed what the model chooses
-device_verify.py    the same on the device, in one launch, with drafting behind it
-verdict.py          what verification says of a thread
-processor_state.py  which logits processors keep state between calls
+tail.py               what happens behind a forward pass: verification on the device, on the host, or both
+host_verify.py        verification on the host: the kernels' reference, path by path where processors ask for it
+device_verify.py      verification in one launch, with drafting behind it
+sampler.py            how one request's tokens come out of logits: processors, bans, warpers, choice
+scoring.py            what plain decoding says of a given text
+verdict.py            what verification says of a thread
+control_processor.py  the fork rule as a logits processor of transformers
+processor_state.py    which logits processors keep state between calls
 """

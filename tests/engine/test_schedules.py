@@ -93,7 +93,7 @@ def checked(engine, live):
     ledger = engine.ledger
     ledger.check()
     pool = ledger.pool
-    assert len(pool._free) + pool.in_use == pool.capacity
+    assert len(pool.used) == pool.in_use
     if pool.max_slots is not None:
         assert pool.in_use <= pool.max_slots
     for request in live:

@@ -18,7 +18,7 @@ def test_eviction_frees_only_what_no_other_path_needs(data):
         before = script.ledger.pool.in_use
         freed = script.ledger.evict(victim)
         assert script.ledger.pool.in_use == before - freed
-        assert needed <= set(script.ledger.pool._used)
+        assert needed <= set(script.ledger.pool.used.tolist())
         script.ledger.check()
     assert script.ledger.pool.in_use == 0
     for thread in live:

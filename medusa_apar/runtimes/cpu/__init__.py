@@ -15,6 +15,6 @@ float_cache.h  keys and values as floats
 int16.h        products of int16
 hydra.h        Hydra heads over a draft tree
 top.h          the largest of many logits
-contents.h     sums over the bits of weights
+weight_fingerprint.h  sums over the bits of weights
 team.h         threads that share a step
 """

@@ -2,8 +2,9 @@
 //
 // A row walks its own path in path order, so its bits depend on the path alone: not on which slots it lies in, on the
 // other rows, or on what was drafted and rejected. Rows go over the path in step, TILE places at a time: they share
-// their beginnings, so what one row has read is in the first-level cache for the others. Queries that share a KV head
-// are taken together.
+// their beginnings, so what one row has read is in the first-level cache for the others. Where a row shares nothing
+// with the row before, slots are fetched some places early: no hardware foresees which slot a path goes on in. Queries
+// that share a KV head are taken together.
 //
 // How the pool keeps one KV head is a cache's affair (float_cache.h, step_cache.h):
 //   keep_key, keep_value   put a head's floats into a slot
@@ -22,6 +23,8 @@ constexpr int KEYS = 4;    // what `sum4` sums
 constexpr int DIMS = 32;   // of a value, summed in registers
 constexpr int TILE = 64;   // places of a path: 16 KB of keys
 constexpr int BLOCK = 32;  // rows that go in step
+constexpr int AHEAD = 16;  // places between the one that is fetched and the one that is read
+constexpr int FETCHED = 64;  // bytes that one fetch brings
 
 struct Heads {
     int32_t heads, kv_heads, head_dim;
@@ -39,6 +42,15 @@ struct Places {
     const int32_t* path;  // slots
     int first, last, longest;
     float* weights;  // [G][longest]
+    int unread;      // places before this one are fetched early; 0 where the row before has just read them
+
+    // Fetches `count` elements a slot, `stride` apart, of `places` places: what will be read once `place` is AHEAD on.
+    template <class T>
+    void fetch(const T* data, size_t stride, int count, int place, int places) const {
+        const int first = place + AHEAD, end = std::min(first + places, unread);
+        for (int s = first; s < end; s++)
+            for (int i = 0; i < count; i += FETCHED / sizeof(T)) __builtin_prefetch(data + path[s] * stride + i);
+    }
 };
 
 // A block's rows at one KV head. Buffers are [row][...] with `longest` places a row.
@@ -81,9 +93,12 @@ inline void attend(const Cache& cache, const Block& b, int head) {
     auto tiles_of_rows = [&](auto use) {
         for (int tile = 0; tile < places; tile += TILE)
             for (int r = 0; r < b.rows; r++)
-                if (const int last = std::min(tile + TILE, b.lengths[r]); tile < last)
-                    use(r, Places{b.paths + (size_t)r * places, tile, last, places,
-                                  b.weights + (size_t)r * GROUP * places});
+                if (const int last = std::min(tile + TILE, b.lengths[r]); tile < last) {
+                    const int32_t *path = b.paths + (size_t)r * places, *before = path - places;
+                    const bool shared = r && tile < b.lengths[r - 1] && path[tile] == before[tile];
+                    use(r, Places{path, tile, last, places, b.weights + (size_t)r * GROUP * places,
+                                  shared ? 0 : b.lengths[r]});
+                }
     };
     tiles_of_rows([&](int r, const Places& at) { cache.template score<G>(b.query[r] + offset, at); });
     for (int r = 0; r < b.rows; r++)

@@ -27,6 +27,7 @@ struct FloatCache {
     template <int G>
     void score(const float* query, const Places& at) const {
         for (int s = at.first; s < at.last; s += KEYS) {
+            at.fetch(keys, slot, dim, s, KEYS);
             const float* key[KEYS];
             float dot[G][KEYS];
             for (int k = 0; k < KEYS; k++) key[k] = keys + at.path[std::min(s + k, at.last - 1)] * slot;
@@ -45,6 +46,7 @@ struct FloatCache {
             for (int g = 0; g < G; g++)
                 for (int v = 0; v < VECTORS; v++) sums[g][v] = at.first ? load(out + g * dim + d + v * LANES) : vf{};
             for (int s = at.first; s < at.last; s++) {
+                if (!d) at.fetch(values, slot, dim, s, 1);
                 const float* value = values + at.path[s] * slot + d;
                 vf part[VECTORS];
                 for (int v = 0; v < VECTORS; v++) part[v] = load(value + v * LANES);

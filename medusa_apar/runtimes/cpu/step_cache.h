@@ -42,6 +42,8 @@ struct StepCache {
     template <int G>
     void score(const float* query, const Places& at) const {
         for (int s = at.first; s < at.last; s += KEYS) {
+            at.fetch(keys, slot, dim, s, KEYS);
+            at.fetch(key_scales, scales_slot, 2, s, KEYS);  // and the values'
             const int16_t* key[KEYS];
             vf4 scales;
             for (int k = 0; k < KEYS; k++) {
@@ -84,6 +86,7 @@ struct StepCache {
         for (int d = 0; d < dim; d += DIMS) {
             WovenSums sums[G][VECTORS] = {};
             for (int s = 0; s < count; s += 2) {
+                if (!d) at.fetch(values, slot, dim, at.first + s, 2);
                 const int16_t* one = values + path[s] * slot + d;
                 const int16_t* other = values + path[std::min(s + 1, count - 1)] * slot + d;
 #pragma GCC unroll 2
