@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import torch
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.engine.fork_manager import ForkManager
+from medusa_apar.engine.commit import commit
 from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.forest.forest import Forest, Stem
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.threads.paragraph_tree import ParagraphTree
+from medusa_apar.threads.fork_manager import ForkManager
+from medusa_apar.threads.fork_policy import ControlTokenForks
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.layout import CHUNK, MOST_WINDOWS, NO_WINDOW, LayoutKind, Sizes
 from medusa_apar.triton_kernels.pack import pack
@@ -46,8 +49,10 @@ class Steps:
         self.kind = LayoutKind(None, tile_for(torch.bfloat16, shape.dim, group, case.rows), group, walk=False)
         self.device, self.packing = torch.device(device), packing
         self.ledger = SlotLedger(KVPool(first=1 << 17))
-        self.manager = ForkManager(self.ledger, context_length=None)
-        self.tree = ParagraphTree([WORD] * case.prefix, 7, (), FORK, CHILD)
+        self.manager = ForkManager(context_length=None)
+        options = RequestOptions(policy=ControlTokenForks(), rule=ForkRule(FORK, CHILD, max_depth=1))
+        self.request = Request("0", [WORD] * case.prefix, options, key=7)
+        self.tree = self.request.tree
         self.chain = DraftTree([(0,) * depth for depth in range(1, case.nodes)])
         self.buffers: dict[Sizes, PackedForest] = {}
         trunk = self.tree.trunk
@@ -58,7 +63,8 @@ class Steps:
     def forest(self, drafts: bool = True) -> Forest:
         threads = [thread for thread in self.tree.depth_first() if thread.live]
         tokens = [WORD] * len(self.chain) if drafts else []
-        stems = [Stem(one, len(one.tokens), draft_tree=self.chain, draft_tokens=tokens[:]) for one in threads]
+        drafted = {"draft_tree": self.chain, "request": self.request}
+        stems = [Stem(one, len(one.tokens), draft_tokens=tokens[:], **drafted) for one in threads]
         return Forest([stems], self.ledger, self.device)
 
     def buffer(self, forest: Forest) -> PackedForest:
@@ -86,7 +92,7 @@ class Steps:
                 verdict = Verdict([WORD, WORD], [0], 0) if stem.draft_tokens else Verdict([WORD], [], 0)
             else:
                 verdict = Verdict(written if stem.thread is self.tree.trunk else [WORD], [], 0)
-            self.manager.commit(self.tree, stem, verdict)
+            commit(stem, verdict, self.manager, self.ledger)
         return Seconds(placed - started, told - placed, perf_counter() - told)
 
 
@@ -106,7 +112,7 @@ def check_pack(device: str, case: Case) -> dict[str, Any]:
         equal &= all(torch.equal(*pair) for pair in zip(*written, strict=True)) and torch.equal(*tables)
         buffer.pack()
         for stem in forest.stems:
-            steps.manager.commit(steps.tree, stem, Verdict([WORD], [], 0))
+            commit(stem, Verdict([WORD], [], 0), steps.manager, steps.ledger)
         expected = torch.from_numpy(steps.ledger.table.slots).to(device)
         equal &= torch.equal(forest.table[: len(expected)], expected)
     return {"kernel": "pack", "rows": case.rows, "threads": case.threads, "equal": equal}

@@ -19,7 +19,7 @@ from medusa_apar.threads.paragraph_tree import ParagraphTree
 class MedusaAparOutput(GenerateDecoderOnlyOutput):
     """transformers' own output with `stats` and one `paragraph_tree` per row; notebooks show it as a picture.
 
-    agreement: with verify="stitched", per row and thread of its paragraph tree; None otherwise.
+    agreement: with rescore=True, per row and thread of its paragraph tree; None otherwise.
     events: everything that happened, step by step; `recording` is what it adds up to. With `regenerate_below` both are
         of the answer as first written.
     """

@@ -105,7 +105,7 @@ def test_what_fails_behind_the_end_of_the_text_ends_no_streamer_again(model, tok
         return scores
 
     apar = medusa_apar.attach(model)
-    options = {**prompts(1, 6), **GREEDY, "streamer": streamer, "return_dict_in_generate": True, "verify": "stitched"}
+    options = {**prompts(1, 6), **GREEDY, "streamer": streamer, "return_dict_in_generate": True, "rescore": True}
     options["logits_processor"] = [fail_behind_the_end]
     with pytest.raises(RuntimeError, match="behind the end"):
         model.generate(**options, custom_generate=apar) if bare_hook else apar.generate(**options)

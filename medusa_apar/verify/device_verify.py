@@ -124,7 +124,7 @@ class DeviceVerify:
         threads = self.num_threads if threads is None else threads
         tokens, parents, bans, first_rows, *others = inputs.split(self._sizes(queries, threads))
         if self.processed:
-            logits = logits.float()
+            logits = logits.to(torch.float32, copy=True)  # the model's own tell whose fault an impossible token is
             for first, stem in self.processed:
                 sampler, size = stem.request.sampler, 1 + len(stem.draft_tokens)
                 own = slice(first, first + size)

@@ -45,14 +45,14 @@ class HostVerify:
                 banned += [first + row for row, ban in enumerate(bans) if ban]
         if rule is not None:
             # Through numpy where it can be: between two steps, when nothing is in the cache, torch takes 0.1 ms for it.
-            plain = logits.device.type == "cpu" and logits.dtype == torch.float32
-            columns: Any = logits.numpy() if plain else logits
+            numpy = logits.device.type == "cpu" and logits.dtype == torch.float32
+            columns: Any = logits.numpy() if numpy else logits
             everywhere = slice(None) if len(control) == len(logits) else np.array(control)
             columns[everywhere, rule.child_id] = -math.inf
             if banned:
                 columns[np.array(banned), rule.fork_id] = -math.inf
-        asks = any(stem.request.sampler.plain and stem.request.sampler.typical is None for _, stem in stems)
-        self._greedy = greedy(logits, argmax) if asks else []
+        plain = any(stem.request.sampler.plain for _, stem in stems)
+        self._greedy = greedy(logits, argmax) if plain else []
 
     def __call__(self, first: int, stem: Stem) -> Verdict:
         """ValueError where a row leaves no token to choose; whatever a processor or a `fork_if` raises."""
@@ -159,7 +159,7 @@ class _Choices:
         if options.scores and scores is not None:
             self.scores.append(scores.clone())  # not a view that keeps the whole forest's logits
         if options.logits:
-            self.logits.append(self._host._raw[self._first][row])
+            self.logits.append(self._host._raw[self._first][row].clone())
         if options.logprobs is not None:
             self.logprobs.append(sampler.logprobs(self._host._raw[self._first][row], token))
         self.tokens.append(token)

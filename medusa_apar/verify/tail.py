@@ -92,7 +92,11 @@ class Tail:
     def _check(self, verdicts: list[Verdict | None], logits: Tensor) -> None:
         """Fails requests for which the device found no token to choose."""
         for stem, verdict in zip(self._forest.verified, verdicts, strict=True):
-            for its in () if verdict is None else (verdict, *verdict.children.values()):
+            if verdict is None:
+                continue
+            # The device has chosen for every drafted child, those of forks that were not accepted among them.
+            begun = [child for fork, child in verdict.children.items() if fork in verdict.nodes]
+            for its in (verdict, *begun):
                 if its.tokens[-1] < 0:
                     request, sampler = stem.request, stem.request.sampler
                     path = request.path(stem.thread) + its.tokens[:-1]

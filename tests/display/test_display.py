@@ -167,7 +167,7 @@ def test_lanes_mark_guesses_by_more_than_colour(forked):
             if thread in after.rejected:
                 seen.add("miss")
                 assert '<s class="ma-miss">' in html
-        if any(drafted.row == 0 and "heads" in drafted.sources for drafted in before.drafted.values()):
+        if any(before.rows[drafted.request] == 0 and "heads" in drafted.sources for drafted in before.drafted.values()):
             assert '<em class="ma-guess">' in display.lanes(forked, step, checking=True, tokenizer=tokenizer).html
         assert '<em class="ma-guess">' not in html
     assert seen == {"hit", "miss"}
@@ -190,6 +190,7 @@ def test_the_forest_has_the_mask_that_the_model_was_given(call, monkeypatch):
 
     def keep(forest, requests, ledger, device):
         init(forest, requests, ledger, device)
+        given_masks.append({})
         for stems in requests:
             visible = np.zeros((sum(stem.size for stem in stems), ledger.pool.capacity), dtype=bool)
             first = stems[0].row
@@ -197,26 +198,25 @@ def test_the_forest_has_the_mask_that_the_model_was_given(call, monkeypatch):
                 stem.fill_visible(visible[stem.row - first : stem.row - first + stem.size])
             own = np.concatenate([stem.slots for stem in stems])
             positions = np.concatenate([stem.positions for stem in stems])
-            given_masks.append((visible.sum(axis=1), visible[:, own], positions))
+            name = None if stems[0].request is None else stems[0].request.id
+            given_masks[-1][name] = visible.sum(axis=1), visible[:, own], positions
 
     monkeypatch.setattr(Forest, "__init__", keep)
     monkeypatch.setattr("medusa_apar.engine.admission.check_fits", lambda *_: None)
     out = CALLS[call]()
-    recording, place = out.recording, len(given_masks)
-    drawn = []
-    for step in range(1, recording.step + 1):
+    recording = out.recording
+    # Behind what ran before the call whose output this is.
+    for step, masks in enumerate(given_masks[-recording.step :], 1):
         then = recording.at(step, checking=True)
-        for row in range(len(recording.trees)):
-            if any(drafted.row == row for drafted in then.drafted.values()):
-                drawn.append((rows(then, row), blocks(then, row)))
-    place -= len(drawn)  # what ran before the call whose output this is
-    assert place >= 0
-    for (shown, columns), (seen, among, positions) in zip(drawn, given_masks[place:], strict=True):
-        ours = mask(shown, columns)
-        sizes = np.array([block.stop - block.first for block in columns] + [1] * len(shown))
-        assert np.array_equal(ours[:, len(columns) :], among)
-        assert np.array_equal((ours * sizes).sum(axis=1), seen)
-        assert [row.position for row in shown] == positions.tolist()
+        assert masks.keys() == {drafted.request for drafted in then.drafted.values()}
+        for name, (seen, among, positions) in masks.items():
+            shown, columns = rows(then, then.rows[name]), blocks(then, then.rows[name])
+            ours = mask(shown, columns)
+            sizes = np.array([block.stop - block.first for block in columns] + [1] * len(shown))
+            assert np.array_equal(ours[:, len(columns) :], among)
+            assert np.array_equal((ours * sizes).sum(axis=1), seen)
+            assert [row.position for row in shown] == positions.tolist()
+    assert step == recording.step
 
 
 @settings(max_examples=60, deadline=None)

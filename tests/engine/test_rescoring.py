@@ -1,19 +1,19 @@
-"""Verified mode: every figure is that of a plain transformers pass, every rewritten thread a plain continuation."""
+"""Rescoring: every figure is that of a plain transformers pass, every rewritten thread a plain continuation."""
 
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 import medusa_apar
-from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.heads import HydraHeads, MedusaHeads
+from medusa_apar.threads.fork_manager import ForkManager
 from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, EOS, FORK, forking_model, tiny_model
 from tests.support.prompts import prompts
 from tests.support.tokenizers import tiny_tokenizer
 
 LIMIT = 40
-GREEDY = {"do_sample": False, "max_new_tokens": LIMIT, "return_dict_in_generate": True, "verify": "stitched"}
+GREEDY = {"do_sample": False, "max_new_tokens": LIMIT, "return_dict_in_generate": True, "rescore": True}
 
 
 class ThreadsEnd(LogitsProcessor):
@@ -102,12 +102,12 @@ def test_one_thread_agrees_with_itself(family, runtime):
 @pytest.mark.parametrize("seed", [5, 11, 24])
 @pytest.mark.parametrize("piece", [3, 512])
 def test_agreement_is_that_of_one_plain_pass(monkeypatch, seed, piece):
-    monkeypatch.setattr("medusa_apar.engine.rescoring._PIECE", piece)
+    monkeypatch.setattr("medusa_apar.engine.scheduler._SCORED_ROWS", piece)
     model = forking_model(seed)
-    plain = run(model, verify=None)
+    plain = run(model, rescore=False)
     out = run(model, RecallHeads(model, plain.paragraph_tree))
     assert plain.agreement is None and torch.equal(out.sequences, plain.sequences)
-    assert 0 < out.stats.agreement < 1 and out.stats.final_slots == 0 and out.stats.stitched_seconds > 0
+    assert 0 < out.stats.agreement < 1 and out.stats.final_slots == 0 and out.stats.rescore_seconds > 0
     assert_report_is(model, out)
     assert out.stats.steps > plain.stats.steps / 4 and out.stats.regenerated == 0
 
@@ -139,7 +139,7 @@ def rewritten(out, row):
 @pytest.mark.parametrize("seed", [1, 5, 24])
 def test_rewritten_threads_are_plain_greedy_decoding_behind_the_text_before(seed):
     model = forking_model(seed)
-    first = run(model, verify=None, **ENDING)
+    first = run(model, rescore=False, **ENDING)
     out = run(model, regenerate_below=0.7, **ENDING)
     assert out.stats.regenerated >= 3 and out.stats.final_slots == 0
     assert not torch.equal(out.sequences, first.sequences) and out.sequences.shape[1] <= 6 + LIMIT
@@ -268,9 +268,8 @@ def test_text_beyond_the_context_is_not_scored():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"verify": "twice"}, "'twice' is not None or 'stitched'"),
         ({"return_dict_in_generate": False}, "return_dict_in_generate"),
-        ({"verify": None, "regenerate_below": 0.5}, "verify='stitched'"),
+        ({"rescore": False, "regenerate_below": 0.5}, "rescore=True"),
         ({"regenerate_below": 0.0}, "above 0"),
         ({"regenerate_below": 1.5}, "at most 1"),
         ({"regenerate_below": float("nan")}, "above 0"),

@@ -42,6 +42,7 @@ def told(thread):
 def test_a_recording_is_the_paragraph_tree(out):
     recording = out.recording
     assert len(recording.trees) == len(out.paragraph_tree)
+    assert recording.rows == {str(row): row for row in range(len(recording.trees))}
     width = max(tree.trunk.num_forced for tree in recording.trees)  # of the padded prompts
     for row, (ours, theirs) in enumerate(zip(recording.trees, out.paragraph_tree, strict=True)):
         assert [told(thread) for thread in ours.threads] == [told(thread) for thread in theirs.threads]
@@ -57,8 +58,15 @@ def test_figures_are_those_of_the_stats(out):
     assert sum(step.rows for step in steps) == stats.forward_tokens
     assert max(step.slots_used for step in steps) == stats.peak_slots
     assert steps[-1].slots_kept == stats.final_slots == 0
-    assert sum(steps[-1].text_lengths) == stats.generated_tokens
-    assert all(a.text_lengths <= b.text_lengths and a.seconds < b.seconds for a, b in pairwise(steps))
+    assert all(a.seconds < b.seconds for a, b in pairwise(steps))
+    lengths = dict.fromkeys(out.recording.rows, 0)
+    for step in steps:
+        changed = dict(step.text_lengths)
+        assert len(changed) == len(step.text_lengths)
+        assert all(length > lengths[name] for name, length in changed.items())  # of what changed, and no other
+        lengths |= changed
+    assert sum(lengths.values()) == stats.generated_tokens
+    assert list(lengths.values()) == [out.recording.readable(row) for row in range(len(out.sequences))]
     forests = [event.drafted for event in out.events if isinstance(event, StepStarted)]
     sources = Counter(source for forest in forests for drafted in forest for source in drafted.sources)
     named = {"heads": "heads", "siblings": "siblings", "fork": "forks"}
@@ -77,18 +85,18 @@ def test_every_guess_is_accepted_or_rejected(out):
             match event:
                 case StepStarted():
                     for drafted in event.drafted:
-                        key = drafted.row, drafted.thread
+                        key = drafted.request, drafted.thread
                         guessed[key] = dict(enumerate(drafted.token_ids))
                         assert len(drafted.token_ids) == len(drafted.parents) == len(drafted.sources)
                         assert all(parent < node for node, parent in enumerate(drafted.parents))
                         assert fed.get(key, 0) >= drafted.cached  # fewer after it had been evicted
                         fed[key] = drafted.cached + drafted.pending
                 case TokensAccepted():
-                    fed[event.row, event.thread] = fed.get((event.row, event.thread), 1) + len(event.nodes)
-                    nodes = guessed.get((event.row, event.thread), {})
+                    fed[event.request, event.thread] = fed.get((event.request, event.thread), 1) + len(event.nodes)
+                    nodes = guessed.get((event.request, event.thread), {})
                     assert [nodes.pop(node) for node in event.nodes] == list(event.token_ids[: len(event.nodes)])
                 case TokensRejected():
-                    nodes = guessed[event.row, event.thread]
+                    nodes = guessed[event.request, event.thread]
                     assert [nodes.pop(node) for node in event.nodes] == list(event.token_ids)
                 case StepFinished():
                     left = [token for nodes in guessed.values() for token in nodes.values()]
@@ -146,7 +154,7 @@ def test_what_is_fed_again_is_told():
 
 def test_what_is_written_anew_is_told_as_first_written():
     """That needs more than the limit, but what can be read ends there."""
-    first, out = fork_freely(), fork_freely(generate={"verify": "stitched", "regenerate_below": 0.9})
+    first, out = fork_freely(), fork_freely(generate={"rescore": True, "regenerate_below": 0.9})
     assert out.stats.regenerated and not torch.equal(out.sequences, first.sequences)
     for row in range(2):
         texts = [[thread.tokens[index] for thread, index in o.recording.text(row)] for o in (first, out)]

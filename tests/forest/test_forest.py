@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
-from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.triton_kernels.layout import LayoutKind, Sizes, Tile
@@ -76,10 +75,8 @@ def _show_exactly_the_path(data):
                 assert sorted(slots[sliding.masks[group][row]].tolist()) == sorted(path[-window:])
 
     trees = script.run(after_step)
-    manager = ForkManager(script.ledger, context_length=None)
-    for tree in trees:
-        for thread in tree.threads:
-            if thread.live:
-                manager.cancel(thread)
+    for thread in [thread for tree in trees for thread in tree.threads if thread.live]:
+        thread.finish_reason = "cancelled"
+        script.ledger.settle(thread)
     script.ledger.check()
     assert script.ledger.pool.in_use == 0

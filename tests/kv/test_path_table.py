@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.forest.forest import Stem
 from medusa_apar.kv.path_table import PathTable
@@ -20,8 +19,8 @@ from tests.support.random_requests import Script
 class Evicting(Script):
     """Threads wait, are evicted, and are fed again with all that they and their ancestors have lost."""
 
-    def _stems(self, tree) -> list[Stem]:
-        draw = self.data.draw
+    def _stems(self, request) -> list[Stem]:
+        draw, tree = self.data.draw, request.tree
         live = [thread for thread in tree.depth_first() if thread.live]
         for thread in live:
             if draw(st.integers(0, 3)) == 0:
@@ -38,13 +37,16 @@ class Evicting(Script):
         for thread in chosen:
             for member, stop in self.ledger.missing(thread):
                 fed[member] = max(fed.get(member, 0), stop)
-        return [
+        stems = [
             Stem(thread, len(thread.tokens), True, DraftTree.likeliest(8), [20 + n for n in range(chosen[thread])])
             if thread in chosen
             else Stem(thread, fed[thread], verified=False)
             for thread in tree.depth_first()
             if thread in fed
         ]
+        for stem in stems:
+            stem.request = request
+        return stems
 
 
 def on_device(forest, draw) -> torch.Tensor:
@@ -82,9 +84,9 @@ def test_it_has_every_live_path_through_any_history(data, chunk, unasked):
                 assert said == script.cached_path(thread)[:columns]
 
         trees = script.run(after_step)
-        manager = ForkManager(script.ledger, context_length=None)
         for thread in [thread for tree in trees for thread in tree.threads if thread.live]:
-            manager.cancel(thread)
+            thread.finish_reason = "cancelled"
+            script.ledger.settle(thread)
             script.ledger.check()
         table = script.ledger.table
         assert not table._paths and sorted(table._free) == list(range(len(table.slots)))

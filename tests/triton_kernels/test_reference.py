@@ -1,57 +1,45 @@
 """The references against the code they must agree with."""
 
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.forest.forest import Stem
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.threads.paragraph_tree import ParagraphTree
-from medusa_apar.threads.request import Request
+from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import Noise, TypicalAcceptance
-from medusa_apar.verify.verifier import Verifier
 from tests.support.models import CHILD, CONTROL, FORK, tiny_model
+from tests.support.verifying import request_of, stem_of, verified_on_host
 
 
 @settings(deadline=None)
 @given(st.data(), st.none() | st.integers(0, 2**63 - 1))
-def test_verify_chooses_what_the_verifier_chooses(data, seed):
+def test_verify_chooses_what_is_chosen_on_the_host(data, seed):
     """Several threads, greedy beside sampled, and the fork rule; siblings' tokens differ, as a draft tree's do."""
     vocab = max(FORK, CHILD) + 1
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    stems, requests, tokens, parents, first_rows, positions, sampled = [], {}, [], [], [0], [], []
+    stems, tokens, parents, first_rows, positions, sampled = [], [], [], [0], [], []
     for _ in range(data.draw(st.integers(1, 3))):
         draft_tree = DraftTree.likeliest(data.draw(st.integers(0, 10)))
-        tree = ParagraphTree([1, 2, data.draw(st.sampled_from([3, FORK]))])
-        stem = Stem(tree.trunk, 3, draft_tree=draft_tree, pending=tree.trunk.tokens[-1:])
         first = first_rows[-1]
         favourites = [FORK, 3, 4, 5, 6, 7, 8]
-        stem.draft_tokens = [favourites[rank] for rank in draft_tree.ranks]
-        stems.append(stem)
+        prompt = [1, 2, data.draw(st.sampled_from([3, FORK]))]
         sampled.append(seed is not None and data.draw(st.booleans()))
-        requests[stem] = Request(0, 1, tree.trunk.tokens[:], tree.trunk.tokens, tree, 100)
-        tokens += [stem.pending[-1], *stem.draft_tokens]
+        request = request_of(prompt, rule=ForkRule.of(CONTROL), seed=seed if sampled[-1] else None)
+        stem = stem_of(request, None, draft_tree, [favourites[rank] for rank in draft_tree.ranks])
+        stems.append(stem)
+        tokens += [prompt[-1], *stem.draft_tokens]
         parents += [-1, *(first + 1 + parent for parent in draft_tree.parents.tolist())]
-        positions += [tree.trunk.end, *(tree.trunk.end + 1 + depth for depth in draft_tree.depths.tolist())]
+        positions += [3, *(4 + depth for depth in draft_tree.depths.tolist())]
         first_rows.append(first + 1 + len(draft_tree))
     logits = torch.randn(len(tokens), vocab, generator=generator)
     logits[:, [FORK, 3, 4, CHILD]] += 3.0
-    greedy, sampling = (
-        Verifier(CONTROL, True, 3, LogitsProcessorList(), its)(
-            SimpleNamespace(verified=stems), logits.clone(), requests
-        )
-        for its in (None, seed)
-    )
-
     noise = None
     if seed is not None:
-        keys = torch.tensor([stem.thread.key for stem in stems])
+        keys = torch.from_numpy(np.array([stem.thread.key for stem in stems], dtype=np.uint64).view(np.int64))
         noise = Noise(torch.full_like(keys, seed), keys, torch.tensor(positions), torch.tensor(sampled).int())
     out = reference.verify(
         logits,
@@ -61,9 +49,7 @@ def test_verify_chooses_what_the_verifier_chooses(data, seed):
         control=(FORK, CHILD),
         noise=noise,
     )
-    for thread, verdict in enumerate(greedy):
-        if sampled[thread]:
-            verdict = sampling[thread]
+    for thread, verdict in enumerate(verified_on_host(stems, logits)):
         length, first = int(out.lengths[thread]), first_rows[thread]
         assert out.tokens[thread, :length].tolist() == verdict.tokens
         assert out.rows[thread, : length - 1].tolist() == [first + 1 + node for node in verdict.nodes]

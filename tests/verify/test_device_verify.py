@@ -6,69 +6,84 @@ import pytest
 import torch
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.forest.forest import Stem
-from medusa_apar.threads.paragraph_tree import ParagraphTree
+from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
-from medusa_apar.verify.device_verify import Choice
-from tests.support.models import CONTROL
-from tests.support.random_requests import CHILD, FORK
+from medusa_apar.verify.device_verify import DeviceVerify
+from tests.support.models import CHILD, CONTROL, FORK
+from tests.support.verifying import request_of, stem_of, verified_on_host
 
-VOCAB = max(FORK, CHILD) + 1
+VOCAB = 9
 LENIENT = TypicalAcceptance(0.05, 0.3)
+STRICT = TypicalAcceptance(0.0, 1e-30)
+SEEDS = (None, 3, 2**64 - 1)
+TYPICALS = (None, LENIENT, STRICT)
+# Of two threads: each mode for both, then one beside another.
+MODES = [((seed, typical), (seed, typical)) for seed in SEEDS for typical in TYPICALS]
+MODES += [((None, LENIENT), (3, None)), ((3, STRICT), (2**64 - 1, None)), ((5, LENIENT), (None, None))]
 
 
-def stems():
+def stems(modes):
     """Two threads, with draft trees of three nodes and of one."""
     made = []
-    for key, nodes in ((5, 3), (2**64 - 7, 1)):
-        tree = ParagraphTree([1, 2, 3], key=key)
-        stem = Stem(tree.trunk, 3, draft_tree=DraftTree.likeliest(nodes), pending=[3])
-        stem.draft_tokens = [4 + node for node in range(nodes)]
-        made.append(stem)
+    for (seed, typical), key, nodes in zip(modes, (5, 2**64 - 7), (3, 1), strict=True):
+        request = request_of([1, 2, 3], key, seed=seed, typical=typical, rule=ForkRule.of(CONTROL))
+        made.append(stem_of(request, None, DraftTree.likeliest(nodes), [5 + node for node in range(nodes)]))
     return made
 
 
-@pytest.mark.parametrize("seed", [None, 3, 2**64 - 1])
-@pytest.mark.parametrize("typical", [None, LENIENT, TypicalAcceptance(0.0, 1e-30)])
+def told(verdicts):
+    return [(verdict.tokens, verdict.nodes, verdict.row) for verdict in verdicts]
+
+
+@pytest.mark.parametrize("modes", MODES, ids=str)
 @pytest.mark.parametrize("padding", [(0, 0), (1, 1), (6, 3)], ids=str)
-def test_modes_of_threads_arrive_padded_or_not(seed, typical, padding):
+def test_modes_of_threads_arrive_padded_or_not(modes, padding):
     received = {}
 
     def verify(*args, **options):
         received.update(options)
         return reference.verify(*args, **options)
 
-    forest = SimpleNamespace(verified=stems())
-    choice = Choice.of(verify, forest, CONTROL, [False] * 6, seed, 3, None, typical=typical)
+    seeds = tuple(seed for seed, _ in modes)
+    typicals = [None if seed is None else typical for seed, typical in modes]  # the likeliest token needs no thresholds
+    forest = SimpleNamespace(verified=stems(modes))
+    verification = DeviceVerify.of(verify, forest, 3, None)
     rows, threads = 6 + padding[0], 2 + padding[1]
     logits = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(1))
-    verdicts = choice.read(choice.run(logits, logits, choice.inputs(rows, threads), threads))
+    verdicts = verification.read(verification.run(logits, logits, verification.inputs(rows, threads), threads))
 
     noise, thresholds = received["noise"], received["typical"]
-    if seed is None:
+    assert received["control"] == (FORK, CHILD)
+    if seeds == (None, None):
         assert noise is None
     else:
-        assert [word & (2**64 - 1) for word in noise.seeds.tolist()] == [seed] * threads
+        sampled = [seed is not None for seed in seeds]
+        assert noise.sampled.dtype == torch.int32 and noise.sampled[:2].tolist() == sampled
+        assert len(noise.seeds) == len(noise.keys) == len(noise.sampled) == threads
+        for seed, word in zip(seeds, noise.seeds.tolist(), strict=False):
+            assert seed is None or seed == word & (2**64 - 1)
         assert [word & (2**64 - 1) for word in noise.keys[:2].tolist()] == [stem.thread.key for stem in forest.verified]
         depths = [int(depth) for stem in forest.verified for depth in [-1, *stem.draft_tree.depths]]
         assert noise.positions[:6].tolist() == [4 + depth for depth in depths] and len(noise.positions) == rows
-        assert noise.sampled.dtype == torch.int32 and noise.sampled.tolist() == [1] * threads
-    if typical is None:
+    if typicals == [None, None]:
         assert thresholds is None
     else:
-        assert torch.equal(thresholds, torch.tensor([typical] * threads))
-    alone = choice.read(choice.run(logits[:6], logits[:6], choice.inputs()))
-    assert [(verdict.tokens, verdict.nodes, verdict.row) for verdict in verdicts] == [
-        (verdict.tokens, verdict.nodes, verdict.row) for verdict in alone
-    ]
+        assert len(thresholds) == threads
+        for typical, row in zip(typicals, thresholds, strict=False):
+            assert row[0] < 0 if typical is None else torch.equal(row, torch.tensor(typical))
+    assert told(verdicts) == told(verification.read(verification.run(logits[:6], logits[:6], verification.inputs())))
+    for verdict, expected in zip(verdicts, verified_on_host(forest.verified, logits[:6]), strict=True):
+        assert told([verdict]) == told([expected])
 
 
-def test_a_captured_step_serves_all_thresholds_and_no_other_modes():
-    def operations(seed, typical):
-        return Choice.of(
-            reference.verify, SimpleNamespace(verified=stems()), CONTROL, [False] * 6, seed, 3, None, typical=typical
-        ).operations
+def test_a_captured_step_serves_all_seeds_and_thresholds_and_no_other_modes():
+    def operations(*modes):
+        return DeviceVerify.of(reference.verify, SimpleNamespace(verified=stems(modes)), 3, None).operations
 
-    assert operations(1, LENIENT) == operations(2, TypicalAcceptance(0.5, 0.9))
-    assert len({operations(*modes) for modes in ((None, None), (1, None), (1, LENIENT))}) == 3
+    greedy, sampled, typical = (None, None), (1, None), (1, LENIENT)
+    assert operations(typical, typical) == operations((2, TypicalAcceptance(0.5, 0.9)), typical)
+    # Whichever thread it is that needs a mode.
+    assert operations(typical, sampled) == operations(greedy, typical) == operations(typical, typical)
+    assert operations(greedy, sampled) == operations(sampled, sampled)
+    assert len({operations(mode, mode) for mode in (greedy, sampled, typical)}) == 3

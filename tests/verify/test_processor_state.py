@@ -21,8 +21,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import medusa_apar
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.threads.control_tokens import ControlTokensLogitsProcessor
 from medusa_apar.verify import processor_state
+from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from medusa_apar.verify.processor_state import StateWatch
 from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, FORK, VOCAB, forking_model, tiny_model

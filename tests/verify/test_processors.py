@@ -5,12 +5,11 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 import medusa_apar
-from medusa_apar.engine.fork_manager import ForkManager
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.kv.pool import KVPool
-from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.threads.paragraph_tree import ParagraphTree
-from medusa_apar.threads.request import Request
+from medusa_apar.threads.fork_manager import ForkManager
+from medusa_apar.threads.fork_policy import ControlTokenForks
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.triton_kernels import reference
 from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from tests.support.drafters import RecallHeads
@@ -84,7 +83,7 @@ WAYS = {
     "typical": ({"acceptance": "typical"}, {"do_sample": True, "seed": 3, "top_k": 2}),
     "asked": ({}, {"fork_if": lambda point: False}),
     "scores kept": ({}, {"output_scores": True}),
-    "stitched": ({}, {"verify": "stitched"}),
+    "rescored": ({}, {"rescore": True}),
 }
 
 
@@ -99,7 +98,7 @@ def test_nothing_invisible_is_chosen_where_a_processor_wants_it(way):
     for tree in out.paragraph_tree:
         for thread in tree.threads:
             assert CHILD not in thread.token_ids
-    if way in ("asked", "stitched"):
+    if way in ("asked", "rescored"):
         alone = apar.generate(**prompts(2, 6), **GREEDY, fork=False, logits_processor=[OnlyChildless()])
         assert way != "asked" or torch.equal(out.sequences, alone)
     if way == "scores kept":
@@ -225,16 +224,15 @@ def test_a_model_of_nan_is_an_error(runtime, options):
 def test_a_thread_of_tokens_nobody_reads_ends(token):
     """Whatever is chosen, a path is not longer than an answer within the limit can make it, and no request is left
     without a thread."""
-    tree = ParagraphTree([7, 8], eos_ids=(2,), fork_id=FORK, child_id=CHILD)
-    request = Request(0, 1, [7, 8], [7, 8], tree, max_new_tokens=2)
-    manager = ForkManager(SlotLedger(KVPool()), None, max_depth=1)
+    rule = ForkRule.of(CONTROL, max_depth=1)
+    options = RequestOptions(max_new_tokens=2, eos_ids=frozenset({2}), policy=ControlTokenForks(), rule=rule)
+    request, manager = Request("0", [7, 8], options), ForkManager(None)
     for _ in range(9):  # a path can have two tokens that are read, a [Fork] before each, and what a child begins with
-        for thread in list(tree.threads):
-            if thread.live:
-                manager._append(tree, thread, token)
+        for thread in list(request.tree.threads):
+            manager.advance(request, thread, [token])
         request.publish()
         manager.trim(request)
         if request.done:
             break
-        assert tree.live
-    assert request.done and request.text == [] and not tree.live
+        assert request.tree.live
+    assert request.done and request.text == [] and not request.tree.live

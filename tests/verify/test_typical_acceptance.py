@@ -1,34 +1,24 @@
 """Typical acceptance: medusa-llm's rule on the same logits, and nothing else changes where it is not asked for."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 import medusa_apar
 from medusa_apar import DraftTree, TypicalAcceptance
-from medusa_apar.engine.fork_manager import ForkManager
-from medusa_apar.forest.forest import Stem
+from medusa_apar.engine.commit import commit
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH
-from medusa_apar.threads.paragraph_tree import ParagraphTree
-from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import sample
 from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
-from medusa_apar.verify.verifier import Verifier
 from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, FORK, forking_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts
+from tests.support.verifying import request_of, stem_of, verified_on_host
 
 SAMPLING = {"max_new_tokens": 24, "do_sample": True, "seed": 7, "top_k": 0, "return_dict_in_generate": True}
 LENIENT = TypicalAcceptance(0.05, 0.3)
@@ -42,24 +32,22 @@ def run(model, heads=None, acceptance="exact", **options):
 
 
 @st.composite
-def stems(draw):
-    """A stem whose guesses are often likely, and logits [nodes + 1, vocab] of its rows."""
+def drafts(draw):
+    """A draft tree whose tokens are often likely, and logits [nodes + 1, vocab] of the root and its nodes."""
     tree = DraftTree.likeliest(draw(st.integers(1, 14)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
     logits = draw(st.sampled_from([0.3, 1.0, 3.0])) * torch.randn(len(tree) + 1, 20, generator=generator)
     tokens = []
     for parent, rank in zip(tree.parents.tolist(), tree.ranks.tolist(), strict=True):
         tokens.append(int(logits[parent + 1].argsort(descending=True)[rank]))
-    request_tree = ParagraphTree([1, 2, 3], key=5)
-    return request_tree, Stem(request_tree.trunk, 3, draft_tree=tree, draft_tokens=tokens, pending=[3]), logits
+    return tree, tokens, logits
 
 
 @settings(deadline=None, max_examples=60)
-@given(stems(), st.sampled_from([(0.09, 0.3), (0.3, 1.0), (0.02, 0.1)]), st.sampled_from([0.5, 1.0, 1.4]))
+@given(drafts(), st.sampled_from([(0.09, 0.3), (0.3, 1.0), (0.02, 0.1)]), st.sampled_from([0.5, 1.0, 1.4]))
 def test_accepts_what_medusa_llm_accepts(drawn, thresholds, temperature):
     evaluate_posterior = pytest.importorskip("medusa.model.utils").evaluate_posterior
-    request_tree, stem, logits = drawn
-    tree, tokens = stem.draft_tree, stem.draft_tokens
+    tree, tokens, logits = drawn
     # medusa-llm adds 1e-5 inside the entropy's logarithm: leave out what lies between the two thresholds.
     chances = (logits / temperature).softmax(-1)
     for node, parent in enumerate(tree.parents.tolist()):
@@ -80,10 +68,9 @@ def test_accepts_what_medusa_llm_accepts(drawn, thresholds, temperature):
     best, length = evaluate_posterior(padded, candidates, temperature, *thresholds)
     expected = paths[int(best)][1 : int(length) + 1]
 
-    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    verifier = Verifier(None, True, 3, processors, seed=9, typical=TypicalAcceptance(*thresholds))
-    request = Request(0, 1, [1, 2, 3], [1, 2, 3], request_tree, 100)
-    (verdict,) = verifier(SimpleNamespace(verified=[stem]), logits.clone(), {stem: request})
+    typical = TypicalAcceptance(*thresholds)
+    request = request_of([1, 2, 3], 5, seed=9, typical=typical, processors=[TemperatureLogitsWarper(temperature)])
+    (verdict,) = verified_on_host([stem_of(request, None, tree, tokens)], logits)
     assert [node + 1 for node in verdict.nodes] == expected
     assert verdict.tokens[:-1] == [ids[row] for row in expected]
     assert verdict.row == (expected[-1] if expected else 0)
@@ -93,15 +80,15 @@ def test_accepts_what_medusa_llm_accepts(drawn, thresholds, temperature):
 @pytest.mark.parametrize("warp", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)
 def test_accepted_tokens_satisfy_the_criterion(monkeypatch, warp):
     verdicts = []
-    commit = ForkManager.commit
 
-    def spy(self, tree, stem, verdict):
-        verdicts.append((tree, stem.thread.depth, stem.thread.ancestor_ids() + stem.thread.tokens, verdict))
-        return commit(self, tree, stem, verdict)
+    def spy(stem, verdict, *others):
+        tree, thread = stem.request.tree, stem.thread
+        verdicts.append((tree, thread.depth, thread.ancestor_ids() + thread.tokens, verdict))
+        return commit(stem, verdict, *others)
 
     model = forking_model(24)
     heads = RecallHeads(model, run(model, **warp).paragraph_tree, wrong_every=3)
-    monkeypatch.setattr(ForkManager, "commit", spy)
+    monkeypatch.setattr("medusa_apar.engine.engine.commit", spy)
     out = run(model, heads, LENIENT, **warp)
     assert out.stats.forks > 0 and out.stats.final_slots == 0
     checked = 0
@@ -138,7 +125,7 @@ def processed(model, tree, depth, path, warp):
 
 @pytest.mark.parametrize("warp", [{}, {"temperature": 0.7, "top_k": 12}], ids=str)
 def test_one_launch_and_row_by_row_accept_the_same(warp):
-    """`Choice` with the kernel's reference, as on a device, against the verifier's own way."""
+    """`DeviceVerify` with the kernel's reference, as on a device, against verification on the host."""
     model = forking_model(24)
     remembered = run(model, **warp).paragraph_tree
     outs = []

@@ -1,11 +1,11 @@
-"""Tokens chosen by the kernel are those that the verifier chooses row by row."""
+"""Tokens chosen by the kernel are those that are chosen row by row on the host."""
 
 import pytest
 import torch
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.verify.device_verify import Choice
+from medusa_apar.verify.device_verify import DeviceVerify
 from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, forking_model
 from tests.support.prompts import prompts
@@ -30,8 +30,8 @@ SERVED = [
 @pytest.fixture
 def launches(monkeypatch):
     count = []
-    run = Choice.run
-    monkeypatch.setattr(Choice, "run", lambda *args: count.append(1) or run(*args))
+    run = DeviceVerify.run
+    monkeypatch.setattr(DeviceVerify, "run", lambda *args: count.append(1) or run(*args))
     return count
 
 
@@ -68,7 +68,7 @@ def test_typical_acceptance_is_the_kernels_too(launches):
             **{"attention": attention, "runtime": "torch"},
         )
         outs.append(apar.generate(**prompts(2, 6, seed=2, ragged=True), **options))
-    # Row by row it is the kernel's reference that chooses, through `Choice` as well.
+    # Row by row it is the kernel's reference that chooses, through `DeviceVerify` as well.
     assert len(launches) == sum(out.stats.steps for out in outs)
     assert torch.equal(outs[0].sequences, outs[1].sequences)
     assert outs[0].stats.accepted_lengths == outs[1].stats.accepted_lengths

@@ -1,25 +1,15 @@
-"""The verifier against medusa-llm's own acceptance rule, and the fork rule against its plain-path twin."""
-
-from types import SimpleNamespace
+"""Verification on the host against medusa-llm's own acceptance rule, and the fork rule against its plain-path twin."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.forest.forest import Stem
-from medusa_apar.threads.paragraph_tree import ParagraphTree
-from medusa_apar.threads.request import Request
+from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
-from medusa_apar.verify.verifier import Verifier
-from tests.support.models import CHILD, CONTROL, FORK
-
-
-def verify(verifier, tree, stem, logits):
-    request = Request(0, 1, tree.trunk.tokens[: tree.trunk.num_forced], tree.trunk.tokens, tree, 100)
-    return verifier(SimpleNamespace(verified=[stem]), logits, {stem: request})
+from tests.support.models import CONTROL, FORK
+from tests.support.verifying import request_of, stem_of, verified_on_host
 
 
 @settings(deadline=None)
@@ -34,10 +24,7 @@ def test_accepts_what_medusa_llm_accepts(data):
         taken = {tokens[n] for n in range(node) if tree.parents[n] == tree.parents[node]}
         free = [token for token in range(max(vocab, len(tree) + 1)) if token not in taken]
         tokens.append(data.draw(st.sampled_from(free)))
-    request_tree = ParagraphTree([1, 2, 3])
-    stem = Stem(request_tree.trunk, 3, draft_tree=tree, draft_tokens=tokens, pending=[3])
-    verifier = Verifier(None, True, 3, LogitsProcessorList(), None)
-    (verdict,) = verify(verifier, request_tree, stem, logits.clone())
+    (verdict,) = verified_on_host([stem_of(request_of([1, 2, 3]), None, tree, tokens)], logits)
 
     # Medusa's form: one padded candidate per node, root to node.
     paths = [[0]] + [[0] + [n + 1 for n in range(len(tree)) if tree.ancestors[node][n]] for node in range(len(tree))]
@@ -55,16 +42,14 @@ def test_accepts_what_medusa_llm_accepts(data):
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([5, 6, FORK]), max_size=6), st.integers(0, 2), st.booleans())
 def test_the_fork_rule_is_the_plain_processors_rule(written, depth, fork):
-    tree = ParagraphTree([7, 8], fork_id=FORK, child_id=CHILD)
-    thread = tree.trunk
+    request = request_of([7, 8], rule=ForkRule.of(CONTROL, 2, fork), scores=True)
+    thread = request.tree.trunk
     for _ in range(depth):
         thread.tokens += [5, FORK]
-        thread = tree.fork(thread, len(thread.tokens) - 1, 0)
+        thread = request.tree.fork(thread, len(thread.tokens) - 1, 0)
     thread.tokens += written
     logits = torch.zeros(1, 61)
-    stem = Stem(thread, len(thread.tokens), pending=thread.tokens[-1:])
-    verifier = Verifier(CONTROL, fork, 2, LogitsProcessorList(), None, keep_scores=True)
-    (verdict,) = verify(verifier, tree, stem, logits.clone())
+    (verdict,) = verified_on_host([stem_of(request, thread)], logits)
     path = torch.tensor([thread.ancestor_ids() + thread.tokens])
     rule = ControlTokensLogitsProcessor(CONTROL, 2, fork, max_depth=2)
     assert torch.equal(verdict.scores[0], rule(path, logits)[0])

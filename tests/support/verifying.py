@@ -1,0 +1,54 @@
+"""Stems without an engine, each of a request that says how tokens are chosen, and their verification on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+
+import torch
+
+from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
+from medusa_apar.forest.forest import Stem
+from medusa_apar.threads.paragraph_tree import Thread
+from medusa_apar.threads.request import Request, RequestOptions
+from medusa_apar.verify.host_verify import HostVerify
+from medusa_apar.verify.sampler import Sampler
+from medusa_apar.verify.verdict import Verdict
+
+NO_DRAFTS = DraftTree([])
+
+
+def request_of(prompt_ids: list[int], key: int | None = None, **options) -> Request:
+    """A request as its engine has it: with a sampler."""
+    request = Request("0", prompt_ids, RequestOptions(**options), key)
+    request.sampler = Sampler(request.options)
+    return request
+
+
+def stem_of(
+    request: Request,
+    thread: Thread | None = None,
+    draft_tree: TreeShape = NO_DRAFTS,
+    draft_tokens: Sequence[int] = (),
+    **fields,
+) -> Stem:
+    """A thread's last token and the draft tree below it; by default the trunk's. Everything before is cached."""
+    thread = request.tree.trunk if thread is None else thread
+    stem = Stem(thread, len(thread.tokens), draft_tree=draft_tree, draft_tokens=list(draft_tokens), request=request)
+    stem.pending = thread.tokens[-1:]
+    for name, value in fields.items():
+        setattr(stem, name, value)
+    return stem
+
+
+def first_rows(stems: Sequence[Stem]) -> list[int]:
+    """Of each among all rows that are verified."""
+    return [0, *accumulate(stem.scored + len(stem.draft_tokens) for stem in stems)][:-1]
+
+
+def verified_on_host(stems: Sequence[Stem], logits: torch.Tensor) -> list[Verdict]:
+    """logits [M, vocab], of all the stems' rows; they stay as they are."""
+    places = list(zip(first_rows(stems), stems, strict=True))
+    verify = HostVerify(places, logits.clone(), partial(torch.argmax, dim=-1))
+    return [verify(first, stem) for first, stem in places]
