@@ -76,9 +76,11 @@ class Tail:
             for place, (first, stem) in enumerate(zip(self._forest.first_rows, self._forest.verified, strict=True))
             if verdicts[place] is None
         ]
-        if here:
-            host = HostVerify([(first, stem) for _, first, stem in here], output.logits, self._argmax)
+        chosen = [(first, stem) for _, first, stem in here if stem.request.options.score_from is None]
+        host = HostVerify(chosen, output.logits, self._argmax)
         for place, first, stem in here:
+            if stem.request.error is not None:
+                continue
             try:
                 if stem.request.options.score_from is None:
                     verdicts[place] = host(first, stem)

@@ -8,7 +8,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import ConfidenceCriteria, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 import medusa_apar
+from medusa_apar.engine.stopping import CriteriaStop
 from medusa_apar.heads import MedusaHeads
+from medusa_apar.threads.request import Request, RequestOptions, Row
 from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, EOS, forking_model, tiny_model
 from tests.support.prompts import prompts
@@ -121,3 +123,89 @@ def test_with_threads_criteria_see_text_and_scores_in_reading_order(rows):
         cut = apar.generate(**inputs, **options, stopping_criteria=[criterion]).sequences
         assert torch.equal(cut[0, : 6 + first], whole.sequences[0, : 6 + first])
         assert cut.shape[1] == 6 + first if rows == 1 else (cut[0, 6 + first :] == 0).all()
+
+
+# `CriteriaStop`, asked without an engine.
+
+
+class Shown:
+    """A criterion that keeps what it is shown, as it was and as it is; it is never met."""
+
+    def __init__(self):
+        self.ids, self.held, self.scores = [], [], []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.ids.append(input_ids.tolist())
+        self.held.append(input_ids)
+        self.scores.append(scores)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def write(row, inputs, texts, criteria, at_once, scores=None, limit=None) -> Request:
+    """A row's request, to which its text was appended, some tokens at once, until it was done."""
+    ids, text = inputs["input_ids"][row].tolist(), texts[row]
+    options = RequestOptions(limit or len(text), stop=CriteriaStop(criteria, "cpu"), scores=scores is not None)
+    prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+    request = Request(str(row), prompt, options, row=Row(row, len(texts), ids))
+    trunk = request.tree.trunk
+    for first in range(0, len(text), at_once):
+        trunk.tokens += text[first : first + at_once]
+        if scores is not None:
+            kept = request.scores.setdefault(trunk, [])
+            kept += [step[row] for step in scores[first : first + at_once]]
+        request.publish()
+        if request.done:
+            break
+    return request
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_criteria_are_shown_what_transformers_shows(rows, at_once):
+    """Each row's own, at the row's place in a batch of that size; it is not taken back when the text grows on."""
+    model, inputs, plain = tiny_model(seed=5, eos=-50.0), prompts(rows, 6, ragged=True), Shown()
+    out = model.generate(
+        **(inputs | {"do_sample": False, "max_new_tokens": 70, "repetition_penalty": 1.1} | SCORES),
+        stopping_criteria=StoppingCriteriaList([plain]),
+    )
+    texts = out.sequences[:, 6:].tolist()
+    for row in range(rows):
+        ours = Shown()
+        request = write(row, inputs, texts, [ours], at_once, out.scores)
+        assert request.text_ids == texts[row] and request.finish_reason == "length"
+        assert len(ours.ids) == len(plain.ids) == 70
+        for mine, theirs in zip(ours.ids, plain.ids, strict=True):
+            assert len(mine) == rows and mine[row] == theirs[row]
+        assert ours.ids == [held.tolist() for held in ours.held]
+        for mine, theirs in zip(ours.scores, plain.scores, strict=True):
+            assert isinstance(mine, tuple) and len(mine) == len(theirs)
+            for own, expected in zip(mine, theirs, strict=True):
+                assert own.shape == expected.shape and torch.equal(own[row], expected[row])
+
+
+def test_a_long_text_is_not_made_anew_for_every_token():
+    text, shown = [5 + index % 50 for index in range(1000)], Shown()
+    write(0, prompts(1, 6), [text], [shown], 1)
+    assert len(shown.held) == 1000 and shown.scores == [None] * 1000
+    assert len({held.untyped_storage().data_ptr() for held in shown.held}) < 12  # it doubles
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_criterion_that_answers_for_the_batch_is_asked_for_the_row(at_once):
+    inputs, stops = prompts(3, 6, ragged=True), torch.tensor([3, 12, 7])
+    texts = [[5 + index for index in range(20)]] * 3
+    criteria = [Shown(), lambda ids, scores: ids.shape[1] - 6 >= stops]
+    requests = [write(row, inputs, texts, criteria, at_once) for row in range(3)]
+    assert [len(request.text_ids) for request in requests] == stops.tolist()
+    assert [request.finish_reason for request in requests] == ["stop"] * 3
+    # Of a criterion and a limit at the same token the criterion is what is told.
+    limited = [write(row, inputs, texts, criteria, at_once, limit=7) for row in range(3)]
+    assert [request.finish_reason for request in limited] == ["stop", "length", "stop"]
+
+
+def test_what_a_criterion_raises_is_raised():
+    def fail(ids, scores):
+        raise RuntimeError("in mid-run")
+
+    with pytest.raises(RuntimeError, match="in mid-run"):
+        write(0, prompts(1, 6), [[5, 6]], [fail], 1)

@@ -1,0 +1,283 @@
+"""What happens behind a forward pass: each stem of a mixture is verified as it would be alone, and fails alone."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
+from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.kv.pool import KVPool
+from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.threads.fork_policy import ControlTokenForks
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.triton_kernels import reference
+from medusa_apar.triton_kernels.reference import TypicalAcceptance
+from medusa_apar.verify.tail import StepOutput, Tail
+from tests.support.models import CHILD, CONTROL, FORK
+from tests.support.verifying import request_of, stem_of, verified_on_host
+
+VOCAB, DEPTH = 14, 8
+argmax = partial(torch.argmax, dim=-1)
+
+
+def breaks(input_ids, scores):
+    raise RuntimeError("this one breaks")
+
+
+def impossible(input_ids, scores):
+    return torch.full_like(scores, torch.nan)
+
+
+# One rule of acceptance for all: on the device in one launch, or on the host path by path.
+MODES = {
+    "greedy": lambda: {},
+    "greedy, not forking": lambda: {"rule": ForkRule.of(CONTROL, fork=False)},
+    "greedy, thresholds unused": lambda: {"typical": TypicalAcceptance(0.0, 0.0)},
+    "sampled": lambda: {"seed": 3},
+    "sampled, all 64 bits": lambda: {"seed": 2**64 - 1},
+    "warped": lambda: {"seed": 5, "processors": [TemperatureLogitsWarper(0.5), TopKLogitsWarper(4)]},
+    "suppressed": lambda: {"processors": [SuppressTokensLogitsProcessor([7, 9], device="cpu")]},
+    "typical": lambda: {"seed": 4, "typical": TypicalAcceptance(0.05, 0.3)},
+    "typical, warped": lambda: {
+        **{"seed": 4, "typical": TypicalAcceptance(0.3, 1.0)},
+        **{"processors": [TemperatureLogitsWarper(1.4), TopPLogitsWarper(0.9)]},
+    },
+    "penalised": lambda: {"processors": [RepetitionPenaltyLogitsProcessor(1.5)]},
+    "penalised, sampled": lambda: {
+        "seed": 8,
+        "processors": [RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7)],
+    },
+    "penalised, typical": lambda: {
+        **{"seed": 8, "typical": TypicalAcceptance(0.05, 0.3)},
+        **{"processors": [RepetitionPenaltyLogitsProcessor(1.2)]},
+    },
+    "scores kept": lambda: {"scores": True},
+    "logits kept, sampled": lambda: {"seed": 2, "scores": True, "logits": True, "processors": [TopKLogitsWarper(3)]},
+    "logprobs kept": lambda: {"logprobs": 2},
+    "logprobs kept, typical": lambda: {"seed": 2, "logprobs": 3, "typical": TypicalAcceptance(0.05, 0.3)},
+    "asked": lambda: {"fork_if": lambda point: point.forks > 0},
+    "broken": lambda: {"processors": [breaks]},
+    "impossible": lambda: {"processors": [impossible]},
+}
+FAILURES = {"broken": "this one breaks", "impossible": "impossible left no token"}
+
+
+def request_in(mode):
+    options = {"rule": ForkRule.of(CONTROL), "policy": ControlTokenForks()} | MODES[mode]()
+    return request_of([5, 6, 7, 8], 11, **options)
+
+
+def drafted_forks(tree: TreeShape, tokens: list[int]) -> tuple[TreeShape, list[int], dict[int, int]]:
+    """The tree with a `[Child]` below each `[Fork]`, as candidates have it."""
+    forks = [node for node, token in enumerate(tokens) if token == FORK]
+    nodes = {fork: len(tokens) + place for place, fork in enumerate(forks)}
+    return TreeShape(np.append(tree.parents, forks).astype(np.int64)), [*tokens, *[CHILD] * len(forks)], nodes
+
+
+@st.composite
+def threads(draw):
+    """Of a request: whether it has forked already, and for each thread a draft tree with the logits of its rows, whose
+    tokens are often likely."""
+    members = []
+    for _ in range(draw(st.integers(1, 2))):
+        tree = DraftTree.likeliest(draw(st.integers(0, 8)))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+        logits = draw(st.sampled_from([0.5, 2.0])) * torch.randn(2 * len(tree) + 1, VOCAB, generator=generator)
+        logits[:, FORK] += draw(st.sampled_from([0.0, 2.0]))
+        tokens = []
+        for parent, rank in zip(tree.parents.tolist(), tree.ranks.tolist(), strict=True):
+            tokens.append(int(logits[parent + 1].argsort(descending=True)[rank]))
+        shape, tokens, forks = drafted_forks(tree, tokens)
+        members.append(({"draft_tree": shape, "draft_tokens": tokens, "forks": forks}, logits[: len(tokens) + 1]))
+    return members
+
+
+def stems_of(request, members):
+    """The trunk's, and that of a child whose `[Fork]` the trunk ends with."""
+    tree, stems = request.tree, []
+    if len(members) > 1:
+        tree.trunk.tokens += [9, FORK]
+        tree.fork(tree.trunk, len(tree.trunk.tokens) - 1, 13)
+    for thread, (drafts, _) in zip(tree.threads, members, strict=True):
+        stems.append(stem_of(request, thread, **drafts))
+    return stems
+
+
+def run(groups, logits, verify):
+    """A step of these stems, request by request, with such logits of their rows."""
+    forest = Forest(groups, SlotLedger(KVPool()), torch.device("cpu"))
+    assert len(logits) == len(forest.verified_rows)
+    tail, logits = Tail(forest, verify, argmax, None, DEPTH), logits.clone()
+    chosen = None if tail.device is None else tail.device.run(logits, logits, tail.device.inputs())
+    return tail, tail.read(StepOutput(logits, logits, chosen))
+
+
+def same(ours, expected, first):
+    """Whether verdicts are equal, the first one's rows counted from another place."""
+    kept = [(ours.scores, expected.scores), (ours.logits, expected.logits)]
+    return (
+        (ours.tokens, ours.nodes, ours.row - first) == (expected.tokens, expected.nodes, expected.row)
+        and ours.logprobs == expected.logprobs
+        and all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in kept)
+        # A launch chooses for every drafted child, the host for those whose [Fork] was accepted.
+        and expected.children.keys() == {fork for fork in ours.children if fork in ours.nodes}
+        and all(same(ours.children[fork], child, first) for fork, child in expected.children.items())
+    )
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.tuples(st.sampled_from(list(MODES)), threads()), min_size=1, max_size=6), st.booleans())
+def test_each_is_verified_as_it_is_alone(drawn, on_host):
+    """Whatever else is in the forest: what one does, raises or keeps is nothing to the others."""
+    requests = [request_in(mode) for mode, _ in drawn]
+    groups = [stems_of(request, members) for request, (_, members) in zip(requests, drawn, strict=True)]
+    logits = torch.cat([rows for _, members in drawn for _, rows in members])
+    tail, verdicts = run(groups, logits, None if on_host else reference.verify)
+    free = {request.sampler.path_free for request in requests}
+    assert (tail.device is not None) == (not on_host and True in free)
+
+    first, verdicts = 0, iter(verdicts)
+    for request, (mode, members) in zip(requests, drawn, strict=True):
+        assert (request.error is not None) == (mode in FAILURES)
+        if request.error is not None:
+            assert FAILURES[mode] in str(request.error)
+        for place, (_, rows) in enumerate(members):
+            verdict = next(verdicts)
+            if mode in FAILURES:
+                assert verdict is None
+            else:
+                alone = verified_on_host([stems_of(request_in(mode), members)[place]], rows)
+                assert same(verdict, alone[0], first), mode
+            first += len(rows)
+    assert next(verdicts, None) is None
+
+
+def test_all_modes_are_verified_together():
+    """Or the test above might never have had them in one launch; and what the host does not verify it need not ask."""
+    modes = [mode for mode in MODES if mode not in FAILURES]
+    requests = [request_in(mode) for mode in modes]
+    logits = torch.randn(len(modes), VOCAB, generator=torch.Generator().manual_seed(2))
+    tail, verdicts = run([[stem_of(request)] for request in requests], logits, reference.verify)
+    assert tail.device.modes == ((FORK, CHILD), True, True)
+    assert [mode for mode, request in zip(modes, requests, strict=True) if request.sampler.path_free] == modes[:9]
+    for place, (mode, verdict) in enumerate(zip(modes, verdicts, strict=True)):
+        assert same(verdict, verified_on_host([stem_of(request_in(mode))], logits[place, None])[0], place)
+
+
+@pytest.mark.parametrize("verify", [None, reference.verify])
+def test_whose_fault_it_is_that_nothing_is_possible(verify):
+    every = [token for token in range(VOCAB) if token not in (FORK, CHILD)]
+    requests = {
+        "the model": request_in("greedy"),
+        "SuppressTokensLogitsProcessor": request_of(
+            [5, 6], rule=ForkRule.of(CONTROL), processors=[SuppressTokensLogitsProcessor(every, device="cpu")]
+        ),
+        None: request_in("sampled"),
+    }
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
+    logits[0], logits[1, FORK] = torch.nan, -torch.inf
+    _, verdicts = run([[stem_of(request)] for request in requests.values()], logits, verify)
+    for (blamed, request), verdict in zip(requests.items(), verdicts, strict=True):
+        assert (verdict is None) == (blamed is not None)
+        if blamed is None:
+            assert request.error is None
+        else:
+            assert isinstance(request.error, ValueError)
+            assert str(request.error).startswith(f"{blamed} left no token to choose after")
+
+
+@pytest.mark.parametrize("verify", [None, reference.verify])
+def test_what_is_not_accepted_is_no_failure(verify):
+    """Rows of NaN behind guesses that prove wrong, a child's among them."""
+    request = request_in("greedy")
+    shape, tokens, forks = drafted_forks(DraftTree([(0,), (1,)]), [9, FORK])
+    logits = torch.randn(len(tokens) + 1, VOCAB, generator=torch.Generator().manual_seed(2))
+    logits[0, 9], logits[2:] = 99.0, torch.nan
+    _, (verdict,) = run([[stem_of(request, None, shape, tokens, forks=forks)]], logits, verify)
+    assert request.error is None and verdict.tokens[0] == 9 and verdict.nodes == [0]
+    # And where they prove right it is.
+    logits[0, FORK] = 999.0
+    request = request_in("greedy")
+    assert run([[stem_of(request, None, shape, tokens, forks=forks)]], logits, verify)[1] == [None]
+    assert "the model left no token" in str(request.error)
+
+
+@pytest.mark.parametrize("verify", [None, reference.verify])
+def test_of_a_request_that_has_failed_nothing_is_asked(verify):
+    """A consumer of its events may have raised before the pass; that is what is told."""
+    asked = []
+    requests = [request_of([5, 6], processors=[lambda ids, scores: asked.append(0) or scores]), request_in("greedy")]
+    errors = [RuntimeError("of a consumer"), RuntimeError("of another")]
+    for request, error in zip(requests, errors, strict=True):
+        request.error = error
+    _, verdicts = run([[stem_of(request)] for request in requests], torch.zeros(2, VOCAB), verify)
+    assert verdicts == [None, None] and not asked and [request.error for request in requests] == errors
+
+
+# Scores of a given text.
+
+TEXT = [9, 5, 12, 7, 7, 10, 6]
+
+
+def scoring(first, **options):
+    return request_of([*TEXT], score_from=first, rule=ForkRule.of(CONTROL, fork=False), **options)
+
+
+def scored_stem(request, cached=0):
+    """As the scheduler has it: what precedes the text's last token, of which the last rows are scored."""
+    stop, first = len(TEXT) - 1, request.options.score_from
+    return Stem(request.tree.trunk, stop, scored=stop - max(cached, first - 1), request=request)
+
+
+WAYS = {
+    "greedy": ({}, lambda path, scores: scores),
+    "sampled": ({"seed": 3, "processors": [TopKLogitsWarper(2)]}, None),
+    "penalised": (
+        {"processors": [RepetitionPenaltyLogitsProcessor(1.8)]},
+        lambda path, scores: RepetitionPenaltyLogitsProcessor(1.8)(torch.tensor([path]), scores[None].clone())[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("first", [1, 4])
+@pytest.mark.parametrize("verify", [None, reference.verify])
+def test_texts_are_scored_beside_what_decodes(verify, first):
+    requests = {way: scoring(first, **options) for way, (options, _) in WAYS.items()}
+    requests["broken"] = scoring(first, processors=[breaks])
+    others = [request_in("greedy"), request_in("penalised"), request_in("typical")]
+    rows = len(TEXT) - first
+    logits = torch.randn(4 * rows + 3, VOCAB, generator=torch.Generator().manual_seed(first))
+    logits[:, [FORK, CHILD]] += 9.0
+    for place in range(0, rows, 2):  # so that some tokens are those that are chosen
+        logits[place : 4 * rows : rows, TEXT[first + place]] += 5.0
+    groups = [[scored_stem(request)] for request in requests.values()] + [[stem_of(request)] for request in others]
+    _, verdicts = run(groups, logits, verify)
+
+    assert verdicts[:4] == [None] * 4
+    for place, (request, mode) in enumerate(zip(others, ("greedy", "penalised", "typical"), strict=True), 4 * rows):
+        expected = verified_on_host([stem_of(request_in(mode))], logits[place, None])[0]
+        assert same(verdicts[place - 4 * rows + 4], expected, place) and request.error is None
+    assert str(requests.pop("broken").error) == "this one breaks"
+    for place, (way, request) in enumerate(requests.items()):
+        own, scores = logits[place * rows :][:rows].clone(), request.text_scores
+        own[:, [FORK, CHILD]] = -torch.inf
+        expected = own.log_softmax(-1)[torch.arange(rows), torch.tensor(TEXT[first:])]
+        torch.testing.assert_close(torch.tensor(scores.logprobs), expected)
+        process = WAYS[way][1]
+        if process is None:
+            assert scores.chosen == []  # a sample need not be the likeliest
+        else:
+            likeliest = [int(process(TEXT[: first + row], own[row]).argmax()) for row in range(rows)]
+            assert scores.chosen == [token == TEXT[first + row] for row, token in enumerate(likeliest)]
+            assert True in scores.chosen and False in scores.chosen
