@@ -23,6 +23,12 @@ With `regenerate_below` they tell of the answer as first written; what is writte
 threads may be numbered anew then.
 
 An exception in a consumer ends the requests that it watches. The time that consumers take is in no figure.
+
+The events themselves lie here; beside them
+
+    reporter.py   makes them of what the engine's steps do
+    recording.py  adds them up to paragraph trees, and feeds them to a `TextStreamer`
+    streaming.py  the reading order of a batch as columns, as transformers streams and returns it
 """
 
 from __future__ import annotations
