@@ -11,11 +11,18 @@ from medusa_apar.commands.cli import main
 from medusa_apar.finetune.corpus import read_examples
 from medusa_apar.heads.ask import Limits, fitting_prompts, read_prompts
 from medusa_apar.job import Job
+from tests.support.byte_chat import byte_model, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
 
 
 @pytest.fixture
-def base(tmp_path, model, tokenizer):
+def base(tmp_path, tokenizer):
     """Ends about one answer in three within 12 tokens."""
+    model = byte_model()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
