@@ -20,9 +20,13 @@ def tokenizer():
 
 
 @pytest.fixture
-def base(tmp_path, tokenizer):
+def model():
+    return byte_model()
+
+
+@pytest.fixture
+def base(tmp_path, model, tokenizer):
     """Ends about one answer in three within 12 tokens."""
-    model = byte_model()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
