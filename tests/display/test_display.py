@@ -183,7 +183,9 @@ def test_steps_out_of_range_are_refused(forked):
             display.lanes(forked, step)
 
 
-@pytest.mark.parametrize("call", ["control tokens", "few threads at once", "under memory pressure", "lists"])
+@pytest.mark.parametrize(
+    "call", ["control tokens", "few threads at once", "under memory pressure", "one after the other", "lists"]
+)
 def test_the_forest_has_the_mask_that_the_model_was_given(call, monkeypatch):
     """Row by row and column by column, over all steps: drawn from events, and as the forest made it of slots."""
     given_masks, init = [], Forest.__init__

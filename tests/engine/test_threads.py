@@ -6,7 +6,6 @@ import torch
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads
-from medusa_apar.kv.slot_ledger import SlotLedger
 from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, EOS, FORK, forking_model
 from tests.support.oracles import assert_threads_are_plain
@@ -94,22 +93,27 @@ def test_memory_pressure_never_shows(forked):
         assert out.stats.peak_slots <= slots and out.stats.final_slots == 0
 
 
-def test_eviction_feeds_again_and_never_shows(monkeypatch):
-    """A pool far below what the checks would let pass: threads, prompts and other requests are evicted and resumed."""
-    taken_back = []
-    evict = SlotLedger.evict
-    monkeypatch.setattr(
-        SlotLedger, "evict", lambda self, thread: taken_back.append(evict(self, thread)) or taken_back[-1]
-    )
+@pytest.mark.parametrize(("seed", "rows", "slots"), [(11, 3, 138), (13, 2, 92), (24, 2, 92)])
+def test_preemption_feeds_again_and_never_shows(seed, rows, slots):
+    """All rows seem to fit, and need more: threads and a request are preempted, and their prompts fed again."""
+    model = forking_model(seed)
+    plain = run(model, rows=rows, speculation="off")
+    out = run(model, rows=rows, pool_slots=slots, speculation="off")
+    assert out.stats.peak_slots <= slots < plain.stats.peak_slots and out.stats.final_slots == 0
+    assert torch.equal(out.sequences, plain.sequences)
+    assert 1 <= out.stats.preemptions < rows and out.stats.thread_preemptions > 0
+
+
+@pytest.mark.parametrize("seed", [5, 11])
+def test_rows_that_do_not_fit_wait_and_never_show(monkeypatch, seed):
+    """A pool far below what the checks would let pass: even one row's threads are preempted."""
     monkeypatch.setattr("medusa_apar.engine.admission.check_fits", lambda *args: None)
-    for seed in (5, 11):
-        model = forking_model(seed)
-        plain = run(model, rows=3)
-        out = run(model, rows=3, pool_slots=64)
-        assert plain.stats.peak_slots > 130 and out.stats.peak_slots <= 64
-        assert torch.equal(out.sequences, plain.sequences)
-        assert out.stats.final_slots == 0
-    assert sum(taken_back) > 50
+    model = forking_model(seed)
+    plain = run(model, rows=3)
+    out = run(model, rows=3, pool_slots=64)
+    assert plain.stats.peak_slots > 130 and out.stats.peak_slots <= 64 and out.stats.final_slots == 0
+    assert torch.equal(out.sequences, plain.sequences)
+    assert out.stats.thread_preemptions > 0 and out.stats.steps > 1.5 * plain.stats.steps
 
 
 def test_a_row_alone_is_the_row_in_a_batch(forked):

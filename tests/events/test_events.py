@@ -148,8 +148,30 @@ def test_all_kinds_occur():
 
 def test_what_is_fed_again_is_told():
     """Under memory pressure threads lose their slots, and later their ancestors run beside them."""
-    events = CALLS["under memory pressure"]().events
-    assert any(not drafted.verified for event in events if isinstance(event, StepStarted) for drafted in event.drafted)
+    out = CALLS["under memory pressure"]()
+    assert out.stats.preemptions > 0 and out.stats.thread_preemptions > 0
+    forests = [event.drafted for event in out.events if isinstance(event, StepStarted)]
+    assert any(not drafted.verified for forest in forests for drafted in forest)
+    cached, lost = {}, 0
+    for drafted in (drafted for forest in forests for drafted in forest):
+        key = drafted.request, drafted.thread
+        lost += drafted.cached < cached.get(key, 0)
+        cached[key] = drafted.cached
+    assert lost >= 3
+
+
+def test_those_who_wait_for_room_are_told_of_before_they_run():
+    out = CALLS["one after the other"]()
+    names = ["0", "1", "2"]
+    assert [event.request for event in out.events if event.step == 0] == [name for name in names for _ in range(2)]
+    begun, ended = {}, {}
+    for event in out.events:
+        if isinstance(event, StepStarted):
+            for drafted in event.drafted:
+                begun.setdefault(drafted.request, event.step)
+                ended[drafted.request] = event.step
+    assert list(begun) == names and out.stats.preemptions == 0
+    assert begun["0"] == 1 and all(ended[first] < begun[second] for first, second in pairwise(names))
 
 
 def test_what_is_written_anew_is_told_as_first_written():

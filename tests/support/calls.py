@@ -45,7 +45,9 @@ CALLS = {
     "a forest": lambda: fork_freely(seed=24),
     "the same tree for all": lambda: fork_freely(speculation="even"),
     "few threads at once": lambda: fork_freely(max_threads=2),
-    "under memory pressure": lambda: fork_freely(rows=3, seed=11, pool_slots=92),
+    # All three seem to fit; threads, and then a request, have to give their slots back.
+    "under memory pressure": lambda: fork_freely(rows=3, seed=11, budget=3, pool_slots=141),
+    "one after the other": lambda: fork_freely(rows=3, seed=11, pool_slots=92),
     "verified in one launch": lambda: fork_freely(in_one_launch=True),
     "cut short": lambda: fork_freely(generate={"max_new_tokens": 9}),
     "lists": fork_lists,
