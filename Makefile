@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
 TORCH_INDEX ?=
 
-.PHONY: install demo test test-newest bench notebooks notebooks-run lint clean
+.PHONY: install demo test test-newest schedules bench notebooks notebooks-run lint clean
 
 install: $(READY)
 
@@ -33,6 +33,11 @@ EXACTNESS := $(addprefix tests/, test_generate.py test_drop_in.py test_options.p
 	test_loading.py engine verify threads/test_fork_policy.py $(addprefix models/, test_merge.py test_sources.py) \
 	heads/test_resized.py \
 	$(addprefix runtimes/, test_pick.py test_ambient.py test_changed_weights.py cpu/test_runtime.py cpu/test_known.py))
+
+# Random schedules of requests that join, leave and are aborted: as many as COUNT says, 500 of which are in the suite.
+COUNT ?= 100000
+schedules: install
+	MEDUSA_APAR_SCHEDULES=$(COUNT) $(BIN)/python -m pytest -n 0 tests/engine/test_schedules.py $(ARGS)
 
 # pip is asked every time: what was newest when the environment was made is not what is newest now.
 test-newest:

@@ -64,6 +64,7 @@ _EXPORTS = {
     "ControlTokens": "threads.control_tokens",
     "DraftTree": "drafting.draft_tree",
     "MedusaApar": "generate",
+    "Sampling": "call",
     "Speculation": "drafting.options",
     "StepCost": "drafting.step_cost",
     "TypicalAcceptance": "triton_kernels.reference",
