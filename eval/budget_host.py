@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 
-from medusa_apar.drafting.budget import ForestBudget, worths
-from medusa_apar.drafting.candidates import Proposer
+from medusa_apar.drafting.budget import ForestBudget
+from medusa_apar.drafting.candidates import CandidateScorer
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.ngram_index import SiblingMemory
+from medusa_apar.drafting.ngram_index import NgramIndex
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
@@ -31,7 +31,7 @@ def measure(threads: int, seed: int = 0) -> dict[str, object]:
     for _ in range(threads - 1):
         tree.trunk.tokens += [*random.integers(5, WORDS, 8).tolist(), FORK]
         tree.fork(tree.trunk, len(tree.trunk.tokens) - 1, key=0)
-    memory, proposer = SiblingMemory(CHILD), Proposer(FORK, CHILD)
+    memory, proposer = NgramIndex(CHILD), CandidateScorer(FORK, CHILD)
     budget = ForestBudget(64, StepCost(((1, 12.0), (8, 20.0), (64, 110.0)), ((1, 1.0),)))
     laps: dict[str, list[float]] = {"proposals, ms": [], "budget, ms": []}
     for _ in range(STEPS):
@@ -46,11 +46,11 @@ def measure(threads: int, seed: int = 0) -> dict[str, object]:
         proposals = []
         for thread, proposal in zip(tree.threads, proposer.of_heads(heads, ids, log_probs), strict=True):
             memory.learn(thread)
-            if (recall := memory.recall(thread)) is not None:
-                proposal = proposer.with_recall(proposal, heads, recall)
+            if (recall := memory.lookup(thread)) is not None:
+                proposal = proposer.with_match(proposal, heads, recall)
             proposals.append(proposer.with_children(proposal, True))
         made = time.perf_counter()
-        budget.choose(proposals, worths(tree.threads), 64)
+        budget.choose(proposals, thread_weights(tree.threads), 64)
         laps["proposals, ms"].append(made - started)
         laps["budget, ms"].append(time.perf_counter() - made)
     return {"threads": threads} | {name: 1e3 * statistics.median(times) for name, times in laps.items()}

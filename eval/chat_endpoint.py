@@ -14,9 +14,9 @@ from time import monotonic, sleep
 from typing import Any
 
 TIMEOUT = 300.0  # seconds of one answer, from the question to its last byte; a judge on a CPU is slow
-MOST_BYTES = 1 << 22  # of an answer: `max_tokens` below make some ten thousand
+MAX_BYTES = 1 << 22  # of an answer: `max_tokens` below make some ten thousand
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try
-MOST_WAIT = 120.0  # of a Retry-After that is obeyed
+MAX_WAIT = 120.0  # of a Retry-After that is obeyed
 
 
 class ChatEndpoint:
@@ -87,8 +87,8 @@ class ChatEndpoint:
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")  # the key is for this host alone
         content = _fetch(request, timeout)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"{self.url} answers with over {MOST_BYTES >> 20} MiB, which no judge has to say")
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"{self.url} answers with over {MAX_BYTES >> 20} MiB, which no judge has to say")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -96,7 +96,7 @@ class ChatEndpoint:
 
     def _drop_option(self, error: urllib.error.HTTPError) -> None:
         """Newer models refuse `max_tokens` or a temperature, and name it; anything else is the end."""
-        text = error.read(MOST_BYTES).decode("utf-8", "replace")
+        text = error.read(MAX_BYTES).decode("utf-8", "replace")
         try:
             problem = json.loads(text)["error"]
             named, said = str(problem.get("param")), str(problem.get("message", text))
@@ -116,7 +116,7 @@ def _is_address(url: str) -> bool:
 
 
 def _fetch(request: urllib.request.Request, timeout: float) -> bytes:
-    """The answer's body, at most a byte beyond MOST_BYTES. TimeoutError where it has not ended in time.
+    """The answer's body, at most a byte beyond MAX_BYTES. TimeoutError where it has not ended in time.
 
     In a thread of its own: a socket's own timeout begins anew with every byte, that of an answer's headers too.
     """
@@ -127,10 +127,10 @@ def _fetch(request: urllib.request.Request, timeout: float) -> bytes:
 
     def read(answer: Any) -> bytes:
         parts, size = [], 0
-        while size <= MOST_BYTES and monotonic() < until and (part := answer.read1(1 << 16)):
+        while size <= MAX_BYTES and monotonic() < until and (part := answer.read1(1 << 16)):
             parts.append(part)
             size += len(part)
-        return b"".join(parts)[: MOST_BYTES + 1]
+        return b"".join(parts)[: MAX_BYTES + 1]
 
     def fetch() -> None:
         try:
@@ -165,4 +165,4 @@ def _content(answer: Any, url: str) -> str:
 def _retry_after(error: urllib.error.HTTPError) -> float:
     """Seconds; 0 without one, and for the form that is a date."""
     asked = error.headers.get("Retry-After") or ""
-    return min(float(asked), MOST_WAIT) if asked.isascii() and asked.isdigit() else 0.0
+    return min(float(asked), MAX_WAIT) if asked.isascii() and asked.isdigit() else 0.0

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job
 from medusa_apar.kv.pool import KVPool
@@ -125,7 +125,7 @@ def logits_alone(runtime: Runtime, ids: list[int], first: int) -> torch.Tensor:
     """[len(ids) - first, vocab]: what the runtime says behind the places from `first` on, of one text by itself."""
     ledger = SlotLedger(KVPool())
     with runtime.session():
-        forest = Forest([[Stem(ParagraphTree(ids).trunk, len(ids))]], ledger, torch.device("cpu"))
+        forest = Forest([[Segment(ParagraphTree(ids).trunk, len(ids))]], ledger, torch.device("cpu"))
         forest.verified_rows = torch.arange(first, len(ids))
         return runtime.forward(forest, ledger.pool)[0]
 

@@ -10,7 +10,7 @@ import torch
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.engine.commit import commit
 from medusa_apar.forest.device_tables import PackedForest
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.fork_manager import ForkManager
@@ -18,7 +18,7 @@ from medusa_apar.threads.fork_policy import ControlTokenForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.triton_kernels import reference
-from medusa_apar.triton_kernels.layout import CHUNK, MOST_WINDOWS, NO_WINDOW, LayoutKind, Sizes
+from medusa_apar.triton_kernels.layout import CHUNK, MAX_WINDOWS, NO_WINDOW, LayoutKind, Sizes
 from medusa_apar.triton_kernels.pack import pack
 from medusa_apar.triton_kernels.tree_attention import tile_for
 from medusa_apar.verify.verdict import Verdict
@@ -63,18 +63,20 @@ class Steps:
     def forest(self, drafts: bool = True) -> Forest:
         threads = [thread for thread in self.tree.depth_first() if thread.live]
         tokens = [WORD] * len(self.chain) if drafts else []
-        drafted = {"draft_tree": self.chain, "request": self.request}
-        stems = [Stem(one, len(one.tokens), draft_tokens=tokens[:], **drafted) for one in threads]
-        return Forest([stems], self.ledger, self.device)
+        segments = [
+            Segment(one, len(one.tokens), draft_tree=self.chain, draft_tokens=tokens[:], request=self.request)
+            for one in threads
+        ]
+        return Forest([segments], self.ledger, self.device)
 
     def buffer(self, forest: Forest) -> PackedForest:
         """As a CUDA graph has it."""
         sizes = Sizes.of(forest.leaves).rounded()
         if sizes in self.buffers:
-            self.buffers[sizes].become(forest)
+            self.buffers[sizes].load(forest)
         else:
             buffer = self.buffers[sizes] = PackedForest(sizes, self.device, True, commits=sizes.queries + CHUNK)
-            buffer.become(forest)
+            buffer.load(forest)
             buffer.layout(self.kind, forest)
         return self.buffers[sizes]
 
@@ -87,12 +89,12 @@ class Steps:
         if self.packing:
             buffer.pack()
         told = perf_counter()
-        for stem in forest.stems:
+        for segment in forest.segments:
             if written is None:
-                verdict = Verdict([WORD, WORD], [0], 0) if stem.draft_tokens else Verdict([WORD], [], 0)
+                verdict = Verdict([WORD, WORD], [0], 0) if segment.draft_tokens else Verdict([WORD], [], 0)
             else:
-                verdict = Verdict(written if stem.thread is self.tree.trunk else [WORD], [], 0)
-            commit(stem, verdict, self.manager, self.ledger)
+                verdict = Verdict(written if segment.thread is self.tree.trunk else [WORD], [], 0)
+            commit(segment, verdict, self.manager, self.ledger)
         return Seconds(placed - started, told - placed, perf_counter() - told)
 
 
@@ -111,8 +113,8 @@ def check_pack(device: str, case: Case) -> dict[str, Any]:
             function(descriptor, tables[-1], written[-1])
         equal &= all(torch.equal(*pair) for pair in zip(*written, strict=True)) and torch.equal(*tables)
         buffer.pack()
-        for stem in forest.stems:
-            commit(stem, Verdict([WORD], [], 0), steps.manager, steps.ledger)
+        for segment in forest.segments:
+            commit(segment, Verdict([WORD], [], 0), steps.manager, steps.ledger)
         expected = torch.from_numpy(steps.ledger.table.slots).to(device)
         equal &= torch.equal(forest.table[: len(expected)], expected)
     return {"kernel": "pack", "rows": case.rows, "threads": case.threads, "equal": equal}
@@ -126,6 +128,6 @@ def time_pack(case: Case, device: str) -> dict[str, Any]:
 
 
 def _windows(device: str) -> torch.Tensor:
-    windows = torch.zeros(MOST_WINDOWS, dtype=torch.int32, device=device)
+    windows = torch.zeros(MAX_WINDOWS, dtype=torch.int32, device=device)
     windows[0], windows[3] = NO_WINDOW, WINDOW
     return windows

@@ -30,7 +30,7 @@ from .prompts import Prompt
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SLOTS, REPEATS = 512, 15
 WARM_UP_TOKENS = 16
-MOST_PROMPTS = 10
+MAX_PROMPTS = 10
 
 
 def attribution(apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int, fork: bool = True) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def least(run: Callable[[], float], repeats: int) -> float:
 
 def run(job: Job, apar: MedusaApar, asked: Sequence[Prompt], max_new_tokens: int) -> None:
     """profile.md and profile.json in the job's folder; the table is printed too."""
-    found = attribution(apar, asked[:MOST_PROMPTS], max_new_tokens)
+    found = attribution(apar, asked[:MAX_PROMPTS], max_new_tokens)
     costs = curve(apar)
     text = table(found, costs, apar.runtime.facts.kind)
     write_text(job.folder / "profile.md", text)

@@ -17,8 +17,8 @@ from medusa_apar.models.chat import encode_messages
 
 CORPUS = "corpus"  # the name of the held-out corpus prompts among the prompt sets
 PLAIN = "plain"  # the kind of corpus answers that should not fork, code among them
-MOST_PROMPT = 400  # tokens of a corpus prompt
-MOST_DIALOGUE = 1024  # tokens of a dialogue whose loss is taken
+MAX_PROMPT = 400  # tokens of a corpus prompt
+MAX_DIALOGUE = 1024  # tokens of a dialogue whose loss is taken
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,7 +59,7 @@ def corpus_questions(examples: list[Example], count: int, tokenizer: Any) -> lis
     found: dict[bool, list[Question]] = {True: [], False: []}
     for example in examples:
         chosen = found[example.kind != PLAIN]
-        if len(chosen) >= count or _prompt_ids(tokenizer, example.messages, MOST_PROMPT) is None:
+        if len(chosen) >= count or _prompt_ids(tokenizer, example.messages, MAX_PROMPT) is None:
             continue
         kind = f"{PLAIN}: {example.reason}" if example.kind == PLAIN else example.kind
         chosen.append(Question(CORPUS, example.id, example.messages, kind))
@@ -72,9 +72,9 @@ def plain_dialogues(examples: list[Example], count: int, tokenizer: Any) -> list
     for example in examples:
         if example.kind != PLAIN or len(found) >= count:
             continue
-        prompt = _prompt_ids(tokenizer, example.messages, MOST_PROMPT)
+        prompt = _prompt_ids(tokenizer, example.messages, MAX_PROMPT)
         text = tokenizer(splice(example.tree), add_special_tokens=False)["input_ids"]
-        if prompt is not None and text and len(prompt) + len(text) < MOST_DIALOGUE:
+        if prompt is not None and text and len(prompt) + len(text) < MAX_DIALOGUE:
             found.append((example.id, [*prompt, *text, tokenizer.eos_token_id], len(prompt)))
     return found
 

@@ -60,7 +60,7 @@ from .runs import Runs
 
 SYSTEMS = ("threads", "single", "heads", "both", "base")
 OF = {"heads": "single", "both": "threads"}  # whose answers are the same, token for token
-MOST_THREADS = 64  # of a request: what the node budget has room for
+MAX_THREADS = 64  # of a request: what the node budget has room for
 
 
 def run_system(
@@ -347,7 +347,7 @@ def attached(apar: MedusaApar, args: argparse.Namespace, heads: DraftHeads | Non
     """The tuned model with a budget that leaves room for every thread's root and all of its nodes: nobody's tree
     shrinks because of others in the batch."""
     tree = None if heads is None else drafting(args, heads).tree
-    budget = (args.nodes + 1) * args.batch * MOST_THREADS
+    budget = (args.nodes + 1) * args.batch * MAX_THREADS
     control: ControlTokens | None = apar.control_token_ids
     speculation = "off" if heads is None else "even"
     options = {"draft_tree": tree, "budget": budget, "speculation": speculation}

@@ -11,7 +11,7 @@ from typing import Any
 
 from .reading import expanded
 
-MOST_THREADS = 1024  # of a CPU; OpenMP ends the process where it cannot start as many as were asked for
+MAX_THREADS = 1024  # of a CPU; OpenMP ends the process where it cannot start as many as were asked for
 MOST = {int: 2**63 - 1, float: sys.float_info.max}  # what torch and C++ can hold
 
 

@@ -231,7 +231,9 @@ class MedusaApar:
             prompt = cast(Any, self.tokenizer)(prompt)["input_ids"]
         asked = CallOptions(fork, fork_if, max_threads, max_depth, events=events, stop_strings=stop_strings)
         sampling = Sampling() if sampling is None else sampling
-        return engine_request(self, id, list(prompt), sampling, asked, max_new_tokens=max_new_tokens, **options)
+        return engine_request(
+            self, id, list(cast(Sequence[int], prompt)), sampling, asked, max_new_tokens=max_new_tokens, **options
+        )
 
     def __copy__(self) -> MedusaApar:
         other = object.__new__(type(self))

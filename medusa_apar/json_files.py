@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MOST_RECORD = 1 << 26  # bytes of a line, of an array's record and of an object: a book has one to five million
+MAX_RECORD = 1 << 26  # bytes of a line, of an array's record and of an object: a book has one to five million
 CHUNK = 1 << 20
-LIMIT = f"{MOST_RECORD >> 20} MiB"
+LIMIT = f"{MAX_RECORD >> 20} MiB"
 UNREADABLE = (EOFError, zlib.error, gzip.BadGzipFile)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -46,8 +46,8 @@ def is_text(text: str) -> bool:
 def json_object(path: Path) -> dict[str, Any]:
     """The one object that a file holds."""
     with path.open("rb") as file:
-        text = file.read(MOST_RECORD + 1)
-    if len(text) > MOST_RECORD:
+        text = file.read(MAX_RECORD + 1)
+    if len(text) > MAX_RECORD:
         raise ValueError(f"{path} is longer than {LIMIT}, which is no file of this kind")
     try:
         found = parse(text)
@@ -93,7 +93,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     while line := _line(file, path, number):
         number += 1
-        if len(line) > MOST_RECORD:
+        if len(line) > MAX_RECORD:
             raise ValueError(f"{path}:{number} is longer than {LIMIT}: write one record a line")
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -103,7 +103,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _line(file: BinaryIO, path: Path, number: int) -> bytes:
     try:
-        return file.readline(MOST_RECORD + 1)
+        return file.readline(MAX_RECORD + 1)
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read after line {number}: {error}") from error
 
@@ -152,5 +152,5 @@ def _array(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
         text = text[at:]
         if ended and expected:
             raise ValueError(f"{path} cannot be read: {problem}")
-        if len(text) > MOST_RECORD:
+        if len(text) > MAX_RECORD:
             raise ValueError(f"{path} cannot be read: {problem}, or it is longer than {LIMIT}")

@@ -81,7 +81,7 @@ def test_a_line_that_unpacks_to_a_gigabyte_is_not_read_whole(tmp_path, start, fi
     try:
         with pytest.raises(ValueError, match=sentence):
             list(numbered_records(path))
-        assert tracemalloc.get_traced_memory()[1] < 6 * json_files.MOST_RECORD
+        assert tracemalloc.get_traced_memory()[1] < 6 * json_files.MAX_RECORD
     finally:
         tracemalloc.stop()
 

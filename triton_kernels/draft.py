@@ -16,7 +16,7 @@ import triton.language as tl
 from .aot import Variant
 from .verify import _sortable
 
-MOST_K = 16
+MAX_K = 16
 _LOWEST = tl.constexpr(-(2**31))
 _MERGED = 2048  # partial results merged at once
 
@@ -165,7 +165,7 @@ def _top(
     assert unembedding.is_contiguous() and states.stride()[1:] == (hidden, 1), states.stride()
     assert bias is None or (bias.numel() == batch * vocab and bias.is_contiguous()), bias.shape
     assert token_map is None or (token_map.shape == (vocab,) and token_map.dtype == torch.int64), token_map.shape
-    assert 1 <= k <= min(MOST_K, vocab), f"k is {k}, must be 1 to {min(MOST_K, vocab)}"
+    assert 1 <= k <= min(MAX_K, vocab), f"k is {k}, must be 1 to {min(MAX_K, vocab)}"
     tile = _tile(_TOP_TILES, rows, states.element_size())
     tiles = triton.cdiv(vocab, tile.columns)
     device = states.device
@@ -403,7 +403,7 @@ def variants() -> list[Variant]:
                 divisible=("x_ptr", "weight_ptr", "bias_ptr", "out_ptr", "head_stride"),
             )
         )
-        k = 4 if rows == 16 else MOST_K
+        k = 4 if rows == 16 else MAX_K
         found.append(
             Variant(
                 name=f"top-{shape}-k{k}",
@@ -439,10 +439,10 @@ def variants() -> list[Variant]:
         "logsumexp_ptr": "*fp32",
     }
     merge = Variant(
-        name=f"merge-top-k{MOST_K}",
+        name=f"merge-top-k{MAX_K}",
         kernel=_merge_top_kernel,
         signature={**pointers, "tiles": "i32", "threads": "i32"},
-        constexprs={"LOG_PROBS": True, "K": MOST_K, "K_BLOCK": MOST_K, "BLOCK": _MERGED},
+        constexprs={"LOG_PROBS": True, "K": MAX_K, "K_BLOCK": MAX_K, "BLOCK": _MERGED},
         num_warps=4,
         num_stages=3,
         divisible=tuple(pointers),

@@ -22,7 +22,7 @@ MAX_NODES = 64  # of a leaf: the bits of an ancestor word
 ITEM_FIELDS = 7
 # Columns of a chunk. Partial results weigh 2 * rows / chunk of the keys and values that were read for them.
 CHUNK = 256
-MOST_WINDOWS = 8  # that layers of one model may have
+MAX_WINDOWS = 8  # that layers of one model may have
 NO_WINDOW = 1 << 30
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton when it is imported, too
 

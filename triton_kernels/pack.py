@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .aot import Variant
-from .layout import MAX_NODES, MOST_WINDOWS
+from .layout import MAX_NODES, MAX_WINDOWS
 from .reference import Descriptor, Packed
 
 BLOCK = 256  # rows or slots of a program
@@ -83,7 +83,7 @@ def pack(descriptor: Descriptor, table: torch.Tensor, packed: Packed) -> None:
         BLOCK=BLOCK,
         QUERIES=QUERIES,
         NODES=MAX_NODES,
-        WINDOWS=MOST_WINDOWS,
+        WINDOWS=MAX_WINDOWS,
         num_warps=4,
     )
 
@@ -92,5 +92,5 @@ def variants() -> list[Variant]:
     tables = dict.fromkeys(("rows", "queries", "fields", "committed", "windows", "table", "per_query"), "*i32")
     signature = {**tables, **dict.fromkeys(("words", "wide", "ancestors"), "*i64")}
     sizes = dict.fromkeys(("leaves", "width", "commits"), "i32")
-    constexprs = {"BLOCK": BLOCK, "QUERIES": QUERIES, "NODES": MAX_NODES, "WINDOWS": MOST_WINDOWS}
+    constexprs = {"BLOCK": BLOCK, "QUERIES": QUERIES, "NODES": MAX_NODES, "WINDOWS": MAX_WINDOWS}
     return [Variant("pack", _pack, signature | sizes, constexprs, 4, 3, tuple(signature))]

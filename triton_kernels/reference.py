@@ -118,7 +118,7 @@ class Descriptor(NamedTuple):
     queries: torch.Tensor  # int32 [S + 1], where each leaf's begin
     leaves: torch.Tensor  # int32 [S, 3]: first row, queries on the path, length of the path
     commits: torch.Tensor  # int32 [2, R]: an entry of the table, -1 for none, and the slot that it becomes
-    windows: torch.Tensor  # int32 [MOST_WINDOWS], path positions that a kind of layers sees; 0: no such kind
+    windows: torch.Tensor  # int32 [MAX_WINDOWS], path positions that a kind of layers sees; 0: no such kind
 
 
 class Packed(NamedTuple):
@@ -126,7 +126,7 @@ class Packed(NamedTuple):
 
     rows: torch.Tensor  # int64 [4, W]
     queries: torch.Tensor  # int32 [4, W]: order, positions, lengths and leaves of TreeLayout
-    ancestors: torch.Tensor  # int64 [MOST_WINDOWS, W]
+    ancestors: torch.Tensor  # int64 [MAX_WINDOWS, W]
 
 
 def pack(descriptor: Descriptor, table: torch.Tensor, packed: Packed) -> None:

@@ -41,7 +41,7 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
-from medusa_apar.arguments import MOST_THREADS, number, out_folder
+from medusa_apar.arguments import MAX_THREADS, number, out_folder
 
 HELP = "time systems side by side on the same prompts"
 
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantize", choices=("int8",), help="round the weights of our own systems (others keep theirs)")
     add("--runtime", choices=("auto", "torch", "cpu"), default="auto", help="of our systems (default: %(default)s)")
     add("--budget", type=number(int, 1), metavar="N", help="rows of every forest of ours (default: what pays)")
-    add("--threads", type=number(int, 1, MOST_THREADS), metavar="N", help="CPU threads for torch")
+    add("--threads", type=number(int, 1, MAX_THREADS), metavar="N", help="CPU threads for torch")
     add("--check", action="store_true", help="prove the answers exact afterwards")
     add("--profile", action="store_true", help="say where a step's time goes, and what a step costs by its rows")
     add("--kernels", action="store_true", help="check and time the GPU kernels instead")

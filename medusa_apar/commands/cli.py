@@ -13,15 +13,15 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from medusa_apar import __version__
-from medusa_apar.arguments import MOST_THREADS, number
+from medusa_apar.arguments import MAX_THREADS, number
 from medusa_apar.reading import out_of_memory
 from medusa_apar.threads.fork_policy import FORKS
 
 from . import SUBCOMMANDS
 
 PROGRAM = "medusa-apar"
-MOST_PROMPT = 1 << 24  # bytes of standard input
-MOST_SENTENCE = 1000  # characters
+MAX_PROMPT = 1 << 24  # bytes of standard input
+MAX_SENTENCE = 1000  # characters
 SPECULATION = ("auto", "forest", "even", "off")
 
 DESCRIPTION = """Answers written by several threads at once, several tokens per thread.
@@ -104,7 +104,7 @@ def parser() -> Parser:
         add("--max-threads", type=number(int, 1), metavar="N", help="most threads that run in one step")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
         add("--quantize", choices=("int8",), help="round the weights for the CPU runtime (the baseline's stay)")
-        add("--threads", type=number(int, 1, MOST_THREADS), metavar="N", help="CPU threads for torch")
+        add("--threads", type=number(int, 1, MAX_THREADS), metavar="N", help="CPU threads for torch")
         add("--json", action="store_true", help="print one JSON object as the last line (what people read: stderr)")
 
     doctor = add_command("doctor", "say what was found: versions, device, caches, kernels, what runs a model", DOCTOR)
@@ -159,7 +159,7 @@ def in_a_sentence(error: Exception) -> str | None:
 
 def _one_line(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= MOST_SENTENCE else f"{line[:MOST_SENTENCE]} ..."
+    return line if len(line) <= MAX_SENTENCE else f"{line[:MAX_SENTENCE]} ..."
 
 
 def _prepare_streams() -> None:
@@ -256,9 +256,9 @@ def _asked(text: str) -> str:
 def _standard_input() -> str:
     if sys.stdin is None:
         raise ValueError("standard input is closed, from which - reads the prompt")
-    text = sys.stdin.buffer.read(MOST_PROMPT + 1)
-    if len(text) > MOST_PROMPT:
-        raise ValueError(f"standard input goes on after {MOST_PROMPT >> 20} MiB, which no model reads as a prompt")
+    text = sys.stdin.buffer.read(MAX_PROMPT + 1)
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"standard input goes on after {MAX_PROMPT >> 20} MiB, which no model reads as a prompt")
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:

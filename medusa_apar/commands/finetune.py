@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from medusa_apar.arguments import MOST_THREADS, add_bad_lines, number, out_folder
+from medusa_apar.arguments import MAX_THREADS, add_bad_lines, number, out_folder
 
 HELP = "teach a chat model to fork (LoRA)"
 
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the frozen base; what is trained is float32 (default: bfloat16 where it is fast)")  # fmt: skip
     add(
         "--workers",
-        type=number(int, 1, MOST_THREADS),
+        type=number(int, 1, MAX_THREADS),
         metavar="N",
         help="rows worked on at a time on a CPU (default: one a core)",
     )

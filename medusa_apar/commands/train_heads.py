@@ -20,7 +20,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa_apar.arguments import MOST_THREADS, add_bad_lines, check_files, number, out_folder
+from medusa_apar.arguments import MAX_THREADS, add_bad_lines, check_files, number, out_folder
 from medusa_apar.reading import MAX_HEADS, MAX_LAYERS
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="default: CUDA where there is one")
     add(
         "--threads",
-        type=number(int, 1, MOST_THREADS),
+        type=number(int, 1, MAX_THREADS),
         metavar="N",
         help="CPU cores to use (default: all that this process may)",
     )

@@ -19,7 +19,7 @@ from .pieces import Pieces
 
 _TEXT, _ROW, _CELL, _HEAD = 330, 18, 15, 76  # pixels
 _WORD, _STEP = 74, 13  # where words begin, and how much further at each depth
-_PENDING_SHOWN = 12  # rows of a stem's pending tokens, the last ones
+_PENDING_SHOWN = 12  # rows of a segment's pending tokens, the last ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def rows(recording: Recording, batch_row: int = 0) -> list[Row]:
         row
         for thread, drafted in recording.drafted.items()
         if recording.rows[drafted.request] == batch_row
-        for row in _stem(thread, drafted)
+        for row in _segment(thread, drafted)
     ]
 
 
@@ -124,7 +124,7 @@ def forest(output: Recorded | Recording, step: int, row: int = 0, tokenizer: Any
     return Picture(f'<p class="ma-facts">{about}</p>{svg}{_KEY}', about)
 
 
-def _stem(thread: Thread, drafted: Drafted) -> Iterator[Row]:
+def _segment(thread: Thread, drafted: Drafted) -> Iterator[Row]:
     stop = drafted.cached + drafted.pending
     for index in range(drafted.cached, stop):
         root = drafted.verified and index == stop - 1

@@ -32,16 +32,16 @@ class Advance:
     """A thread that has gone on in a step.
 
     gained: its new tokens that were chosen; inserted ones may follow. row: the verified row whose hidden state the
-    heads draft from. guessed: token ids and log-probabilities [n] that they drafted on the device, None otherwise.
+    heads draft from. drafted: token ids and log-probabilities [n] that they drafted on the device, None otherwise.
     """
 
     request: Request
     thread: Thread
     gained: int
     row: int
-    guessed: tuple[np.ndarray, np.ndarray] | None = None
+    drafted: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def goes_on(self) -> bool:
         """Whether the model is asked behind its last token in the next step."""
-        return self.thread.live and not self.thread.awaits_insertion
+        return self.thread.live and not self.thread.ends_with_forced

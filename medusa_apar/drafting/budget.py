@@ -14,9 +14,9 @@ from .candidates import Proposal
 from .draft_tree import DraftTree
 from .step_cost import LearnedCost, StepCost
 
-LEAST_CHANCE = 0.01  # of being accepted: no node has less
+MIN_CHANCE = 0.01  # of being accepted: no node has less
 _SMALL = 6  # rows more, of which the cheapest counts
-MOST_ASKED = 0.5  # chance that is asked of a node before the heads look on below it
+MAX_ASKED = 0.5  # chance that is asked of a node before the heads look on below it
 _TRUSTED = 0.7  # from here on what the heads say besides has too little chance to pay
 _MEMORY = 0.98  # of the running means: half of them are the last 35 steps
 _TRIALS = 12  # steps that the heads have before they are judged
@@ -31,13 +31,13 @@ class ForestBudget:
     """Args:
     rows: most rows of a step, roots included.
     cost: what a step costs; None fills all rows.
-    most_nodes: of one thread; None: no limit.
+    max_nodes: of one thread; None: no limit.
     weighs: whether threads that the answer does not wait for earn less.
     """
 
     rows: int
     cost: StepCost | LearnedCost | None = None
-    most_nodes: int | None = None
+    max_nodes: int | None = None
     weighs: bool = True
     # Of the steps so far: tokens that a thread gains, and what a step costs.
     _tokens: float = 0.0
@@ -60,12 +60,12 @@ class ForestBudget:
         more than the time they take would have brought at the rate of the steps so far.
         """
         room = min(room, self.rows - len(proposals))
-        drawn = _Candidates.of(proposals, worths, self.most_nodes)
+        drawn = _Candidates.of(proposals, worths, self.max_nodes)
         if room <= 0 or drawn is None:
             self._account(len(proposals), 0.0, 0, requests)
             return [_NONE] * len(proposals)
         order = np.argsort(-drawn.gains, kind="stable")[:room]
-        order = order[drawn.chances[order] > LEAST_CHANCE]
+        order = order[drawn.chances[order] > MIN_CHANCE]
         if self.cost is not None:
             order = order[: self._pays(len(proposals), drawn, order, requests)]
         return drawn.of_threads(np.sort(order))
@@ -73,18 +73,20 @@ class ForestBudget:
     def bar(self, roots: int, requests: int, worth: float) -> float:
         """The chance with which a node would pay beside so many roots, the thread's tokens being worth so much."""
         if self.cost is None:
-            return LEAST_CHANCE
-        return min(max(LEAST_CHANCE, self._least_gain(roots, requests) / worth), MOST_ASKED)
+            return MIN_CHANCE
+        return min(max(MIN_CHANCE, self._min_gain(roots, requests) / worth), MAX_ASKED)
 
     def paying(self, threads: Sequence[Thread], roots: int, requests: int) -> set[Thread]:
         """Those of a request's live threads for which a guess could pay, were it certain to be right: beside many
         others none does, and looking for it would cost time."""
         if self.cost is None or not self.weighs:
             return set(threads)
-        least = self._least_gain(roots, requests)
-        return {thread for thread, worth in zip(threads, worths(threads).tolist(), strict=True) if worth > least}
+        least = self._min_gain(roots, requests)
+        return {
+            thread for thread, worth in zip(threads, thread_weights(threads).tolist(), strict=True) if worth > least
+        }
 
-    def _least_gain(self, roots: int, requests: int) -> float:
+    def _min_gain(self, roots: int, requests: int) -> float:
         """Tokens that a row has to bring."""
         assert self.cost is not None
         row = float(np.diff(self.cost.rows(roots + _SMALL)[roots - 1 :]).min())
@@ -96,7 +98,7 @@ class ForestBudget:
         is worth."""
         if self.cost is None:
             return set(trusts)
-        found = worths(list(trusts)) if self.weighs else np.ones(len(trusts))
+        found = thread_weights(list(trusts)) if self.weighs else np.ones(len(trusts))
         waited_for = (found == found.max()).tolist()
         return {
             thread
@@ -198,7 +200,7 @@ class EvenBudget:
         return set(threads)
 
 
-def worths(threads: Sequence[Thread]) -> np.ndarray:
+def thread_weights(threads: Sequence[Thread]) -> np.ndarray:
     """float64 [T]: what a token of each of a request's running threads brings its answer, 1 in all: the chance that
     this is the thread which the answer waits for.
 
@@ -225,7 +227,7 @@ class _Candidates:
     drafting: int  # threads for which the heads guessed
 
     @classmethod
-    def of(cls, proposals: Sequence[Proposal | None], worths: np.ndarray, most_nodes: int | None) -> _Candidates | None:
+    def of(cls, proposals: Sequence[Proposal | None], worths: np.ndarray, max_nodes: int | None) -> _Candidates | None:
         """None where there are none."""
         sizes = np.array([0 if proposal is None else len(proposal.tokens) for proposal in proposals])
         if not sizes.any():
@@ -242,9 +244,9 @@ class _Candidates:
                 continue
             recalled += [first + node for node in proposal.chain]
             children += [first + node for node in proposal.forks.values()]
-            if most_nodes is not None and len(proposal.tokens) > most_nodes:
+            if max_nodes is not None and len(proposal.tokens) > max_nodes:
                 own = gains[first : first + len(proposal.tokens)]
-                chances[first : first + len(own)][np.argsort(-own, kind="stable")[most_nodes:]] = 0.0
+                chances[first : first + len(own)][np.argsort(-own, kind="stable")[max_nodes:]] = 0.0
         guessed[recalled] = False
         gains[children] *= 0.5
         return cls(chances, gains, guessed, bounds, int(np.count_nonzero(heads)))

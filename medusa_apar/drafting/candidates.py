@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .draft_tree import DraftTree
-from .ngram_index import MOST_MATCH, MOST_RECALLED, Recall
+from .ngram_index import MAX_MATCH, MAX_RECALLED, NgramMatch
 
 # Chance that the token which followed a match of so many tokens follows again, beside the heads' own chance for it:
 # about what 59 answers of the tuned SmolLM2 showed, counted as so many observations each.
 _TRUST = (0.0, 0.25, 0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.85, 0.9)
 _TRUST_WEIGHT = 20.0
-MOST_DEPTH = MOST_RECALLED  # of nodes that do not hang in the heads' tree
+MAX_DEPTH = MAX_RECALLED  # of nodes that do not hang in the heads' tree
 _TINY = 1e-9
 _BINS, _BINS_PER_OCTAVE = 16, 2  # of what heads claim
 _CLAIMS_WEIGHT = 10.0  # observations for which a claim stands before any came in
@@ -63,13 +63,13 @@ class Trust:
         self._count = [_TRUST_WEIGHT] * len(_TRUST)
 
     def of(self, match: int) -> float:
-        match = min(match, MOST_MATCH)
+        match = min(match, MAX_MATCH)
         return self._right[match] / self._count[match]
 
     def saw(self, match: int, other: float, right: bool) -> None:
         """Whether a recalled token was right that the heads gave the chance `other`: one step of
         expectation-maximisation for the share of the two sources."""
-        match = min(match, MOST_MATCH)
+        match = min(match, MAX_MATCH)
         if right:
             share = self.of(match)
             self._right[match] += share / (share + (1 - share) * other) if other > 0 else 1.0
@@ -102,7 +102,7 @@ def _bins(claims: np.ndarray) -> np.ndarray:
 
 
 @dataclass(slots=True)
-class Proposer:
+class CandidateScorer:
     """Makes proposals for the threads of one generate call, and learns from what became of them.
 
     fork_id, child_id: below a proposed `[Fork]` its `[Child]` is proposed too (DESIGN.md, speculative fork); None where
@@ -129,7 +129,7 @@ class Proposer:
             for row, chance, claim in zip(tokens, chances, claims, strict=True)
         ]
 
-    def with_recall(self, proposal: Proposal | None, tree: DraftTree | None, recall: Recall) -> Proposal:
+    def with_match(self, proposal: Proposal | None, tree: DraftTree | None, recall: NgramMatch) -> Proposal:
         """The proposal of heads, or None, and below it what was recalled."""
         if proposal is None or tree is None:
             trusts = [self.trust.of(recall.match + ahead) for ahead in range(len(recall.tokens))]

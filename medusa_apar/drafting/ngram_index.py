@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from medusa_apar.threads.paragraph_tree import Thread
 
 LONGEST, SHORTEST = 4, 2  # tokens of the n-grams that are looked up, the longest first
-MOST_PROMPT = 2048  # tokens of a prompt that are indexed, its last: 4 µs each, before the first token can be shown
-MOST_MATCH = 12  # tokens up to which a match is followed back: beyond, it means the same
-MOST_RECALLED = 10  # tokens
+MAX_PROMPT = 2048  # tokens of a prompt that are indexed, its last: 4 µs each, before the first token can be shown
+MAX_MATCH = 12  # tokens up to which a match is followed back: beyond, it means the same
+MAX_RECALLED = 10  # tokens
 
 
 @dataclass(slots=True)
-class Recall:
+class NgramMatch:
     """What followed where the thread's last `match` tokens were written before."""
 
     tokens: list[int]
@@ -25,7 +25,7 @@ class Recall:
 
 
 @dataclass(slots=True)
-class SiblingMemory:
+class NgramIndex:
     """The n-grams of one request, each with where it was last followed by a token.
 
     child_id: after `[Child]` alone is looked up what the last thread began with.
@@ -41,7 +41,7 @@ class SiblingMemory:
         """Takes in what the thread has written since the last time; the end of a trunk's prompt counts as written."""
         tokens, places = thread.tokens, self._places
         known = self._known.get(thread)
-        first = max(0, thread.num_forced - MOST_PROMPT) if known is None else known
+        first = max(0, thread.num_forced - MAX_PROMPT) if known is None else known
         for end in range(first, len(tokens)):
             for length in range(SHORTEST, min(LONGEST, end) + 1):
                 places[tuple(tokens[end - length : end])] = tokens, end
@@ -49,7 +49,7 @@ class SiblingMemory:
             places[(tokens[0],)] = tokens, 1
         self._known[thread] = len(tokens)
 
-    def recall(self, thread: Thread) -> Recall | None:
+    def lookup(self, thread: Thread) -> NgramMatch | None:
         """None where the thread's last tokens are new."""
         tokens = thread.tokens
         end = len(tokens)
@@ -58,8 +58,8 @@ class SiblingMemory:
                 break
             if (found := self._places.get(tuple(tokens[end - length :]))) is not None:
                 before, place = found
-                most = min(MOST_MATCH, end, place)
+                most = min(MAX_MATCH, end, place)
                 while length < most and before[place - 1 - length] == tokens[end - 1 - length]:
                     length += 1
-                return Recall(before[place : place + MOST_RECALLED], length)
+                return NgramMatch(before[place : place + MAX_RECALLED], length)
         return None

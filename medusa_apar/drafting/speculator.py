@@ -17,10 +17,10 @@ from medusa_apar.threads.paragraph_tree import Thread
 
 from .advance import Advance, DraftResult
 from .budget import EvenBudget, ForestBudget
-from .candidates import MOST_DEPTH, Proposal, Proposer
+from .candidates import MAX_DEPTH, CandidateScorer, Proposal
 from .draft_tree import DraftTree
 from .drafter import Drafter
-from .ngram_index import Recall, SiblingMemory
+from .ngram_index import NgramIndex, NgramMatch
 from .options import Speculation
 
 
@@ -57,7 +57,7 @@ class Speculator:
     budget: ForestBudget | EvenBudget
     drafter: Drafter | None = None
     tree: DraftTree = field(default_factory=lambda: DraftTree([]))
-    scorer: Proposer = field(default_factory=Proposer)
+    scorer: CandidateScorer = field(default_factory=CandidateScorer)
     # Draft nodes, and those that were right, by who proposed them.
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
@@ -72,23 +72,23 @@ class Speculator:
     @property
     def max_depth(self) -> int:
         """Most draft nodes that a thread can accept in a step."""
-        return max(self.tree.height, MOST_DEPTH)
+        return max(self.tree.height, MAX_DEPTH)
 
     def candidates(self, thread: Thread) -> Proposal | None:
         """What could hang below the thread's root in this step; None for nothing. Asked once."""
         return self._proposals.pop(thread, None)
 
-    def begin(self, load: Load, num_stems: int) -> Drafting | None:
-        """Settles whether the heads draft in this step; what they would draft on the device, for so many stems."""
+    def begin(self, load: Load, num_segments: int) -> Drafting | None:
+        """Settles whether the heads draft in this step; what they would draft on the device, for so many segments."""
         self._asks = self.drafter is not None and self.budget.heads_pay()
         self.undrafted_steps += self.drafter is not None and not self._asks
-        return self._drafting(load.threads, num_stems)
+        return self._drafting(load.threads, num_segments)
 
     def learn(self, result: DraftResult, thread: Thread) -> None:
         """Counts which of a thread's draft nodes came true, and learns from them."""
         proposal, kept = result.proposal, result.kept
         accepted = kept[result.nodes].tolist()
-        if thread.live and not thread.awaits_insertion:  # else nobody knows what would have come next
+        if thread.live and not thread.ends_with_forced:  # else nobody knows what would have come next
             self.scorer.learn(proposal, kept, set(accepted))
         of_heads = sum(node < proposal.heads for node in kept[: result.num_candidates].tolist())
         heads_right = sum(node < proposal.heads for node in accepted)
@@ -126,14 +126,14 @@ class Speculator:
             paying |= self.budget.paying(threads, load.threads, load.requests)
             if self.ngrams:
                 if request.ngrams is None:
-                    request.ngrams = SiblingMemory(request.tree.child_id)
+                    request.ngrams = NgramIndex(request.tree.child_id)
                 for thread in threads:
                     request.ngrams.learn(thread)
         return [advance for advance in advances if advance.thread in paying]
 
-    def _matches(self, advances: Sequence[Advance]) -> dict[Thread, Recall]:
+    def _matches(self, advances: Sequence[Advance]) -> dict[Thread, NgramMatch]:
         """What followed where these threads' last tokens were written before."""
-        found = ((advance.thread, advance.request.ngrams.recall(advance.thread)) for advance in advances)
+        found = ((advance.thread, advance.request.ngrams.lookup(advance.thread)) for advance in advances)
         return {thread: match for thread, match in found if match is not None}
 
     def _draft(
@@ -141,7 +141,7 @@ class Speculator:
         advances: Sequence[Advance],
         hidden: Tensor,
         load: Load,
-        matches: dict[Thread, Recall],
+        matches: dict[Thread, NgramMatch],
         on_device: Drafting | None,
     ) -> Drafting | None:
         """Has the heads draft for each thread that is worth it and that they have not drafted for on the device."""
@@ -154,7 +154,7 @@ class Speculator:
                 for advance in group
             }
             asking |= self.budget.asking(trusts)
-        todo = [advance for advance in advances if advance.thread in asking and advance.guessed is None]
+        todo = [advance for advance in advances if advance.thread in asking and advance.drafted is None]
         drafting = (on_device or self._drafting(load.threads, len(todo))) if todo else None
         if drafting is None:
             return None
@@ -167,19 +167,19 @@ class Speculator:
         token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree, bar)
         guesses = zip(token_ids.cpu().numpy(), log_probs.float().cpu().numpy(), strict=True)
         for advance, guess in zip(todo, guesses, strict=True):
-            advance.guessed = guess
+            advance.drafted = guess
         return drafting
 
-    def _propose(self, advances: Sequence[Advance], tree: DraftTree | None, matches: dict[Thread, Recall]) -> None:
+    def _propose(self, advances: Sequence[Advance], tree: DraftTree | None, matches: dict[Thread, NgramMatch]) -> None:
         """Candidates for these threads: what the heads drafted in `tree`, and what followed the same tokens before."""
-        guesses = [advance.guessed for advance in advances if advance.guessed is not None]
+        guesses = [advance.drafted for advance in advances if advance.drafted is not None]
         made: Iterator[Proposal] = iter(())
         if tree is not None and guesses:
             made = iter(self.scorer.of_heads(tree, *map(np.stack, zip(*guesses, strict=True))))
         for advance in advances:
-            thread, proposal = advance.thread, None if advance.guessed is None else next(made)
+            thread, proposal = advance.thread, None if advance.drafted is None else next(made)
             if thread in matches:
-                proposal = self.scorer.with_recall(proposal, tree, matches[thread])
+                proposal = self.scorer.with_match(proposal, tree, matches[thread])
             if proposal is not None and self.options is not None and self.options.forks:
                 may_fork = advance.request.sampler.may_fork(thread.depth)
                 proposal = self.scorer.with_children(proposal, may_fork, thread.tokens[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from medusa_apar.forest.forest import Stem
+from medusa_apar.forest.forest import Segment
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.fork_manager import ForkManager
 from medusa_apar.threads.paragraph_tree import Thread
@@ -13,7 +13,7 @@ from medusa_apar.verify.verdict import Verdict
 
 @dataclass(slots=True)
 class Commit:
-    """What became of a stem.
+    """What became of a segment.
 
     gained: tokens that its thread was given. nodes: its accepted draft nodes, in order. forks: children that were
     spawned. begun: those of them whose `[Child]` had been drafted, each with what it chose.
@@ -25,12 +25,12 @@ class Commit:
     begun: list[tuple[Thread, Verdict]] = field(default_factory=list)
 
 
-def commit(stem: Stem, verdict: Verdict, manager: ForkManager, ledger: SlotLedger) -> Commit:
-    """Appends a verdict's tokens to the stem's thread, books accepted draft nodes and frees rejected ones.
+def commit(segment: Segment, verdict: Verdict, manager: ForkManager, ledger: SlotLedger) -> Commit:
+    """Appends a verdict's tokens to the segment's thread, books accepted draft nodes and frees rejected ones.
 
     Raises what the request's fork policy raises; all draft nodes are free then.
     """
-    request, thread, drafted = stem.request, stem.thread, stem.drafted_slots.tolist()
+    request, thread, drafted = segment.request, segment.thread, segment.drafted_slots.tolist()
     made = Commit()
     try:
         outcome = manager.advance(request, thread, verdict.tokens)
@@ -38,9 +38,9 @@ def commit(stem: Stem, verdict: Verdict, manager: ForkManager, ledger: SlotLedge
         accepted = [(thread, [drafted[node] for node in made.nodes])]
         for place, child in outcome.children:
             fork = made.nodes[place] if place < len(made.nodes) else None
-            if child.live and fork in stem.forks:
+            if child.live and fork in segment.forks:
                 first = verdict.children[fork]
-                accepted.append((child, [drafted[stem.forks[fork]]]))
+                accepted.append((child, [drafted[segment.forks[fork]]]))
                 outcome.ended += manager.advance(request, child, first.tokens).ended
                 made.begun.append((child, first))
     except Exception:

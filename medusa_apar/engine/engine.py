@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 
 from medusa_apar.drafting.advance import Advance, DraftResult
 from medusa_apar.drafting.budget import EvenBudget, ForestBudget
-from medusa_apar.drafting.candidates import Proposer
+from medusa_apar.drafting.candidates import CandidateScorer
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.drafter import Heads
 from medusa_apar.drafting.speculator import Speculator
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.events import Event
 from medusa_apar.events.reporter import Reporters
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.families import context_length
 from medusa_apar.runtimes.devices import device_of
@@ -95,7 +95,7 @@ class Engine:
             self.cost = self._learned = LearnedCost(known_cost(model, runtime, heads, options.draft_tree))
         budget = self._budget()
         self.scheduler = Scheduler(self.ledger, budget, context, self._max_prefill_rows(), options.max_requests)
-        scorer = Proposer() if control is None else Proposer(control.fork_id, control.child_id)
+        scorer = CandidateScorer() if control is None else CandidateScorer(control.fork_id, control.child_id)
         self.speculator = Speculator(options.speculation, budget, tree=options.draft_tree, scorer=scorer)
         self.fork_manager = ForkManager(context)
         self.reporters = Reporters()
@@ -165,9 +165,9 @@ class Engine:
         self._enter()
         phase = PhaseTimer(self.stats.phase_seconds)
         with phase("plan"):
-            plan, stems = self.scheduler.plan(self.speculator.candidates)
+            plan, segments = self.scheduler.plan(self.speculator.candidates)
         with phase("forest"):
-            forest = Forest(stems, self.ledger, self.device)
+            forest = Forest(segments, self.ledger, self.device)
             drafting = self.speculator.begin(self.scheduler.load(), len(forest.verified))
             tail = Tail(forest, self.runtime.verify, self.runtime.argmax, drafting, self.speculator.max_depth)
         self.reporters.planned(forest, self.ledger.pool.in_use)
@@ -177,7 +177,7 @@ class Engine:
             verdicts = tail.read(output)
         with phase("commit"):
             pairs = zip(forest.verified, verdicts, strict=True)
-            advances = [advance for stem, verdict in pairs for advance in self._commit(stem, verdict)]
+            advances = [advance for segment, verdict in pairs for advance in self._commit(segment, verdict)]
             for request in plan.requests:
                 self._publish(request)
         with phase("draft"):
@@ -186,15 +186,15 @@ class Engine:
         self.reporters.stepped(plan.requests, len(forest), self.ledger.pool.in_use)
         return self._outputs(plan)
 
-    def _commit(self, stem: Stem, verdict: Verdict | None) -> list[Advance]:
-        """The threads that went on: the stem's, then children whose `[Child]` had been drafted."""
-        request, thread = stem.request, stem.thread
+    def _commit(self, segment: Segment, verdict: Verdict | None) -> list[Advance]:
+        """The threads that went on: the segment's, then children whose `[Child]` had been drafted."""
+        request, thread = segment.request, segment.thread
         if verdict is None or request.error is not None:
-            self.ledger.commit(stem.drafted_slots.tolist(), [], [])
-            request.done |= request.error is None and stem.stop >= len(thread.tokens) - 1  # all of a text is scored
+            self.ledger.commit(segment.drafted_slots.tolist(), [], [])
+            request.done |= request.error is None and segment.stop >= len(thread.tokens) - 1  # all of a text is scored
             return []
         try:
-            made = commit(stem, verdict, self.fork_manager, self.ledger)
+            made = commit(segment, verdict, self.fork_manager, self.ledger)
         except Exception as error:  # a fork policy's
             request.error = error
             return []
@@ -204,13 +204,15 @@ class Engine:
         advances = []
         for member, its, gained in went_on:
             self._keep(request, member, its, gained)
-            advances.append(Advance(request, member, gained, its.row, its.guessed))
+            advances.append(Advance(request, member, gained, its.row, its.drafted))
         self.stats.forks += made.forks
         self.stats.accepted_lengths.update(advance.gained for advance in advances)
-        if stem.proposal is not None:
-            result = DraftResult(stem.proposal, stem.kept, made.nodes, stem.guessed, list(stem.forks))
+        if segment.proposal is not None:
+            result = DraftResult(
+                segment.proposal, segment.kept, made.nodes, segment.num_candidates, list(segment.forks)
+            )
             self.speculator.learn(result, thread)
-        self.reporters.committed(stem, made.nodes, advances)
+        self.reporters.committed(segment, made.nodes, advances)
         return advances
 
     def _publish(self, request: Request) -> None:
@@ -223,7 +225,7 @@ class Engine:
                 request.error = error
             else:
                 for thread in self.fork_manager.trim(request):
-                    self.ledger.settle(thread)
+                    self.ledger.free_unneeded(thread)
         self.stats.generated_tokens += len(request.text) - before
         request.stats.steps += 1
         if before == 0 < len(request.text):
@@ -253,9 +255,9 @@ class Engine:
         request.done, request.status = True, status
         request.stats.finished = time.perf_counter() - request.added
         for thread in self.fork_manager.trim(request):
-            self.ledger.settle(thread)
+            self.ledger.free_unneeded(thread)
         for thread in request.tree.threads:
-            self.ledger.settle(thread)
+            self.ledger.free_unneeded(thread)
         self.scheduler.remove(request)
         self.speculator.forget(request.tree.threads)
         self.reporters.ended(request)

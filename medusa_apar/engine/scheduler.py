@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medusa_apar.drafting.budget import EvenBudget, ForestBudget, worths
+from medusa_apar.drafting.budget import EvenBudget, ForestBudget, thread_weights
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.draft_tree import TreeShape
 from medusa_apar.drafting.speculator import Load
-from medusa_apar.forest.forest import Stem
+from medusa_apar.forest.forest import Segment
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request, Status
@@ -102,8 +102,8 @@ class Scheduler:
         going_on = [request for request in self.running if not request.done]
         return Load(max(sum(map(_num_threads, going_on)), 1), len(going_on))
 
-    def plan(self, candidates: Candidates) -> tuple[Plan, list[list[Stem]]]:
-        """The step's threads, and their stems request by request, ancestors first."""
+    def plan(self, candidates: Candidates) -> tuple[Plan, list[list[Segment]]]:
+        """The step's threads, and their segments request by request, ancestors first."""
         self._admit()
         plan = Plan()
         if any(request.status is Status.DECODING for request in self.running):
@@ -119,7 +119,7 @@ class Scheduler:
                 "give `pool_slots` more room or lower `max_new_tokens`."
             )
         trees = self._trees(plan, candidates)
-        return plan, [self._stems(request, plan, trees) for request in plan.requests]
+        return plan, [self._segments(request, plan, trees) for request in plan.requests]
 
     # ---- who runs
 
@@ -266,7 +266,7 @@ class Scheduler:
 
     def _weights(self, threads: Sequence[Thread]) -> np.ndarray:
         """What a token of each of a request's threads brings its answer, 1 in all."""
-        return worths(threads) if self.budget.weighs else np.full(len(threads), 1 / len(threads))
+        return thread_weights(threads) if self.budget.weighs else np.full(len(threads), 1 / len(threads))
 
     def _within_context(self, thread: Thread, proposal: Proposal | None) -> Proposal | None:
         if proposal is None or self.context_length is None:
@@ -274,7 +274,9 @@ class Scheduler:
         room = self.context_length - thread.end
         return proposal if len(proposal.tokens) <= room else proposal.within(room)
 
-    def _stems(self, request: Request, plan: Plan, trees: dict[Thread, tuple[Proposal, np.ndarray]]) -> list[Stem]:
+    def _segments(
+        self, request: Request, plan: Plan, trees: dict[Thread, tuple[Proposal, np.ndarray]]
+    ) -> list[Segment]:
         members = plan.requests[request]
         if len(members) > 1:
             fed = set(members)
@@ -286,13 +288,13 @@ class Scheduler:
             for thread in members
         ]
 
-    def _fed(self, request: Request, thread: Thread, stop: int) -> Stem:
-        """A stem that is not verified, or whose rows score a given text."""
+    def _fed(self, request: Request, thread: Thread, stop: int) -> Segment:
+        """A segment that is not verified, or whose rows score a given text."""
         first = request.options.score_from
         scored = 0 if first is None else stop - max(self.ledger.cached(thread), first - 1)
         if scored > 0:
-            return Stem(thread, stop, scored=scored, request=request)
-        return Stem(thread, stop, verified=False, request=request)
+            return Segment(thread, stop, scored=scored, request=request)
+        return Segment(thread, stop, verified=False, request=request)
 
 
 def _num_threads(request: Request) -> int:
@@ -317,12 +319,12 @@ def _ready_first(request: Request) -> list[Thread]:
     return sorted(live, key=_forks_now)
 
 
-def _verified(request: Request, thread: Thread, proposal: Proposal | None, kept: np.ndarray | None) -> Stem:
+def _verified(request: Request, thread: Thread, proposal: Proposal | None, kept: np.ndarray | None) -> Segment:
     if proposal is None or kept is None:
-        return Stem(thread, len(thread.tokens), request=request)
+        return Segment(thread, len(thread.tokens), request=request)
     places = np.full(len(proposal.tokens) + 1, -1)  # the last entry is the root's
     places[kept] = np.arange(len(kept))
-    return Stem(
+    return Segment(
         thread,
         len(thread.tokens),
         draft_tree=TreeShape.of(places[proposal.parents[kept]]),

@@ -10,7 +10,7 @@ then step by step
     TokensRejected    its guesses that were wrong
     ThreadStarted     a child that it forked; what the child wrote in the same step follows as `TokensAccepted`
     then of all threads:
-    ThreadTookOver    those that write the rest of their parent's text
+    ThreadContinuedParent    those that write the rest of their parent's text
     ThreadFinished    those that have ended
     StepFinished      what the step cost, and how much of each answer can be read by now
 
@@ -133,7 +133,7 @@ class TokensInserted:
 
 
 @dataclass(frozen=True, slots=True)
-class ThreadTookOver:
+class ThreadContinuedParent:
     """The thread writes the rest of its parent's text: what that has behind the fork is no part of the answer."""
 
     step: int
@@ -177,7 +177,7 @@ Event = (
     | TokensAccepted
     | TokensRejected
     | TokensInserted
-    | ThreadTookOver
+    | ThreadContinuedParent
     | ThreadFinished
     | StepFinished
 )

@@ -17,9 +17,9 @@ from . import (
     RequestStarted,
     StepFinished,
     StepStarted,
+    ThreadContinuedParent,
     ThreadFinished,
     ThreadStarted,
-    ThreadTookOver,
     TokensAccepted,
     TokensInserted,
     TokensRejected,
@@ -128,8 +128,8 @@ class Recording:
                 self.origins[thread] += [Origin(event.step, "rule")] * len(event.token_ids)
             case TokensRejected():
                 self.rejected[self._thread(event)] = event
-            case ThreadTookOver():
-                self._thread(event).takes_over = True
+            case ThreadContinuedParent():
+                self._thread(event).continues_parent = True
             case ThreadFinished():
                 thread = self._thread(event)
                 thread.finish_reason, thread.ends_line = event.reason, event.ends_line

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from medusa_apar.drafting.advance import Advance
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
 
@@ -18,9 +18,9 @@ from . import (
     Source,
     StepFinished,
     StepStarted,
+    ThreadContinuedParent,
     ThreadFinished,
     ThreadStarted,
-    ThreadTookOver,
     TokensAccepted,
     TokensInserted,
     TokensRejected,
@@ -85,23 +85,23 @@ class Reporter:
         for known in (self._known, self._open, self._lengths):
             known.pop(request)
 
-    def planned(self, stems: Iterable[Stem], slots_used: int) -> None:
+    def planned(self, segments: Iterable[Segment], slots_used: int) -> None:
         """A step's forest, before it runs."""
         self._step += 1
         self._slots_used = slots_used
-        self._queue.append(StepStarted(self._step, tuple(map(_drafted, stems))))
+        self._queue.append(StepStarted(self._step, tuple(map(_drafted, segments))))
 
-    def committed(self, stem: Stem, nodes: Sequence[int], advances: Sequence[Advance]) -> None:
-        """What became of a stem: its accepted nodes, and the threads that went on, its own first."""
+    def committed(self, segment: Segment, nodes: Sequence[int], advances: Sequence[Advance]) -> None:
+        """What became of a segment: its accepted nodes, and the threads that went on, its own first."""
         accepted = set(nodes)
-        accepted.update(child for fork, child in stem.forks.items() if fork in accepted)
-        request, members = stem.request, [advance.thread for advance in advances]
-        if members and members[0] is stem.thread:
+        accepted.update(child for fork, child in segment.forks.items() if fork in accepted)
+        request, members = segment.request, [advance.thread for advance in advances]
+        if members and members[0] is segment.thread:
             self._tell_tokens(request, members.pop(0), nodes)
-        wrong = tuple(node for node in range(len(stem.draft_tokens)) if node not in accepted)
+        wrong = tuple(node for node in range(len(segment.draft_tokens)) if node not in accepted)
         if wrong:
-            ids = tuple(stem.draft_tokens[node] for node in wrong)
-            self._queue.append(TokensRejected(self._step, request.id, stem.thread.index, ids, wrong))
+            ids = tuple(segment.draft_tokens[node] for node in wrong)
+            self._queue.append(TokensRejected(self._step, request.id, segment.thread.index, ids, wrong))
         self._start(request)
         for thread in members:
             self._tell_tokens(request, thread, [])
@@ -111,9 +111,9 @@ class Reporter:
         step = self._step
         for request in requests:
             for thread in self._open[request]:
-                if thread.takes_over and thread not in self._took_over:
+                if thread.continues_parent and thread not in self._took_over:
                     self._took_over.add(thread)
-                    self._queue.append(ThreadTookOver(step, request.id, thread.index))
+                    self._queue.append(ThreadContinuedParent(step, request.id, thread.index))
         lengths = []
         for request in requests:
             still = []
@@ -183,17 +183,17 @@ class Reporters:
         """What is guessed is told while it is checked."""
         if not self._requests:
             return
-        stems: dict[Reporter, list[Stem]] = {}
-        for stem in forest.stems:
-            if stem.request.watcher is not None:
-                stems.setdefault(stem.request.watcher, []).append(stem)
-        for reporter, own in stems.items():
+        segments: dict[Reporter, list[Segment]] = {}
+        for segment in forest.segments:
+            if segment.request.watcher is not None:
+                segments.setdefault(segment.request.watcher, []).append(segment)
+        for reporter, own in segments.items():
             reporter.planned(own, slots_used)
             self._deliver(reporter)
 
-    def committed(self, stem: Stem, nodes: Sequence[int], advances: Sequence[Advance]) -> None:
-        if stem.request.watcher is not None:
-            stem.request.watcher.committed(stem, nodes, advances)
+    def committed(self, segment: Segment, nodes: Sequence[int], advances: Sequence[Advance]) -> None:
+        if segment.request.watcher is not None:
+            segment.request.watcher.committed(segment, nodes, advances)
 
     def stepped(self, requests: Iterable[Request], rows: int, slots_kept: int) -> None:
         """rows: of the step's forest. slots_kept: of the KV pool, now that it is committed."""
@@ -215,17 +215,17 @@ class Reporters:
                 request.error = request.error or error
 
 
-def _drafted(stem: Stem) -> Drafted:
-    thread, nodes, request = stem.thread, len(stem.draft_tokens), stem.request.id
-    fed = stem.cached - thread.start, len(stem.pending)
+def _drafted(segment: Segment) -> Drafted:
+    thread, nodes, request = segment.thread, len(segment.draft_tokens), segment.request.id
+    fed = segment.cached - thread.start, len(segment.extend_tokens)
     if not nodes:
-        return Drafted(request, thread.index, *fed, verified=stem.verified)
-    heads = 0 if stem.proposal is None else int((stem.kept < stem.proposal.heads).sum())
+        return Drafted(request, thread.index, *fed, verified=segment.verified)
+    heads = 0 if segment.proposal is None else int((segment.kept < segment.proposal.heads).sum())
     counts: tuple[tuple[Source, int], ...] = (
         ("heads", heads),
-        ("siblings", stem.guessed - heads),
-        ("fork", len(stem.forks)),
+        ("siblings", segment.num_candidates - heads),
+        ("fork", len(segment.forks)),
     )
     sources = tuple(source for source, count in counts for _ in range(count))
-    parents = tuple(stem.draft_tree.parents[:nodes].tolist())
-    return Drafted(request, thread.index, *fed, tuple(stem.draft_tokens), parents, sources)
+    parents = tuple(segment.draft_tree.parents[:nodes].tolist())
+    return Drafted(request, thread.index, *fed, tuple(segment.draft_tokens), parents, sources)

@@ -12,7 +12,7 @@ from torch import Tensor
 from medusa_apar.triton_kernels.layout import (
     INTERPRETED,
     ITEM_FIELDS,
-    MOST_WINDOWS,
+    MAX_WINDOWS,
     NO_WINDOW,
     LayoutKind,
     Plan,
@@ -35,15 +35,15 @@ def fill(buffer: Tensor, contents: Tensor) -> None:
 class PackedForest:
     """Buffers for forests of some sizes.
 
-    roomy: they serve every forest of these sizes, and stay where they are; else this one alone. Rows beyond a forest's
-    have no slot: nobody sees them, and what comes of them is void.
+    reusable: they serve every forest of these sizes, and stay where they are; else this one alone. Padding rows have
+    slot -1: no query attends to them, and their outputs are ignored.
 
     Attributes: `descriptor` and `packed`, what the kernel reads and writes; `rows`, int64 [4, queries] of that: input
     ids, position ids, slots, verified rows.
     """
 
-    def __init__(self, sizes: Sizes, device: torch.device, roomy: bool, commits: int) -> None:
-        self.sizes, self.device, self._roomy = sizes, device, roomy
+    def __init__(self, sizes: Sizes, device: torch.device, reusable: bool, commits: int) -> None:
+        self.sizes, self.device, self._roomy = sizes, device, reusable
         self._width = width = aligned(sizes.queries)
         sections = Sections(
             rows=(4, width),
@@ -51,14 +51,14 @@ class PackedForest:
             queries=(sizes.leaves + 2,),  # one leaf more: the rows that only fill up
             leaves=(sizes.leaves + 1, 3),
             commits=(2, aligned(commits)),
-            windows=(MOST_WINDOWS,),
+            windows=(MAX_WINDOWS,),
         )
         with torch.inference_mode(False):  # buffers outlive a caller's inference mode
             self._buffer = torch.empty(sections.size, dtype=torch.int32, device=device)
             self.descriptor: Descriptor = _descriptor(sections, self._buffer)
             wide = torch.empty(4, width, dtype=torch.int64, device=device)
             per_query = torch.empty(4, width, dtype=torch.int32, device=device)
-            words = torch.empty(MOST_WINDOWS, width, dtype=torch.int64, device=device)
+            words = torch.empty(MAX_WINDOWS, width, dtype=torch.int64, device=device)
             self.packed = Packed(wide, per_query, words)
             self.rows = wide[:, : sizes.queries]
         self._host = np.zeros(sections.size, dtype=np.int32)
@@ -68,7 +68,7 @@ class PackedForest:
         self._layouts: dict[LayoutKind, TreeLayout] = {}
         self._table: Tensor | None = None
 
-    def become(self, forest: Forest) -> None:
+    def load(self, forest: Forest) -> None:
         """Takes a forest's contents over; it must fit the sizes. `pack` has to follow."""
         self._table = forest.table
         rows, words, queries, fields, commits, windows = self._contents
@@ -91,7 +91,7 @@ class PackedForest:
         commits[0, : len(entries)], commits[0, len(entries) :] = entries, -1
         commits[1, : len(entries)] = slots
         for kind, buffer in self._plans.items():
-            buffer.become(forest.plan(kind))
+            buffer.load(forest.plan(kind))
         self.send()
 
     def send(self) -> None:
@@ -107,7 +107,7 @@ class PackedForest:
 
     def pack(self) -> None:
         """One launch: slots into the table, and what else goes by rows and queries."""
-        assert self._table is not None, "`become` goes first"
+        assert self._table is not None, "`load` goes first"
         _packing(self.device)(self.descriptor, self._table, self.packed)
 
     def layout(self, kind: LayoutKind, forest: Forest | None) -> TreeLayout:
@@ -122,8 +122,8 @@ class PackedForest:
     def _laid(self, kind: LayoutKind, forest: Forest, table: Tensor) -> TreeLayout:
         window = kind.window or NO_WINDOW
         if window not in self._windows:
-            if len(self._windows) == MOST_WINDOWS:
-                raise NotImplementedError(f"its layers have more than {MOST_WINDOWS} different windows")
+            if len(self._windows) == MAX_WINDOWS:
+                raise NotImplementedError(f"its layers have more than {MAX_WINDOWS} different windows")
             self.descriptor.windows[len(self._windows)] = window
             self._windows.append(window)
             self.pack()
@@ -131,7 +131,7 @@ class PackedForest:
         if plan not in self._plans:
             made = forest.plan(plan)
             self._plans[plan] = _PlanBuffer(self.sizes.most(plan) if self._roomy else made.sizes, self.device)
-            self._plans[plan].become(made)
+            self._plans[plan].load(made)
             self._plans[plan].send()
         order, positions, lengths, leaves = self.packed.queries[:, : self.sizes.queries]
         return TreeLayout(
@@ -161,7 +161,7 @@ class _PlanBuffer:
         self._host = np.zeros(sections.size, dtype=np.int32)
         self._contents = sections.views(self._host)
 
-    def become(self, plan: Plan) -> None:
+    def load(self, plan: Plan) -> None:
         chunks, items, merges, deltas = (self._contents[name] for name in ("chunks", "items", "merges", "deltas"))
         chunks[: len(plan.chunks)], deltas[: len(plan.deltas)] = plan.chunks, plan.deltas
         items[: len(plan.items)], items[len(plan.items) :] = plan.items, 0

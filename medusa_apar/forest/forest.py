@@ -26,10 +26,10 @@ _NOTHING = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(slots=True, eq=False)
-class Stem:
+class Segment:
     """One thread's rows in a forest: its tokens that have no slot yet, the last of them the root, then draft nodes.
 
-    A prompt, an ordinary step and a resumed thread differ only in how many tokens are pending. An ancestor fed again
+    A prompt, an ordinary step and a resumed thread differ only in how many are extend tokens. An ancestor fed again
     for a descendant's sake (`verified=False`) has neither root nor drafts.
     """
 
@@ -42,11 +42,11 @@ class Stem:
     forks: dict[int, int] = field(default_factory=dict)
     proposal: Proposal | None = None  # what the tree was cut from
     kept: np.ndarray = field(default_factory=lambda: _NOTHING)  # int64 [nodes], which of its candidates they are
-    scored: int = 1  # pending tokens, the last ones, that are verified; more than the root when a text is scored
+    scored: int = 1  # extend tokens, the last ones, that are verified; more than the root when a text is scored
     request: Any = None  # threads.request.Request that the thread belongs to; None where a runtime is only measured
     # Written by Forest:
     row: int = 0  # first row in the forest
-    pending: list[int] = field(default_factory=list)
+    extend_tokens: list[int] = field(default_factory=list)
     cached: int = 0  # length of the path cached before this step
     slots: np.ndarray | None = None  # int64 [size]
     positions: np.ndarray | None = None  # int64 [size], path positions
@@ -54,10 +54,10 @@ class Stem:
 
     @property
     def size(self) -> int:
-        return len(self.pending) + len(self.draft_tokens)
+        return len(self.extend_tokens) + len(self.draft_tokens)
 
     @property
-    def guessed(self) -> int:
+    def num_candidates(self) -> int:
         """Draft nodes that can be a token of this thread: all but the `[Child]`s."""
         return len(self.draft_tokens) - len(self.forks)
 
@@ -67,8 +67,8 @@ class Stem:
 
     @property
     def length(self) -> int:
-        """Of the path, pending tokens included."""
-        return self.cached + len(self.pending)
+        """Of the path, extend tokens included."""
+        return self.cached + len(self.extend_tokens)
 
     @property
     def path_slots(self) -> np.ndarray:
@@ -79,64 +79,68 @@ class Stem:
     @property
     def drafted_slots(self) -> np.ndarray:
         assert self.slots is not None
-        return self.slots[len(self.pending) :]
+        return self.slots[len(self.extend_tokens) :]
 
     def start(self, row: int, ledger: SlotLedger) -> None:
         self.row, self._ledger = row, ledger
         cached = ledger.cached(self.thread)
         self.cached = self.thread.start + cached
-        self.pending = self.thread.tokens[cached : self.stop]
-        assert self.pending, f"{self.thread} was planned with nothing to feed"
+        self.extend_tokens = self.thread.tokens[cached : self.stop]
+        assert self.extend_tokens, f"{self.thread} was planned with nothing to feed"
 
     def place(self, slots: np.ndarray, positions: np.ndarray) -> None:
         """A slot and a position for every row."""
         assert self._ledger is not None
         self.slots, self.positions = slots, positions
-        self._ledger.book(self.thread, slots[: len(self.pending)])
+        self._ledger.assign(self.thread, slots[: len(self.extend_tokens)])
 
     def fill_visible(self, visible: np.ndarray) -> None:
-        """Sets bool [size, capacity]: the path, pending tokens in their order, each draft node's ancestors."""
+        """Sets bool [size, capacity]: the path, extend tokens in their order, each draft node's ancestors."""
         assert self.slots is not None
-        pending, drafted = len(self.pending), len(self.draft_tokens)
+        extend, drafted = len(self.extend_tokens), len(self.draft_tokens)
         visible[:, self.path_slots] = True
-        visible[:pending, self.slots[:pending]] = np.tri(pending, dtype=bool)
-        visible[pending:, self.slots[:pending]] = True
-        visible[pending:, self.slots[pending:]] = self.draft_tree.ancestors[:drafted, :drafted]
+        visible[:extend, self.slots[:extend]] = np.tri(extend, dtype=bool)
+        visible[extend:, self.slots[:extend]] = True
+        visible[extend:, self.slots[extend:]] = self.draft_tree.ancestors[:drafted, :drafted]
 
 
 class Forest:
     """N rows ready for one forward pass.
 
-    Attributes: `input_ids` and `position_ids` int64 [1, N]; `slots` int64 [N]; `verified` stems in row order and
+    Attributes: `input_ids` and `position_ids` int64 [1, N]; `slots` int64 [N]; `verified` segments in row order and
     `verified_rows` int64 [M], the rows whose logits they need (root first, then draft nodes); `arrays`, the same four
     on the host, int64 [N] or [M]; `groups`, one a request, for backends that want masks, `paths` for those that want
     lists of slots, and `layout` for the kernels.
     """
 
-    def __init__(self, requests: list[list[Stem]], ledger: SlotLedger, device: torch.device):
-        self.stems = [stem for stems in requests for stem in stems]
+    def __init__(self, requests: list[list[Segment]], ledger: SlotLedger, device: torch.device):
+        self.segments = [segment for segments in requests for segment in segments]
         row = 0
         tokens: list[int] = []
-        for stem in self.stems:
-            stem.start(row, ledger)
-            tokens += stem.pending
-            tokens += stem.draft_tokens
+        for segment in self.segments:
+            segment.start(row, ledger)
+            tokens += segment.extend_tokens
+            tokens += segment.draft_tokens
             row = len(tokens)
-        self.verified = [stem for stem in self.stems if stem.verified]
-        self._drafting = [stem for stem in self.stems if stem.draft_tokens]
-        sizes = (stem.scored + len(stem.draft_tokens) for stem in self.verified)
-        self.first_rows = [0, *itertools.accumulate(sizes)][:-1]  # of each verified stem among the M verified rows
-        fields = [(stem.row, len(stem.pending), stem.length, len(stem.draft_tokens)) for stem in self.stems]
+        self.verified = [segment for segment in self.segments if segment.verified]
+        self._drafting = [segment for segment in self.segments if segment.draft_tokens]
+        sizes = (segment.scored + len(segment.draft_tokens) for segment in self.verified)
+        self.first_rows = [0, *itertools.accumulate(sizes)][:-1]  # of each verified segment among the M verified rows
+        fields = [
+            (segment.row, len(segment.extend_tokens), segment.length, len(segment.draft_tokens))
+            for segment in self.segments
+        ]
         self._fields = np.array(fields)
         positions, self._draft_rows = _positions(self._fields, self._drafting)
         slots = ledger.pool.allocate(
-            positions, [(_trunk(stems), sum(stem.size for stem in stems)) for stems in requests]
+            positions, [(_trunk(segments), sum(segment.size for segment in segments)) for segments in requests]
         )
-        for stem in self.stems:
-            rows = slice(stem.row, stem.row + stem.size)
-            stem.place(slots[rows], positions[rows])
+        for segment in self.segments:
+            rows = slice(segment.row, segment.row + segment.size)
+            segment.place(slots[rows], positions[rows])
         verified = [
-            np.arange(stem.row + len(stem.pending) - stem.scored, stem.row + stem.size) for stem in self.verified
+            np.arange(segment.row + len(segment.extend_tokens) - segment.scored, segment.row + segment.size)
+            for segment in self.verified
         ]
         self.arrays = np.array(tokens, dtype=np.int64), positions, slots, np.concatenate(verified)
         self._requests, self._ledger, self._device = requests, ledger, device
@@ -169,35 +173,35 @@ class Forest:
 
     @cached_property
     def groups(self) -> list[Group]:
-        return [_group(stems, self._ledger, self._device) for stems in self._requests]
+        return [_group(segments, self._ledger, self._device) for segments in self._requests]
 
     def paths(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Every row's path as slots, in path order: int32 lists, int32 [N, 3, 2], and the length of the longest path.
 
-        A row's path is three runs (start, length) of the lists: what its stem had cached before, the stem's pending
-        tokens, a draft node's ancestors. Rows of a stem share the first two.
+        A row's path is three runs (start, length) of the lists: what its segment had cached before, the segment's
+        extend tokens, a draft node's ancestors. Rows of a segment share the first two.
         """
         lists: list[np.ndarray] = []
         runs = np.zeros((len(self), 3, 2), dtype=np.int32)
         start = 0
-        for stem in self.stems:
-            assert stem.slots is not None
-            path, pending, drafted = stem.path_slots, len(stem.pending), len(stem.draft_tokens)
+        for segment in self.segments:
+            assert segment.slots is not None
+            path, extend, drafted = segment.path_slots, len(segment.extend_tokens), len(segment.draft_tokens)
             cached = len(path)
-            lineages, parts = stem.draft_tree.lineages(drafted)
-            rows = runs[stem.row : stem.row + stem.size]
-            rows[:, :2] = (start, cached), (start + cached, pending)
-            if pending > 1:
-                rows[:pending, 1, 1] = np.arange(1, pending + 1)
-            rows[pending:, 2] = parts + (start + cached + pending, 0)
-            lists += [path, stem.slots[:pending], stem.slots[pending:][lineages]]
-            start += cached + pending + len(lineages)
+            lineages, parts = segment.draft_tree.lineages(drafted)
+            rows = runs[segment.row : segment.row + segment.size]
+            rows[:, :2] = (start, cached), (start + cached, extend)
+            if extend > 1:
+                rows[:extend, 1, 1] = np.arange(1, extend + 1)
+            rows[extend:, 2] = parts + (start + cached + extend, 0)
+            lists += [path, segment.slots[:extend], segment.slots[extend:][lineages]]
+            start += cached + extend + len(lineages)
         return np.concatenate(lists, dtype=np.int32, casting="same_kind"), runs, int(runs[:, :, 1].sum(axis=1).max())
 
     @cached_property
     def changes(self) -> Changes:
         """What this step adds to the table of paths; asked for, the forest has to run over it."""
-        return self._ledger.table.place((stem.thread, stem.drafted_slots) for stem in self.stems)
+        return self._ledger.table.place((segment.thread, segment.drafted_slots) for segment in self.segments)
 
     @property
     def table(self) -> torch.Tensor:
@@ -207,13 +211,13 @@ class Forest:
 
     @cached_property
     def leaves(self) -> Leaves:
-        """The stems as the tree attention kernels see them, threads that share a beginning side by side."""
+        """The segments as the tree attention kernels see them, threads that share a beginning side by side."""
         assert self.changes
         order: list[int] = []
-        for stems in self._requests:
-            order += _forks_first(stems, len(order))
+        for segments in self._requests:
+            order += _forks_first(segments, len(order))
         numbers = self._ledger.table.numbers
-        paths = [numbers(self.stems[index].thread) for index in order]
+        paths = [numbers(self.segments[index].thread) for index in order]
         counts = np.array([len(path) for path in paths])
         chunks = np.full((len(paths), counts.max()), -1, dtype=np.int32)
         chunks[np.arange(chunks.shape[1]) < counts[:, None]] = np.frombuffer(b"".join(paths), dtype=np.int32)
@@ -225,7 +229,7 @@ class Forest:
         """Of each row the draft nodes that it sees, bit by bit, int64 [N]."""
         words = np.zeros(len(self), dtype=np.uint64)
         if self._drafting:
-            drafted = [stem.draft_tree.words()[: len(stem.draft_tokens)] for stem in self._drafting]
+            drafted = [segment.draft_tree.words()[: len(segment.draft_tokens)] for segment in self._drafting]
             words[self._draft_rows] = np.concatenate(drafted)
         return words.view(np.int64)
 
@@ -239,8 +243,8 @@ class Forest:
         """The tables of one kind of layers, made for the first of them."""
         if self._packed is None:
             sizes = Sizes.of(self.leaves)
-            self._packed = PackedForest(sizes, self._device, roomy=False, commits=len(self.changes.entries))
-            self._packed.become(self)
+            self._packed = PackedForest(sizes, self._device, reusable=False, commits=len(self.changes.entries))
+            self._packed.load(self)
         return self._packed.layout(kind, self)
 
     def __len__(self) -> int:
@@ -254,25 +258,25 @@ class Forest:
         )
 
 
-def _trunk(stems: list[Stem]) -> Thread:
+def _trunk(segments: list[Segment]) -> Thread:
     """A request's slots are booked for one owner, whatever thread they are of: it attends over all of them."""
-    thread = stems[0].thread
+    thread = segments[0].thread
     while thread.parent is not None:
         thread = thread.parent
     return thread
 
 
-def _group(stems: list[Stem], ledger: SlotLedger, device: torch.device) -> Group:
-    first, size = stems[0].row, sum(stem.size for stem in stems)
+def _group(segments: list[Segment], ledger: SlotLedger, device: torch.device) -> Group:
+    first, size = segments[0].row, sum(segment.size for segment in segments)
     visible = np.zeros((size, ledger.pool.capacity), dtype=bool)
-    for stem in stems:
-        stem.fill_visible(visible[stem.row - first : stem.row - first + stem.size])
+    for segment in segments:
+        segment.fill_visible(visible[segment.row - first : segment.row - first + segment.size])
     used = np.flatnonzero(visible.any(axis=0))
     span = np.arange(used[0], used[-1] + 1)
     # A strided view beats a gathered copy until most of what it spans belongs to others.
     contiguous = 2 * len(used) >= len(span)
     columns = span if contiguous else used
-    positions = np.concatenate([stem.positions for stem in stems])
+    positions = np.concatenate([segment.positions for segment in segments])
     return Group(
         rows=slice(first, first + size),
         columns=slice(int(span[0]), int(span[-1]) + 1) if contiguous else torch.from_numpy(used).to(device),
@@ -282,29 +286,29 @@ def _group(stems: list[Stem], ledger: SlotLedger, device: torch.device) -> Group
     )
 
 
-def _positions(fields: np.ndarray, drafting: list[Stem]) -> tuple[np.ndarray, np.ndarray]:
-    """Path positions, int64 [rows]: pending tokens behind what is cached, each draft node by its depth; and which rows
+def _positions(fields: np.ndarray, drafting: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """Path positions, int64 [rows]: extend tokens behind what is cached, each draft node by its depth; and which rows
     are draft nodes'."""
-    first, pending, lengths, drafted = fields.T
-    sizes = pending + drafted
+    first, extend, lengths, drafted = fields.T
+    sizes = extend + drafted
     behind = lengths.repeat(sizes)
-    positions = (lengths - pending - first).repeat(sizes)
+    positions = (lengths - extend - first).repeat(sizes)
     positions += np.arange(len(positions))
     draft_rows = (positions >= behind).nonzero()[0]
     if drafting:
-        depths = [stem.draft_tree.depths[: len(stem.draft_tokens)] for stem in drafting]
+        depths = [segment.draft_tree.depths[: len(segment.draft_tokens)] for segment in drafting]
         positions[draft_rows] = behind.take(draft_rows) + np.concatenate(depths)
     return positions, draft_rows
 
 
-def _forks_first(stems: list[Stem], first: int) -> Iterator[int]:
-    """The places from `first` of a request's stems, parents first, as each thread's children in the order of their
+def _forks_first(segments: list[Segment], first: int) -> Iterator[int]:
+    """The places from `first` of a request's segments, parents first, as each thread's children in the order of their
     forks and before itself."""
     waiting: list[tuple[Thread, int]] = []
-    for place, stem in enumerate(stems, first):
-        while waiting and not _descends(stem.thread, waiting[-1][0]):
+    for place, segment in enumerate(segments, first):
+        while waiting and not _descends(segment.thread, waiting[-1][0]):
             yield waiting.pop()[1]
-        waiting.append((stem.thread, place))
+        waiting.append((segment.thread, place))
     yield from (place for _, place in reversed(waiting))
 
 

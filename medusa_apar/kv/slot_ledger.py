@@ -55,25 +55,25 @@ class SlotLedger:
         lineage = [*thread.ancestors(), (thread, stop)]
         return [(member, until) for member, until in lineage if self.cached(member) < until]
 
-    def book(self, thread: Thread, slots: np.ndarray | list[int]) -> None:
+    def assign(self, thread: Thread, slots: np.ndarray | list[int]) -> None:
         """The thread's next tokens lie in these slots."""
         booked = self._slots.setdefault(thread, array("q"))
         booked.extend(slots.tolist() if isinstance(slots, np.ndarray) else slots)
 
     def commit(self, drafted: list[int], accepted: Sequence[tuple[Thread, list[int]]], ended: Iterable[Thread]) -> None:
-        """Books a stem's accepted draft nodes, frees the rejected ones, and what threads needed that have ended.
+        """Books a segment's accepted draft nodes, frees the rejected ones, and what threads needed that have ended.
 
         drafted: the slots of all its draft nodes. accepted: threads with the slots of their next tokens, among these.
         """
         rejected = set(drafted)
         for thread, slots in accepted:
-            self.book(thread, slots)
+            self.assign(thread, slots)
             rejected.difference_update(slots)
         self.pool.release(rejected)
         for thread in ended:
-            self.settle(thread)
+            self.free_unneeded(thread)
 
-    def settle(self, thread: Thread) -> int:
+    def free_unneeded(self, thread: Thread) -> int:
         """Returns what nobody needs any more of the thread and its ancestors; call when it ended. Counts the slots."""
         released = 0
         member: Thread | None = thread
@@ -85,7 +85,7 @@ class SlotLedger:
     def evict(self, thread: Thread) -> int:
         """Takes back all slots that only this live thread needs and counts them."""
         self._evicted.add(thread)
-        return self.settle(thread)
+        return self.free_unneeded(thread)
 
     def resume(self, thread: Thread) -> None:
         self._evicted.discard(thread)
@@ -110,7 +110,7 @@ class SlotLedger:
         self.pool.release(gone)
         return len(gone)
 
-    def take_back(self, thread: Thread, length: int) -> None:
+    def truncate(self, thread: Thread, length: int) -> None:
         """Unbooks what a thread's tokens from `length` on hold: as if they had not been fed."""
         self._shrink(thread, length)
 

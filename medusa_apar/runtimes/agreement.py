@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import TreeShape
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.families import context_length
@@ -83,11 +83,11 @@ def _over_a_forest(runtime: Runtime, ids: list[int], device: torch.device) -> tu
     ledger, root = SlotLedger(KVPool()), len(ids) - _DRAFTED
     trunk, right = ParagraphTree(ids[:root]).trunk, ids[root:]
     wrong = right[0] - 1 if right[0] else 1
-    steps = [Stem(trunk, stop) for stop in (root // 2, root - 1)]
-    steps.append(Stem(trunk, root, draft_tree=_CHECKED, draft_tokens=[right[0], wrong, *right[1:]]))
+    steps = [Segment(trunk, stop) for stop in (root // 2, root - 1)]
+    steps.append(Segment(trunk, root, draft_tree=_CHECKED, draft_tokens=[right[0], wrong, *right[1:]]))
     logits = []
-    for stem in steps:
-        found, _ = runtime.forward(Forest([[stem]], ledger, device), ledger.pool)
+    for segment in steps:
+        found, _ = runtime.forward(Forest([[segment]], ledger, device), ledger.pool)
         logits.append(found.float().clone())
-    rows = [stem.stop - 1 for stem in steps]
+    rows = [segment.stop - 1 for segment in steps]
     return [*rows, *range(root, len(ids))], torch.cat(logits)[[0, 1, 2, 3, 5, 6]]

@@ -25,8 +25,8 @@ from medusa_apar.verify.tail import StepOutput
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 256  # a prompt's rows keep the device busy by themselves
-MOST_GRAPHS = 64  # kept at once, those used last
+MAX_ROWS = 256  # a prompt's rows keep the device busy by themselves
+MAX_GRAPHS = 64  # kept at once, those used last
 _FIRST_SLOTS = 4096  # what graphs know of the KV pool is its address: it should rarely have to move
 
 # What a forward pass returns, from (forest, pool, taps): see Runtime.forward.
@@ -36,20 +36,20 @@ Forward = Callable[["Forest | StaticForest", KVPool, tuple[int, ...]], tuple[Ten
 class StaticForest:
     """A forest's tensors in buffers that stay where they are, `sizes.queries` rows of them, all verified.
 
-    Attributes as of Forest. `pack` fills them from what `become` has sent, so it is part of what a graph does.
+    Attributes as of Forest. `pack` fills them from what `load` has sent, so it is part of what a graph does.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes, self.device = sizes, device
         # Of a step's forks one can hand over a chunk of slots; more go another way.
-        self._packed = PackedForest(sizes, device, roomy=True, commits=sizes.queries + CHUNK)
+        self._packed = PackedForest(sizes, device, reusable=True, commits=sizes.queries + CHUNK)
         self._forest: Forest | None = None  # while layers may still ask for a kind of layout for the first time
         rows = self._packed.rows
         self.input_ids, self.position_ids, self.slots, self.verified_rows = rows[0:1], rows[1:2], rows[2], rows[3]
 
-    def become(self, forest: Forest) -> None:
+    def load(self, forest: Forest) -> None:
         """Takes a forest's contents over; it must fit the sizes."""
-        self._packed.become(forest)
+        self._packed.load(forest)
         self._forest = forest
 
     def pack(self) -> None:
@@ -77,8 +77,8 @@ class _Step:
         self._inputs: Tensor | None = None
         self.outputs: StepOutput
 
-    def become(self, forest: Forest, device_verify: DeviceVerify | None) -> None:
-        self._forest.become(forest)
+    def load(self, forest: Forest, device_verify: DeviceVerify | None) -> None:
+        self._forest.load(forest)
         if device_verify is None:
             return
         inputs = device_verify.inputs(self._forest.sizes.queries, power_of_two(device_verify.num_threads))
@@ -143,7 +143,7 @@ class GraphedSteps:
         self, forest: Forest, pool: KVPool, taps: tuple[int, ...], device_verify: DeviceVerify | None
     ) -> StepOutput | None:
         """As Runtime.step, good until the next call; None where it has to run without a graph."""
-        if self._broken or len(forest) > MOST_ROWS or pool.storage is not self._storage or not self._storage.keys:
+        if self._broken or len(forest) > MAX_ROWS or pool.storage is not self._storage or not self._storage.keys:
             return None
         stores = (self._storage.keys, self._storage.values)
         slots = (forest.table.data_ptr(), *(tensor.data_ptr() for store in stores for tensor in store.values()))
@@ -160,10 +160,10 @@ class GraphedSteps:
             if step is None:
                 return None
             self._steps[key] = step
-            if len(self._steps) > MOST_GRAPHS:
+            if len(self._steps) > MAX_GRAPHS:
                 self._steps.popitem(last=False)
         else:
-            step.become(forest, device_verify)
+            step.load(forest, device_verify)
         self._steps.move_to_end(key)
         step.replay(pool)
         logits, hidden, chosen = step.outputs
@@ -178,7 +178,7 @@ class GraphedSteps:
             # Buffers outlive a caller's inference mode, outside of which such tensors could not be filled again.
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 step = _Step(self._forward, sizes, self._device, taps)
-                step.become(forest, device_verify)
+                step.load(forest, device_verify)
                 if before is not None:
                     self._capture(step, pool)
                 return step

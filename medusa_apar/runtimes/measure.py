@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
 from medusa_apar.drafting.drafter import Drafter, Heads
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.job import processor, write_text
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.hub import cache_dir
@@ -54,7 +54,7 @@ class StepTimer:
     def prefill(self) -> float:
         """Seconds of feeding the slots; they are given back."""
         seconds, _ = self._forward(self.slots, 0)
-        self._ledger.take_back(self._trunk, 0)
+        self._ledger.truncate(self._trunk, 0)
         return seconds
 
     def fill(self) -> None:
@@ -64,17 +64,17 @@ class StepTimer:
         """Seconds of a root and so many nodes less one, three below each; as if nothing of it had been accepted."""
         seconds, drafted = self._forward(self.slots + 1, count - 1)
         self._ledger.pool.release(drafted)
-        self._ledger.take_back(self._trunk, self.slots)
+        self._ledger.truncate(self._trunk, self.slots)
         return seconds
 
     def _forward(self, stop: int, nodes: int) -> tuple[float, list[int]]:
         tree = TreeShape.of((np.arange(nodes) - 3) // 3)
-        stem = Stem(self._trunk, stop, draft_tree=tree, draft_tokens=[0] * nodes)
+        segment = Segment(self._trunk, stop, draft_tree=tree, draft_tokens=[0] * nodes)
         started = time.perf_counter()
-        forest = Forest([[stem]], self._ledger, self._device)
+        forest = Forest([[segment]], self._ledger, self._device)
         self._runtime.step(forest, self._ledger.pool, self._taps, None)
         finish(self._device)
-        return time.perf_counter() - started, forest.arrays[2][len(stem.pending) :].tolist()
+        return time.perf_counter() - started, forest.arrays[2][len(segment.extend_tokens) :].tolist()
 
 
 def finish(device: torch.device) -> None:

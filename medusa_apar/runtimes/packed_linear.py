@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .cpu.weight_fingerprint import WeightFingerprint, plain
 
 _ROWS_HINT = 16  # the layout is chosen for so many rows; it serves 1 to 64 well
-_MOST_ROWS = 64  # beyond, as in a prefill, F.linear is as good
+_MAX_ROWS = 64  # beyond, as in a prefill, F.linear is as good
 _MEMORY_SHARE = 0.25  # of what is free: a model for which a copy is no small matter keeps its own layout
 
 
@@ -95,7 +95,7 @@ def packed_linear(
     x: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`F.linear(x, weight, bias)`, from the packed weight where the rows are few."""
-    if x.numel() > _MOST_ROWS * x.shape[-1] or x.dtype != weight.dtype:
+    if x.numel() > _MAX_ROWS * x.shape[-1] or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 

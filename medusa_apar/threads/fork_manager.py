@@ -40,7 +40,7 @@ class ForkManager:
             child = self._append(request, thread, token, outcome)
             if child is not None:
                 outcome.children.append((place, child))
-            if thread.ended or thread.awaits_insertion:
+            if thread.ended or thread.ends_with_forced:
                 break
         if outcome.gained and thread.ended:
             thread.ends_line = request.options.policy.ends_line(thread)
@@ -82,12 +82,12 @@ class ForkManager:
         """One more token, and what it brings about; a child that it spawns is returned."""
         tree, policy, child = request.tree, request.options.policy, None
         thread.tokens.append(token)
-        turn = None if thread.parent is None or thread.takes_over else policy.turn(tree, thread)
-        if token in tree.eos_ids or turn is Turn.BACK:
+        turn = None if thread.parent is None or thread.continues_parent else policy.turn(tree, thread)
+        if token in tree.eos_ids or turn is Turn.RETURN:
             thread.finish_reason = "stop"
         elif (fork := policy.fork(tree, thread)) is not None:
             child = self._spawn(request, thread, fork, outcome)
-        if turn is Turn.OVER:
+        if turn is Turn.CONTINUE_PARENT:
             self._take_over(request, thread, outcome)
         if thread.live and self._at_context_end(thread):
             thread.finish_reason = "length"
@@ -100,12 +100,12 @@ class ForkManager:
             child.finish_reason = "length"
         room = len(fork.parent) if self.context_length is None else max(self.context_length - parent.end, 0)
         tree.insert(parent, fork.parent[:room])
-        if fork.takes_over:
+        if fork.continues_parent:
             self._take_over(request, child, outcome)
         return child
 
     def _take_over(self, request: Request, child: Thread, outcome: Outcome) -> None:
-        child.takes_over = True
+        child.continues_parent = True
         for thread in request.tree.beyond(child):
             if thread.live:
                 thread.finish_reason = "cancelled"

@@ -34,8 +34,8 @@ ForkIf = Callable[[ForkPoint], bool]
 class Turn(Enum):
     """What a child's last token says."""
 
-    BACK = "it has ended, and its parent goes on; the token is not part of the text"
-    OVER = "it writes the rest of its parent's text: what the parent and its later children wrote is dropped"
+    RETURN = "it has ended, and its parent goes on; the token is not part of the text"
+    CONTINUE_PARENT = "it writes the rest of its parent's text: what the parent and its later children wrote is dropped"
 
 
 class NoForks:
@@ -105,7 +105,7 @@ class ListForks(NoForks):
             return None
         child = tuple(thread.tokens[own:])
         if found.repeated:
-            return Fork(child, second, takes_over=True)
+            return Fork(child, second, continues_parent=True)
         breaks = "\n" * found.line_breaks
         line_break = self._encode(breaks, "")
         parent = (*line_break, *self._encode(found.item.next_marker, breaks))
@@ -113,7 +113,7 @@ class ListForks(NoForks):
 
     def turn(self, tree: ParagraphTree, thread: Thread) -> Turn | None:
         if thread.tokens[-1] in tree.eos_ids:
-            return Turn.OVER
+            return Turn.CONTINUE_PARENT
         begun = self._text(thread.tokens[-1]).lstrip()
         if not begun:
             return None
@@ -126,7 +126,7 @@ class ListForks(NoForks):
             return None
         if index < thread.num_forced and not begins_item(begun):
             return None  # a paragraph below an item that is nothing but a title
-        return Turn.BACK if item.is_followed_by(begun) else Turn.OVER
+        return Turn.RETURN if item.is_followed_by(begun) else Turn.CONTINUE_PARENT
 
     def ends_line(self, thread: Thread) -> bool:
         shown = thread.tokens[: len(thread.tokens) - (thread.finish_reason == "stop")]

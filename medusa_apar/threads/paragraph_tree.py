@@ -24,14 +24,14 @@ class Fork:
         (None: all).
     parent: tokens the parent goes on with, in place of what it would have chosen.
     line_break: how many of the latter, from the first, are only read where the child did not end with a line break.
-    takes_over: the child writes the rest of the parent's text, and the parent ends.
+    continues_parent: the child writes the rest of the parent's text, and the parent ends.
     """
 
     child: tuple[int, ...]
     seen: int | None = None
     parent: tuple[int, ...] = ()
     line_break: int = 0
-    takes_over: bool = False
+    continues_parent: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +53,7 @@ class Thread:
     line_break: int = 0  # how many of the parent's tokens behind the fork are read only if `ends_line` stays False
     # Written by the fork manager:
     ends_line: bool = False  # whether its text, now ended, brings the line break that follows it
-    takes_over: bool = False  # whether it writes the rest of its parent's text, which ends at the fork then
+    continues_parent: bool = False  # whether it writes the rest of its parent's text, which ends at the fork then
     inserted: set[int] = field(default_factory=set)  # which of `tokens`, behind the forced ones, a fork rule wrote
 
     @property
@@ -75,7 +75,7 @@ class Thread:
         return self.ancestor_ids() + self.tokens[: self.num_forced]
 
     @property
-    def awaits_insertion(self) -> bool:
+    def ends_with_forced(self) -> bool:
         """Whether its last token was inserted and not chosen, so that nothing was drafted behind it."""
         return len(self.tokens) - 1 in self.inserted
 
@@ -185,7 +185,7 @@ class ParagraphTree:
         if thread.tokens[index] in (self.fork_id, self.child_id):
             return False
         ends_child = thread.finish_reason == "stop" and index == len(thread.tokens) - 1
-        return not ends_child or thread.parent is None or thread.takes_over
+        return not ends_child or thread.parent is None or thread.continues_parent
 
     def depth_first(self) -> Iterator[Thread]:
         """Threads parents first, every subtree in one run."""
@@ -212,13 +212,13 @@ class ParagraphTree:
             for child in thread.children:
                 forked = child.fork_index + (thread.tokens[child.fork_index] != self.fork_id)
                 before = visit(child, before + forked - shown)
-                if child.takes_over:
+                if child.continues_parent:
                     return before
                 shown = child.fork_index + 1 + skipped(child)
             before += max(len(thread.tokens) - shown, 0)
             if thread.live:
                 found.append((thread, before))
-            elif thread.finish_reason == "stop" and thread.parent is not None and not thread.takes_over:
+            elif thread.finish_reason == "stop" and thread.parent is not None and not thread.continues_parent:
                 before -= 1
             return before
 
@@ -260,7 +260,7 @@ class ReadingCursor:
                 return
             else:
                 self._stack.pop()
-                if thread.takes_over:
+                if thread.continues_parent:
                     self._stack.pop()
                 elif self._stack:
                     self._stack[-1][1] += skipped(thread)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medusa_apar.drafting.speculator import Drafting
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.triton_kernels.reference import Noise, Verified
 
 from .verdict import Verdict
@@ -30,52 +30,52 @@ class DeviceVerify:
     """One step's verification and drafting, ready to run behind its forward pass.
 
     verify: `triton_kernels.verify.verify`, or its reference. depth: most draft nodes that a thread can accept.
-    T counts threads: a stem's, and behind it each `[Child]` below a drafted `[Fork]`. M counts rows.
+    T counts threads: a segment's, and behind it each `[Child]` below a drafted `[Fork]`. M counts rows.
     """
 
     verify: Callable[..., Verified]
     depth: int
     drafting: Drafting | None
     modes: Modes
-    stems: list[Stem]
+    segments: list[Segment]
     first_rows: np.ndarray  # int64 [T + 1]
     rows: tuple[np.ndarray, ...]  # int64 [M]: tokens, parents among the M, fork bans
     threads: tuple[
         np.ndarray, ...
     ]  # int64 [T]: seeds, keys, whether sampled; then epsilon and delta as bits of float64
     positions: np.ndarray  # int64 [M]
-    processed: list[tuple[int, Stem]]  # stems whose logits go through processors, each with its first row
+    processed: list[tuple[int, Segment]]  # segments whose logits go through processors, each with its first row
 
     @classmethod
     def of(cls, verify: Callable[..., Verified], forest: Forest, depth: int, drafting: Drafting | None) -> DeviceVerify:
-        """For all of a forest's verified stems; what the host verifies is verified here too, and ignored."""
+        """For all of a forest's verified segments; what the host verifies is verified here too, and ignored."""
         sizes: list[int] = []
         keys: list[int] = []
         seeds: list[int] = []
         sampled: list[int] = []
         limits: list[tuple[float, float]] = []
         tokens, parents, positions, bans = [], [], [], []
-        processed: list[tuple[int, Stem]] = []
+        processed: list[tuple[int, Segment]] = []
         control = None
         first = 0
-        for stem in forest.verified:
-            sampler, drafted, tree = stem.request.sampler, len(stem.draft_tokens), stem.draft_tree
+        for segment in forest.verified:
+            sampler, drafted, tree = segment.request.sampler, len(segment.draft_tokens), segment.draft_tree
             own = first + 1 + tree.parents[:drafted]
-            own[stem.guessed :] = -1  # a `[Child]` is the root of its own thread
-            tokens += [stem.pending[-1], *stem.draft_tokens]
+            own[segment.num_candidates :] = -1  # a `[Child]` is the root of its own thread
+            tokens += [segment.extend_tokens[-1], *segment.draft_tokens]
             parents.append(np.concatenate([[-1], own]))
-            positions.append(stem.thread.end + np.concatenate([[0], 1 + tree.depths[:drafted]]))
-            bans += sampler.fork_bans(stem)
-            members = 1 + len(stem.forks)
-            sizes += [1 + stem.guessed, *([1] * len(stem.forks))]
-            keys += [stem.thread.key, *(stem.child_key(fork) for fork in stem.forks)]
+            positions.append(segment.thread.end + np.concatenate([[0], 1 + tree.depths[:drafted]]))
+            bans += sampler.fork_bans(segment)
+            members = 1 + len(segment.forks)
+            sizes += [1 + segment.num_candidates, *([1] * len(segment.forks))]
+            keys += [segment.thread.key, *(segment.child_key(fork) for fork in segment.forks)]
             device = sampler.path_free
             seeds += [(sampler.seed or 0) & (2**64 - 1)] * members
             sampled += [int(device and sampler.seed is not None)] * members
             typical = sampler.typical if device and sampler.seed is not None else None
             limits += [(-1.0, 0.0) if typical is None else (typical.epsilon, typical.delta)] * members
             if device and sampler.options.processors:
-                processed.append((first, stem))
+                processed.append((first, segment))
             if sampler.rule is not None:
                 control = sampler.rule.fork_id, sampler.rule.child_id
             first += 1 + drafted
@@ -85,8 +85,8 @@ class DeviceVerify:
         unsigned = [np.array(values, dtype=np.uint64).view(np.int64) for values in (seeds, keys)]
         threads = *unsigned, np.array(sampled, dtype=np.int64), *bits
         modes = Modes(control, any(sampled), any(epsilon >= 0 for epsilon, _ in limits))
-        stems, places = forest.verified, np.concatenate(positions)
-        return cls(verify, depth, drafting, modes, stems, first_rows, rows, threads, places, processed)
+        segments, places = forest.verified, np.concatenate(positions)
+        return cls(verify, depth, drafting, modes, segments, first_rows, rows, threads, places, processed)
 
     @property
     def operations(self) -> tuple | None:
@@ -98,7 +98,7 @@ class DeviceVerify:
         return len(self.first_rows) - 1
 
     def inputs(self, queries: int | None = None, threads: int | None = None) -> Tensor:
-        """All that `run` reads, on the CPU, int64: for exactly these stems, or padded to more rows and threads."""
+        """All that `run` reads, on the CPU, int64: for exactly these segments, or padded to more rows and threads."""
         queries = len(self.rows[0]) if queries is None else queries
         threads = self.num_threads if threads is None else threads
         parts = [*self.rows, self.first_rows]
@@ -125,10 +125,10 @@ class DeviceVerify:
         tokens, parents, bans, first_rows, *others = inputs.split(self._sizes(queries, threads))
         if self.processed:
             logits = logits.to(torch.float32, copy=True)  # the model's own tell whose fault an impossible token is
-            for first, stem in self.processed:
-                sampler, size = stem.request.sampler, 1 + len(stem.draft_tokens)
+            for first, segment in self.processed:
+                sampler, size = segment.request.sampler, 1 + len(segment.draft_tokens)
                 own = slice(first, first + size)
-                logits[own] = sampler.process(logits[own], sampler.fork_bans(stem))
+                logits[own] = sampler.process(logits[own], sampler.fork_bans(segment))
         noise = typical = None
         if self.modes.noise:
             seeds, keys, sampled, positions, *others = others
@@ -158,8 +158,8 @@ class DeviceVerify:
         return torch.cat([verified.packed, *drafted], dim=1)
 
     def read(self, chosen: Tensor) -> list[Verdict | None]:
-        """A verdict per verified stem, with what was drafted behind each: the one wait for the device. None for stems
-        that the host verifies."""
+        """A verdict per verified segment, with what was drafted behind each: the one wait for the device. None where
+        the host verifies."""
         read = chosen[: self.num_threads].cpu()
         nodes = 0 if self.drafting is None else len(self.drafting.tree)
         width = read.shape[1] - 2 * nodes
@@ -172,13 +172,13 @@ class DeviceVerify:
         if nodes:
             guesses, log_probs = read[:, width : width + nodes].numpy(), read[:, width + nodes :].contiguous()
             for verdict, ids, chances in zip(every, guesses, log_probs.view(torch.float32).numpy(), strict=True):
-                verdict.guessed = ids.astype(np.int64), chances
+                verdict.drafted = ids.astype(np.int64), chances
         verdicts: list[Verdict | None] = []
         place = 0
-        for stem in self.stems:
-            verdicts.append(every[place] if stem.request.sampler.path_free else None)
-            every[place].children = dict(zip(stem.forks, every[place + 1 :], strict=False))
-            place += 1 + len(stem.forks)
+        for segment in self.segments:
+            verdicts.append(every[place] if segment.request.sampler.path_free else None)
+            every[place].children = dict(zip(segment.forks, every[place + 1 :], strict=False))
+            place += 1 + len(segment.forks)
         return verdicts
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_apar.forest.forest import Stem
+from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import likeliest, likeliest_path, walk
 
@@ -20,24 +20,26 @@ from .verdict import Verdict
 
 
 class HostVerify:
-    """Chooses for stems from `logits` [M, vocab], the forest's verified rows, to which bans may be written.
+    """Chooses for segments from `logits` [M, vocab], the forest's verified rows, to which bans may be written.
 
     Args:
-        stems: each with the place of its first verified row among the M.
+        segments: each with the place of its first verified row among the M.
         argmax: the runtime's, [M, vocab] -> long [M].
     """
 
-    def __init__(self, stems: Sequence[tuple[int, Stem]], logits: Tensor, argmax: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, segments: Sequence[tuple[int, Segment]], logits: Tensor, argmax: Callable[[Tensor], Tensor]
+    ) -> None:
         self._logits = logits
         self._bans: dict[int, list[bool]] = {}
-        self._raw: dict[int, Tensor] = {}  # by first row: the stem's rows before bans, where they are kept
+        self._raw: dict[int, Tensor] = {}  # by first row: the segment's rows before bans, where they are kept
         banned: list[int] = []  # rows that may not choose [Fork]
         control: list[int] = []  # rows that may not choose [Child]
         rule = None
-        for first, stem in stems:
-            sampler: Sampler = stem.request.sampler
-            bans = self._bans[first] = sampler.fork_bans(stem)
-            if stem.request.options.logits or stem.request.options.logprobs is not None:
+        for first, segment in segments:
+            sampler: Sampler = segment.request.sampler
+            bans = self._bans[first] = sampler.fork_bans(segment)
+            if segment.request.options.logits or segment.request.options.logprobs is not None:
                 self._raw[first] = logits[first : first + len(bans)].float().clone()
             if sampler.rule is not None and not sampler.before:  # others see the model's own logits
                 rule = sampler.rule
@@ -51,16 +53,16 @@ class HostVerify:
             columns[everywhere, rule.child_id] = -math.inf
             if banned:
                 columns[np.array(banned), rule.fork_id] = -math.inf
-        plain = any(stem.request.sampler.plain for _, stem in stems)
+        plain = any(segment.request.sampler.plain for _, segment in segments)
         self._greedy = greedy(logits, argmax) if plain else []
 
-    def __call__(self, first: int, stem: Stem) -> Verdict:
+    def __call__(self, first: int, segment: Segment) -> Verdict:
         """ValueError where a row leaves no token to choose; whatever a processor or a `fork_if` raises."""
-        sampler: Sampler = stem.request.sampler
-        choose = _Choices(self, sampler, first, stem)
-        drafted = stem.draft_tree.parents[: stem.guessed].tolist()
+        sampler: Sampler = segment.request.sampler
+        choose = _Choices(self, sampler, first, segment)
+        drafted = segment.draft_tree.parents[: segment.num_candidates].tolist()
         parents = [-1, *(parent + 1 for parent in drafted)]
-        ids, size = [stem.pending[-1], *stem.draft_tokens], 1 + len(drafted)
+        ids, size = [segment.extend_tokens[-1], *segment.draft_tokens], 1 + len(drafted)
         if sampler.typical is None or sampler.seed is None:
             accepted = walk(0, size, choose, ids, parents, len(drafted))
             last = accepted[-1] if accepted else 0
@@ -77,10 +79,10 @@ class HostVerify:
             choose.again(last, scores(last))
         nodes = [row - 1 for row in accepted]
         verdict = Verdict(choose.tokens, nodes, first + last, choose.scores, choose.logits, choose.logprobs)
-        for fork, child in stem.forks.items():
+        for fork, child in segment.forks.items():
             if fork in nodes:
                 ahead = verdict.tokens[: nodes.index(fork) + 1]
-                begun = _Choices(self, sampler, first, stem, (ahead, fork, child))
+                begun = _Choices(self, sampler, first, segment, (ahead, fork, child))
                 begun(1 + child)
                 row = first + 1 + child
                 verdict.children[fork] = Verdict(begun.tokens, [], row, begun.scores, begun.logits, begun.logprobs)
@@ -88,36 +90,36 @@ class HostVerify:
 
 
 class _Choices:
-    """The tokens that one thread of a stem chooses in a step, asked row by row; rows count from the stem's root."""
+    """The tokens that a segment's thread chooses in a step, asked row by row; rows count from the segment's root."""
 
     def __init__(
         self,
         host: HostVerify,
         sampler: Sampler,
         first: int,
-        stem: Stem,
+        segment: Segment,
         child: tuple[list[int], int, int] | None = None,
     ) -> None:
         """child: for a drafted `[Child]`, what its parent has chosen up to the `[Fork]`, and the nodes of both."""
-        self._host, self._sampler, self._first, self._stem = host, sampler, first, stem
+        self._host, self._sampler, self._first, self._segment = host, sampler, first, segment
         self._bans = host._bans[first]
         self.tokens: list[int] = []
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.logprobs: list[Any] = []
-        self._key, self._end = stem.thread.key, stem.thread.end
+        self._key, self._end = segment.thread.key, segment.thread.end
         self._above: list[int] = []
         if child is not None:
             ahead, fork, node = child
-            self._above = [*ahead, stem.draft_tokens[node]]
-            self._key, self._end = stem.child_key(fork), stem.thread.end + len(self._above)
+            self._above = [*ahead, segment.draft_tokens[node]]
+            self._key, self._end = segment.child_key(fork), segment.thread.end + len(self._above)
         # A plain thread is asked for its path only where something goes wrong.
         self._path: list[int] | None = None
 
     @property
     def _behind(self) -> list[int]:
         if self._path is None:
-            self._path = self._stem.request.path(self._stem.thread) + self._above
+            self._path = self._segment.request.path(self._segment.thread) + self._above
         return self._path
 
     def __call__(self, row: int) -> int:
@@ -128,11 +130,11 @@ class _Choices:
         else:
             path = self._behind + self.tokens
             scores, token = sampler.choose(
-                *(path, self._host._logits[place], self._stem, self.tokens),
+                *(path, self._host._logits[place], self._segment, self.tokens),
                 *(self._bans[row], self._key, self._end + len(self.tokens)),
             )
         self.took(row, token, scores)
-        return -1 if sampler.before and _is_last(self._stem.request, self.tokens) else token
+        return -1 if sampler.before and _is_last(self._segment.request, self.tokens) else token
 
     def scored(self, row: int, ids: list[int], parents: list[int]) -> Tensor:
         """The processed scores [vocab] of a row, whatever was chosen before it."""
@@ -143,7 +145,7 @@ class _Choices:
             node = parents[node]
         path = self._behind + above[::-1] if sampler.before else []
         banned = sampler.banned(self._bans[row])
-        return sampler.processed(path, self._host._logits[self._first + row], self._stem.request, banned)
+        return sampler.processed(path, self._host._logits[self._first + row], self._segment.request, banned)
 
     def again(self, row: int, scores: Tensor) -> None:
         """Chooses from scores that are known."""
@@ -155,7 +157,7 @@ class _Choices:
         options, sampler = self._sampler.options, self._sampler
         if token < 0:
             path, logits = self._behind + self.tokens, self._host._logits[self._first + row]
-            raise sampler.impossible(path, logits, self._stem.request, self._bans[row])
+            raise sampler.impossible(path, logits, self._segment.request, self._bans[row])
         if options.scores and scores is not None:
             self.scores.append(scores.clone())  # not a view that keeps the whole forest's logits
         if options.logits:

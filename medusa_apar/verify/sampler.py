@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor
 
-from medusa_apar.forest.forest import Stem
+from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.fork_policy import fork_point
 from medusa_apar.threads.request import Request, RequestOptions, TokenLogprobs
 from medusa_apar.triton_kernels.reference import likeliest, sample
@@ -71,10 +71,10 @@ class Sampler:
         self.path_free = free and all(type(processor) in _PATH_FREE for processor in processors)
         self.plain = options.seed is None and not processors and not options.scores and options.fork_if is None
 
-    def fork_bans(self, stem: Stem) -> list[bool]:
-        """For the stem's root and each of its draft nodes, whether `[Fork]` may not be chosen there."""
-        rule, tokens = self.rule, (stem.pending[-1], *stem.draft_tokens)
-        if rule is None or not rule.may_fork(stem.thread.depth):
+    def fork_bans(self, segment: Segment) -> list[bool]:
+        """For the segment's root and each of its draft nodes, whether `[Fork]` may not be chosen there."""
+        rule, tokens = self.rule, (segment.extend_tokens[-1], *segment.draft_tokens)
+        if rule is None or not rule.may_fork(segment.thread.depth):
             return [True] * len(tokens)
         return [rule.is_control(token) for token in tokens]
 
@@ -110,7 +110,7 @@ class Sampler:
         self,
         path: list[int],
         row: torch.Tensor,
-        stem: Stem,
+        segment: Segment,
         ahead: Sequence[int],
         fork_banned: bool,
         key: int,
@@ -121,10 +121,10 @@ class Sampler:
         Args:
             path: as of `Request.path`, what was chosen in this step included.
             row: the model's logits [vocab].
-            ahead: what of the path the stem's thread has chosen in this step.
+            ahead: what of the path the segment's thread has chosen in this step.
             key, end: the thread's key and the path's length, which name the noise.
         """
-        request, rule = stem.request, self.rule
+        request, rule = segment.request, self.rule
         shown = self._shown(path, row, request)
         scores = self._warped(shown, self.banned(fork_banned))
         token = self.choice(scores, key, end)
@@ -133,7 +133,7 @@ class Sampler:
             return scores, token
         if not request.tree.eos_ids.isdisjoint(ahead):  # behind an end token nothing counts
             return scores, token
-        if not fork_if(fork_point(stem.thread, ahead, ahead.count(token))):
+        if not fork_if(fork_point(segment.thread, ahead, ahead.count(token))):
             scores = self._warped(shown, [token])
             token = self.choice(scores, key, end)
         return scores, token

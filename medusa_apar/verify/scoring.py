@@ -7,23 +7,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from medusa_apar.forest.forest import Stem
+from medusa_apar.forest.forest import Segment
 from medusa_apar.triton_kernels.reference import likeliest
 
 from .host_verify import greedy
 from .sampler import Sampler
 
 
-def score(stem: Stem, logits: Tensor, argmax: Callable[[Tensor], Tensor]) -> None:
-    """Appends to the request's `text_scores` what `logits` [stem.scored, vocab] say of the tokens behind each row.
+def score(segment: Segment, logits: Tensor, argmax: Callable[[Tensor], Tensor]) -> None:
+    """Appends to the request's `text_scores` what `logits` [segment.scored, vocab] say of the tokens behind each row.
 
     Log-probabilities are the model's own, before processors, without the control tokens, which one thread never writes.
     """
-    request = stem.request
+    request = segment.request
     sampler: Sampler = request.sampler
-    tokens, scores = stem.thread.tokens, request.text_scores
-    first = stem.cached + len(stem.pending) - stem.scored + 1  # of the tokens that are scored
-    actual = tokens[first : first + stem.scored]
+    tokens, scores = segment.thread.tokens, request.text_scores
+    first = segment.cached + len(segment.extend_tokens) - segment.scored + 1  # of the tokens that are scored
+    actual = tokens[first : first + segment.scored]
     logits, banned = logits.float(), sampler.banned(True)
     if sampler.seed is None and sampler.options.processors:
         padding = len(request.row.ids) - len(request.prompt_ids)

@@ -54,8 +54,8 @@ class Tail:
     ) -> None:
         self._forest, self._argmax = forest, argmax
         self.device: DeviceVerify | None = None
-        scoring = any(stem.request.options.score_from is not None for stem in forest.verified)
-        if verify is not None and not scoring and any(stem.request.sampler.path_free for stem in forest.verified):
+        scoring = any(segment.request.options.score_from is not None for segment in forest.verified)
+        if verify is not None and not scoring and any(segment.request.sampler.path_free for segment in forest.verified):
             self.device = DeviceVerify.of(verify, forest, depth, drafting)
 
     @property
@@ -64,7 +64,7 @@ class Tail:
         return None if self.device is None else self.device.drafting
 
     def read(self, output: StepOutput) -> list[Verdict | None]:
-        """A verdict for each verified stem: the one wait for the device.
+        """A verdict for each verified segment: the one wait for the device.
 
         None where the request's text was scored, and where its verification has failed: `Request.error` says why.
         """
@@ -72,38 +72,38 @@ class Tail:
         if self.device is not None and output.chosen is not None:
             verdicts = list(self.device.read(output.chosen))
         here = [
-            (place, first, stem)
-            for place, (first, stem) in enumerate(zip(self._forest.first_rows, self._forest.verified, strict=True))
+            (place, first, segment)
+            for place, (first, segment) in enumerate(zip(self._forest.first_rows, self._forest.verified, strict=True))
             if verdicts[place] is None
         ]
-        chosen = [(first, stem) for _, first, stem in here if stem.request.options.score_from is None]
+        chosen = [(first, segment) for _, first, segment in here if segment.request.options.score_from is None]
         host = HostVerify(chosen, output.logits, self._argmax)
-        for place, first, stem in here:
-            if stem.request.error is not None:
+        for place, first, segment in here:
+            if segment.request.error is not None:
                 continue
             try:
-                if stem.request.options.score_from is None:
-                    verdicts[place] = host(first, stem)
+                if segment.request.options.score_from is None:
+                    verdicts[place] = host(first, segment)
                 else:
-                    score(stem, output.logits[first : first + stem.scored], self._argmax)
+                    score(segment, output.logits[first : first + segment.scored], self._argmax)
             except Exception as error:  # it ends this request alone
-                stem.request.error = error
+                segment.request.error = error
         self._check(verdicts, output.logits)
         return verdicts
 
     def _check(self, verdicts: list[Verdict | None], logits: Tensor) -> None:
         """Fails requests for which the device found no token to choose."""
-        for stem, verdict in zip(self._forest.verified, verdicts, strict=True):
+        for segment, verdict in zip(self._forest.verified, verdicts, strict=True):
             if verdict is None:
                 continue
             # The device has chosen for every drafted child, those of forks that were not accepted among them.
             begun = [child for fork, child in verdict.children.items() if fork in verdict.nodes]
             for its in (verdict, *begun):
                 if its.tokens[-1] < 0:
-                    request, sampler = stem.request, stem.request.sampler
-                    path = request.path(stem.thread) + its.tokens[:-1]
+                    request, sampler = segment.request, segment.request.sampler
+                    path = request.path(segment.thread) + its.tokens[:-1]
                     bans = [ban for each in self._forest.verified for ban in each.request.sampler.fork_bans(each)]
                     request.error = sampler.impossible(path, logits[its.row], request, bans[its.row])
-        for place, stem in enumerate(self._forest.verified):
-            if stem.request.error is not None:
+        for place, segment in enumerate(self._forest.verified):
+            if segment.request.error is not None:
                 verdicts[place] = None

@@ -12,7 +12,7 @@ from medusa_apar.threads.request import TokenLogprobs
 
 @dataclass(slots=True)
 class Verdict:
-    """What one stem's verification brought: `tokens` chosen in order, the last of them, the bonus token, not yet run.
+    """What a segment's verification brought: `tokens` chosen in order, the last of them, the bonus token, not yet run.
 
     `nodes[i]` is the draft node that guessed `tokens[i]`; `row` the verified row whose logits chose the bonus token.
     """
@@ -25,5 +25,5 @@ class Verdict:
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # if kept
     # Of each drafted `[Fork]`'s node that was accepted, or all of them: what the child chose at its `[Child]`.
     children: dict[int, Verdict] = field(default_factory=dict)
-    # What the heads guess from `row`: token ids and log-probabilities [n], where they drafted on the device.
-    guessed: tuple[np.ndarray, np.ndarray] | None = None
+    # What the heads drafted from `row`: token ids and log-probabilities [n], where they drafted on the device.
+    drafted: tuple[np.ndarray, np.ndarray] | None = None

@@ -193,14 +193,14 @@ def test_the_forest_has_the_mask_that_the_model_was_given(call, monkeypatch):
     def keep(forest, requests, ledger, device):
         init(forest, requests, ledger, device)
         given_masks.append({})
-        for stems in requests:
-            visible = np.zeros((sum(stem.size for stem in stems), ledger.pool.capacity), dtype=bool)
-            first = stems[0].row
-            for stem in stems:
-                stem.fill_visible(visible[stem.row - first : stem.row - first + stem.size])
-            own = np.concatenate([stem.slots for stem in stems])
-            positions = np.concatenate([stem.positions for stem in stems])
-            name = None if stems[0].request is None else stems[0].request.id
+        for segments in requests:
+            visible = np.zeros((sum(segment.size for segment in segments), ledger.pool.capacity), dtype=bool)
+            first = segments[0].row
+            for segment in segments:
+                segment.fill_visible(visible[segment.row - first : segment.row - first + segment.size])
+            own = np.concatenate([segment.slots for segment in segments])
+            positions = np.concatenate([segment.positions for segment in segments])
+            name = None if segments[0].request is None else segments[0].request.id
             given_masks[-1][name] = visible.sum(axis=1), visible[:, own], positions
 
     monkeypatch.setattr(Forest, "__init__", keep)

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import medusa_apar
-from medusa_apar.drafting.budget import LEAST_CHANCE, ForestBudget, worths
+from medusa_apar.drafting.budget import MIN_CHANCE, ForestBudget
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.threads.paragraph_tree import ParagraphTree
@@ -39,7 +39,7 @@ def test_the_budget_keeps_the_best_nodes_with_their_parents(forest, rows, room):
     count = sum(map(len, kept))
     assert count <= max(0, min(room, rows - len(proposals)))
     some = [(p.chances, w) for p, w in zip(proposals, worth, strict=True) if p is not None]
-    gains = np.concatenate([[], *(np.where(chances > LEAST_CHANCE, chances * w, 0) for chances, w in some)])
+    gains = np.concatenate([[], *(np.where(chances > MIN_CHANCE, chances * w, 0) for chances, w in some)])
     got = sum(float((p.chances[k] * w).sum()) for p, w, k in zip(proposals, worth, kept, strict=True) if p is not None)
     worthwhile = np.sort(gains[gains > 0])[::-1]
     assert got == pytest.approx(worthwhile[:count].sum())
@@ -59,7 +59,7 @@ def test_the_budget_stops_where_nodes_cost_more_than_they_bring(forest, fixed, r
     rate = 1.5 / (fixed + row * (len(proposals) - 1))  # of a first step: what is assumed of it
     for proposal, nodes, weight in zip(proposals, budget.choose(proposals, worth, 99), worth, strict=True):
         if proposal is not None:
-            likely = proposal.chances > LEAST_CHANCE
+            likely = proposal.chances > MIN_CHANCE
             pays = np.flatnonzero((proposal.chances * weight > rate * row + 1e-9) & likely)
             assert set(pays.tolist()) <= set(nodes.tolist())
             assert (proposal.chances[nodes] * weight > rate * row - 1e-9).all()
@@ -67,7 +67,7 @@ def test_the_budget_stops_where_nodes_cost_more_than_they_bring(forest, fixed, r
 
 def test_no_thread_has_more_nodes_than_the_kernels_take():
     proposal = Proposal(np.arange(90), np.arange(90) - 1, 0.99 ** np.arange(90), heads=90)
-    (kept,) = ForestBudget(500, most_nodes=64).choose([proposal], np.ones(1), 500)
+    (kept,) = ForestBudget(500, max_nodes=64).choose([proposal], np.ones(1), 500)
     assert kept.tolist() == list(range(64))
 
 

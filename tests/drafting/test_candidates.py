@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.drafting.candidates import Calibration, Proposer, Trust
+from medusa_apar.drafting.candidates import Calibration, CandidateScorer, Trust
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.ngram_index import LONGEST, MOST_RECALLED, SHORTEST, Recall, SiblingMemory
+from medusa_apar.drafting.ngram_index import LONGEST, MAX_RECALLED, SHORTEST, NgramIndex, NgramMatch
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.support.models import CHILD, FORK
 
@@ -17,7 +17,7 @@ from tests.support.models import CHILD, FORK
 @given(st.data())
 def test_recall_is_what_followed_the_longest_match(data):
     tree = ParagraphTree(data.draw(st.lists(st.integers(5, 8), min_size=1, max_size=12)), fork_id=FORK, child_id=CHILD)
-    memory = SiblingMemory(CHILD)
+    memory = NgramIndex(CHILD)
     written = []  # (thread, index) of every token that follows an n-gram, in the order in which they were learned
     known = {}
 
@@ -37,7 +37,7 @@ def test_recall_is_what_followed_the_longest_match(data):
         learn(thread)
 
     for thread in tree.threads:
-        tokens, recall = thread.tokens, memory.recall(thread)
+        tokens, recall = thread.tokens, memory.lookup(thread)
         if len(tokens) == 1 and thread.parent is not None:
             elder = [t for t in tree.threads if t.parent is not None and len(t.tokens) > 1]
             assert (recall is None) == (not elder)
@@ -56,7 +56,7 @@ def test_recall_is_what_followed_the_longest_match(data):
             assert recall is None
         else:
             length, (other, index) = expected
-            assert recall.tokens == other.tokens[index : index + MOST_RECALLED]
+            assert recall.tokens == other.tokens[index : index + MAX_RECALLED]
             assert recall.match >= length
             assert other.tokens[index - recall.match : index] == tokens[-recall.match :]
 
@@ -81,9 +81,9 @@ def guesses(draw):
 @given(guesses(), st.lists(st.integers(2, 14), min_size=1, max_size=8), st.integers(1, 14), st.booleans())
 def test_proposals_are_trees_whose_chances_are_chances(guessed, recalled, match, may_fork):
     tree, tokens, claims = guessed
-    proposer = Proposer(FORK, CHILD)
+    proposer = CandidateScorer(FORK, CHILD)
     (alone,) = proposer.of_heads(tree, tokens[None], np.log(claims)[None])
-    proposal = proposer.with_recall(alone, tree, Recall(recalled, match))
+    proposal = proposer.with_match(alone, tree, NgramMatch(recalled, match))
     assert [int(proposal.tokens[node]) for node in proposal.chain] == recalled
     assert proposal.parents[proposal.chain].tolist() == [-1, *proposal.chain[:-1]]
     # The recalled token is likelier than either source makes it; whatever else hangs there is less likely than before.

@@ -43,7 +43,7 @@ def test_replayed_steps_are_the_decoders(kind, fork, seed):
     model = forking_model(seed)
     heads = some_heads(model, kind)
     limit = 40
-    apar = attach(model, heads, CONTROL, draft_tree=TREE, budget=13 * weights.MOST_THREADS)
+    apar = attach(model, heads, CONTROL, draft_tree=TREE, budget=13 * weights.MAX_THREADS)
     control = frozenset({CONTROL.fork_id, CONTROL.child_id})
     answers = records(model, PROMPTS, limit, fork)
     replayed = replay(heads, answers, Drafting(TREE), [EOS], [limit] * len(answers), control)
@@ -63,7 +63,7 @@ def test_a_lower_limit_is_reached_as_early_as_the_decoder_does(limit):
     """The same record serves every limit below its own."""
     model = forking_model(3)
     heads = some_heads(model, "hydra")
-    apar = attach(model, heads, CONTROL, draft_tree=TREE, budget=13 * weights.MOST_THREADS)
+    apar = attach(model, heads, CONTROL, draft_tree=TREE, budget=13 * weights.MAX_THREADS)
     control = frozenset({CONTROL.fork_id, CONTROL.child_id})
     answers = records(model, PROMPTS, 40, True)
     replayed = replay(heads, answers, Drafting(TREE), [EOS], [limit] * len(answers), control)

@@ -84,7 +84,7 @@ def test_a_request_in_a_batch_counts_the_steps_it_takes_alone(seed, drafting):
     model = forking_model(seed)
     heads = MedusaHeads.random(model, num_heads=3) if drafting else None
     tree = DraftTree.likeliest(12, [[0.3, 0.2, 0.1]] * 3) if drafting else None
-    apar = attach(model, heads, CONTROL, draft_tree=tree, budget=13 * 4 * weights.MOST_THREADS)
+    apar = attach(model, heads, CONTROL, draft_tree=tree, budget=13 * 4 * weights.MAX_THREADS)
     together = answering.answer(apar, PROMPTS, 40, fork=True)
     for prompt, record in zip(PROMPTS, together, strict=True):
         [alone] = answering.answer(apar, [prompt], 40, fork=True)

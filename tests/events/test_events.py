@@ -14,9 +14,9 @@ from medusa_apar.events import (
     RequestStarted,
     StepFinished,
     StepStarted,
+    ThreadContinuedParent,
     ThreadFinished,
     ThreadStarted,
-    ThreadTookOver,
     TokensAccepted,
     TokensInserted,
     TokensRejected,
@@ -35,7 +35,7 @@ def out(request):
 def told(thread):
     """All of a thread that reading and replaying need."""
     names = ("index", "fork_index", "tokens", "num_forced", "start", "depth", "finish_reason", "seen", "line_break")
-    names += ("ends_line", "takes_over", "inserted")
+    names += ("ends_line", "continues_parent", "inserted")
     return {name: getattr(thread, name) for name in names} | {"parent": thread.parent and thread.parent.index}
 
 
@@ -136,7 +136,7 @@ def test_all_kinds_occur():
     kinds = {type(event) for out in (fork_freely(), fork_lists()) for event in out.events}
     assert kinds == {
         *(RequestStarted, ThreadStarted, StepStarted, TokensAccepted, TokensRejected, TokensInserted),
-        *(ThreadTookOver, ThreadFinished, StepFinished),
+        *(ThreadContinuedParent, ThreadFinished, StepFinished),
     }
     origins = [own for out in (fork_freely(), fork_lists()) for own in out.recording.origins.values()]
     sources = {origin.source for own in origins for origin in own}

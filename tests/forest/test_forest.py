@@ -20,12 +20,14 @@ def seen_by_row(forest, window, draw) -> dict[int, list[int]]:
     kind = LayoutKind(window, Tile(16, 1, 1, 1), draw(st.integers(1, 16)), draw(st.booleans()))
     layout = forest.layout(kind)
     sizes = Sizes.of(forest.leaves).rounded()
-    roomy = PackedForest(sizes, torch.device("cpu"), roomy=True, commits=sizes.queries)
-    roomy.become(forest)
-    roomy.pack()
-    assert roomy.rows[0, : len(forest)].equal(forest.input_ids[0]) and roomy.rows[2, : len(forest)].equal(forest.slots)
-    assert (roomy.rows[2, len(forest) :] == -1).all()
-    padded = roomy.layout(kind, forest)
+    reusable = PackedForest(sizes, torch.device("cpu"), reusable=True, commits=sizes.queries)
+    reusable.load(forest)
+    reusable.pack()
+    assert reusable.rows[0, : len(forest)].equal(forest.input_ids[0]) and reusable.rows[2, : len(forest)].equal(
+        forest.slots
+    )
+    assert (reusable.rows[2, len(forest) :] == -1).all()
+    padded = reusable.layout(kind, forest)
     seen = seen_slots(padded, window)
     assert seen[: len(forest)] == seen_slots(layout, window)
     assert not any(seen[len(forest) :])  # padding sees nothing
@@ -49,34 +51,36 @@ def _show_exactly_the_path(data):
         lists, runs, longest = forest.paths()
         assert longest == int(runs[..., 1].sum(1).max())
         of_kernels = {seen: seen_by_row(forest, seen, data.draw) for seen in (None, window)}
-        for stem in forest.verified:
-            group = next(i for i, g in enumerate(forest.groups) if g.rows.start <= stem.row < g.rows.stop)
+        for segment in forest.verified:
+            group = next(i for i, g in enumerate(forest.groups) if g.rows.start <= segment.row < g.rows.stop)
             rows = forest.groups[group].rows
             columns = forest.groups[group].columns
             slots = torch.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
-            lineage = script.ledger.path_slots(stem.thread).tolist()
-            assert len(lineage) == len(set(lineage)) == stem.thread.end
-            for offset in range(stem.size):
-                node = offset - len(stem.pending)
+            lineage = script.ledger.path_slots(segment.thread).tolist()
+            assert len(lineage) == len(set(lineage)) == segment.thread.end
+            for offset in range(segment.size):
+                node = offset - len(segment.extend_tokens)
                 if node < 0:
-                    path = lineage[: stem.thread.end - len(stem.pending) + offset + 1]
+                    path = lineage[: segment.thread.end - len(segment.extend_tokens) + offset + 1]
                 else:
-                    above = np.flatnonzero(stem.draft_tree.ancestors[node]).tolist()
-                    path = lineage + [int(stem.slots[len(stem.pending) + n]) for n in above]
-                row = stem.row + offset - rows.start
+                    above = np.flatnonzero(segment.draft_tree.ancestors[node]).tolist()
+                    path = lineage + [int(segment.slots[len(segment.extend_tokens) + n]) for n in above]
+                row = segment.row + offset - rows.start
                 seen = slots[full.masks[group][row]].tolist()
                 assert sorted(seen) == sorted(path)
-                listed = [slot for start, length in runs[stem.row + offset] for slot in lists[start : start + length]]
+                listed = [
+                    slot for start, length in runs[segment.row + offset] for slot in lists[start : start + length]
+                ]
                 assert listed == path
-                assert of_kernels[None][stem.row + offset] == path
-                assert of_kernels[window][stem.row + offset] == path[-window:]
+                assert of_kernels[None][segment.row + offset] == path
+                assert of_kernels[window][segment.row + offset] == path[-window:]
                 # Position ids count along the path; a window takes its last tokens by position, wherever they lie.
-                assert forest.position_ids[0, stem.row + offset] == len(path) - 1
+                assert forest.position_ids[0, segment.row + offset] == len(path) - 1
                 assert sorted(slots[sliding.masks[group][row]].tolist()) == sorted(path[-window:])
 
     trees = script.run(after_step)
     for thread in [thread for tree in trees for thread in tree.threads if thread.live]:
         thread.finish_reason = "cancelled"
-        script.ledger.settle(thread)
+        script.ledger.free_unneeded(thread)
     script.ledger.check()
     assert script.ledger.pool.in_use == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.forest.device_tables import PackedForest
-from medusa_apar.forest.forest import Stem
+from medusa_apar.forest.forest import Segment
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.triton_kernels.layout import Sizes
 from tests.support.random_requests import Script
@@ -19,7 +19,7 @@ from tests.support.random_requests import Script
 class Evicting(Script):
     """Threads wait, are evicted, and are fed again with all that they and their ancestors have lost."""
 
-    def _stems(self, request) -> list[Stem]:
+    def _segments(self, request) -> list[Segment]:
         draw, tree = self.data.draw, request.tree
         live = [thread for thread in tree.depth_first() if thread.live]
         for thread in live:
@@ -37,25 +37,25 @@ class Evicting(Script):
         for thread in chosen:
             for member, stop in self.ledger.missing(thread):
                 fed[member] = max(fed.get(member, 0), stop)
-        stems = [
-            Stem(thread, len(thread.tokens), True, DraftTree.likeliest(8), [20 + n for n in range(chosen[thread])])
+        segments = [
+            Segment(thread, len(thread.tokens), True, DraftTree.likeliest(8), [20 + n for n in range(chosen[thread])])
             if thread in chosen
-            else Stem(thread, fed[thread], verified=False)
+            else Segment(thread, fed[thread], verified=False)
             for thread in tree.depth_first()
             if thread in fed
         ]
-        for stem in stems:
-            stem.request = request
-        return stems
+        for segment in segments:
+            segment.request = request
+        return segments
 
 
 def on_device(forest, draw) -> torch.Tensor:
     """The table after a step ran, over buffers of its own or those of a graph; in these, several forks do not fit."""
     sizes = Sizes.of(forest.leaves)
-    roomy = draw(st.booleans())
-    commits = sizes.queries if roomy else len(forest.changes.entries)
-    packed = PackedForest(sizes.rounded() if roomy else sizes, torch.device("cpu"), roomy, commits)
-    packed.become(forest)
+    reusable = draw(st.booleans())
+    commits = sizes.queries if reusable else len(forest.changes.entries)
+    packed = PackedForest(sizes.rounded() if reusable else sizes, torch.device("cpu"), reusable, commits)
+    packed.load(forest)
     packed.pack()
     return forest.table
 
@@ -74,10 +74,10 @@ def test_it_has_every_live_path_through_any_history(data, chunk, unasked):
             if steps <= unasked:
                 return
             device, table = on_device(forest, data.draw), script.ledger.table
-            for stem in forest.stems:
-                path = device[list(table.numbers(stem.thread))].flatten().tolist()
-                expected = [*script.cached_path(stem.thread), *stem.drafted_slots.tolist()]
-                assert path[: len(expected)] == expected == [*stem.path_slots, *stem.slots]
+            for segment in forest.segments:
+                path = device[list(table.numbers(segment.thread))].flatten().tolist()
+                expected = [*script.cached_path(segment.thread), *segment.drafted_slots.tolist()]
+                assert path[: len(expected)] == expected == [*segment.path_slots, *segment.slots]
             for thread, path in table._paths.items():  # those that wait, too
                 columns = thread.start + path.written
                 said = device[list(path.numbers)].flatten()[:columns].tolist()
@@ -86,7 +86,7 @@ def test_it_has_every_live_path_through_any_history(data, chunk, unasked):
         trees = script.run(after_step)
         for thread in [thread for tree in trees for thread in tree.threads if thread.live]:
             thread.finish_reason = "cancelled"
-            script.ledger.settle(thread)
+            script.ledger.free_unneeded(thread)
             script.ledger.check()
         table = script.ledger.table
         assert not table._paths and sorted(table._free) == list(range(len(table.slots)))
@@ -133,7 +133,7 @@ def test_chunks_that_are_complete_before_a_fork_are_shared_and_the_others_copied
         tree = ParagraphTree([9] * 6 + [1, 1, 9, 1], 7, {0}, 1, 2)
         children = [tree.fork(tree.trunk, place, place) for place in (6, 7, 9)]
         threads = [tree.trunk, *children]
-        forest = Forest([[Stem(thread, len(thread.tokens)) for thread in threads]], ledger, torch.device("cpu"))
+        forest = Forest([[Segment(thread, len(thread.tokens)) for thread in threads]], ledger, torch.device("cpu"))
         first = len(forest.changes.entries)
         paths = [list(ledger.table.numbers(thread)) for thread in threads]
         assert [len(path) for path in paths] == [3, 2, 3, 3]
@@ -144,5 +144,5 @@ def test_chunks_that_are_complete_before_a_fork_are_shared_and_the_others_copied
         # From then on a step says what is new.
         for thread in threads:
             thread.tokens.append(9)
-        forest = Forest([[Stem(thread, len(thread.tokens)) for thread in threads]], ledger, torch.device("cpu"))
+        forest = Forest([[Segment(thread, len(thread.tokens)) for thread in threads]], ledger, torch.device("cpu"))
         assert len(forest.changes.entries) == 4

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.engine.commit import commit
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.fork_manager import ForkManager
@@ -38,13 +38,13 @@ class Script:
         requests = [Request(str(row), [9] * length, options, key=7) for row, length in enumerate(lengths)]
         trees, manager = [request.tree for request in requests], ForkManager(None)
         for _ in range(self.steps):
-            running = [stems for request in requests if (stems := self._stems(request))]
+            running = [segments for request in requests if (segments := self._segments(request))]
             if not running:
                 break
             forest = Forest(running, self.ledger, torch.device("cpu"))
             after_step(forest, trees)
-            for stem in forest.verified:
-                commit(stem, self._verdict(stem), manager, self.ledger)
+            for segment in forest.verified:
+                commit(segment, self._verdict(segment), manager, self.ledger)
             self.ledger.check()
         return trees
 
@@ -53,26 +53,28 @@ class Script:
         booked = self.ledger._slots
         return [slot for t, stop in [*thread.ancestors(), (thread, None)] for slot in booked.get(t, [])[:stop]]
 
-    def _stems(self, request: Request) -> list[Stem]:
-        stems = []
+    def _segments(self, request: Request) -> list[Segment]:
+        segments = []
         for thread in request.tree.depth_first():
             if thread.live:
                 size = self.data.draw(st.integers(0, 6))
                 draft_tree = DraftTree.likeliest(8)
                 tokens = [20 + node for node in range(size)]
-                stem = Stem(thread, len(thread.tokens), draft_tree=draft_tree, draft_tokens=tokens, request=request)
-                stems.append(stem)
-        return stems
+                segment = Segment(
+                    thread, len(thread.tokens), draft_tree=draft_tree, draft_tokens=tokens, request=request
+                )
+                segments.append(segment)
+        return segments
 
-    def _verdict(self, stem: Stem) -> Verdict:
+    def _verdict(self, segment: Segment) -> Verdict:
         """Walks a random way down the draft tree, then one more token; any token may turn out to be any other."""
         nodes, node = [], -1
-        parents = stem.draft_tree.parents[: len(stem.draft_tokens)].tolist()
+        parents = segment.draft_tree.parents[: len(segment.draft_tokens)].tolist()
         while (below := [n for n, p in enumerate(parents) if p == node]) and self.data.draw(st.booleans()):
             node = self.data.draw(st.sampled_from(below))
             nodes.append(node)
         tokens = []
-        previous = stem.thread.tokens[-1]
+        previous = segment.thread.tokens[-1]
         for _ in range(len(nodes) + 1):
             choice = self.data.draw(st.sampled_from([5, 6, FORK, FORK, EOS]))
             previous = 5 if choice == FORK and previous in (FORK, CHILD) else choice

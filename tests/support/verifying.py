@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
-from medusa_apar.forest.forest import Stem
+from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.verify.host_verify import HostVerify
@@ -26,29 +26,31 @@ def request_of(prompt_ids: list[int], key: int | None = None, **options) -> Requ
     return request
 
 
-def stem_of(
+def segment_of(
     request: Request,
     thread: Thread | None = None,
     draft_tree: TreeShape = NO_DRAFTS,
     draft_tokens: Sequence[int] = (),
     **fields,
-) -> Stem:
+) -> Segment:
     """A thread's last token and the draft tree below it; by default the trunk's. Everything before is cached."""
     thread = request.tree.trunk if thread is None else thread
-    stem = Stem(thread, len(thread.tokens), draft_tree=draft_tree, draft_tokens=list(draft_tokens), request=request)
-    stem.pending = thread.tokens[-1:]
+    segment = Segment(
+        thread, len(thread.tokens), draft_tree=draft_tree, draft_tokens=list(draft_tokens), request=request
+    )
+    segment.extend_tokens = thread.tokens[-1:]
     for name, value in fields.items():
-        setattr(stem, name, value)
-    return stem
+        setattr(segment, name, value)
+    return segment
 
 
-def first_rows(stems: Sequence[Stem]) -> list[int]:
+def first_rows(segments: Sequence[Segment]) -> list[int]:
     """Of each among all rows that are verified."""
-    return [0, *accumulate(stem.scored + len(stem.draft_tokens) for stem in stems)][:-1]
+    return [0, *accumulate(segment.scored + len(segment.draft_tokens) for segment in segments)][:-1]
 
 
-def verified_on_host(stems: Sequence[Stem], logits: torch.Tensor) -> list[Verdict]:
-    """logits [M, vocab], of all the stems' rows; they stay as they are."""
-    places = list(zip(first_rows(stems), stems, strict=True))
+def verified_on_host(segments: Sequence[Segment], logits: torch.Tensor) -> list[Verdict]:
+    """logits [M, vocab], of all the segments' rows; they stay as they are."""
+    places = list(zip(first_rows(segments), segments, strict=True))
     verify = HostVerify(places, logits.clone(), partial(torch.argmax, dim=-1))
-    return [verify(first, stem) for first, stem in places]
+    return [verify(first, segment) for first, segment in places]

@@ -24,7 +24,7 @@ def request_of(prompt=(WORD, WORD), policy=None, **options) -> Request:
 
 def told(request):
     names = ("index", "fork_index", "tokens", "num_forced", "start", "depth", "key", "finish_reason", "seen")
-    names += ("line_break", "ends_line", "takes_over", "inserted")
+    names += ("line_break", "ends_line", "continues_parent", "inserted")
     return [{name: getattr(thread, name) for name in names} for thread in request.tree.threads]
 
 
@@ -70,11 +70,11 @@ class ByToken(NoForks):
     def fork(self, tree, thread):
         if thread.parent is not None or thread.tokens[-1] not in (1, 2):
             return None
-        takes_over = thread.tokens[-1] == 2
-        return Fork((8, 8), len(thread.tokens) - 1, () if takes_over else (7, 6), 1, takes_over)
+        continues_parent = thread.tokens[-1] == 2
+        return Fork((8, 8), len(thread.tokens) - 1, () if continues_parent else (7, 6), 1, continues_parent)
 
     def turn(self, tree, thread):
-        return {3: Turn.BACK, 4: Turn.OVER}.get(thread.tokens[-1])
+        return {3: Turn.RETURN, 4: Turn.CONTINUE_PARENT}.get(thread.tokens[-1])
 
     def ends_line(self, thread):
         return len(thread.tokens) % 2 == 0
@@ -86,7 +86,7 @@ def test_an_insertion_ends_what_is_appended():
     trunk = request.tree.trunk
     outcome = ForkManager(None).advance(request, trunk, [5, 1, 5, 5])
     assert outcome.gained == 2 and trunk.token_ids == [5, 1, 7, 6] and trunk.inserted == {4, 5}
-    assert trunk.live and trunk.awaits_insertion and len(outcome.children) == 1
+    assert trunk.live and trunk.ends_with_forced and len(outcome.children) == 1
 
 
 @pytest.mark.parametrize("room", range(2, 6))
@@ -113,7 +113,7 @@ def test_a_child_that_takes_over_ends_its_parent_and_later_children(at_once):
         over = first
         assert set(outcome.ended) == {trunk, second} and second.finish_reason == "cancelled"
         assert outcome.gained == 3  # it writes on
-    assert over.takes_over and over.live and trunk.finish_reason == "cancelled"
+    assert over.continues_parent and over.live and trunk.finish_reason == "cancelled"
 
 
 @settings(max_examples=100, deadline=None)
@@ -131,7 +131,7 @@ def test_runs_of_tokens_are_token_by_token_the_same(data):
         single = [manager.advance(one_by_one, twin, [token]) for token in tokens[: outcome.gained]]
         assert told(at_once) == told(one_by_one)
         assert outcome.gained == sum(other.gained for other in single)
-        assert outcome.gained == len(tokens) or thread.ended or thread.awaits_insertion
+        assert outcome.gained == len(tokens) or thread.ended or thread.ends_with_forced
         assert {thread.index for thread in outcome.ended} == {t.index for other in single for t in other.ended}
         assert [(place, child.index) for place, child in outcome.children] == [
             (place, child.index) for place, other in enumerate(single) for _, child in other.children

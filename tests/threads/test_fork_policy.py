@@ -40,8 +40,8 @@ def run(heads=None, limit=LIMIT, model=None, rows=None, sampling=SEEDED, fork="l
 @pytest.fixture(scope="module")
 def listed():
     out = run()
-    kinds = {(t.takes_over, t.finish_reason) for tree in out.paragraph_tree for t in tree.threads[1:]}
-    assert (False, "stop") in kinds and any(takes_over for takes_over, _ in kinds) and out.stats.forks >= 8
+    kinds = {(t.continues_parent, t.finish_reason) for tree in out.paragraph_tree for t in tree.threads[1:]}
+    assert (False, "stop") in kinds and any(continues_parent for continues_parent, _ in kinds) and out.stats.forks >= 8
     return out
 
 
@@ -59,11 +59,11 @@ class RandomRule(NoForks):
         size = len(thread.tokens)
         if thread.parent is not None or thread.tokens[-1] != random_requests.FORK:
             return None
-        return Fork((8, 8), 1 + size // 2, (7, 6), 1) if size % 4 else Fork((8,), size // 2, takes_over=True)
+        return Fork((8, 8), 1 + size // 2, (7, 6), 1) if size % 4 else Fork((8,), size // 2, continues_parent=True)
 
     def turn(self, tree, thread):
         number = thread.tokens[-1] + len(thread.tokens)
-        return Turn.BACK if number % 5 == 0 else Turn.OVER if number % 7 == 0 else None
+        return Turn.RETURN if number % 5 == 0 else Turn.CONTINUE_PARENT if number % 7 == 0 else None
 
     def ends_line(self, thread):
         return len(thread.tokens) % 2 == 0
@@ -74,13 +74,13 @@ def spliced(tree, thread=None) -> list[int]:
     thread = thread or tree.trunk
     shown, children, skip = [], {child.fork_index: child for child in thread.children}, 0
     for index in range(thread.num_forced, len(thread.tokens)):
-        ends_child = thread.parent and not thread.takes_over and thread.finish_reason == "stop"
+        ends_child = thread.parent and not thread.continues_parent and thread.finish_reason == "stop"
         skip -= 1
         if skip < 0 and not (ends_child and index == len(thread.tokens) - 1):
             shown.append(thread.tokens[index])
         if (child := children.get(index)) is not None:
             shown += spliced(tree, child)
-            if child.takes_over:
+            if child.continues_parent:
                 break
             skip = child.line_break if child.live or child.ends_line else 0
     return shown
@@ -146,12 +146,12 @@ def slow_reading_order(tree: ParagraphTree, thread=None) -> tuple[list[int], boo
         if skip:
             assert index in thread.inserted and not PIECES[thread.tokens[index]].strip()
             skip -= 1
-        elif not last or thread.takes_over:
+        elif not last or thread.continues_parent:
             shown.append(thread.tokens[index])
         if index in children:
             child, before = slow_reading_order(tree, children[index])
             shown += child
-            if children[index].takes_over:
+            if children[index].continues_parent:
                 return shown, True
             skip = children[index].line_break if text(child).endswith("\n") else 0
     return shown, False
@@ -163,7 +163,7 @@ def test_the_text_is_the_threads_stitched_together(listed):
         shown = listed.sequences[row, 3 + ROWS + 2 :].tolist()
         assert written[:LIMIT] == shown[: len(written)]
         for thread in tree.threads[1:]:
-            if thread.finish_reason == "stop" and not thread.takes_over:  # it ends as the next item begins
+            if thread.finish_reason == "stop" and not thread.continues_parent:  # it ends as the next item begins
                 assert thread.ends_line and text(thread.token_ids[-1:]) in ("-", *"0123456789")
         assert "\n\n\n" not in text(written) and ".2." not in text(written)
 
@@ -172,7 +172,7 @@ def test_children_that_take_over_drop_the_rest(listed):
     """No item of the trunk shows behind a child that went on with something else than an item."""
     dropped = 0
     for tree in listed.paragraph_tree:
-        over = next((thread for thread in tree.threads if thread.takes_over), None)
+        over = next((thread for thread in tree.threads if thread.continues_parent), None)
         if over is not None:
             shown = {thread for thread, _ in tree.reading_order()}
             later = [t for t in tree.threads if t.parent and t.fork_index > over.fork_index]

@@ -12,7 +12,7 @@ from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import Noise, TypicalAcceptance
 from tests.support.models import CHILD, CONTROL, FORK, tiny_model
-from tests.support.verifying import request_of, stem_of, verified_on_host
+from tests.support.verifying import request_of, segment_of, verified_on_host
 
 
 @settings(deadline=None)
@@ -21,7 +21,7 @@ def test_verify_chooses_what_is_chosen_on_the_host(data, seed):
     """Several threads, greedy beside sampled, and the fork rule; siblings' tokens differ, as a draft tree's do."""
     vocab = max(FORK, CHILD) + 1
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    stems, tokens, parents, first_rows, positions, sampled = [], [], [], [0], [], []
+    segments, tokens, parents, first_rows, positions, sampled = [], [], [], [0], [], []
     for _ in range(data.draw(st.integers(1, 3))):
         draft_tree = DraftTree.likeliest(data.draw(st.integers(0, 10)))
         first = first_rows[-1]
@@ -29,9 +29,9 @@ def test_verify_chooses_what_is_chosen_on_the_host(data, seed):
         prompt = [1, 2, data.draw(st.sampled_from([3, FORK]))]
         sampled.append(seed is not None and data.draw(st.booleans()))
         request = request_of(prompt, rule=ForkRule.of(CONTROL), seed=seed if sampled[-1] else None)
-        stem = stem_of(request, None, draft_tree, [favourites[rank] for rank in draft_tree.ranks])
-        stems.append(stem)
-        tokens += [prompt[-1], *stem.draft_tokens]
+        segment = segment_of(request, None, draft_tree, [favourites[rank] for rank in draft_tree.ranks])
+        segments.append(segment)
+        tokens += [prompt[-1], *segment.draft_tokens]
         parents += [-1, *(first + 1 + parent for parent in draft_tree.parents.tolist())]
         positions += [3, *(4 + depth for depth in draft_tree.depths.tolist())]
         first_rows.append(first + 1 + len(draft_tree))
@@ -39,7 +39,7 @@ def test_verify_chooses_what_is_chosen_on_the_host(data, seed):
     logits[:, [FORK, 3, 4, CHILD]] += 3.0
     noise = None
     if seed is not None:
-        keys = torch.from_numpy(np.array([stem.thread.key for stem in stems], dtype=np.uint64).view(np.int64))
+        keys = torch.from_numpy(np.array([segment.thread.key for segment in segments], dtype=np.uint64).view(np.int64))
         noise = Noise(torch.full_like(keys, seed), keys, torch.tensor(positions), torch.tensor(sampled).int())
     out = reference.verify(
         logits,
@@ -49,7 +49,7 @@ def test_verify_chooses_what_is_chosen_on_the_host(data, seed):
         control=(FORK, CHILD),
         noise=noise,
     )
-    for thread, verdict in enumerate(verified_on_host(stems, logits)):
+    for thread, verdict in enumerate(verified_on_host(segments, logits)):
         length, first = int(out.lengths[thread]), first_rows[thread]
         assert out.tokens[thread, :length].tolist() == verdict.tokens
         assert out.rows[thread, : length - 1].tolist() == [first + 1 + node for node in verdict.nodes]

@@ -11,7 +11,7 @@ from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 from medusa_apar.verify.device_verify import DeviceVerify
 from tests.support.models import CHILD, CONTROL, FORK
-from tests.support.verifying import request_of, stem_of, verified_on_host
+from tests.support.verifying import request_of, segment_of, verified_on_host
 
 VOCAB = 9
 LENIENT = TypicalAcceptance(0.05, 0.3)
@@ -23,12 +23,12 @@ MODES = [((seed, typical), (seed, typical)) for seed in SEEDS for typical in TYP
 MODES += [((None, LENIENT), (3, None)), ((3, STRICT), (2**64 - 1, None)), ((5, LENIENT), (None, None))]
 
 
-def stems(modes):
+def segments(modes):
     """Two threads, with draft trees of three nodes and of one."""
     made = []
     for (seed, typical), key, nodes in zip(modes, (5, 2**64 - 7), (3, 1), strict=True):
         request = request_of([1, 2, 3], key, seed=seed, typical=typical, rule=ForkRule.of(CONTROL))
-        made.append(stem_of(request, None, DraftTree.likeliest(nodes), [5 + node for node in range(nodes)]))
+        made.append(segment_of(request, None, DraftTree.likeliest(nodes), [5 + node for node in range(nodes)]))
     return made
 
 
@@ -47,7 +47,7 @@ def test_modes_of_threads_arrive_padded_or_not(modes, padding):
 
     seeds = tuple(seed for seed, _ in modes)
     typicals = [None if seed is None else typical for seed, typical in modes]  # the likeliest token needs no thresholds
-    forest = SimpleNamespace(verified=stems(modes))
+    forest = SimpleNamespace(verified=segments(modes))
     verification = DeviceVerify.of(verify, forest, 3, None)
     rows, threads = 6 + padding[0], 2 + padding[1]
     logits = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(1))
@@ -63,8 +63,10 @@ def test_modes_of_threads_arrive_padded_or_not(modes, padding):
         assert len(noise.seeds) == len(noise.keys) == len(noise.sampled) == threads
         for seed, word in zip(seeds, noise.seeds.tolist(), strict=False):
             assert seed is None or seed == word & (2**64 - 1)
-        assert [word & (2**64 - 1) for word in noise.keys[:2].tolist()] == [stem.thread.key for stem in forest.verified]
-        depths = [int(depth) for stem in forest.verified for depth in [-1, *stem.draft_tree.depths]]
+        assert [word & (2**64 - 1) for word in noise.keys[:2].tolist()] == [
+            segment.thread.key for segment in forest.verified
+        ]
+        depths = [int(depth) for segment in forest.verified for depth in [-1, *segment.draft_tree.depths]]
         assert noise.positions[:6].tolist() == [4 + depth for depth in depths] and len(noise.positions) == rows
     if typicals == [None, None]:
         assert thresholds is None
@@ -79,7 +81,7 @@ def test_modes_of_threads_arrive_padded_or_not(modes, padding):
 
 def test_a_captured_step_serves_all_seeds_and_thresholds_and_no_other_modes():
     def operations(*modes):
-        return DeviceVerify.of(reference.verify, SimpleNamespace(verified=stems(modes)), 3, None).operations
+        return DeviceVerify.of(reference.verify, SimpleNamespace(verified=segments(modes)), 3, None).operations
 
     greedy, sampled, typical = (None, None), (1, None), (1, LENIENT)
     assert operations(typical, typical) == operations((2, TypicalAcceptance(0.5, 0.9)), typical)

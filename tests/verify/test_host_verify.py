@@ -9,7 +9,7 @@ from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
 from tests.support.models import CONTROL, FORK
-from tests.support.verifying import request_of, stem_of, verified_on_host
+from tests.support.verifying import request_of, segment_of, verified_on_host
 
 
 @settings(deadline=None)
@@ -24,7 +24,7 @@ def test_accepts_what_medusa_llm_accepts(data):
         taken = {tokens[n] for n in range(node) if tree.parents[n] == tree.parents[node]}
         free = [token for token in range(max(vocab, len(tree) + 1)) if token not in taken]
         tokens.append(data.draw(st.sampled_from(free)))
-    (verdict,) = verified_on_host([stem_of(request_of([1, 2, 3]), None, tree, tokens)], logits)
+    (verdict,) = verified_on_host([segment_of(request_of([1, 2, 3]), None, tree, tokens)], logits)
 
     # Medusa's form: one padded candidate per node, root to node.
     paths = [[0]] + [[0] + [n + 1 for n in range(len(tree)) if tree.ancestors[node][n]] for node in range(len(tree))]
@@ -49,7 +49,7 @@ def test_the_fork_rule_is_the_plain_processors_rule(written, depth, fork):
         thread = request.tree.fork(thread, len(thread.tokens) - 1, 0)
     thread.tokens += written
     logits = torch.zeros(1, 61)
-    (verdict,) = verified_on_host([stem_of(request, thread)], logits)
+    (verdict,) = verified_on_host([segment_of(request, thread)], logits)
     path = torch.tensor([thread.ancestor_ids() + thread.tokens])
     rule = ControlTokensLogitsProcessor(CONTROL, 2, fork, max_depth=2)
     assert torch.equal(verdict.scores[0], rule(path, logits)[0])

@@ -1,4 +1,4 @@
-"""What happens behind a forward pass: each stem of a mixture is verified as it would be alone, and fails alone."""
+"""What happens behind a forward pass: each segment of a mixture is verified as it would be alone, and fails alone."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.fork_policy import ControlTokenForks
@@ -25,7 +25,7 @@ from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 from medusa_apar.verify.tail import StepOutput, Tail
 from tests.support.models import CHILD, CONTROL, FORK
-from tests.support.verifying import request_of, stem_of, verified_on_host
+from tests.support.verifying import request_of, segment_of, verified_on_host
 
 VOCAB, DEPTH = 14, 8
 argmax = partial(torch.argmax, dim=-1)
@@ -103,19 +103,19 @@ def threads(draw):
     return members
 
 
-def stems_of(request, members):
+def segments_of(request, members):
     """The trunk's, and that of a child whose `[Fork]` the trunk ends with."""
-    tree, stems = request.tree, []
+    tree, segments = request.tree, []
     if len(members) > 1:
         tree.trunk.tokens += [9, FORK]
         tree.fork(tree.trunk, len(tree.trunk.tokens) - 1, 13)
     for thread, (drafts, _) in zip(tree.threads, members, strict=True):
-        stems.append(stem_of(request, thread, **drafts))
-    return stems
+        segments.append(segment_of(request, thread, **drafts))
+    return segments
 
 
 def run(groups, logits, verify):
-    """A step of these stems, request by request, with such logits of their rows."""
+    """A step of these segments, request by request, with such logits of their rows."""
     forest = Forest(groups, SlotLedger(KVPool()), torch.device("cpu"))
     assert len(logits) == len(forest.verified_rows)
     tail, logits = Tail(forest, verify, argmax, None, DEPTH), logits.clone()
@@ -141,7 +141,7 @@ def same(ours, expected, first):
 def test_each_is_verified_as_it_is_alone(drawn, on_host):
     """Whatever else is in the forest: what one does, raises or keeps is nothing to the others."""
     requests = [request_in(mode) for mode, _ in drawn]
-    groups = [stems_of(request, members) for request, (_, members) in zip(requests, drawn, strict=True)]
+    groups = [segments_of(request, members) for request, (_, members) in zip(requests, drawn, strict=True)]
     logits = torch.cat([rows for _, members in drawn for _, rows in members])
     tail, verdicts = run(groups, logits, None if on_host else reference.verify)
     free = {request.sampler.path_free for request in requests}
@@ -157,7 +157,7 @@ def test_each_is_verified_as_it_is_alone(drawn, on_host):
             if mode in FAILURES:
                 assert verdict is None
             else:
-                alone = verified_on_host([stems_of(request_in(mode), members)[place]], rows)
+                alone = verified_on_host([segments_of(request_in(mode), members)[place]], rows)
                 assert same(verdict, alone[0], first), mode
             first += len(rows)
     assert next(verdicts, None) is None
@@ -168,11 +168,11 @@ def test_all_modes_are_verified_together():
     modes = [mode for mode in MODES if mode not in FAILURES]
     requests = [request_in(mode) for mode in modes]
     logits = torch.randn(len(modes), VOCAB, generator=torch.Generator().manual_seed(2))
-    tail, verdicts = run([[stem_of(request)] for request in requests], logits, reference.verify)
+    tail, verdicts = run([[segment_of(request)] for request in requests], logits, reference.verify)
     assert tail.device.modes == ((FORK, CHILD), True, True)
     assert [mode for mode, request in zip(modes, requests, strict=True) if request.sampler.path_free] == modes[:9]
     for place, (mode, verdict) in enumerate(zip(modes, verdicts, strict=True)):
-        assert same(verdict, verified_on_host([stem_of(request_in(mode))], logits[place, None])[0], place)
+        assert same(verdict, verified_on_host([segment_of(request_in(mode))], logits[place, None])[0], place)
 
 
 @pytest.mark.parametrize("verify", [None, reference.verify])
@@ -187,7 +187,7 @@ def test_whose_fault_it_is_that_nothing_is_possible(verify):
     }
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
     logits[0], logits[1, FORK] = torch.nan, -torch.inf
-    _, verdicts = run([[stem_of(request)] for request in requests.values()], logits, verify)
+    _, verdicts = run([[segment_of(request)] for request in requests.values()], logits, verify)
     for (blamed, request), verdict in zip(requests.items(), verdicts, strict=True):
         assert (verdict is None) == (blamed is not None)
         if blamed is None:
@@ -204,12 +204,12 @@ def test_what_is_not_accepted_is_no_failure(verify):
     shape, tokens, forks = drafted_forks(DraftTree([(0,), (1,)]), [9, FORK])
     logits = torch.randn(len(tokens) + 1, VOCAB, generator=torch.Generator().manual_seed(2))
     logits[0, 9], logits[2:] = 99.0, torch.nan
-    _, (verdict,) = run([[stem_of(request, None, shape, tokens, forks=forks)]], logits, verify)
+    _, (verdict,) = run([[segment_of(request, None, shape, tokens, forks=forks)]], logits, verify)
     assert request.error is None and verdict.tokens[0] == 9 and verdict.nodes == [0]
     # And where they prove right it is.
     logits[0, FORK] = 999.0
     request = request_in("greedy")
-    assert run([[stem_of(request, None, shape, tokens, forks=forks)]], logits, verify)[1] == [None]
+    assert run([[segment_of(request, None, shape, tokens, forks=forks)]], logits, verify)[1] == [None]
     assert "the model left no token" in str(request.error)
 
 
@@ -221,7 +221,7 @@ def test_of_a_request_that_has_failed_nothing_is_asked(verify):
     errors = [RuntimeError("of a consumer"), RuntimeError("of another")]
     for request, error in zip(requests, errors, strict=True):
         request.error = error
-    _, verdicts = run([[stem_of(request)] for request in requests], torch.zeros(2, VOCAB), verify)
+    _, verdicts = run([[segment_of(request)] for request in requests], torch.zeros(2, VOCAB), verify)
     assert verdicts == [None, None] and not asked and [request.error for request in requests] == errors
 
 
@@ -234,10 +234,10 @@ def scoring(first, **options):
     return request_of([*TEXT], score_from=first, rule=ForkRule.of(CONTROL, fork=False), **options)
 
 
-def scored_stem(request, cached=0):
+def scored_segment(request, cached=0):
     """As the scheduler has it: what precedes the text's last token, of which the last rows are scored."""
     stop, first = len(TEXT) - 1, request.options.score_from
-    return Stem(request.tree.trunk, stop, scored=stop - max(cached, first - 1), request=request)
+    return Segment(request.tree.trunk, stop, scored=stop - max(cached, first - 1), request=request)
 
 
 WAYS = {
@@ -261,12 +261,14 @@ def test_texts_are_scored_beside_what_decodes(verify, first):
     logits[:, [FORK, CHILD]] += 9.0
     for place in range(0, rows, 2):  # so that some tokens are those that are chosen
         logits[place : 4 * rows : rows, TEXT[first + place]] += 5.0
-    groups = [[scored_stem(request)] for request in requests.values()] + [[stem_of(request)] for request in others]
+    groups = [[scored_segment(request)] for request in requests.values()] + [
+        [segment_of(request)] for request in others
+    ]
     _, verdicts = run(groups, logits, verify)
 
     assert verdicts[:4] == [None] * 4
     for place, (request, mode) in enumerate(zip(others, ("greedy", "penalised", "typical"), strict=True), 4 * rows):
-        expected = verified_on_host([stem_of(request_in(mode))], logits[place, None])[0]
+        expected = verified_on_host([segment_of(request_in(mode))], logits[place, None])[0]
         assert same(verdicts[place - 4 * rows + 4], expected, place) and request.error is None
     assert str(requests.pop("broken").error) == "this one breaks"
     for place, (way, request) in enumerate(requests.items()):

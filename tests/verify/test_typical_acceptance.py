@@ -18,7 +18,7 @@ from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, FORK, forking_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts
-from tests.support.verifying import request_of, stem_of, verified_on_host
+from tests.support.verifying import request_of, segment_of, verified_on_host
 
 SAMPLING = {"max_new_tokens": 24, "do_sample": True, "seed": 7, "top_k": 0, "return_dict_in_generate": True}
 LENIENT = TypicalAcceptance(0.05, 0.3)
@@ -70,7 +70,7 @@ def test_accepts_what_medusa_llm_accepts(drawn, thresholds, temperature):
 
     typical = TypicalAcceptance(*thresholds)
     request = request_of([1, 2, 3], 5, seed=9, typical=typical, processors=[TemperatureLogitsWarper(temperature)])
-    (verdict,) = verified_on_host([stem_of(request, None, tree, tokens)], logits)
+    (verdict,) = verified_on_host([segment_of(request, None, tree, tokens)], logits)
     assert [node + 1 for node in verdict.nodes] == expected
     assert verdict.tokens[:-1] == [ids[row] for row in expected]
     assert verdict.row == (expected[-1] if expected else 0)
@@ -81,10 +81,10 @@ def test_accepts_what_medusa_llm_accepts(drawn, thresholds, temperature):
 def test_accepted_tokens_satisfy_the_criterion(monkeypatch, warp):
     verdicts = []
 
-    def spy(stem, verdict, *others):
-        tree, thread = stem.request.tree, stem.thread
+    def spy(segment, verdict, *others):
+        tree, thread = segment.request.tree, segment.thread
         verdicts.append((tree, thread.depth, thread.ancestor_ids() + thread.tokens, verdict))
-        return commit(stem, verdict, *others)
+        return commit(segment, verdict, *others)
 
     model = forking_model(24)
     heads = RecallHeads(model, run(model, **warp).paragraph_tree, wrong_every=3)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.forest.forest import Forest, Stem
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.heads import HydraHeads
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
@@ -71,7 +71,7 @@ def path_logits(runtime, ids):
     logits = []
     with runtime.session():
         for stop in range(1, len(ids) + 1):
-            forest = Forest([[Stem(trunk, stop)]], ledger, torch.device("cpu"))
+            forest = Forest([[Segment(trunk, stop)]], ledger, torch.device("cpu"))
             logits.append(runtime.forward(forest, ledger.pool)[0].clone())
     return torch.cat(logits)
 
@@ -97,10 +97,10 @@ def test_a_rows_bits_depend_on_its_path_alone(threads, data):
         cached = data.draw(st.integers(0, len(prompt) - 1))
         if cached:
             with runtime.session():
-                forest = Forest([[Stem(trunk, cached)]], ledger, torch.device("cpu"))
+                forest = Forest([[Segment(trunk, cached)]], ledger, torch.device("cpu"))
                 runtime.forward(forest, ledger.pool)
         tree = DraftTree.likeliest(8).first(size) if size else DraftTree([])
-        requests.append([Stem(trunk, len(prompt), draft_tree=tree, draft_tokens=drafts)])
+        requests.append([Segment(trunk, len(prompt), draft_tree=tree, draft_tokens=drafts)])
         expected.append(path_logits(runtime, prompt)[-1])
         for node in range(size):
             lineage = [drafts[i] for i in np.flatnonzero(tree.ancestors[node])]
@@ -117,14 +117,14 @@ def test_long_paths_have_the_same_bits_in_one_pass_and_token_by_token(kind, thre
     ids = [5 + (7 * n * n + n) % (VOCAB - 5) for n in range(300)]
     ledger, trunk = SlotLedger(KVPool()), ParagraphTree(ids).trunk
     with runtime.session():
-        forest = Forest([[Stem(trunk, len(ids))]], ledger, torch.device("cpu"))
+        forest = Forest([[Segment(trunk, len(ids))]], ledger, torch.device("cpu"))
         forest.verified_rows = torch.arange(len(ids))
         whole = runtime.forward(forest, ledger.pool)[0].clone()
         for buffer in runtime._scratch[ledger.pool].buffers(1, 1):
             buffer.fill_(float("nan"))
         again, pool = SlotLedger(KVPool()), None
         for stop in (1, 70, 71, 200, 300):
-            forest = Forest([[Stem(trunk, stop)]], again, torch.device("cpu"))
+            forest = Forest([[Segment(trunk, stop)]], again, torch.device("cpu"))
             logits, _ = runtime.forward(forest, again.pool)
             assert torch.equal(logits[0], whole[stop - 1])
             pool = again.pool
@@ -176,8 +176,8 @@ def test_hidden_states_and_taps_are_those_of_the_torch_runtime():
         ledger, trunk = SlotLedger(KVPool()), ParagraphTree([5, 9, 13, 20]).trunk
         tree = DraftTree([(0,), (0, 0), (1,)])
         with runtime.session():
-            stem = Stem(trunk, 4, draft_tree=tree, draft_tokens=[7, 8, 9])
-            forest = Forest([[stem]], ledger, model.device)
+            segment = Segment(trunk, 4, draft_tree=tree, draft_tokens=[7, 8, 9])
+            forest = Forest([[segment]], ledger, model.device)
             forests.append(runtime.forward(forest, ledger.pool, (0, 2)))
     for ours, theirs in zip(*forests, strict=True):
         torch.testing.assert_close(ours[:, : theirs.shape[1]], theirs, rtol=1e-3, atol=1e-3)
@@ -221,8 +221,8 @@ def test_a_call_that_is_about_to_begin_survives_refresh():
     with runtime.session():
         runtime.refresh()
         ledger = SlotLedger(runtime.pool(None))
-        stem = Stem(ParagraphTree([5, 6, 7, 8]).trunk, 4)
-        found, _ = runtime.forward(Forest([[stem]], ledger, torch.device("cpu")), ledger.pool)
+        segment = Segment(ParagraphTree([5, 6, 7, 8]).trunk, 4)
+        found, _ = runtime.forward(Forest([[segment]], ledger, torch.device("cpu")), ledger.pool)
     assert torch.equal(found[0], expected[-1])
 
 
@@ -390,7 +390,7 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_not_a_read_of_anything():
     for token in (VOCAB, -1):
         ledger, trunk = SlotLedger(KVPool()), ParagraphTree([5, token, 7]).trunk
         with runtime.session(), pytest.raises(IndexError, match=f"not one of the model's {VOCAB}"):
-            runtime.forward(Forest([[Stem(trunk, 3)]], ledger, torch.device("cpu")), ledger.pool)
+            runtime.forward(Forest([[Segment(trunk, 3)]], ledger, torch.device("cpu")), ledger.pool)
 
 
 def test_rotary_tables_stop_where_frequencies_would_change():

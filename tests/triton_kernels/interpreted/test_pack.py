@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.triton_kernels import pack, reference
-from medusa_apar.triton_kernels.layout import MAX_NODES, MOST_WINDOWS, Sizes
+from medusa_apar.triton_kernels.layout import MAX_NODES, MAX_WINDOWS, Sizes
 from medusa_apar.triton_kernels.reference import Descriptor, Packed
 from tests.support.random_requests import Script
 
@@ -24,7 +24,7 @@ def results(function, descriptor: Descriptor, table: torch.Tensor) -> list[torch
     packed = Packed(
         torch.full((4, width), -7),
         torch.full((4, width), -7, dtype=torch.int32),
-        torch.full((MOST_WINDOWS, width), -7),
+        torch.full((MAX_WINDOWS, width), -7),
     )
     function(descriptor, table, packed)
     return [*packed, table]
@@ -38,14 +38,14 @@ def same(descriptor: Descriptor, table: torch.Tensor) -> None:
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from([1, 3, 64]), st.integers(1, 6), st.booleans())
-def test_it_writes_what_its_twin_writes(shuffled_programs, data, chunk, window, roomy):
+def test_it_writes_what_its_twin_writes(shuffled_programs, data, chunk, window, reusable):
     def after_step(forest, trees):
         sizes = Sizes.of(forest.leaves)
         commits = len(forest.changes.entries) + data.draw(st.integers(0, 5))
-        packed = PackedForest(sizes.rounded() if roomy else sizes, CPU, roomy, commits)
+        packed = PackedForest(sizes.rounded() if reusable else sizes, CPU, reusable, commits)
         packed._windows += [1 << 30, window]
         table = forest.table.clone()
-        packed.become(forest)
+        packed.load(forest)
         same(packed.descriptor, table)
         packed.pack()  # for the steps that follow
 

@@ -22,10 +22,10 @@ def _small_noise_blocks(monkeypatch):
 
 
 @st.composite
-def forests(draw, most_threads=3, most_nodes=5, vocabs=(1, 2, 5, 16, 17, 40), dtypes=None):
+def forests(draw, max_threads=3, max_nodes=5, vocabs=(1, 2, 5, 16, 17, 40), dtypes=None):
     """Arguments of verify; few distinct tokens, so that guesses are often right and siblings often alike."""
     vocab = draw(st.sampled_from(vocabs))
-    counts = draw(st.lists(st.integers(0, most_nodes + 1), min_size=1, max_size=most_threads))
+    counts = draw(st.lists(st.integers(0, max_nodes + 1), min_size=1, max_size=max_threads))
     padding = draw(st.integers(0, 2))
     rows = max(1, sum(counts) + padding)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -55,7 +55,7 @@ def forests(draw, most_threads=3, most_nodes=5, vocabs=(1, 2, 5, 16, 17, 40), dt
         "tokens": tokens,
         "parents": torch.tensor(parents, dtype=torch.int32),
         "first_rows": torch.tensor(first_rows, dtype=torch.int32),
-        "depth": draw(st.integers(0, most_nodes)),
+        "depth": draw(st.integers(0, max_nodes)),
         "bans": bans,
         "control": control,
     }
@@ -198,7 +198,7 @@ def test_modes_that_accept_differently_keep_apart(shift):
 
 
 @settings(few, max_examples=4)
-@given(mixtures(most_threads=2, vocabs=(40,)), st.integers(1, 99))
+@given(mixtures(max_threads=2, vocabs=(40,)), st.integers(1, 99))
 def test_the_order_of_programs_does_not_show(shuffled_programs, forest, seed):
     shuffled_programs(seed)
     workspace = poisoned(forest)
@@ -344,7 +344,7 @@ def test_more_chunks_than_are_merged_at_once():
 
 
 @settings(deadline=None, max_examples=30)
-@given(forests(most_threads=1, vocabs=(4, 30), dtypes=(torch.float32,)), st.sampled_from([(0.09, 0.3), (0.3, 1.0)]))
+@given(forests(max_threads=1, vocabs=(4, 30), dtypes=(torch.float32,)), st.sampled_from([(0.09, 0.3), (0.3, 1.0)]))
 def test_reference_accepts_what_medusa_llm_accepts(forest, typical):
     evaluate_posterior = pytest.importorskip("medusa.model.utils").evaluate_posterior
     logits, ids, parents = forest["logits"], forest["tokens"].tolist(), forest["parents"].tolist()
