@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from medusa_apar.drafting.budget import ForestBudget
+from medusa_apar.drafting.budget import ForestBudget, thread_weights
 from medusa_apar.drafting.candidates import CandidateScorer
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.ngram_index import NgramIndex

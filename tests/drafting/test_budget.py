@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import medusa_apar
-from medusa_apar.drafting.budget import MIN_CHANCE, ForestBudget
+from medusa_apar.drafting.budget import MIN_CHANCE, ForestBudget, thread_weights
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.threads.paragraph_tree import ParagraphTree
@@ -76,9 +76,9 @@ def test_the_answer_waits_for_who_can_fork_then_for_who_wrote_least():
     tree.trunk.tokens += [5, FORK, 6, FORK]
     children = [tree.fork(tree.trunk, index, 0) for index in (3, 5)]
     children[0].tokens += [7] * 30
-    assert worths([tree.trunk, *children]).tolist() == [0.5, 0.25, 0.25]
-    np.testing.assert_allclose(worths(children), [1 / 3, 2 / 3])
-    assert worths(children[:1]).tolist() == [1.0]
+    assert thread_weights([tree.trunk, *children]).tolist() == [0.5, 0.25, 0.25]
+    np.testing.assert_allclose(thread_weights(children), [1 / 3, 2 / 3])
+    assert thread_weights(children[:1]).tolist() == [1.0]
 
 
 def test_nothing_is_looked_for_where_nothing_pays():
