@@ -17,6 +17,7 @@ from medusa_apar.drafting.candidates import CandidateScorer
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.ngram_index import NgramIndex
 from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
 from .kernel_timing import table
@@ -31,7 +32,7 @@ def measure(threads: int, seed: int = 0) -> dict[str, object]:
     for _ in range(threads - 1):
         tree.trunk.tokens += [*random.integers(5, WORDS, 8).tolist(), FORK]
         tree.fork(tree.trunk, len(tree.trunk.tokens) - 1, key=0)
-    memory, proposer = NgramIndex(CHILD), CandidateScorer(FORK, CHILD)
+    memory, proposer = NgramIndex(CHILD), CandidateScorer()
     budget = ForestBudget(64, StepCost(((1, 12.0), (8, 20.0), (64, 110.0)), ((1, 1.0),)))
     laps: dict[str, list[float]] = {"proposals, ms": [], "budget, ms": []}
     for _ in range(STEPS):
@@ -48,7 +49,7 @@ def measure(threads: int, seed: int = 0) -> dict[str, object]:
             memory.learn(thread)
             if (recall := memory.lookup(thread)) is not None:
                 proposal = proposer.with_match(proposal, heads, recall)
-            proposals.append(proposer.with_children(proposal, True))
+            proposals.append(proposer.with_children(proposal, ForkRule(FORK, CHILD, 3), 0, WORDS))
         made = time.perf_counter()
         budget.choose(proposals, thread_weights(tree.threads), 64)
         laps["proposals, ms"].append(made - started)

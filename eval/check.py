@@ -25,7 +25,9 @@ from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.models.chat import encode
 from medusa_apar.runtimes.runtime import Runtime
+from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.paragraph_tree import ParagraphTree
+from medusa_apar.verify.control_processor import ban_control_tokens
 
 from .prompts import Prompt
 from .runs import Runs
@@ -99,12 +101,9 @@ def differences(apar: MedusaApar, tree: ParagraphTree, counts: dict[str, Any]) -
             scores = apar.model(input_ids=path, use_cache=False).logits[0, first:-1].float()
         largest = scores.abs().amax(-1)
         if control is not None:
-            scores[:, control.child_id] = -torch.inf
-            before = path[0, first:-1]
-            banned = (before == control.fork_id) | (before == control.child_id)
-            if thread.depth >= apar.max_depth:
-                banned = torch.ones_like(banned)
-            scores[banned, control.fork_id] = -torch.inf
+            last_ids = path[0, first:-1]
+            depths = torch.full_like(last_ids, thread.depth)
+            ban_control_tokens(ForkRule.of(control, apar.max_depth), scores, last_ids, depths)
         chosen = scores.argmax(-1)
         actual = torch.tensor(written, device=chosen.device)
         counts["threads"] += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,8 @@ from medusa_apar.models.fingerprint import fingerprint
 from medusa_apar.reading import reading
 from medusa_apar.runtimes.attention import current_forest, forest_attention
 from medusa_apar.runtimes.capture import Captured
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.verify.control_processor import ban_control_tokens
 
 SHARD_RECORDS = 64  # a killed run encodes at most so many again for each of its workers
 ROW_TOKENS = 512  # short records share a forward pass up to here: products of few rows waste half of a core
@@ -224,22 +227,18 @@ def encode_rows(
 
 @torch.no_grad()
 def greedy(model: PreTrainedModel, file: AnswerFile, answers: Answers) -> Tensor:
-    """[T] the base's choice of next token by the fork rule.
-
-    No `[Child]`, no `[Fork]` after `[Fork]` or `[Child]`, nor in threads at `file.max_depth`.
-    """
+    """[T] the base's choice of next token by the fork rule, threads being `file.max_depth` deep at most."""
     lm_head, chosen = model.get_output_embeddings(), []
     hidden_size = lm_head.weight.shape[1]
-    no_fork = torch.zeros_like(answers.ids, dtype=torch.bool)
-    if file.child_id is not None:
-        no_fork |= (answers.ids == file.fork_id) | (answers.ids == file.child_id)
-        if file.max_depth is not None:
-            no_fork |= file.thread_depths(answers) >= file.max_depth
-    for states, banned in zip(answers.hidden.split(256), no_fork.split(256), strict=True):  # 50 MB of logits
+    rule, depths = None, torch.zeros_like(answers.ids)
+    if file.fork_id is not None and file.child_id is not None:
+        rule = ForkRule(file.fork_id, file.child_id, sys.maxsize if file.max_depth is None else file.max_depth)
+        depths = depths if file.max_depth is None else file.thread_depths(answers)
+    parts = (column.split(256) for column in (answers.hidden, answers.ids, depths))  # 50 MB of logits
+    for states, last_ids, own_depths in zip(*parts, strict=True):
         logits = lm_head(states[:, :hidden_size].to(model.device, model.dtype)).float().cpu()
-        if file.child_id is not None:
-            logits[:, file.child_id] = -torch.inf
-            logits[banned, file.fork_id] = -torch.inf
+        if rule is not None:
+            ban_control_tokens(rule, logits, last_ids, own_depths)
         chosen.append(logits.argmax(-1))
     return torch.cat(chosen)
 

@@ -93,7 +93,7 @@ def answer(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> MedusaAp
         reporter = Reporter(asked.events, prepared.returns_dict, limit)
     requests = _requests(prepared, prompts, replace(options, watcher=reporter), ends.criteria)
     columns = TextColumns(requests, int(prepared.config._pad_token_tensor or 0))
-    with Engine(apar.model, apar.runtime, apar.heads, apar.options, apar.control_token_ids) as engine:
+    with Engine(apar.model, apar.runtime, apar.heads, apar.options) as engine:
         for request in requests:
             engine.add(request)
         if prepared.streamer is not None and prepared.shows_prompt:

@@ -32,7 +32,7 @@ from medusa_apar.events import Consumer
 from medusa_apar.events.streaming import EndedOnce, ended_on_error
 from medusa_apar.heads import DraftHeads, load_heads
 from medusa_apar.models.families import check_model, unembedding_size
-from medusa_apar.runtimes.cpu.runtime import CpuRuntime, unsupported_reason
+from medusa_apar.runtimes.cpu.runtime import unsupported_reason
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.runtimes.runtime import Runtime
@@ -94,7 +94,7 @@ class MedusaApar:
             back = self._left_compiled and unsupported_reason(self.model) is None
             if not same or why is not None or back:
                 self._take(self._pick())
-                left = isinstance(before, CpuRuntime) and not isinstance(self.runtime, CpuRuntime)
+                left = before.facts.backend == "cpu" != self.runtime.facts.backend
                 self._left_compiled = left or (self._left_compiled and not back)
                 if left and same:
                     _say_once(f"{type(self.model).__name__} runs in torch from now on, since {why}.")
@@ -196,8 +196,7 @@ class MedusaApar:
         changes: of `EngineOptions`, for this engine alone: pool_slots, max_requests, max_waiting, max_prefill_rows ...
         """
         self._fit()
-        options = replace(self.options, **changes)
-        return Engine(self.model, self.runtime, self.heads, options, self.control_token_ids)
+        return Engine(self.model, self.runtime, self.heads, replace(self.options, **changes))
 
     def request(
         self,

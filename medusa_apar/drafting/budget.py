@@ -16,6 +16,7 @@ from .step_cost import LearnedCost, StepCost
 
 MIN_CHANCE = 0.01  # of being accepted: no node has less
 _SMALL = 6  # rows more, of which the cheapest counts
+SECONDARY = 0.5  # weight of a thread that the answer does not wait for, beside the one it does
 MAX_ASKED = 0.5  # chance that is asked of a node before the heads look on below it
 _TRUSTED = 0.7  # from here on what the heads say besides has too little chance to pay
 _MEMORY = 0.98  # of the running means: half of them are the last 35 steps
@@ -212,7 +213,7 @@ def thread_weights(threads: Sequence[Thread]) -> np.ndarray:
     written = np.array([len(thread.tokens) - thread.num_forced for thread in threads])
     first = depths == depths.min()
     waited_for = first if not first.all() else written <= written.min() + _ABREAST
-    found = np.where(waited_for, 1.0, 0.5)
+    found = np.where(waited_for, 1.0, SECONDARY)
     return found / found.sum()
 
 
@@ -248,7 +249,7 @@ class _Candidates:
                 own = gains[first : first + len(proposal.tokens)]
                 chances[first : first + len(own)][np.argsort(-own, kind="stable")[max_nodes:]] = 0.0
         guessed[recalled] = False
-        gains[children] *= 0.5
+        gains[children] *= SECONDARY
         return cls(chances, gains, guessed, bounds, int(np.count_nonzero(heads)))
 
     def of_threads(self, chosen: np.ndarray) -> list[np.ndarray]:

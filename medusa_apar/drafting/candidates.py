@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from medusa_apar.threads.fork_rule import ForkRule
+
 from .draft_tree import DraftTree
 from .ngram_index import MAX_MATCH, MAX_RECALLED, NgramMatch
 
@@ -103,14 +105,8 @@ def _bins(claims: np.ndarray) -> np.ndarray:
 
 @dataclass(slots=True)
 class CandidateScorer:
-    """Makes proposals for the threads of one generate call, and learns from what became of them.
+    """Makes proposals for an engine's threads, and learns from what became of them."""
 
-    fork_id, child_id: below a proposed `[Fork]` its `[Child]` is proposed too (DESIGN.md, speculative fork); None where
-    nothing forks.
-    """
-
-    fork_id: int | None = None
-    child_id: int | None = None
     trust: Trust = field(default_factory=Trust)
     calibration: Calibration = field(default_factory=Calibration)
 
@@ -188,20 +184,22 @@ class CandidateScorer:
             others,
         )
 
-    def with_children(self, proposal: Proposal, may_fork: bool, root: int = -1) -> Proposal:
-        """`[Child]` below each proposed `[Fork]`; what cannot be chosen behind the token `root`, as control tokens by
-        their rule, gets no chance."""
-        if self.fork_id is None:
+    def with_children(self, proposal: Proposal, rule: ForkRule | None, depth: int, root: int) -> Proposal:
+        """`[Child]` below each proposed `[Fork]`, so that a fork costs no step.
+
+        What the fork rule bans in a thread of this depth, behind the token `root`, gets no chance.
+        """
+        if rule is None:
             return proposal
-        control = np.flatnonzero((proposal.tokens == self.fork_id) | (proposal.tokens == self.child_id))
+        control = np.flatnonzero((proposal.tokens == rule.fork_id) | (proposal.tokens == rule.child_id))
         if not len(control):
             return proposal
         chances, forks = proposal.chances.copy(), []
         banned = np.zeros(len(chances), dtype=bool)
         for node in control.tolist():
             parent = int(proposal.parents[node])
-            again = (int(proposal.tokens[parent]) if parent >= 0 else root) in (self.fork_id, self.child_id)
-            if proposal.tokens[node] == self.child_id or not may_fork or again:
+            last = int(proposal.tokens[parent]) if parent >= 0 else root
+            if proposal.tokens[node] == rule.child_id or rule.bans_fork(last, depth):
                 banned[node] = True
             else:
                 forks.append(node)
@@ -210,7 +208,7 @@ class CandidateScorer:
         chances[banned] = 0.0
         forks = [node for node in forks if not banned[node]]
         size = len(chances)
-        proposal.tokens = np.concatenate([proposal.tokens, np.full(len(forks), self.child_id)])
+        proposal.tokens = np.concatenate([proposal.tokens, np.full(len(forks), rule.child_id)])
         proposal.parents = np.concatenate([proposal.parents, np.array(forks, dtype=np.int64)])
         proposal.chances = np.concatenate([chances, chances[forks]])
         proposal.forks = {node: size + place for place, node in enumerate(forks)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .advance import Advance, DraftResult
-from .budget import EvenBudget, ForestBudget
+from .budget import SECONDARY, EvenBudget, ForestBudget
 from .candidates import MAX_DEPTH, CandidateScorer, Proposal
 from .draft_tree import DraftTree
 from .drafter import Drafter
@@ -158,8 +158,8 @@ class Speculator:
         drafting = (on_device or self._drafting(load.threads, len(todo))) if todo else None
         if drafting is None:
             return None
-        # Of several threads of a request the one that the answer waits for counts about half.
-        weight = 1.0 if load.threads <= load.requests else 0.5
+        # Beside others of its request, the thread that the answer waits for weighs about as much as all of them.
+        weight = 1.0 if load.threads <= load.requests else SECONDARY
         bar = self.budget.bar(load.threads, load.requests, weight)
         rows = torch.tensor([advance.row for advance in todo], dtype=torch.long, device=hidden.device)
         last = [advance.thread.tokens[-1] for advance in todo]
@@ -181,8 +181,8 @@ class Speculator:
             if thread in matches:
                 proposal = self.scorer.with_match(proposal, tree, matches[thread])
             if proposal is not None and self.options is not None and self.options.forks:
-                may_fork = advance.request.sampler.may_fork(thread.depth)
-                proposal = self.scorer.with_children(proposal, may_fork, thread.tokens[-1])
+                rule = advance.request.options.rule
+                proposal = self.scorer.with_children(proposal, rule, thread.depth, thread.tokens[-1])
             if proposal is not None:
                 self._proposals[thread] = proposal
 

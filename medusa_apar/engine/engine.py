@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from medusa_apar.drafting.advance import Advance, DraftResult
 from medusa_apar.drafting.budget import EvenBudget, ForestBudget
-from medusa_apar.drafting.candidates import CandidateScorer
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.drafter import Heads
 from medusa_apar.drafting.speculator import Speculator
@@ -32,7 +31,6 @@ from medusa_apar.models.families import context_length
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.runtimes.measure import keep_learned, known_cost
 from medusa_apar.runtimes.runtime import Runtime
-from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_manager import ForkManager
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request, Status, TokenLogprobs
@@ -70,7 +68,6 @@ class Engine:
     Args:
         runtime: what runs the model's steps, as `pick_runtime` returns it.
         heads: draft heads trained for the model, or None.
-        control: the model's control tokens, or None.
 
     Raises ValueError for what cannot be. The model's weights may change while no request is unfinished: they are looked
     at when the first one joins.
@@ -82,7 +79,6 @@ class Engine:
         runtime: Runtime,
         heads: Heads | None = None,
         options: EngineOptions | None = None,
-        control: ControlTokens | None = None,
     ) -> None:
         options = EngineOptions() if options is None else options
         self.model, self.runtime, self.heads, self.options = model, runtime, heads, options
@@ -95,8 +91,7 @@ class Engine:
             self.cost = self._learned = LearnedCost(known_cost(model, runtime, heads, options.draft_tree))
         budget = self._budget()
         self.scheduler = Scheduler(self.ledger, budget, context, self._max_prefill_rows(), options.max_requests)
-        scorer = CandidateScorer() if control is None else CandidateScorer(control.fork_id, control.child_id)
-        self.speculator = Speculator(options.speculation, budget, tree=options.draft_tree, scorer=scorer)
+        self.speculator = Speculator(options.speculation, budget, tree=options.draft_tree)
         self.fork_manager = ForkManager(context)
         self.reporters = Reporters()
         self.stats = Stats(drafted=self.speculator.drafted, accepted=self.speculator.accepted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .control_tokens import ControlTokens
 
@@ -26,15 +27,14 @@ class ForkRule:
         return cls(control.fork_id, control.child_id, control.max_depth if max_depth is None else max_depth, fork)
 
     def may_fork(self, depth: int) -> bool:
-        """Whether a thread of this depth may fork at all; the ban behind a control token is checked by `bans_fork`."""
+        """Whether a thread of this depth may fork at all; the ban behind a control token is `bans_fork`'s to check."""
         return self.fork and depth < self.max_depth
 
-    def is_control(self, token: int) -> bool:
-        return token == self.fork_id or token == self.child_id
-
-    def bans_fork(self, last_token: int, depth: int) -> bool:
-        """Whether `[Fork]` may not follow `last_token` in a thread of this depth."""
-        return not self.may_fork(depth) or self.is_control(last_token)
+    def bans_fork(self, last_token: Any, depth: Any) -> Any:
+        """Whether `[Fork]` may not follow `last_token` in a thread of this depth: of two ints a bool, of arrays or
+        tensors one of bools."""
+        follows = (last_token == self.fork_id) | (last_token == self.child_id)
+        return follows | (depth >= self.max_depth) | (not self.fork)
 
     def banned(self, last_token: int, depth: int) -> tuple[int, ...]:
         """The token ids that may not follow `last_token` in a thread of this depth."""

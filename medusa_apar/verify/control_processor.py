@@ -20,8 +20,13 @@ class ControlTokensLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`input_ids` long [rows, length], `scores` [rows, vocab]; returns new scores."""
-        depths = (input_ids[:, self.prompt_length :] == self.rule.child_id).sum(dim=1).tolist()
+        depths = (input_ids[:, self.prompt_length :] == self.rule.child_id).sum(dim=1)
         scores = scores.clone()
-        for row, (last, depth) in enumerate(zip(input_ids[:, -1].tolist(), depths, strict=True)):
-            scores[row, list(self.rule.banned(last, depth))] = -torch.inf
+        ban_control_tokens(self.rule, scores, input_ids[:, -1], depths)
         return scores
+
+
+def ban_control_tokens(rule: ForkRule, scores: torch.Tensor, last_ids: torch.Tensor, depths: torch.Tensor) -> None:
+    """Writes the rule's bans to `scores` [rows, vocab]; `last_ids` and `depths` are long [rows]."""
+    scores[:, rule.child_id] = -torch.inf
+    scores[rule.bans_fork(last_ids, depths), rule.fork_id] = -torch.inf

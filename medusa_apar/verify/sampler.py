@@ -73,14 +73,10 @@ class Sampler:
 
     def fork_bans(self, segment: Segment) -> list[bool]:
         """For the segment's root and each of its draft nodes, whether `[Fork]` may not be chosen there."""
-        rule, tokens = self.rule, (segment.extend_tokens[-1], *segment.draft_tokens)
-        if rule is None or not rule.may_fork(segment.thread.depth):
+        rule, tokens, depth = self.rule, (segment.extend_tokens[-1], *segment.draft_tokens), segment.thread.depth
+        if rule is None or not rule.may_fork(depth):
             return [True] * len(tokens)
-        return [rule.is_control(token) for token in tokens]
-
-    def may_fork(self, depth: int) -> bool:
-        """Whether a thread of this depth may fork; what its last token forbids is checked separately."""
-        return self.rule is not None and self.rule.may_fork(depth)
+        return [rule.bans_fork(token, depth) for token in tokens]
 
     def banned(self, fork_banned: bool) -> list[int]:
         """The control tokens that a row may not choose."""

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from medusa_apar.drafting.candidates import Calibration, CandidateScorer, Trust
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.ngram_index import LONGEST, MAX_RECALLED, SHORTEST, NgramIndex, NgramMatch
+from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.support.models import CHILD, FORK
 
@@ -81,7 +82,7 @@ def guesses(draw):
 @given(guesses(), st.lists(st.integers(2, 14), min_size=1, max_size=8), st.integers(1, 14), st.booleans())
 def test_proposals_are_trees_whose_chances_are_chances(guessed, recalled, match, may_fork):
     tree, tokens, claims = guessed
-    proposer = CandidateScorer(FORK, CHILD)
+    proposer = CandidateScorer()
     (alone,) = proposer.of_heads(tree, tokens[None], np.log(claims)[None])
     proposal = proposer.with_match(alone, tree, NgramMatch(recalled, match))
     assert [int(proposal.tokens[node]) for node in proposal.chain] == recalled
@@ -94,7 +95,7 @@ def test_proposals_are_trees_whose_chances_are_chances(guessed, recalled, match,
     assert (proposal.chances[others] <= alone.chances[others] + 1e-9).all()
     np.testing.assert_allclose(proposal.chances[others], (1 - trust) * alone.chances[others])
 
-    proposal = proposer.with_children(proposal, may_fork)
+    proposal = proposer.with_children(proposal, ForkRule(FORK, CHILD, 1), depth=0 if may_fork else 1, root=5)
     parents, chances = proposal.parents, proposal.chances
     for node, parent in enumerate(parents.tolist()):
         assert parent < node and 0 <= chances[node] <= (chances[parent] if parent >= 0 else 1) + 1e-9

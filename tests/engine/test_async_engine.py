@@ -29,7 +29,7 @@ def request(name, prompt, limit=40, **changes):
 
 def written(parts, prompt, limit=40):
     its = request("alone", prompt, limit)
-    with Engine(*parts, control=CONTROL) as engine:
+    with Engine(*parts) as engine:
         engine.add(its)
         while engine.unfinished:
             engine.step()
@@ -37,7 +37,7 @@ def written(parts, prompt, limit=40):
 
 
 async def started(parts, **options):
-    return await ThreadedEngine(lambda: Engine(*parts, None, EngineOptions(**options), CONTROL)).start()
+    return await ThreadedEngine(lambda: Engine(*parts, None, EngineOptions(**options))).start()
 
 
 async def answer(engine, its):

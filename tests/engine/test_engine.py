@@ -58,14 +58,14 @@ def run(engine, *its):
 
 
 def alone(ids, its=None, **changes):
-    with Engine(*(parts() if its is None else its), control=CONTROL) as engine:
+    with Engine(*(parts() if its is None else its)) as engine:
         return run(engine, request("alone", ids, **changes))[0].text_ids
 
 
 def test_a_queue_of_64_goes_through_a_pool_for_two_in_the_order_it_came():
     its = [request(str(n), prompt(n), limit=24) for n in range(64)]
     order = []
-    with Engine(*parts(), options=EngineOptions(pool_slots=2 * (6 + 24 + 24 + 6)), control=CONTROL) as engine:
+    with Engine(*parts(), options=EngineOptions(pool_slots=2 * (6 + 24 + 24 + 6))) as engine:
         for one in its:
             engine.add(one)
         while engine.unfinished:
@@ -81,7 +81,7 @@ def test_a_queue_of_64_goes_through_a_pool_for_two_in_the_order_it_came():
 
 def test_a_waiting_request_of_a_better_priority_goes_first():
     its = [request(str(n), prompt(n), priority=5 - n % 3) for n in range(6)]
-    with Engine(*parts(), options=EngineOptions(max_requests=1), control=CONTROL) as engine:
+    with Engine(*parts(), options=EngineOptions(max_requests=1)) as engine:
         for one in its:
             engine.add(one)
         assert [one.arrival for one in engine.scheduler.waiting()] == [2, 5, 1, 4, 0, 3]
@@ -92,7 +92,7 @@ def test_a_waiting_request_of_a_better_priority_goes_first():
 
 
 def test_too_many_waiting_requests_and_what_can_never_fit_are_refused_with_the_numbers():
-    with Engine(*parts(), options=EngineOptions(pool_slots=80, max_waiting=2), control=CONTROL) as engine:
+    with Engine(*parts(), options=EngineOptions(pool_slots=80, max_waiting=2)) as engine:
         with pytest.raises(ValueError, match="a prompt of 6 tokens and max_new_tokens=90 may need 192 slots"):
             engine.add(request("a", prompt(0), limit=90))
         with pytest.raises(ValueError, match="The prompt has 300 tokens, but the model's context ends at 256"):
@@ -111,11 +111,11 @@ def test_too_many_waiting_requests_and_what_can_never_fit_are_refused_with_the_n
 
 def test_a_plain_answer_gets_its_row_in_every_step_beside_one_with_many_threads():
     """Under a pool that is too small for all threads, too."""
-    free = run(Engine(*parts(13), control=CONTROL), request("wide", prompt(0), 100))[0]
+    free = run(Engine(*parts(13)), request("wide", prompt(0), 100))[0]
     assert len(free.tree.threads) > 8
     for slots in (None, 6 + 200 + 6 + 12):
         wide, plain = request("wide", prompt(0), 100), request("plain", prompt(1), 40, fork=False)
-        with Engine(*parts(13), options=EngineOptions(pool_slots=slots), control=CONTROL) as engine:
+        with Engine(*parts(13), options=EngineOptions(pool_slots=slots)) as engine:
             engine.add(wide)
             engine.step()
             engine.add(plain)
@@ -134,7 +134,7 @@ def test_a_long_prompt_joins_running_requests_without_stopping_them():
     model, runtime = long_parts()
     long = prompt(9, 4000)
     its = [request(str(n), prompt(n), limit=200, fork=False, eos_ids=frozenset()) for n in range(8)]
-    with Engine(model, runtime, options=EngineOptions(max_prefill_rows=64), control=CONTROL) as engine:
+    with Engine(model, runtime, options=EngineOptions(max_prefill_rows=64)) as engine:
         for one in its:
             engine.add(one)
         engine.step()
@@ -157,11 +157,11 @@ def test_a_step_with_prefill_is_predicted_to_take_twice_a_decode_steps_time_at_m
     cost = StepCost(((1, 6.0), (24, 30.0), (64, 70.0)))
     for speculation in (Speculation(), None):
         options = EngineOptions(speculation=speculation, step_cost=cost)
-        engine = Engine(*parts(), options=options, control=CONTROL)
+        engine = Engine(*parts(), options=options)
         expected = max(n for n in range(1, 300) if cost.rows(24 + n)[-1] <= 2 * cost.rows(24)[-1])
         assert engine.scheduler.max_prefill_rows == expected
         engine.close()
-    assert Engine(*parts(), control=CONTROL).scheduler.max_prefill_rows == 24  # no costs
+    assert Engine(*parts()).scheduler.max_prefill_rows == 24  # no costs
 
 
 def raising_at(step):
@@ -206,7 +206,7 @@ def test_a_failure_ends_its_request_alone(kind):
     bad = request("bad", prompt(0), **FAILURES[kind]())
     others = [request(str(n), prompt(n)) for n in range(1, 4)]
     others[1] = request("2", prompt(2), processors=(RepetitionPenaltyLogitsProcessor(1.3),))
-    with Engine(*parts(), control=CONTROL) as engine:
+    with Engine(*parts()) as engine:
         for one in (others[0], bad, *others[1:]):
             engine.add(one)
         told = {}
@@ -226,7 +226,7 @@ def test_a_failure_ends_its_request_alone(kind):
 def test_an_abort_within_a_prefill_and_between_steps_changes_nothing_for_others():
     model, runtime = long_parts()
     its = [request(str(n), prompt(n), limit=60, fork=False, eos_ids=frozenset()) for n in range(2)]
-    with Engine(model, runtime, options=EngineOptions(max_prefill_rows=16), control=CONTROL) as engine:
+    with Engine(model, runtime, options=EngineOptions(max_prefill_rows=16)) as engine:
         engine.add(its[0])
         engine.step()
         engine.add(request("long", prompt(9, 500)))
@@ -255,7 +255,7 @@ def test_a_processor_with_state_is_refused_where_two_requests_share_it():
 
     shared = Counter()
     its = [request(str(n), prompt(n), fork=False, processors=(shared,)) for n in range(2)]
-    with Engine(*parts(), control=CONTROL) as engine:
+    with Engine(*parts()) as engine:
         run(engine, *its)
         assert all("Counter keeps state" in str(one.error) for one in its)
         assert run(engine, request("alone", prompt(0), fork=False, processors=(shared,)))[0].error is None
@@ -263,7 +263,7 @@ def test_a_processor_with_state_is_refused_where_two_requests_share_it():
 
 def test_logprobs_are_those_of_the_models_own_distribution():
     model, _ = parts()
-    with Engine(*parts(), control=CONTROL) as engine:
+    with Engine(*parts()) as engine:
         (one,) = run(engine, request("a", prompt(0), logprobs=3, seed=4))
     compared = 0
     for thread in one.tree.threads:
@@ -283,7 +283,7 @@ def test_logprobs_are_those_of_the_models_own_distribution():
 def test_outputs_carry_events_of_their_own_request_alone():
     watched, other = request("watched", prompt(0), events=True), request("other", prompt(1))
     events = []
-    with Engine(*parts(), control=CONTROL) as engine:
+    with Engine(*parts()) as engine:
         for one in (watched, other):
             engine.add(one)
         while engine.unfinished:
@@ -300,7 +300,7 @@ def test_no_step_tells_of_requests_that_did_not_change():
     events = []
     reporter = Reporter(events.append)
     its = [request(str(n), prompt(n), watcher=reporter, limit=10 + 10 * n) for n in range(3)]
-    with Engine(*parts(), control=CONTROL) as engine:
+    with Engine(*parts()) as engine:
         run(engine, *its)
     lengths = {}
     for event in events:

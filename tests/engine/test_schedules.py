@@ -48,7 +48,7 @@ def backend(name):
     trees = []
     for prompt in PROMPTS:
         request = Request("a", prompt, options("greedy", None))
-        with Engine(model, runtime, control=CONTROL) as engine:
+        with Engine(model, runtime) as engine:
             engine.add(request)
             while engine.unfinished:
                 engine.step()
@@ -71,7 +71,7 @@ def alone(name, prompt, how, seed, fork, limit):
     """The text of a request that has an engine for itself, without drafts."""
     model, runtime, _ = backend(name)
     request = Request("alone", PROMPTS[prompt], options(how, seed, fork, max_new_tokens=limit))
-    with Engine(model, runtime, control=CONTROL) as engine:
+    with Engine(model, runtime) as engine:
         engine.add(request)
         while engine.unfinished:
             engine.step()
@@ -121,7 +121,7 @@ def test_every_text_is_the_one_written_alone(data):
     )
     todo = draw(st.lists(requests, min_size=1, max_size=7))
     running, aborted = {}, set()
-    with Engine(model, runtime, draw(st.sampled_from([None, heads])), how, CONTROL) as engine:
+    with Engine(model, runtime, draw(st.sampled_from([None, heads])), how) as engine:
         while todo or engine.unfinished:
             for _ in range(draw(st.integers(0, 3)) if engine.unfinished else 1):
                 if todo:
