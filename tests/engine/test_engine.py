@@ -155,7 +155,7 @@ def test_a_long_prompt_joins_running_requests_without_stopping_them():
 
 def test_a_step_with_prefill_is_predicted_to_take_twice_a_decode_steps_time_at_most():
     cost = StepCost(((1, 6.0), (24, 30.0), (64, 70.0)))
-    for speculation, rows in ((Speculation(), None), (None, 24)):
+    for speculation in (Speculation(), None):
         options = EngineOptions(speculation=speculation, step_cost=cost)
         engine = Engine(*parts(), options=options, control=CONTROL)
         expected = max(n for n in range(1, 300) if cost.rows(24 + n)[-1] <= 2 * cost.rows(24)[-1])
