@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +84,9 @@ class _Step:
             return
         inputs = device_verify.inputs(self._forest.sizes.queries, power_of_two(device_verify.num_threads))
         if self._inputs is None:
-            self._device_verify, self._inputs = device_verify, inputs.to(self._forest.device)
+            # Stems would keep the KV pool, and with it the next call from using the graphs.
+            self._device_verify = replace(device_verify, stems=[])
+            self._inputs = inputs.to(self._forest.device)
         else:
             fill(self._inputs, inputs)
 
