@@ -117,6 +117,13 @@ def test_slots_given_back_are_filled_before_the_run_goes_on():
     assert sorted(books.held["a"]) == [*before, before[-1] + 1]
 
 
+def test_an_owner_alone_goes_on_where_the_pool_has_grown():
+    books = Books(KVPool(first=4))
+    for count in (3, 2, 5, 40):
+        books.take(("a", count))
+        assert books.held["a"] == list(range(books.pool.in_use)) and books.pool.capacity <= 4 * books.pool.in_use
+
+
 def test_a_pool_that_cannot_grow_is_as_it_was():
     pool = KVPool(first=4)
     pool.allocate(np.arange(3), [("a", 3)])
