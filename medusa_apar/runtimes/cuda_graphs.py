@@ -85,7 +85,7 @@ class _Step:
         inputs = device_verify.inputs(self._forest.sizes.queries, power_of_two(device_verify.num_threads))
         if self._inputs is None:
             # Stems would keep the KV pool, and with it the next call from using the graphs.
-            self._device_verify = replace(device_verify, stems=[])
+            self._device_verify = replace(device_verify, segments=[])
             self._inputs = inputs.to(self._forest.device)
         else:
             fill(self._inputs, inputs)
