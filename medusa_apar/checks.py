@@ -74,11 +74,6 @@ def check_limits(**limits: int | None) -> None:
             raise ValueError(f"{name} must be positive, got {value}.")
 
 
-def check_asked(apar: MedusaApar, config: GenerationConfig, fork_if: object, mode: str) -> None:
-    if fork_if is not None and mode == "auto" and apar.typical is not None and config.do_sample:
-        raise NotImplementedError("fork_if is asked token by token, and typical acceptance judges whole paths at once.")
-
-
 def typical_acceptance(acceptance: str | TypicalAcceptance) -> TypicalAcceptance | None:
     """What `attach(acceptance=...)` stands for; None is exact."""
     if acceptance in ("exact", "typical"):

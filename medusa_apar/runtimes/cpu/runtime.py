@@ -149,6 +149,9 @@ class CpuRuntime:
                     packed = packs.kinds[self.facts.kind] = _Packed(self.model, self.facts.kind)
             if why is None:
                 self._packed, self._entirely = packed, False
+                # A pool that holds nothing is between two calls, or an engine's that was idle: it begins anew.
+                for pool in [pool for pool in self._scratch if not pool.in_use]:
+                    del self._scratch[pool]
         if why is not None:
             raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")
         yield
