@@ -72,7 +72,7 @@ class Scheduler:
     context_length: int | None = None
     max_prefill_rows: int = 24
     max_requests: int | None = None
-    running: list[Request] = field(default_factory=list)  # in the order of their admission
+    running: list[Request] = field(default_factory=list)  # by priority, then by arrival
     preemptions: int = 0  # of requests
     thread_preemptions: int = 0
     _waiting: list[tuple[int, int, Request]] = field(default_factory=list)  # a heap: priority, arrival
@@ -127,6 +127,7 @@ class Scheduler:
         for request in self.running:
             self._choose_others(request, plan)
         if not plan.feed:
+            assert self.ledger.pool.max_slots is not None, "a running request has a live thread"
             raise MemoryError(
                 f"The KV pool's {self.ledger.pool.max_slots} slots are too few to go on with any thread; "
                 "give `pool_slots` more room or lower `max_new_tokens`."
@@ -165,13 +166,12 @@ class Scheduler:
 
     def _choose_first(self, request: Request, plan: Plan) -> None:
         """The request's earliest thread in reading order that can run; others give their slots back for it."""
-        for thread in _ready_first(request):
-            feed: Feed | None = self._feed(request, thread, plan)
-            if feed is not None and feed.stops and not self._fits(feed, plan):
-                feed = self._make_room(request, thread, plan)
-            if feed is not None and feed.stops:
-                self._take(request, thread, feed, plan)
-            return
+        thread = _ready_first(request)[0]
+        feed: Feed | None = self._feed(request, thread, plan)
+        if feed is not None and not self._fits(feed, plan):
+            feed = self._make_room(request, thread, plan)
+        if feed is not None and feed.stops:
+            self._take(request, thread, feed, plan)
 
     def _choose_others(self, request: Request, plan: Plan) -> None:
         if request not in plan.requests or request.options.score_from is not None:
@@ -238,7 +238,7 @@ class Scheduler:
             return None
         self.ledger.resume(thread)  # claim the path first, or preempting its relatives would take it
         for other in reversed(self.running):
-            kept = next(iter(_ready_first(other)), None)
+            kept = _ready_first(other)[0]
             for victim, _ in reversed(other.live):
                 if victim is thread or victim is kept or victim in plan.feed:
                     continue
@@ -256,19 +256,16 @@ class Scheduler:
     def _could_fit(self, request: Request, thread: Thread, plan: Plan) -> bool:
         """Whether the thread might fit if all that may go for it went."""
         younger = self.running[self.running.index(request) + 1 :]
-        kept = {first for other in self.running if (first := next(iter(_ready_first(other)), None))}
+        kept = {_ready_first(other)[0] for other in self.running}
         may_go = (
             self.ledger.cached(victim)
             for other in self.running
             for victim, _ in other.live
             if victim not in plan.feed and (other in younger or victim not in kept) and victim is not thread
         )
-        return self._fits(self._feed(request, thread, plan), plan, -sum(may_go) - self._of_ended(younger))
-
-    def _of_ended(self, requests: Sequence[Request]) -> int:
-        """Slots of threads that have ended, which live ones still see."""
-        threads = (thread for request in requests for thread in request.tree.threads if thread.ended)
-        return sum(map(self.ledger.cached, threads))
+        # Of threads that have ended, slots go with the last one that sees them.
+        ended = (self.ledger.cached(thread) for other in self.running for thread in other.tree.threads if thread.ended)
+        return self._fits(self._feed(request, thread, plan), plan, -sum(may_go) - sum(ended))
 
     def _evict(self, thread: Thread) -> bool:
         """Takes a thread's slots back, if it has any of its own; it will have to be fed again."""
