@@ -41,7 +41,7 @@ _REFUSED_FIELDS = {
     "watermarking_config": ((None,), "it counts calls, and drafting changes their number"),
     "cache_implementation": ((None, "dynamic"), "the KV pool is the cache"),
     "compile_config": ((None,), "steps change their shape; attach(cuda_graphs=True) is what saves launches on a GPU"),
-    "prefill_chunk_size": ((None,), "a prompt is fed in one step"),
+    "prefill_chunk_size": ((None,), "an engine says how a prompt is fed (max_prefill_rows)"),
     "token_healing": ((None, False), "it would change the prompt"),
     "is_assistant": ((None, False), "the model decodes by itself"),
 }

@@ -164,7 +164,7 @@ class CpuRuntime:
         scratch = self._scratch.get(pool)
         if scratch is None:
             scratch = self._scratch[pool] = _Scratch(self._packed)
-        packed = scratch.packed  # of one generate call, whatever happens to the weights meanwhile
+        packed = scratch.packed  # of one session, whatever happens to the weights meanwhile
         rows, verified = len(forest), len(forest.verified_rows)
         lists, runs, longest = forest.paths()
         cos, sin = packed.rotary(longest)  # a position is the length of the path before it
