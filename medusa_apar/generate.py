@@ -158,7 +158,7 @@ class MedusaApar:
         tokenizer=None,
         **kwargs,
     ):
-        """`model.generate` with our decoder: transformers' signature, and `fork`, `fork_if`, `max_threads`,
+        """`model.generate` with our engine: transformers' signature, and `fork`, `fork_if`, `max_threads`,
         `max_depth`, `seed`, `events`, `rescore` and `regenerate_below` of `__call__`.
 
         It also serves `stop_strings` of a generation config, which the bare hook cannot: transformers drops the

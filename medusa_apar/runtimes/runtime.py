@@ -48,8 +48,11 @@ class Runtime(Protocol):
         """An empty pool for an engine."""
 
     def session(self, checked: bool = False) -> AbstractContextManager[None]:
-        """Entered for all steps from an engine's first request to its last. checked: `unsupported_reason` has just said None; the session
-        need not ask it again, which takes a walk over the model."""
+        """Entered for all steps from an engine's first request to its last.
+
+        checked: `unsupported_reason` has just said None; the session need not ask it again, which takes a walk over the
+        model.
+        """
 
     def unsupported_reason(self) -> str | None:
         """Why the model, as it has become, cannot be run any more, in half a sentence; None where it can."""
