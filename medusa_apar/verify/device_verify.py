@@ -45,10 +45,14 @@ class DeviceVerify:
     ]  # int64 [T]: seeds, keys, whether sampled; then epsilon and delta as bits of float64
     positions: np.ndarray  # int64 [M]
     processed: list[tuple[int, Segment]]  # segments whose logits go through processors, each with its first row
+    taken: list[bool]  # of each segment, whether it is verified here
 
     @classmethod
     def of(cls, verify: Callable[..., Verified], forest: Forest, depth: int, drafting: Drafting | None) -> DeviceVerify:
-        """For all of a forest's verified segments; what the host verifies is verified here too, and ignored."""
+        """For all of a forest's verified segments; what the host verifies is verified here too, and ignored.
+
+        A launch has one pair of control tokens: the host verifies requests with another, or with none.
+        """
         sizes: list[int] = []
         keys: list[int] = []
         seeds: list[int] = []
@@ -56,7 +60,9 @@ class DeviceVerify:
         limits: list[tuple[float, float]] = []
         tokens, parents, positions, bans = [], [], [], []
         processed: list[tuple[int, Segment]] = []
-        control = None
+        samplers = [segment.request.sampler for segment in forest.verified if segment.request.sampler.path_free]
+        control = next((sampler.control for sampler in samplers if sampler.control is not None), None)
+        taken: list[bool] = []
         first = 0
         for segment in forest.verified:
             sampler, drafted, tree = segment.request.sampler, len(segment.draft_tokens), segment.draft_tree
@@ -69,15 +75,14 @@ class DeviceVerify:
             members = 1 + len(segment.forks)
             sizes += [1 + segment.num_candidates, *([1] * len(segment.forks))]
             keys += [segment.thread.key, *(segment.child_key(fork) for fork in segment.forks)]
-            device = sampler.path_free
+            device = sampler.path_free and sampler.control == control
+            taken.append(device)
             seeds += [(sampler.seed or 0) & (2**64 - 1)] * members
             sampled += [int(device and sampler.seed is not None)] * members
             typical = sampler.typical if device and sampler.seed is not None else None
             limits += [(-1.0, 0.0) if typical is None else (typical.epsilon, typical.delta)] * members
             if device and sampler.options.processors:
                 processed.append((first, segment))
-            if sampler.rule is not None:
-                control = sampler.rule.fork_id, sampler.rule.child_id
             first += 1 + drafted
         first_rows = np.cumsum([0, *sizes])
         rows = np.array(tokens, dtype=np.int64), np.concatenate(parents), np.array(bans, dtype=np.int64)
@@ -86,7 +91,7 @@ class DeviceVerify:
         threads = *unsigned, np.array(sampled, dtype=np.int64), *bits
         modes = Modes(control, any(sampled), any(epsilon >= 0 for epsilon, _ in limits))
         segments, places = forest.verified, np.concatenate(positions)
-        return cls(verify, depth, drafting, modes, segments, first_rows, rows, threads, places, processed)
+        return cls(verify, depth, drafting, modes, segments, first_rows, rows, threads, places, processed, taken)
 
     @property
     def operations(self) -> tuple | None:
@@ -175,8 +180,8 @@ class DeviceVerify:
                 verdict.drafted = ids.astype(np.int64), chances
         verdicts: list[Verdict | None] = []
         place = 0
-        for segment in self.segments:
-            verdicts.append(every[place] if segment.request.sampler.path_free else None)
+        for segment, taken in zip(self.segments, self.taken, strict=True):
+            verdicts.append(every[place] if taken else None)
             every[place].children = dict(zip(segment.forks, every[place + 1 :], strict=False))
             place += 1 + len(segment.forks)
         return verdicts
