@@ -18,6 +18,7 @@
     judge.py           what a language model thinks of the answers
     judge_files.py     the answers as FastChat's llm_judge has them
     chat_endpoint.py   a model behind an OpenAI-compatible endpoint
+    host_time.py       host time of a step and tokens per second, in two checkouts that take turns
     engine.py          requests in flight in one engine: throughput, latency, slots
 
 The weights we ship:

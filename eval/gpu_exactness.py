@@ -1,4 +1,4 @@
-"""On a GPU: the decoder over kernels, with CUDA graphs and without, token for token what it is over masks.
+"""On a GPU: the engine over kernels, with CUDA graphs and without, token for token what it is over masks.
 
   python -m medusa_apar.eval.gpu_exactness --out FILE
 

@@ -2,7 +2,7 @@
 
   python -m medusa_apar.eval.kernel_host
 
-Threads that forked at the end of one prefix go on step by step through the decoder's own ledger, each with a chain of
+Threads that forked at the end of one prefix go on step by step through the engine's own ledger, each with a chain of
 draft nodes of which one is accepted. Milliseconds, medians of steps, for Llama-8B's heads in bfloat16: rows placed and
 slots booked (`forest`); what the device must be told, in the buffers of a CUDA graph (`tables`); tokens accepted and
 slots taken back (`commit`). `pack` is the device's, so it does not run here.

@@ -1,6 +1,6 @@
 """Where a step's time goes: by phase over real answers, and by the number of rows over a given number of slots.
 
-`attribution` answers prompts with threads and heads. The phases of the decoder are timed inside it (`Stats`), the
+`attribution` answers prompts with threads and heads. The phases of the engine are timed inside it (`Stats`), the
 forward pass of the CPU runtime is split once more by the compiled code's own clocks; what none of them saw is said.
 `curve` times one forward pass over draft trees of growing size below a single thread, the least of several runs.
 """

@@ -81,11 +81,11 @@ NAMES = {
     "hf": "transformers' generate, control tokens suppressed",
     "hf-pld": f"the same with prompt lookup of {LOOKUP_TOKENS} tokens",
     "hf-compiled": "the same, compiled: a static cache and torch.compile of every step but the prompt's",
-    "ours-ar": "our decoder without threads and heads",
-    "threads": "our decoder with threads",
-    "heads": "our decoder with heads",
-    "ours": "our decoder with threads and heads, and all else that it guesses ahead",
-    "siblings": "our decoder with threads that guess without heads, from what has been said",
+    "ours-ar": "our engine without threads and heads",
+    "threads": "our engine with threads",
+    "heads": "our engine with heads",
+    "ours": "our engine with threads and heads, and all else that it guesses ahead",
+    "siblings": "our engine with threads that guess without heads, from what has been said",
 }
 # Parts of `ours`, to see what each brings; all with threads and the same heads.
 SPECULATIONS = {

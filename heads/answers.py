@@ -78,7 +78,7 @@ class Answers:
 
 @dataclass(slots=True)
 class AnswerFile:
-    """Records of our decoder: {"prompt_ids": [...], "threads": [{"parent", "fork_index", "token_ids"}...]}."""
+    """Records of our engine: {"prompt_ids": [...], "threads": [{"parent", "fork_index", "token_ids"}...]}."""
 
     records: list[dict]
     own: int | None = None  # so many of the first are the model's own answers; None: all

@@ -245,7 +245,7 @@ def measured_tokens(ranks: Ranks, tree: DraftTree) -> list[float]:
 
 
 def simulated_tokens(ranks: Ranks, tree: DraftTree) -> list[float]:
-    """The same by going through every thread as the decoder does, from where one step's tokens end to the next.
+    """The same by going through every thread as the engine does, from where one step's tokens end to the next.
 
     Steps begin more often where guesses fail, and a thread's end cuts its last one short. The step that feeds a
     thread's prompt has no drafts and is not counted.

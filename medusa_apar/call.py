@@ -25,6 +25,7 @@ from transformers.generation import StopStringCriteria
 from medusa_apar.engine import admission, draft_watch
 from medusa_apar.engine.engine import Engine
 from medusa_apar.engine.rescoring import Rescoring, first_limit, last_limit
+from medusa_apar.engine.scheduler import MAX_PREFILL_ROWS
 from medusa_apar.engine.stopping import CriteriaStop, StopConditions
 from medusa_apar.events import Consumer
 from medusa_apar.events.reporter import Reporter
@@ -93,7 +94,9 @@ def answer(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> MedusaAp
         reporter = Reporter(asked.events, prepared.returns_dict, limit)
     requests = _requests(prepared, prompts, replace(options, watcher=reporter), ends.criteria)
     columns = TextColumns(requests, int(prepared.config._pad_token_tensor or 0))
-    with Engine(apar.model, apar.runtime, apar.heads, apar.options) as engine:
+    # Nobody waits for one row alone: prompts are fed as fast as they can be.
+    fast = replace(apar.options, max_prefill_rows=apar.options.max_prefill_rows or MAX_PREFILL_ROWS)
+    with Engine(apar.model, apar.runtime, apar.heads, fast, checked=True) as engine:
         for request in requests:
             engine.add(request)
         if prepared.streamer is not None and prepared.shows_prompt:
@@ -125,7 +128,6 @@ def _request_options(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -
     checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
     max_depth = apar.max_depth if asked.max_depth is None else asked.max_depth
     mode = fork_mode(apar.fork if asked.fork is None else asked.fork)
-    checks.check_asked(apar, config, asked.fork_if, mode)
     control = apar.control_token_ids
     if mode == "auto" and control is None:
         mode = "off"

@@ -41,7 +41,7 @@ _REFUSED_FIELDS = {
     "watermarking_config": ((None,), "it counts calls, and drafting changes their number"),
     "cache_implementation": ((None, "dynamic"), "the KV pool is the cache"),
     "compile_config": ((None,), "steps change their shape; attach(cuda_graphs=True) is what saves launches on a GPU"),
-    "prefill_chunk_size": ((None,), "a prompt is fed in one step"),
+    "prefill_chunk_size": ((None,), "an engine says how a prompt is fed (max_prefill_rows)"),
     "token_healing": ((None, False), "it would change the prompt"),
     "is_assistant": ((None, False), "the model decodes by itself"),
 }
@@ -72,11 +72,6 @@ def check_limits(**limits: int | None) -> None:
     for name, value in limits.items():
         if value is not None and value < (0 if name == "max_depth" else 1):
             raise ValueError(f"{name} must be positive, got {value}.")
-
-
-def check_asked(apar: MedusaApar, config: GenerationConfig, fork_if: object, mode: str) -> None:
-    if fork_if is not None and mode == "auto" and apar.typical is not None and config.do_sample:
-        raise NotImplementedError("fork_if is asked token by token, and typical acceptance judges whole paths at once.")
 
 
 def typical_acceptance(acceptance: str | TypicalAcceptance) -> TypicalAcceptance | None:

@@ -209,9 +209,12 @@ class MedusaApar:
         fork_if: ForkIf | None = None,
         max_threads: int | None = None,
         max_depth: int | None = None,
-        events: Consumer | None = None,
+        events: Consumer | bool = False,
         stop_strings: str | list[str] | None = None,
-        **options: Any,
+        scores: bool = False,
+        logits: bool = False,
+        logprobs: int | None = None,
+        priority: int = 0,
     ) -> Request:
         """A request for `Engine.add`.
 
@@ -219,8 +222,9 @@ class MedusaApar:
             id: names it in its engine and its outputs.
             prompt: token ids; or a text, which the tokenizer encodes as it is, without a chat template.
             sampling: None decodes greedily.
-            fork, fork_if, max_threads, max_depth, events, stop_strings: as of a call of the hook.
-            options: further ones of `RequestOptions`: priority, logprobs, scores, logits ...
+            fork, fork_if, max_threads, max_depth, stop_strings: as of a call of the hook.
+            events: True has them come with the engine's outputs; a consumer is called with each.
+            scores, logits, logprobs, priority: as of `RequestOptions`.
 
         Raises ValueError, in one sentence, for what cannot be.
         """
@@ -228,11 +232,18 @@ class MedusaApar:
             if self.tokenizer is None:
                 raise ValueError("a prompt that is text needs the tokenizer: pass tokenizer=... to attach.")
             prompt = cast(Any, self.tokenizer)(prompt)["input_ids"]
-        asked = CallOptions(fork, fork_if, max_threads, max_depth, events=events, stop_strings=stop_strings)
+        consumer = None if isinstance(events, bool) else events
+        asked = CallOptions(fork, fork_if, max_threads, max_depth, events=consumer, stop_strings=stop_strings)
         sampling = Sampling() if sampling is None else sampling
-        return engine_request(
-            self, id, list(cast(Sequence[int], prompt)), sampling, asked, max_new_tokens=max_new_tokens, **options
-        )
+        kept = {
+            "scores": scores,
+            "logits": logits,
+            "logprobs": logprobs,
+            "priority": priority,
+            "events": events is True,
+        }
+        ids = list(cast(Sequence[int], prompt))
+        return engine_request(self, id, ids, sampling, asked, max_new_tokens=max_new_tokens, **kept)
 
     def __copy__(self) -> MedusaApar:
         other = object.__new__(type(self))

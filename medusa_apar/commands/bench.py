@@ -2,7 +2,7 @@
 
   hf        transformers' generate, its control tokens suppressed     hf-pld   the same with prompt lookup
   hf-compiled  the same with a static cache and torch.compile (needs a C++ compiler; compiling takes a minute or more)
-  ours-ar   our decoder without threads and heads                     threads  heads  ours (both)
+  ours-ar   our engine without threads and heads                     threads  heads  ours (both)
 
   static    Medusa's draft trees, one for all threads            siblings  threads that guess without heads
   budget  budget+worths  budget+forks  budget+siblings: parts of `ours`, to see what each brings

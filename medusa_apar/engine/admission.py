@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import cast
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_apar.models.families import context_length
@@ -12,6 +14,14 @@ from medusa_apar.threads.request import RequestOptions
 
 class QueueFull(RuntimeError):
     """The engine takes no further request now; it may later."""
+
+
+def check_ids(model: PreTrainedModel, prompt_ids: Sequence[int]) -> None:
+    """ValueError for a token that the model does not know."""
+    size = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    wrong = next((token for token in prompt_ids if not 0 <= token < size), None)
+    if wrong is not None:
+        raise ValueError(f"the prompt holds {wrong}, but the model's vocabulary has ids from 0 to {size - 1}.")
 
 
 def check_fits(
@@ -23,9 +33,12 @@ def check_fits(
     """
     longest, limit = max(map(len, prompts)), context_length(model)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest + 1
-    if longest >= context and options.score_from is None:
+    scoring = options.score_from is not None
+    if options.score_from is not None and options.score_from >= min(map(len, prompts)):
+        raise ValueError(f"score_from={options.score_from} leaves no token of the text to score.")
+    if longest >= context + scoring:  # a text's last token is only looked for, never fed
         raise ValueError(f"The prompt has {longest} tokens, but the model's context ends at {context}.")
-    if limit is not None and longest >= limit and options.score_from is None:
+    if limit is not None and longest >= limit + scoring:
         raise ValueError(
             f"The prompt has {longest} tokens, but from {limit} on this model's rotary scaling depends on the whole "
             "batch, which parallel threads cannot have."
@@ -33,7 +46,7 @@ def check_fits(
     if max_slots is None:
         return
     hidden = options.policy.max_invisible_tokens(options.max_new_tokens, options.max_depth)
-    needed = longest if options.score_from is not None else longest + options.max_new_tokens + hidden
+    needed = longest if scoring else longest + options.max_new_tokens + hidden
     if limit is not None:
         needed = min(needed, limit)
     if max_slots < needed:

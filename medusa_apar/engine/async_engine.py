@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Protocol
 
 from medusa_apar.threads.request import Request
@@ -41,6 +41,9 @@ class AsyncEngine(Protocol):
         """Whether requests are answered."""
 
 
+Tell = Callable[[RequestOutput | Exception], None]
+
+
 class ThreadedEngine:
     """An `AsyncEngine` over our own engine, which a thread of its own makes, steps and closes.
 
@@ -51,12 +54,12 @@ class ThreadedEngine:
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._make = make
         self._calls: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
-        self._outputs: dict[str, Callable[[RequestOutput | Exception], None]] = {}
+        self._tells: dict[Request, Tell] = {}  # of requests that the engine has; its thread alone knows them
         self._thread = threading.Thread(target=self._run, name="medusa-apar engine", daemon=True)
-        self._started = threading.Event()
+        self._started, self._idle = threading.Event(), threading.Event()
+        self._lock = threading.Lock()  # of what follows: nothing is asked of a thread that has ended
         self._broken: BaseException | None = None
-        self._draining = self._closed = False
-        self._idle = threading.Event()
+        self._draining = self._ended = False
         self._stats = Stats()
 
     async def start(self) -> ThreadedEngine:
@@ -68,13 +71,14 @@ class ThreadedEngine:
         return self
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
-        self._check()
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
 
         def tell(output: RequestOutput | Exception) -> None:
-            with suppress(RuntimeError):  # the loop was closed under us: nobody waits
+            try:
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
+            except RuntimeError:  # the loop was closed under us: nobody waits
+                self._calls.put(lambda engine: self._abort(engine, request))
 
         def add(engine: Engine) -> None:
             try:
@@ -82,9 +86,9 @@ class ThreadedEngine:
             except Exception as error:
                 tell(error)
             else:
-                self._outputs[request.id] = tell
+                self._tells[request] = tell
 
-        self._calls.put(add)
+        self._ask(add)
         ended = False
         try:
             while not ended:
@@ -98,60 +102,75 @@ class ThreadedEngine:
                 self._calls.put(lambda engine: self._abort(engine, request))
 
     async def drain(self, timeout: float | None = None) -> bool:
-        self._draining = True
-        self._calls.put(lambda engine: None)  # it may be waiting
+        with self._lock:
+            self._draining = True
+            if self._ended or not self._started.is_set():
+                self._idle.set()
+            self._calls.put(lambda engine: None)  # it may be waiting
         done = await asyncio.to_thread(self._idle.wait, timeout)
         await self.close()
         return done
 
     async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        with self._lock:
+            self._draining = True
         self._calls.put(None)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
 
     def stats(self) -> Stats:
-        return self._stats
+        return copy.deepcopy(self._stats)
 
     @property
     def healthy(self) -> bool:
-        return self._started.is_set() and self._thread.is_alive() and self._broken is None and not self._draining
+        return self._started.is_set() and not self._ended and not self._draining
 
-    def _check(self) -> None:
-        if self._broken is not None:
-            raise RuntimeError(f"the engine has broken: {self._broken}") from self._broken
-        if self._closed or self._draining or not self._started.is_set():
-            raise RuntimeError("the engine takes no requests: it is not started, or it is closing.")
+    def _ask(self, call: Callable[[Engine], None]) -> None:
+        with self._lock:
+            if self._broken is not None:
+                raise RuntimeError(f"the engine has broken: {self._broken}") from self._broken
+            if self._draining or self._ended or not self._started.is_set():
+                raise RuntimeError("the engine takes no requests: it is not started, or it is closing.")
+            self._calls.put(call)
 
     def _abort(self, engine: Engine, request: Request) -> None:
         """Of this very request: another may have its name by now."""
-        if self._outputs.pop(request.id, None) is not None:
+        if self._tells.pop(request, None) is not None:
             engine.abort(request.id)
 
     def _run(self) -> None:
         try:
             engine = self._make()
         except BaseException as error:
-            self._broken = error
+            self._broken, self._ended = error, True
             self._started.set()
             return
         self._started.set()
         try:
             while self._take_calls(engine):
-                if engine.unfinished:
-                    self._tell(engine.step())
-                self._stats = replace(engine.stats, drafted=engine.stats.drafted.copy())
+                self._tell(engine.step())
+                self._stats = copy.deepcopy(engine.stats)
         except BaseException as error:  # a step that fails leaves nothing that could be gone on with
-            self._broken = error
-        finally:
-            engine.close()
-            why = self._broken
-            for tell in self._outputs.values():
-                tell(RuntimeError("the engine was closed." if why is None else f"the engine has broken: {why}"))
-            self._outputs.clear()
-            self._idle.set()
+            self._end(engine, error)
+        else:
+            self._end(engine, None)
+
+    def _end(self, engine: Engine, error: BaseException | None) -> None:
+        """Tells everybody who waits, those not yet added among them."""
+        with self._lock:
+            self._broken, self._ended = error, True
+        why = RuntimeError("the engine was closed." if error is None else f"the engine has broken: {error}")
+        with suppress(Exception):
+            engine.close()  # so that what is still asked is refused
+        for tell in self._tells.values():
+            tell(why)
+        self._tells.clear()
+        while not self._calls.empty():
+            call = self._calls.get()
+            if call is not None:
+                call(engine)
+        self._stats = copy.deepcopy(engine.stats)
+        self._idle.set()
 
     def _take_calls(self, engine: Engine) -> bool:
         """Runs what was asked since the last step, and waits while there is nothing to do; False to end."""
@@ -167,9 +186,9 @@ class ThreadedEngine:
             call(engine)
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            tell = self._outputs.get(output.request_id)
-            if output.finish_reason is not None:
-                self._outputs.pop(output.request_id, None)
-            if tell is not None:
+        ended = {output.request_id: output for output in outputs}
+        for request, tell in list(self._tells.items()):
+            if (output := ended.get(request.id)) is not None:
+                if output.finish_reason is not None:
+                    del self._tells[request]
                 tell(output)

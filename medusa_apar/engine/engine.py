@@ -11,6 +11,7 @@ engine.close()
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -68,6 +69,7 @@ class Engine:
     Args:
         runtime: what runs the model's steps, as `pick_runtime` returns it.
         heads: draft heads trained for the model, or None.
+        checked: whether the runtime has just been asked if it can run what the model has become.
 
     Raises ValueError for what cannot be. The model's weights may change while no request is unfinished: they are looked
     at when the first one joins.
@@ -79,6 +81,7 @@ class Engine:
         runtime: Runtime,
         heads: Heads | None = None,
         options: EngineOptions | None = None,
+        checked: bool = False,
     ) -> None:
         options = EngineOptions() if options is None else options
         self.model, self.runtime, self.heads, self.options = model, runtime, heads, options
@@ -99,6 +102,8 @@ class Engine:
         self._watches: dict[tuple[int, ...], StateWatch] = {}
         self._arrivals = 0
         self._session: ExitStack | None = None  # while requests are unfinished
+        self._checked = checked
+        self._stepping, self._to_abort = False, set[Request]()  # what is aborted during a step ends with it
         self._closed = False
 
     # ---- requests
@@ -109,9 +114,12 @@ class Engine:
             raise RuntimeError("the engine is closed.")
         if request.id in self._requests:
             raise ValueError(f"a request named {request.id!r} is unfinished.")
+        if request.added or request.status is not Status.WAITING:
+            raise ValueError(f"the request {request.id!r} has been added before: make a new one.")
+        admission.check_ids(self.model, request.prompt_ids)
         admission.check_fits(self.model, self.options.pool_slots, [request.prompt_ids], request.options)
         most = self.options.max_waiting
-        if most is not None and self.scheduler.num_waiting >= most:
+        if most is not None and self.scheduler.num_waiting >= most + self.scheduler.free_places:
             raise QueueFull(f"{most} requests are waiting already; try again later.")
         request.sampler = self._sampler(request)
         request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
@@ -122,11 +130,18 @@ class Engine:
         self.stats.requests += 1
 
     def abort(self, request_id: str) -> None:
-        """Ends a request and gives its slots back; one that has ended or is unknown stays as it is."""
+        """Ends a request and gives its slots back; one that has ended or is unknown stays as it is.
+
+        A consumer, a processor or whatever else a step asks may call it too: the request then ends with that step, and
+        its output says so.
+        """
         request = self._requests.get(request_id)
-        if request is not None:
-            request.finish_reason = "aborted"
-            self._end(request, Status.ABORTED)
+        if request is None:
+            return
+        if self._stepping:
+            self._to_abort.add(request)
+        else:
+            self._end(request, Status.ABORTED, "aborted")
 
     @property
     def unfinished(self) -> int:
@@ -134,7 +149,8 @@ class Engine:
         return len(self._requests)
 
     def close(self) -> None:
-        """Aborts what is unfinished and gives everything back. A closed engine takes no further request."""
+        """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""
+        self._stepping = False
         for request_id in list(self._requests):
             self.abort(request_id)
         self._leave()
@@ -154,10 +170,12 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """plan -> forward -> verify -> commit -> draft, for the requests that run now.
 
-        Returns what it has brought each of them, if anything. ValueError where the model has become one that the
-        runtime cannot run; what a single request fails by is in its own output.
+        Returns what it has brought each of them, if anything. What a single request fails by is in its own output.
+        ValueError where the model has become one that the runtime cannot run. What else a forward pass raises leaves
+        the engine broken: it can only be closed.
         """
-        self._enter()
+        if not self._begin():
+            return []
         phase = PhaseTimer(self.stats.phase_seconds)
         with phase("plan"):
             plan, segments = self.scheduler.plan(self.speculator.candidates)
@@ -166,7 +184,7 @@ class Engine:
             drafting = self.speculator.begin(self.scheduler.load(), len(forest.verified))
             tail = Tail(forest, self.runtime.verify, self.runtime.argmax, drafting, self.speculator.max_depth)
         self.reporters.planned(forest, self.ledger.pool.in_use)
-        with phase("forward"):
+        with phase("forward"), forest.undone_on_error():
             output = self.runtime.step(forest, self.ledger.pool, self.taps, tail)
         with phase("verify"):
             verdicts = tail.read(output)
@@ -181,12 +199,28 @@ class Engine:
         self.reporters.stepped(plan.requests, len(forest), self.ledger.pool.in_use)
         return self._outputs(plan)
 
+    def _begin(self) -> bool:
+        """Whether there is anything to run. A step that does not come to its end leaves the engine broken."""
+        if self._closed or self._stepping:
+            raise RuntimeError(
+                "the engine is closed." if self._closed else "the engine has broken in a step: close it."
+            )
+        if not self._requests:
+            return False
+        self._enter()
+        self._stepping = True
+        return True
+
+    def _is_gone(self, request: Request) -> bool:
+        """Whether what it has chosen in this step counts no more."""
+        return request.error is not None or request in self._to_abort
+
     def _commit(self, segment: Segment, verdict: Verdict | None) -> list[Advance]:
         """The threads that went on: the segment's, then children whose `[Child]` had been drafted."""
         request, thread = segment.request, segment.thread
-        if verdict is None or request.error is not None:
+        if verdict is None or self._is_gone(request):
             self.ledger.commit(segment.drafted_slots.tolist(), [], [])
-            request.done |= request.error is None and segment.stop >= len(thread.tokens) - 1  # all of a text is scored
+            request.done |= segment.stop >= len(thread.tokens) - 1  # all of a text is scored
             return []
         try:
             made = commit(segment, verdict, self.fork_manager, self.ledger)
@@ -213,7 +247,7 @@ class Engine:
     def _publish(self, request: Request) -> None:
         """Moves a request's readable text on, and cancels threads that can no longer show."""
         before = len(request.text)
-        if request.error is None and request.status is Status.DECODING:
+        if request.status is Status.DECODING and not self._is_gone(request):
             try:
                 request.publish()
             except Exception as error:  # a stopping criterion's
@@ -228,26 +262,41 @@ class Engine:
 
     def _outputs(self, plan: Plan) -> list[RequestOutput]:
         """What is new of each request; those that are done or have failed leave the engine."""
-        outputs = []
-        for request in plan.requests:
+        self._stepping = False
+        outputs, aborted = [], set(self._to_abort)
+        for request in self._touched(plan):
             if request.error is not None:
-                request.finish_reason = "error"
-                self._end(request, Status.FAILED)
+                self._end(request, Status.FAILED, "error")
+            elif request in aborted:
+                self._end(request, Status.ABORTED, "aborted")
             elif request.done:
-                request.finish_reason = request.finish_reason or "stop"
-                self._end(request, Status.FINISHED)
+                self._end(request, Status.FINISHED, request.finish_reason or "stop")
             new, request.sent = request.text_ids[request.sent :], len(request.text_ids)
             events = request.watcher.take() if request.options.events else []
             if new or events or request.status.ended:
                 reason = request.finish_reason if request.status.ended else None
                 outputs.append(RequestOutput(request.id, new, reason, request.error, events))
-        if not self._requests:
-            self._leave()
         return outputs
 
-    def _end(self, request: Request, status: Status) -> None:
+    def _touched(self, plan: Plan) -> Iterator[Request]:
+        """Requests that ran, were aborted or have a consumer that failed, each once; telling of one's end may be what
+        makes another's consumer fail."""
+        told: set[Request] = set()
+        todo = [*plan.requests, *self._to_abort]
+        self._to_abort.clear()
+        while todo := [*todo, *self.reporters.failed]:
+            self.reporters.failed.clear()
+            request = todo.pop(0)
+            if request not in told:
+                told.add(request)
+                yield request
+
+    def _end(self, request: Request, status: Status, reason: str) -> None:
         """Takes a request out, whatever it was doing."""
-        request.done, request.status = True, status
+        if request.id not in self._requests:  # the end of another has brought it about
+            return
+        del self._requests[request.id]
+        request.done, request.status, request.finish_reason = True, status, reason
         request.stats.finished = time.perf_counter() - request.added
         for thread in self.fork_manager.trim(request):
             self.ledger.free_unneeded(thread)
@@ -260,7 +309,8 @@ class Engine:
             request.sampler.watch.users -= 1
             if not request.sampler.watch.users:
                 del self._watches[tuple(map(id, request.sampler.before))]
-        del self._requests[request.id]
+        if not self._requests:
+            self._leave()
 
     def _count(self, plan: Plan, forest: Forest, phase: PhaseTimer) -> None:
         stats = self.stats
@@ -271,7 +321,9 @@ class Engine:
         stats.peak_threads = max(stats.peak_threads, len(forest.verified))
         stats.peak_slots = self.ledger.pool.peak
         if self._learned is not None and not plan.prefill_rows:
-            self._learned.observe(len(forest), phase.seconds["forward"])
+            # A GPU is waited for while verdicts are read.
+            waited = phase.seconds["verify"] if self.device.type == "cuda" else 0.0
+            self._learned.observe(len(forest), phase.seconds["forward"] + waited)
         if plan.prefill_rows:
             stats.prefill_seconds += phase.total
         else:
@@ -282,11 +334,12 @@ class Engine:
     def _enter(self) -> None:
         if self._session is not None:
             return
-        self._session = ExitStack()
-        self._session.enter_context(self.runtime.session(checked=True))  # by whoever picked it
-        if self.heads is not None:
-            # Looked up once, as it asks every weight that was copied whether it has changed.
-            self.speculator.drafter = self.runtime.drafter(self.heads)
+        with ExitStack() as session:
+            session.enter_context(self.runtime.session(self._checked))
+            if self.heads is not None:
+                # Looked up once, as it asks every weight that was copied whether it has changed.
+                self.speculator.drafter = self.runtime.drafter(self.heads)
+            self._session, self._checked = session.pop_all(), False
 
     def _leave(self) -> None:
         if self._session is not None:
@@ -313,7 +366,7 @@ class Engine:
         return ForestBudget(rows, self.cost, self.runtime.facts.max_nodes, speculation.worths)
 
     def _max_prefill_rows(self) -> int:
-        """So many rows more than a full step's that it takes twice as long at most."""
+        """So many rows more than a full step's that a step takes twice as long as that at most."""
         if self.options.max_prefill_rows is not None:
             return self.options.max_prefill_rows
         rows = self.options.max_rows(self.device.type)

@@ -35,6 +35,18 @@ class EngineOptions:
     max_requests: int | None = None
     max_waiting: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("budget", 1),
+            ("pool_slots", 1),
+            ("max_prefill_rows", 1),
+            ("max_requests", 1),
+            ("max_waiting", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, must be {least} or more.")
+
     def max_rows(self, device: str) -> int:
         """Rows of a step's forest, at most, on a device of this type."""
         return MAX_ROWS.get(device, MAX_ROWS["cpu"]) if self.budget is None else self.budget

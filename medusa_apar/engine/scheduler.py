@@ -27,7 +27,9 @@ from medusa_apar.threads.request import Request, Status
 
 Candidates = Callable[[Thread], Proposal | None]
 
-_SCORED_ROWS = 512  # of a pass that scores a text: 100 MB of float32 logits where the vocabulary is 49152
+_SCORED_ROWS = 512  # of a step, that score texts: 100 MB of float32 logits where the vocabulary is 49152
+MAX_PREFILL_ROWS = 4096  # of a step beside which nobody decodes
+_BACK_OFF = 0.1  # what a preemption adds to the share of their limit that answers are expected to need
 _MEMORY = 0.9  # of the running mean of what answers need, beside their limit
 
 
@@ -52,7 +54,8 @@ class Plan:
     requests: dict[Request, list[Thread]] = field(default_factory=dict)  # threads that are fed, of each that runs
     rows: int = 0  # without draft nodes
     prefill_rows: int = 0  # of these, what is fed beyond the rows of requests that decode
-    prefill_left: float = math.inf
+    prefill_left: int = MAX_PREFILL_ROWS
+    scored_left: int = _SCORED_ROWS
 
 
 @dataclass(slots=True)
@@ -69,33 +72,43 @@ class Scheduler:
     context_length: int | None = None
     max_prefill_rows: int = 24
     max_requests: int | None = None
-    running: list[Request] = field(default_factory=list)  # in the order of their admission
+    running: list[Request] = field(default_factory=list)  # by priority, then by arrival
     preemptions: int = 0  # of requests
     thread_preemptions: int = 0
     _waiting: list[tuple[int, int, Request]] = field(default_factory=list)  # a heap: priority, arrival
+    _refed: set[Thread] = field(default_factory=set)  # preempted threads that are not whole again
     _used_share: float = 1.0  # of `max_new_tokens`, what answers have needed
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def free_places(self) -> float:
+        """How many more requests could run for sure."""
+        if self.ledger.pool.max_slots is not None:
+            return 0 if self.running else 1
+        return math.inf if self.max_requests is None else self.max_requests - len(self.running)
+
     def waiting(self) -> Iterator[Request]:
         """In the order in which they will be admitted."""
         return (request for _, _, request in sorted(self._waiting, key=lambda entry: entry[:2]))
 
     def add(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.options.priority, request.arrival, request))
+        heapq.heappush(self._waiting, (*_rank(request), request))
 
     def remove(self, request: Request) -> None:
         """Takes out a request that has ended, wherever it stands."""
         if request in self.running:
             self.running.remove(request)
-            written = sum(len(thread.tokens) - thread.num_forced for thread in request.tree.threads)
-            share = min(written / request.max_new_tokens, 2.0)
-            self._used_share = _MEMORY * self._used_share + (1 - _MEMORY) * share
+            if request.status is Status.FINISHED and request.options.score_from is None:
+                written = sum(len(thread.tokens) - thread.num_forced for thread in request.tree.threads)
+                share = min(written / request.max_new_tokens, 2.0)
+                self._used_share = _MEMORY * self._used_share + (1 - _MEMORY) * share
         else:
             self._waiting = [entry for entry in self._waiting if entry[2] is not request]
             heapq.heapify(self._waiting)
+        self._refed.difference_update(request.tree.threads)
 
     def load(self) -> Load:
         """What the next step will run at most."""
@@ -107,13 +120,14 @@ class Scheduler:
         self._admit()
         plan = Plan()
         if any(request.status is Status.DECODING for request in self.running):
-            plan.prefill_left = self.max_prefill_rows
+            plan.prefill_left = min(self.max_prefill_rows, MAX_PREFILL_ROWS)
         for request in list(self.running):
             if request in self.running:  # an older one may have preempted it meanwhile
                 self._choose_first(request, plan)
         for request in self.running:
             self._choose_others(request, plan)
-        if self.running and not plan.feed:
+        if not plan.feed:
+            assert self.ledger.pool.max_slots is not None, "a running request has a live thread"
             raise MemoryError(
                 f"The KV pool's {self.ledger.pool.max_slots} slots are too few to go on with any thread; "
                 "give `pool_slots` more room or lower `max_new_tokens`."
@@ -130,6 +144,7 @@ class Scheduler:
                 return
             heapq.heappop(self._waiting)
             self.running.append(request)
+            self.running.sort(key=_rank)
             request.status = Status.PREFILLING
 
     def _has_room(self, request: Request) -> bool:
@@ -143,23 +158,23 @@ class Scheduler:
     def _expected(self, request: Request) -> int:
         if request.options.score_from is not None:
             return len(request.prompt_ids)
-        return len(request.prompt_ids) + math.ceil(self._used_share * request.max_new_tokens)
+        expected = len(request.prompt_ids) + math.ceil(self._used_share * request.max_new_tokens)
+        return expected if self.context_length is None else min(expected, self.context_length)
 
     def _held(self, request: Request) -> int:
         return sum(self.ledger.cached(thread) for thread in request.tree.threads)
 
     def _choose_first(self, request: Request, plan: Plan) -> None:
         """The request's earliest thread in reading order that can run; others give their slots back for it."""
-        for thread in _ready_first(request):
-            feed: Feed | None = self._feed(request, thread, plan)
-            if feed is not None and feed.stops and not self._fits(feed, plan):
-                feed = self._make_room(request, thread, plan)
-            if feed is not None and feed.stops:
-                self._take(request, thread, feed, plan)
-            return
+        thread = _ready_first(request)[0]
+        feed: Feed | None = self._feed(request, thread, plan)
+        if feed is not None and not self._fits(feed, plan):
+            feed = self._make_room(request, thread, plan)
+        if feed is not None and feed.stops:
+            self._take(request, thread, feed, plan)
 
     def _choose_others(self, request: Request, plan: Plan) -> None:
-        if request not in plan.requests:
+        if request not in plan.requests or request.options.score_from is not None:
             return
         limit = math.inf if request.options.max_threads is None else request.options.max_threads
         taken = sum(thread in plan.chosen for thread in plan.requests[request])
@@ -178,10 +193,10 @@ class Scheduler:
     def _feed(self, request: Request, thread: Thread, plan: Plan) -> Feed:
         """What the thread needs beside what the plan has, or as much of it as the step has rows for."""
         scoring = request.options.score_from is not None
-        decodes = request.status is Status.DECODING and self.ledger.claims(thread)
+        decodes = request.status is Status.DECODING and thread not in self._refed
         left = math.inf if decodes else plan.prefill_left
         if scoring:
-            left = min(left, _SCORED_ROWS)
+            left = min(left, plan.scored_left)
         stops: list[tuple[Thread, int]] = []
         rows = 0
         for member, until in self.ledger.missing(thread, len(thread.tokens) - 1 if scoring else None):
@@ -205,6 +220,10 @@ class Scheduler:
         if feed.prefills:
             plan.prefill_rows += feed.rows
             plan.prefill_left -= feed.rows
+        if request.options.score_from is not None:
+            plan.scored_left -= feed.rows
+        if feed.whole:
+            self._refed.discard(thread)
         if feed.whole and request.options.score_from is None:
             plan.chosen[thread] = request
 
@@ -215,13 +234,15 @@ class Scheduler:
     def _make_room(self, request: Request, thread: Thread, plan: Plan) -> Feed | None:
         """Preempts others until the thread fits: threads that no request waits for first, then younger requests. What
         the thread then needs, or None where it does not fit."""
+        if not self._could_fit(request, thread, plan):
+            return None
         self.ledger.resume(thread)  # claim the path first, or preempting its relatives would take it
         for other in reversed(self.running):
-            kept = next(iter(_ready_first(other)), None)
+            kept = _ready_first(other)[0]
             for victim, _ in reversed(other.live):
                 if victim is thread or victim is kept or victim in plan.feed:
                     continue
-                self.thread_preemptions += self.ledger.evict(victim) > 0
+                self.thread_preemptions += self._evict(victim)
                 if self._fits(feed := self._feed(request, thread, plan), plan):
                     return feed
         for other in self.running[:0:-1]:
@@ -232,9 +253,29 @@ class Scheduler:
                 return feed
         return None
 
+    def _could_fit(self, request: Request, thread: Thread, plan: Plan) -> bool:
+        """Whether the thread might fit if all that may go for it went."""
+        younger = self.running[self.running.index(request) + 1 :]
+        kept = {_ready_first(other)[0] for other in self.running}
+        may_go = (
+            self.ledger.cached(victim)
+            for other in self.running
+            for victim, _ in other.live
+            if victim not in plan.feed and (other in younger or victim not in kept) and victim is not thread
+        )
+        # Of threads that have ended, slots go with the last one that sees them.
+        ended = (self.ledger.cached(thread) for other in self.running for thread in other.tree.threads if thread.ended)
+        return self._fits(self._feed(request, thread, plan), plan, -sum(may_go) - sum(ended))
+
+    def _evict(self, thread: Thread) -> bool:
+        """Takes a thread's slots back, if it has any of its own; it will have to be fed again."""
+        self._refed.add(thread)
+        return self.ledger.evict(thread) > 0
+
     def _preempt(self, request: Request) -> None:
         for thread, _ in request.live:
-            self.ledger.evict(thread)
+            self._evict(thread)
+        self._used_share = min(self._used_share + _BACK_OFF, max(self._used_share, 1.0))
         self.running.remove(request)
         self.preemptions += 1
         request.stats.preemptions += 1
@@ -291,10 +332,17 @@ class Scheduler:
     def _fed(self, request: Request, thread: Thread, stop: int) -> Segment:
         """A segment that is not verified, or whose rows score a given text."""
         first = request.options.score_from
+        if first is not None:  # a preempted one goes on behind what is scored
+            first += len(request.text_scores.logprobs)
         scored = 0 if first is None else stop - max(self.ledger.cached(thread), first - 1)
         if scored > 0:
             return Segment(thread, stop, scored=scored, request=request)
         return Segment(thread, stop, verified=False, request=request)
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    """Who goes first: by priority, then by arrival."""
+    return request.options.priority, request.arrival
 
 
 def _num_threads(request: Request) -> int:

@@ -43,7 +43,7 @@ class Recording:
     Attributes:
         rows: number of each request, by id.
         trees: one a request, what `MedusaAparOutput.paragraph_tree` would be had the call ended here. Threads are the
-            recording's own, equal to the decoder's in all that is told.
+            recording's own, equal to the engine's in all that is told.
         origins: of each thread's own tokens.
         started: in which step a thread was forked; finished: in which it ended.
         drafted: each live thread's part of the latest forest, with what is guessed for it while that is being checked.

@@ -77,8 +77,14 @@ class Reporter:
         self._start(request)
 
     def ended(self, request: Request) -> None:
-        """Lets go of a request; all of it has been told."""
+        """Lets go of a request. Threads that are told as open were aborted, or have failed, between two steps."""
         self.requests.remove(request)
+        if self._open[request]:
+            for thread in self._open[request]:
+                reason = thread.finish_reason or "cancelled"
+                self._queue.append(ThreadFinished(self._step, request.id, thread.index, reason, thread.ends_line))
+            seconds = time.perf_counter() - self._started - self._consumed
+            self._queue.append(StepFinished(self._step, 0, self._slots_used, self._slots_used, (), seconds))
         for thread in request.tree.threads:
             self._reported.pop(thread, None)
             self._took_over.discard(thread)
@@ -163,6 +169,7 @@ class Reporters:
 
     def __init__(self) -> None:
         self._requests: dict[Reporter, set[Request]] = {}
+        self.failed: list[Request] = []  # requests whose consumer has raised, until the engine has ended them
 
     def added(self, request: Request) -> None:
         if request.options.events and request.options.watcher is None:
@@ -176,6 +183,7 @@ class Reporters:
             return
         request.watcher.ended(request)
         self._requests[request.watcher].remove(request)
+        self._deliver(request.watcher)
         if not self._requests[request.watcher]:
             del self._requests[request.watcher]
 
@@ -213,6 +221,7 @@ class Reporters:
         except Exception as error:
             for request in self._requests[reporter]:
                 request.error = request.error or error
+                self.failed.append(request)
 
 
 def _drafted(segment: Segment) -> Drafted:

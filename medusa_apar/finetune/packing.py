@@ -163,7 +163,7 @@ def attention_mask(parents: torch.Tensor, dtype: torch.dtype = torch.float32) ->
 
 
 class PackedForest:
-    """A row in the place of a decoder's `Forest`, so that training attends as decoding does (`attention.py`)."""
+    """A row in the place of an engine's `Forest`, so that training attends as decoding does (`attention.py`)."""
 
     def __init__(self, row: PackedRow) -> None:
         everything, positions = slice(0, len(row)), row.position_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -142,10 +143,27 @@ class Forest:
             np.arange(segment.row + len(segment.extend_tokens) - segment.scored, segment.row + segment.size)
             for segment in self.verified
         ]
-        self.arrays = np.array(tokens, dtype=np.int64), positions, slots, np.concatenate(verified)
+        # A forest that only feeds has one row all the same, as every pass has logits; nobody looks at them.
+        self.arrays = (
+            np.array(tokens, dtype=np.int64),
+            positions,
+            slots,
+            np.concatenate(verified or [[len(tokens) - 1]]),
+        )
         self._requests, self._ledger, self._device = requests, ledger, device
         self._plans: dict[LayoutKind, Plan] = {}
         self._packed: PackedForest | None = None
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Gives back what was booked for the forest where the block, its forward pass, fails."""
+        try:
+            yield
+        except BaseException:
+            for segment in self.segments:
+                self._ledger.pool.release(segment.drafted_slots.tolist())
+                self._ledger.truncate(segment.thread, segment.cached - segment.thread.start)
+            raise
 
     @cached_property
     def _tensors(self) -> tuple[torch.Tensor, ...]:

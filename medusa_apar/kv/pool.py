@@ -54,7 +54,7 @@ class KVPool(Cache):
         self.storage = KVStorage() if storage is None else storage
         self.keys, self.values, self.scales = self.storage.keys, self.storage.values, self.storage.scales
         self.positions = np.zeros(0, dtype=np.int64)  # [capacity] path position of the token in each slot
-        self.slots: torch.Tensor | None = None  # int64 [N], set by the decoder before each forward
+        self.slots: torch.Tensor | None = None  # int64 [N], set by the runtime before each forward pass
         # A backend's own way of writing: key and value [N, kv_heads, head_dim], the layer's keys and values, slots.
         self.write: Callable[..., None] | None = None
         self._runs = SlotRuns()
@@ -122,7 +122,7 @@ class KVPool(Cache):
     # What transformers calls during a forward pass.
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        assert self.slots is not None, "the decoder sets `slots` before every forward pass"
+        assert self.slots is not None, "the runtime sets `slots` before every forward pass"
         for store, states in ((self.keys, key_states), (self.values, value_states)):
             if layer_idx not in store:
                 # Zeros, not empty: masked slots still meet a softmax weight of zero, and 0 * NaN is NaN.

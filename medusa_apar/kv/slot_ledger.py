@@ -76,6 +76,8 @@ class SlotLedger:
     def free_unneeded(self, thread: Thread) -> int:
         """Returns what nobody needs any more of the thread and its ancestors; call when it ended. Counts the slots."""
         released = 0
+        if thread.ended:
+            self._evicted.discard(thread)
         member: Thread | None = thread
         while member is not None:
             released += self._shrink(member, self._needed(member))
@@ -108,6 +110,8 @@ class SlotLedger:
         if self._table is not None:
             self._table.shrink(thread)
         self.pool.release(gone)
+        if not slots:
+            self._slots.pop(thread, None)
         return len(gone)
 
     def truncate(self, thread: Thread, length: int) -> None:

@@ -45,10 +45,10 @@ class Runtime(Protocol):
         """What runs and in which weights, in a few words."""
 
     def pool(self, max_slots: int | None) -> KVPool:
-        """An empty pool for a generate call."""
+        """An empty pool for an engine."""
 
     def session(self, checked: bool = False) -> AbstractContextManager[None]:
-        """Entered once for all steps of a generate call. checked: `unsupported_reason` has just said None; the session
+        """Entered for all steps from an engine's first request to its last. checked: `unsupported_reason` has just said None; the session
         need not ask it again, which takes a walk over the model."""
 
     def unsupported_reason(self) -> str | None:

@@ -77,6 +77,12 @@ class RequestOptions:
                 raise ValueError(f"{name} is {value}, must be 1 or more.")
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs is {self.logprobs}, must be 0 or more.")
+        if self.events and self.watcher is not None:
+            raise ValueError("a request's events go to its outputs or to a watcher, not to both.")
+        if self.fork_if is not None and self.typical is not None and self.seed is not None:
+            raise NotImplementedError(
+                "fork_if is asked token by token, and typical acceptance judges whole paths at once."
+            )
 
     @property
     def max_depth(self) -> int:
@@ -163,7 +169,7 @@ class Request:
         # Set by the engine that the request was added to:
         self.status = Status.WAITING
         self.arrival = 0  # number among the engine's requests
-        self.added = 0.0  # time.perf_counter()
+        self.added = 0.0  # time.perf_counter(); 0 before
         self.sampler: Any = None  # verify.sampler.Sampler
         self.watcher: Any = options.watcher  # events.reporter.Reporter, None where nobody watches
         self.ngrams: Any = None  # drafting.ngram_index.NgramIndex, None where none is kept
@@ -197,4 +203,5 @@ class Request:
     def reopen(self, max_new_tokens: int) -> None:
         """Goes on with a text that its limit had ended, as if this had been the limit all along."""
         self.max_new_tokens, self.done, self.finish_reason = max_new_tokens, False, None
+        self.status, self.added = Status.WAITING, 0.0
         self.publish()

@@ -38,6 +38,7 @@ class DeviceVerify:
     drafting: Drafting | None
     modes: Modes
     segments: list[Segment]
+    served: list[bool]  # which segments are verified here; the others are the host's
     first_rows: np.ndarray  # int64 [T + 1]
     rows: tuple[np.ndarray, ...]  # int64 [M]: tokens, parents among the M, fork bans
     threads: tuple[
@@ -45,14 +46,10 @@ class DeviceVerify:
     ]  # int64 [T]: seeds, keys, whether sampled; then epsilon and delta as bits of float64
     positions: np.ndarray  # int64 [M]
     processed: list[tuple[int, Segment]]  # segments whose logits go through processors, each with its first row
-    taken: list[bool]  # of each segment, whether it is verified here
 
     @classmethod
     def of(cls, verify: Callable[..., Verified], forest: Forest, depth: int, drafting: Drafting | None) -> DeviceVerify:
-        """For all of a forest's verified segments; what the host verifies is verified here too, and ignored.
-
-        A launch has one pair of control tokens: the host verifies requests with another, or with none.
-        """
+        """For all of a forest's verified segments; what the host verifies is verified here too, and ignored."""
         sizes: list[int] = []
         keys: list[int] = []
         seeds: list[int] = []
@@ -60,9 +57,11 @@ class DeviceVerify:
         limits: list[tuple[float, float]] = []
         tokens, parents, positions, bans = [], [], [], []
         processed: list[tuple[int, Segment]] = []
-        samplers = [segment.request.sampler for segment in forest.verified if segment.request.sampler.path_free]
-        control = next((sampler.control for sampler in samplers if sampler.control is not None), None)
-        taken: list[bool] = []
+        served: list[bool] = []
+        rules = [segment.request.options.rule for segment in forest.verified]
+        control = next(((rule.fork_id, rule.child_id) for rule in rules if rule is not None), None)
+        # One launch bans control tokens in all its rows: a request without the rule is the host's beside others.
+        unruled = [control is not None and rule is None for rule in rules]
         first = 0
         for segment in forest.verified:
             sampler, drafted, tree = segment.request.sampler, len(segment.draft_tokens), segment.draft_tree
@@ -75,8 +74,8 @@ class DeviceVerify:
             members = 1 + len(segment.forks)
             sizes += [1 + segment.num_candidates, *([1] * len(segment.forks))]
             keys += [segment.thread.key, *(segment.child_key(fork) for fork in segment.forks)]
-            device = sampler.path_free and sampler.control == control
-            taken.append(device)
+            device = sampler.path_free and not unruled[len(served)]
+            served.append(device)
             seeds += [(sampler.seed or 0) & (2**64 - 1)] * members
             sampled += [int(device and sampler.seed is not None)] * members
             typical = sampler.typical if device and sampler.seed is not None else None
@@ -91,7 +90,7 @@ class DeviceVerify:
         threads = *unsigned, np.array(sampled, dtype=np.int64), *bits
         modes = Modes(control, any(sampled), any(epsilon >= 0 for epsilon, _ in limits))
         segments, places = forest.verified, np.concatenate(positions)
-        return cls(verify, depth, drafting, modes, segments, first_rows, rows, threads, places, processed, taken)
+        return cls(verify, depth, drafting, modes, segments, served, first_rows, rows, threads, places, processed)
 
     @property
     def operations(self) -> tuple | None:
@@ -180,8 +179,8 @@ class DeviceVerify:
                 verdict.drafted = ids.astype(np.int64), chances
         verdicts: list[Verdict | None] = []
         place = 0
-        for segment, taken in zip(self.segments, self.taken, strict=True):
-            verdicts.append(every[place] if taken else None)
+        for segment, served in zip(self.segments, self.served, strict=True):
+            verdicts.append(every[place] if served else None)
             every[place].children = dict(zip(segment.forks, every[place + 1 :], strict=False))
             place += 1 + len(segment.forks)
         return verdicts

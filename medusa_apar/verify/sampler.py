@@ -71,11 +71,6 @@ class Sampler:
         self.path_free = free and all(type(processor) in _PATH_FREE for processor in processors)
         self.plain = options.seed is None and not processors and not options.scores and options.fork_if is None
 
-    @property
-    def control(self) -> tuple[int, int] | None:
-        """The ids of `[Fork]` and `[Child]`; None without a fork rule, where they are tokens like others."""
-        return None if self.rule is None else (self.rule.fork_id, self.rule.child_id)
-
     def fork_bans(self, segment: Segment) -> list[bool]:
         """For the segment's root and each of its draft nodes, whether `[Fork]` may not be chosen there."""
         rule, tokens, depth = self.rule, (segment.extend_tokens[-1], *segment.draft_tokens), segment.thread.depth

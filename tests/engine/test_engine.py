@@ -17,7 +17,7 @@ from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions, Status
-from tests.support.models import CONTROL, EOS, VOCAB, WIDE, forking_model, random_model
+from tests.support.models import CONTROL, EOS, VOCAB, WIDE, forking_model, random_model, tiny_model
 
 LIMIT = 32
 
@@ -101,6 +101,7 @@ def test_too_many_waiting_requests_and_what_can_never_fit_are_refused_with_the_n
         with pytest.raises(ValueError, match="a request named 'c' is unfinished"):
             engine.add(request("c", prompt(0)))
         engine.add(request("d", prompt(1)))
+        engine.add(request("one that could run at once", prompt(1)))
         with pytest.raises(QueueFull, match="2 requests are waiting already"):
             engine.add(request("e", prompt(2)))
         engine.step()
@@ -242,6 +243,190 @@ def test_an_abort_within_a_prefill_and_between_steps_changes_nothing_for_others(
             engine.step()
     for n, one in enumerate(its):
         assert one.text_ids == alone(prompt(n), (model, runtime), limit=60, fork=False, eos_ids=frozenset())
+
+
+class Aborts:
+    """Has an engine abort a request in the middle of a step."""
+
+    def __init__(self, engine, named):
+        self.engine, self.named = engine, named
+
+    def __call__(self, *arguments):
+        self.engine.abort(self.named)
+        return arguments[1] if len(arguments) > 1 else False
+
+
+@pytest.mark.parametrize("victim", ["itself", "other", "waiting"])
+@pytest.mark.parametrize("way", ["consumer", "processor", "stop", "fork_if"])
+def test_an_abort_from_within_a_step_ends_with_it(way, victim):
+    with Engine(*parts(), options=EngineOptions(max_requests=3)) as engine:
+        aborts = Aborts(engine, victim)
+        changes = {
+            "consumer": lambda: {"watcher": Reporter(lambda event: aborts() if event.step == 4 else None)},
+            "processor": lambda: {"processors": (aborts,)},
+            "stop": lambda: {"stop": lambda its: len(its.text) > 2 and aborts()},
+            "fork_if": lambda: {"fork_if": lambda point: aborts() or True},
+        }
+        its = [request("itself", prompt(0), **changes[way]()), request("other", prompt(1)), request("third", prompt(2))]
+        its.append(request("waiting", prompt(3)))
+        for one in its:
+            engine.add(one)
+        told = {}
+        while engine.unfinished:
+            for output in engine.step():
+                if output.finish_reason is not None:
+                    told[output.request_id] = output.finish_reason
+            engine.ledger.check()
+        assert engine.ledger.pool.in_use == 0
+    for one in its:
+        assert one.error is None and (one.status is Status.ABORTED) == (one.id == victim)
+        assert (told[one.id] == "aborted") == (one.id == victim)
+    for n, one in enumerate(its):
+        if one.id not in (victim, "itself"):
+            assert one.text_ids == alone(prompt(n))
+
+
+def test_a_pass_that_fails_gives_back_what_was_booked_for_it(monkeypatch):
+    model, runtime = parts()
+    engine = Engine(model, runtime, options=EngineOptions(speculation=Speculation()))
+    engine.add(request("a", prompt(0)))
+    for _ in range(3):
+        engine.step()
+    before, step = engine.ledger.pool.in_use, type(runtime).step
+
+    def failing(*arguments):
+        step(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(runtime), "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine.ledger.check()
+    assert engine.ledger.pool.in_use == before
+    with pytest.raises(RuntimeError, match="has broken in a step"):
+        engine.step()
+    engine.close()
+    assert engine.stats.final_slots == 0
+    with pytest.raises(RuntimeError, match="is closed"):
+        engine.step()
+
+
+def test_an_idle_engine_looks_at_the_weights_anew_and_lets_go_of_the_model():
+    model = forking_model(9, "wide_llama")
+    for runtime in ("cpu", "torch"):
+        runtime = pick_runtime(model, runtime, None, "auto")
+        theirs = model.config._attn_implementation
+        with Engine(model, runtime) as engine:
+            assert engine.step() == []
+            engine.add(request("a", prompt(0)))
+            engine.step()
+            engine.abort("a")
+            assert model.config._attn_implementation == theirs
+            with torch.no_grad():
+                model.lm_head.weight.mul_(-1)
+            (one,) = run(engine, request("b", prompt(0)))
+        assert one.text_ids == alone(prompt(0), (model, runtime))
+
+
+def test_a_request_is_added_once():
+    one = request("a", prompt(0))
+    with Engine(*parts()) as engine, Engine(*parts()) as another:
+        engine.add(one)
+        with pytest.raises(ValueError, match="has been added before"):
+            another.add(one)
+        while engine.unfinished:
+            engine.step()
+        with pytest.raises(ValueError, match="has been added before"):
+            engine.add(one)
+
+
+def test_nothing_is_kept_of_requests_that_have_ended():
+    events = []
+    with Engine(*parts(), options=EngineOptions(pool_slots=150, speculation=Speculation())) as engine:
+        for n in range(24):
+            engine.add(request(str(n), prompt(n), watcher=Reporter(events.append)))
+        for n in (3, 9, 20):
+            engine.step()
+            engine.abort(str(n))
+        while engine.unfinished:
+            engine.step()
+        held = (engine.ledger._slots, engine.ledger._evicted, engine.speculator._proposals, engine._requests)
+        held += (engine._watches, engine.reporters._requests, engine.reporters.failed, engine.scheduler._refed)
+        assert [len(each) for each in held] == [0] * len(held)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ids", "message"),
+    [
+        ({"score_from": 6}, prompt(0), "score_from=6 leaves no token"),
+        ({"score_from": 1}, [7], "score_from=1 leaves no token"),
+        ({"score_from": 5}, prompt(0, 300), "The prompt has 300 tokens, but the model's context ends at 256"),
+        ({}, [5, VOCAB], f"the prompt holds {VOCAB}, but the model's vocabulary has ids from 0 to {VOCAB - 1}"),
+    ],
+)
+def test_what_would_harm_others_is_refused(changes, ids, message):
+    with Engine(*parts()) as engine, pytest.raises(ValueError, match=message):
+        engine.add(request("a", ids, **changes))
+
+
+@pytest.mark.parametrize("name", ["budget", "pool_slots", "max_prefill_rows", "max_requests", "max_waiting"])
+def test_options_of_an_engine_are_numbers_that_make_sense(name):
+    with pytest.raises(ValueError, match=f"{name} is -1, must be"):
+        EngineOptions(**{name: -1})
+
+
+def test_a_scored_text_is_scored_whole_whatever_is_preempted_or_runs_beside_it():
+    """Alone, in pieces that no row is scored of, and under a pool that takes its slots away."""
+    model, runtime = long_parts()
+    text = prompt(3, 900)
+    with torch.no_grad():
+        expected = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+    for options in ({}, {"max_prefill_rows": 70}, {"pool_slots": 1000}):
+        scored = request("scored", text, score_from=700, fork=False, limit=1, priority=1)
+        others = [request(str(n), prompt(n), limit=80, fork=False, eos_ids=frozenset()) for n in range(2)]
+        with Engine(model, runtime, options=EngineOptions(**options)) as engine:
+            engine.add(scored)
+            engine.step()
+            run(engine, *others)
+        told = scored.text_scores
+        assert scored.error is None and len(told.logprobs) == len(told.chosen) == 200
+        rows = expected[699:].clone()
+        for one in others:
+            assert one.text_ids == alone(one.prompt_ids, (model, runtime), limit=80, fork=False, eos_ids=frozenset())
+        assert told.logprobs == pytest.approx(rows[range(200), text[700:]].tolist(), abs=0.2)
+
+
+def test_aborts_and_scored_texts_do_not_make_admission_reckless():
+    with Engine(*parts(), options=EngineOptions(pool_slots=150)) as engine:
+        for n in range(30):
+            engine.add(request(f"x{n}", prompt(n)))
+            engine.step()
+            engine.abort(f"x{n}")
+            run(engine, request(f"s{n}", prompt(n, 9), score_from=3))
+        its = run(engine, *(request(str(n), prompt(n), fork=False, eos_ids=frozenset()) for n in range(12)))
+        assert engine.stats.preemptions <= len(its)
+
+
+def test_a_large_limit_does_not_keep_others_waiting():
+    model, steps = tiny_model("gpt2"), []
+    gpt2 = model, pick_runtime(model, "auto", None, "auto")
+    for limit in (200, 100_000):  # its positions end at 256
+        with Engine(*gpt2, options=EngineOptions(pool_slots=1000)) as engine:
+            run(engine, *(request(str(n), prompt(n), limit, fork=False, eos_ids=frozenset()) for n in range(8)))
+            steps.append(engine.stats.steps)
+    assert steps[1] < 2 * steps[0]
+
+
+def test_a_better_priority_is_not_preempted_for_a_worse_one():
+    with Engine(*parts(), options=EngineOptions(pool_slots=150)) as engine:
+        engine.scheduler._used_share = 0.05  # so that too many are let in
+        its = [request(str(n), prompt(n), fork=False, eos_ids=frozenset(), priority=9) for n in range(4)]
+        for one in its:
+            engine.add(one)
+        engine.step()
+        urgent = request("urgent", prompt(5), fork=False, eos_ids=frozenset())
+        run(engine, urgent)
+        assert urgent.stats.preemptions == 0 and engine.stats.preemptions > 0
 
 
 def test_a_processor_with_state_is_refused_where_two_requests_share_it():

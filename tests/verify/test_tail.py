@@ -174,7 +174,7 @@ def test_a_launch_takes_all_modes_but_those_that_need_the_host():
         logits = torch.randn(len(some), VOCAB, generator=torch.Generator().manual_seed(2))
         logits[:, [FORK, CHILD]] += 2.0
         tail, verdicts = run([[segment_of(request)] for request in requests], logits, reference.verify)
-        assert [mode for mode, here in zip(some, tail.device.taken, strict=True) if here] == taken
+        assert [mode for mode, here in zip(some, tail.device.served, strict=True) if here] == taken
         assert tail.device.modes == ((FORK, CHILD), True, True) if some is modes else (None, True, False)
         for place, (mode, verdict) in enumerate(zip(some, verdicts, strict=True)):
             assert same(verdict, verified_on_host([segment_of(request_in(mode))], logits[place, None])[0], place)

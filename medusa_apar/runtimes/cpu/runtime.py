@@ -149,6 +149,9 @@ class CpuRuntime:
                     packed = packs.kinds[self.facts.kind] = _Packed(self.model, self.facts.kind)
             if why is None:
                 self._packed, self._entirely = packed, False
+                # A pool that holds nothing is between two calls, or an engine's that was idle: it begins anew.
+                for pool in [pool for pool in self._scratch if not pool.in_use]:
+                    del self._scratch[pool]
         if why is not None:
             raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")
         yield
@@ -161,7 +164,7 @@ class CpuRuntime:
         scratch = self._scratch.get(pool)
         if scratch is None:
             scratch = self._scratch[pool] = _Scratch(self._packed)
-        packed = scratch.packed  # of one generate call, whatever happens to the weights meanwhile
+        packed = scratch.packed  # of one session, whatever happens to the weights meanwhile
         rows, verified = len(forest), len(forest.verified_rows)
         lists, runs, longest = forest.paths()
         cos, sin = packed.rotary(longest)  # a position is the length of the path before it

@@ -1,0 +1,113 @@
+"""Requests of a hook's own engine are answered as its `generate` answers rows."""
+
+import pytest
+import torch
+
+import medusa_apar
+from medusa_apar import Sampling
+from medusa_apar.heads import HydraHeads
+from tests.support.models import CONTROL, VOCAB, forking_model
+from tests.support.prompts import prompts
+from tests.support.tokenizers import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def apar():
+    model = forking_model(24)
+    return medusa_apar.attach(model, HydraHeads.random(model), CONTROL, tokenizer=tiny_tokenizer())
+
+
+def answered(apar, *requests, **options):
+    with apar.engine(**options) as engine:
+        for request in requests:
+            engine.add(request)
+        while engine.unfinished:
+            for output in engine.step():
+                assert output.error is None
+    return [request.text_ids for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "generate"),
+    [
+        (Sampling(), {}),
+        (Sampling(repetition_penalty=1.3), {"repetition_penalty": 1.3}),
+        (None, {"fork": "off"}),
+        (None, {"max_threads": 1, "max_depth": 1}),
+        (None, {"stop_strings": ["d"]}),
+        (None, {"fork_if": lambda point: point.forks < 1}),
+    ],
+    ids=str,
+)
+def test_the_text_is_generates_own(apar, sampling, generate):
+    inputs = prompts(3, 6, seed=2)
+    rows = apar.generate(**inputs, max_new_tokens=30, do_sample=False, **generate)[:, 6:].tolist()
+    asked = {name: value for name, value in generate.items() if name != "repetition_penalty"}
+    requests = [
+        apar.request(str(row), ids, max_new_tokens=30, sampling=sampling, **asked)
+        for row, ids in enumerate(inputs["input_ids"].tolist())
+    ]
+    for row, text in zip(rows, answered(apar, *requests, max_requests=2), strict=True):
+        assert text == row[: len(text)] and set(row[len(text) :]) <= {apar.model.generation_config.pad_token_id}
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
+def test_warpers_are_those_of_transformers_in_its_order(apar):
+    sampling = Sampling(temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    config = apar.model.generation_config.__class__(
+        do_sample=True, temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2
+    )
+    theirs = apar.model._get_logits_processor(config)
+    assert [type(its) for its in sampling.processors()] == [type(its) for its in theirs]
+    ids, scores = torch.randint(5, VOCAB, (1, 9)), torch.randn(1, VOCAB)
+    ours, expected = scores.clone(), scores.clone()
+    for mine, other in zip(sampling.processors(), theirs, strict=True):
+        ours, expected = mine(ids, ours), other(ids, expected)
+    assert torch.equal(ours, expected)
+
+
+def test_a_seed_names_the_sample_whatever_runs_beside_it(apar):
+    def request(name, seed):
+        return apar.request(name, [7, 8, 9, 10], sampling=Sampling(temperature=0.9, seed=seed))
+
+    (alone,) = answered(apar, request("a", 3))
+    beside = answered(apar, request("a", 3), request("b", 4), request("c", 3))
+    assert beside[0] == beside[2] == alone != beside[1]
+
+
+def test_a_text_is_encoded_by_the_tokenizer(apar):
+    first, second = answered(apar, apar.request("a", "abc"), apar.request("b", apar.tokenizer("abc")["input_ids"]))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda apar: Sampling(temperature=-1), "temperature=-1 must be 0 or more"),
+        (lambda apar: Sampling(temperature=float("nan")), "temperature=nan must be 0 or more"),
+        (lambda apar: Sampling(top_p=0), "top_p=0 must be above 0"),
+        (lambda apar: apar.request("a", []), "The prompt is empty"),
+        (lambda apar: apar.request("a", [VOCAB]), f"hold {VOCAB}"),
+        (lambda apar: apar.request("a", [7], max_new_tokens=0), "max_new_tokens is 0"),
+        (lambda apar: apar.request("a", [7], max_threads=0), "max_threads"),
+        (lambda apar: apar.request("a", [7], fork="sometimes"), "fork is 'sometimes'"),
+        (lambda apar: apar.request("a", [7], logprobs=-1), "logprobs is -1"),
+        (lambda apar: apar.engine(max_requests=0), "max_requests is 0"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(apar, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(apar)
+
+
+def test_events_come_with_outputs_or_go_to_a_consumer(apar):
+    events = []
+    told = apar.request("told", [7, 8, 9], events=events.append, max_new_tokens=8)
+    carried = apar.request("carried", [7, 8, 9], events=True, max_new_tokens=8)
+    with apar.engine() as engine:
+        engine.add(told)
+        engine.add(carried)
+        outputs = [output for _ in range(50) for output in engine.step()]
+    own = [event for output in outputs for event in output.events]
+    assert {output.request_id for output in outputs if output.events} == {"carried"}
+    assert [type(event) for event in own] == [type(event) for event in events]
