@@ -67,6 +67,8 @@ MODES = {
     "logprobs kept": lambda: {"logprobs": 2},
     "logprobs kept, typical": lambda: {"seed": 2, "logprobs": 3, "typical": TypicalAcceptance(0.05, 0.3)},
     "asked": lambda: {"fork_if": lambda point: point.forks > 0},
+    "no control tokens": lambda: {"rule": None},
+    "no control tokens, warped": lambda: {"rule": None, "seed": 6, "processors": [TemperatureLogitsWarper(0.8)]},
     "broken": lambda: {"processors": [breaks]},
     "impossible": lambda: {"processors": [impossible]},
 }
@@ -86,21 +88,22 @@ def drafted_forks(tree: TreeShape, tokens: list[int]) -> tuple[TreeShape, list[i
 
 
 @st.composite
-def threads(draw):
-    """Of a request: whether it has forked already, and for each thread a draft tree with the logits of its rows, whose
-    tokens are often likely."""
-    members = []
-    for _ in range(draw(st.integers(1, 2))):
+def parts(draw):
+    """Of a forest: a mode, and for one thread or two a draft tree whose tokens are often likely, with the logits of its
+    rows."""
+    mode, members = draw(st.sampled_from(list(MODES))), []
+    forking = "no control tokens" not in mode
+    for _ in range(draw(st.integers(1, 2)) if forking else 1):
         tree = DraftTree.likeliest(draw(st.integers(0, 8)))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
         logits = draw(st.sampled_from([0.5, 2.0])) * torch.randn(2 * len(tree) + 1, VOCAB, generator=generator)
-        logits[:, FORK] += draw(st.sampled_from([0.0, 2.0]))
+        logits[:, [FORK, CHILD]] += draw(st.sampled_from([0.0, 3.0]))
         tokens = []
         for parent, rank in zip(tree.parents.tolist(), tree.ranks.tolist(), strict=True):
             tokens.append(int(logits[parent + 1].argsort(descending=True)[rank]))
-        shape, tokens, forks = drafted_forks(tree, tokens)
+        shape, tokens, forks = drafted_forks(tree, tokens) if forking else (tree, tokens, {})
         members.append(({"draft_tree": shape, "draft_tokens": tokens, "forks": forks}, logits[: len(tokens) + 1]))
-    return members
+    return mode, members
 
 
 def segments_of(request, members):
@@ -136,8 +139,8 @@ def same(ours, expected, first):
     )
 
 
-@settings(deadline=None, max_examples=80)
-@given(st.lists(st.tuples(st.sampled_from(list(MODES)), threads()), min_size=1, max_size=6), st.booleans())
+@settings(deadline=None, max_examples=150)
+@given(st.lists(parts(), min_size=1, max_size=6), st.booleans())
 def test_each_is_verified_as_it_is_alone(drawn, on_host):
     """Whatever else is in the forest: what one does, raises or keeps is nothing to the others."""
     requests = [request_in(mode) for mode, _ in drawn]
@@ -163,16 +166,18 @@ def test_each_is_verified_as_it_is_alone(drawn, on_host):
     assert next(verdicts, None) is None
 
 
-def test_all_modes_are_verified_together():
-    """Or the test above might never have had them in one launch; and what the host does not verify it need not ask."""
+def test_a_launch_takes_all_modes_but_those_that_need_the_host():
+    """Or the test above might never have had them together."""
     modes = [mode for mode in MODES if mode not in FAILURES]
-    requests = [request_in(mode) for mode in modes]
-    logits = torch.randn(len(modes), VOCAB, generator=torch.Generator().manual_seed(2))
-    tail, verdicts = run([[segment_of(request)] for request in requests], logits, reference.verify)
-    assert tail.device.modes == ((FORK, CHILD), True, True)
-    assert [mode for mode, request in zip(modes, requests, strict=True) if request.sampler.path_free] == modes[:9]
-    for place, (mode, verdict) in enumerate(zip(modes, verdicts, strict=True)):
-        assert same(verdict, verified_on_host([segment_of(request_in(mode))], logits[place, None])[0], place)
+    for some, taken in ((modes, modes[:9]), (modes[-2:], modes[-2:])):
+        requests = [request_in(mode) for mode in some]
+        logits = torch.randn(len(some), VOCAB, generator=torch.Generator().manual_seed(2))
+        logits[:, [FORK, CHILD]] += 2.0
+        tail, verdicts = run([[segment_of(request)] for request in requests], logits, reference.verify)
+        assert [mode for mode, here in zip(some, tail.device.served, strict=True) if here] == taken
+        assert tail.device.modes == ((FORK, CHILD), True, True) if some is modes else (None, True, False)
+        for place, (mode, verdict) in enumerate(zip(some, verdicts, strict=True)):
+            assert same(verdict, verified_on_host([segment_of(request_in(mode))], logits[place, None])[0], place)
 
 
 @pytest.mark.parametrize("verify", [None, reference.verify])
