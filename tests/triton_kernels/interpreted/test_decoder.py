@@ -78,7 +78,7 @@ def test_graphs_serve_call_after_call_and_calls_within_calls(monkeypatch):
 
     made, replayed, counts = [], [], []
     monkeypatch.setattr(GraphedSteps, "_made", spied(GraphedSteps._made, made))
-    monkeypatch.setattr(StaticForest, "become", spied(StaticForest.become, replayed))
+    monkeypatch.setattr(StaticForest, "load", spied(StaticForest.load, replayed))
     for inference in (True, False):
         # Tensors made in a caller's inference mode could not be filled by the next call.
         with torch.inference_mode(inference):
