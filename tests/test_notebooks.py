@@ -26,7 +26,7 @@ def _model_and_compiled_code():
 
 @pytest.mark.real
 @pytest.mark.usefixtures("_model_and_compiled_code")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.segment)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_is_stored_as_it_runs(path):
     execute.check(path)
 

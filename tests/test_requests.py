@@ -37,7 +37,7 @@ def answered(apar, *requests, **options):
         (None, {"stop_strings": ["d"]}),
         (None, {"fork_if": lambda point: point.forks < 1}),
     ],
-    ids=str,
+    ids=["greedy", "penalised", "no forks", "few threads", "stop strings", "fork_if"],
 )
 def test_the_text_is_generates_own(apar, sampling, generate):
     inputs = prompts(3, 6, seed=2)

@@ -143,13 +143,9 @@ class Forest:
             np.arange(segment.row + len(segment.extend_tokens) - segment.scored, segment.row + segment.size)
             for segment in self.verified
         ]
-        # A forest that only feeds has one row all the same, as every pass has logits; nobody looks at them.
-        self.arrays = (
-            np.array(tokens, dtype=np.int64),
-            positions,
-            slots,
-            np.concatenate(verified or [[len(tokens) - 1]]),
-        )
+        if not verified:  # every pass has logits, and nobody looks at these
+            verified = [np.array([len(tokens) - 1])]
+        self.arrays = np.array(tokens, dtype=np.int64), positions, slots, np.concatenate(verified)
         self._requests, self._ledger, self._device = requests, ledger, device
         self._plans: dict[LayoutKind, Plan] = {}
         self._packed: PackedForest | None = None

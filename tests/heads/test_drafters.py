@@ -9,7 +9,8 @@ import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.runtimes.runtime import RuntimeFacts
-from tests.support.tiny import VOCAB, prompts, tiny_model
+from tests.support.models import VOCAB, tiny_model
+from tests.support.prompts import prompts
 
 TREE = DraftTree([(0,), (0, 0), (1,), (0, 1), (0, 0, 0)])
 MAP = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:40]
