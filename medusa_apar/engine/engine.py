@@ -195,7 +195,8 @@ class Engine:
                 self._publish(request)
         with phase("draft"):
             self.speculator.draft(advances, output.hidden, self.scheduler.load(), tail.drafting)
-        self._count(plan, forest, phase)
+        with phase("count"):
+            self._count(plan, forest, phase)
         self.reporters.stepped(plan.requests, len(forest), self.ledger.pool.in_use)
         return self._outputs(plan)
 

@@ -49,7 +49,7 @@ def unknown_part(model: PreTrainedModel) -> str | None:
         hooks = [*its["_forward_hooks"].values(), *its["_forward_pre_hooks"].values()]
         if "forward" in its:
             hooks.append(its["forward"])
-        if not all(_is_ours(hook) for hook in hooks):
+        if not all(_only_looks_on(hook) for hook in hooks):
             return f"a {type(module).__name__} of the model has hooks"
     if torch.nn.modules.module._has_any_global_hook():
         return "all modules have hooks"
@@ -104,9 +104,11 @@ def _innermost(function: Any) -> CodeType | None:
     return None
 
 
-def _is_ours(hook: Any) -> bool:
-    """Another call of ours may be running this very model in torch: its hooks only look on."""
-    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("medusa_apar.")
+def _only_looks_on(hook: Any) -> bool:
+    """Whether a hook changes nothing: one of another call of ours that runs this very model in torch, or those that
+    transformers leaves in a model which was asked for its hidden states once."""
+    module = str(getattr(getattr(hook, "func", hook), "__module__", ""))
+    return module.startswith("medusa_apar.") or module == "transformers.utils.output_capturing"
 
 
 def odd_scale(model: Any) -> str | None:

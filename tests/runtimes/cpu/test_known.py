@@ -197,6 +197,14 @@ def test_a_helper_that_was_replaced_in_transformers(monkeypatch):
     runs_in_torch(model)
 
 
+def test_a_model_that_was_asked_for_its_hidden_states_runs_compiled():
+    """transformers leaves hooks in it, which pass everything on."""
+    model = model_of()
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]), output_hidden_states=True, output_attentions=True)
+    assert unsupported_reason(model) is None
+
+
 def test_hooks_on_all_modules():
     model = model_of(seed=2)
     handle = nn.modules.module.register_module_forward_hook(
