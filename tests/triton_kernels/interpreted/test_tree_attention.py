@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.layout import Leaf, Tile, plan
 from medusa_apar.triton_kernels.tree_attention import tree_attention
-
-from ..forests import Drawn, forests
+from tests.support.forests import Drawn, forests
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 SMALL = Tile(16, 16, 4, 1)
