@@ -71,10 +71,11 @@ def measure(questions: int, quantize: str | None) -> dict[str, float]:
 
 def run(checkout: Path, questions: int, quantize: str | None) -> dict[str, float]:
     """`measure` in a process of its own, of a checkout's code."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", "--questions", str(questions)]
+    # -P: this folder has modules that are named like Python's own.
+    command = [sys.executable, "-P", str(Path(__file__).resolve()), "--measure", "--questions", str(questions)]
     command += [] if quantize is None else ["--quantize", quantize]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
-    made = subprocess.run(command, env=environment, cwd=checkout, check=True, capture_output=True, text=True)
+    made = subprocess.run(command, env=environment, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(made.stdout.splitlines()[-1])
 
 
