@@ -42,6 +42,14 @@ def slept(monkeypatch):
     return waited
 
 
+class FixedCost(LearnedCost):
+    """Does not learn: the steps of tiny models would."""
+
+    def observe(self, rows, seconds): ...
+
+    def observe_draft(self, threads, seconds): ...
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _assumed_step_cost():
     """What a step costs is measured in its own tests alone: elsewhere it would decide how many steps are counted."""
@@ -49,5 +57,5 @@ def _assumed_step_cost():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("medusa_apar.engine.engine.known_cost", lambda *_: assumed)
         patched.setattr("medusa_apar.engine.engine.keep_learned", lambda *_: None)
-        patched.setattr(LearnedCost, "observe", lambda *_: None)
+        patched.setattr("medusa_apar.engine.engine.LearnedCost", FixedCost)
         yield

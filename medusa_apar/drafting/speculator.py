@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Speculator:
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     undrafted_steps: int = 0
+    last_draft: tuple[int, float] | None = None  # threads that the heads drafted for in this step, and seconds
     _proposals: dict[Thread, Proposal] = field(default_factory=dict)
     _asks: bool = False  # whether the heads draft in this step
 
@@ -80,6 +82,7 @@ class Speculator:
 
     def begin(self, load: Load, num_segments: int) -> Drafting | None:
         """Settles whether the heads draft in this step; what they would draft on the device, for so many segments."""
+        self.last_draft = None
         self._asks = self.drafter is not None and self.budget.heads_pay()
         self.undrafted_steps += self.drafter is not None and not self._asks
         return self._drafting(load.threads, num_segments)
@@ -164,8 +167,10 @@ class Speculator:
         rows = torch.tensor([advance.row for advance in todo], dtype=torch.long, device=hidden.device)
         last = [advance.thread.tokens[-1] for advance in todo]
         roots = torch.tensor(last, dtype=torch.long, device=hidden.device)
+        started = time.perf_counter()
         token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree, bar)
         guesses = zip(token_ids.cpu().numpy(), log_probs.float().cpu().numpy(), strict=True)
+        self.last_draft = len(todo), time.perf_counter() - started
         for advance, guess in zip(todo, guesses, strict=True):
             advance.drafted = guess
         return drafting

@@ -56,6 +56,7 @@ class LearnedCost:
     _STEPS = 16  # that are looked at together
     _RATE = 0.05  # of a step's error, what its own sizes take over
     _SHARE = 0.25  # of that, what all other sizes take over: most of an error is the machine's
+    _DRAFT_RATE = 0.25  # of a draft's error, what all sizes take over
     _LARGEST = 2.0  # ratio: what lies further off is no cost of a step
 
     def __init__(self, cost: StepCost) -> None:
@@ -79,6 +80,16 @@ class LearnedCost:
         self._seen.append((rows, 1e3 * seconds))
         if len(self._seen) == self._STEPS:
             self._correct()
+
+    def observe_draft(self, threads: int, seconds: float) -> None:
+        """Drafting for so many threads has taken so long. It is seen seldom where it seems dear, so it counts at once:
+        what was measured while the machine was busy would keep the heads from being asked."""
+        if not self.cost.drafts:
+            return
+        ratio = float(np.clip(1e3 * seconds / max(self.drafting(threads), 1e-6), 1 / 16, self._LARGEST))
+        factor = ratio**self._DRAFT_RATE
+        drafts = tuple((count, round(cost * factor, 4)) for count, cost in self.cost.drafts)
+        self.cost = StepCost(self.cost.curve, drafts)
 
     def _correct(self) -> None:
         sizes, costs = np.array(self.cost.curve, dtype=np.float64).T

@@ -325,6 +325,8 @@ class Engine:
             # A GPU is waited for while verdicts are read.
             waited = phase.seconds["verify"] if self.device.type == "cuda" else 0.0
             self._learned.observe(len(forest), phase.seconds["forward"] + waited)
+        if self._learned is not None and self.speculator.last_draft is not None:
+            self._learned.observe_draft(*self.speculator.last_draft)
         if plan.prefill_rows:
             stats.prefill_seconds += phase.total
         else:

@@ -154,8 +154,9 @@ def keep_learned(
         return
     path, key = cache_dir() / FILE, _key(model, runtime.facts.kind, how)
     kept = _kept(path, key)
-    pairs = [] if kept is None else zip(kept.curve, learned.cost.curve, strict=True)
-    if any(abs(now - before) > STALE * before for (_, before), (_, now) in pairs):
+    now = (*learned.cost.curve, *learned.cost.drafts)
+    pairs = [] if kept is None else zip((*kept.curve, *kept.drafts), now, strict=True)
+    if any(abs(after - before) > STALE * before for (_, before), (_, after) in pairs):
         _keep(path, key, learned.cost)
 
 
