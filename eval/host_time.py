@@ -25,7 +25,7 @@ QUESTION = "What are the most effective ways to deal with stress?"
 
 
 def measure(questions: int, quantize: str | None) -> dict[str, float]:
-    """Of the checkout that Python finds; nothing but what both have is used."""
+    """Measures the checkout that Python finds, with nothing but what both have."""
     import torch
 
     import medusa_apar

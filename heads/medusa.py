@@ -180,6 +180,6 @@ class MedusaKernelDrafter(KernelDrafter):
 
 
 def _at_nodes(tree: DraftTree, token_ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each head's likeliest [heads, T, top_k] those that a tree's nodes are, [T, n]."""
+    """Picks a tree's nodes, [T, n], from each head's likeliest, [heads, T, top_k]."""
     places = tree_tensors(tree, token_ids.device)
     return token_ids[places.depths, :, places.ranks].T, log_probs[places.depths, :, places.ranks].T

@@ -12,7 +12,8 @@ Each folder is a room, and a room imports only from the rows below its own:
     commands/         the command line: a file a subcommand
     eval/             benchmarks and checks
     generate.py       the drop-in: `attach`, `MedusaApar.generate`
-    call.py           one call of it: requests for an engine, and what becomes of them
+    call.py           one call of it: rows become requests, and these its output
+    requests.py       what a caller asks for, as requests of an engine
     loading.py        `load` and `save_pretrained`
     output.py         what `generate` returns beside the tokens
     checks.py         what is refused before any work is done
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from medusa_apar.generate import MedusaApar as MedusaApar
     from medusa_apar.generate import attach as attach
     from medusa_apar.loading import load as load
+    from medusa_apar.requests import Sampling as Sampling
     from medusa_apar.threads.control_tokens import ControlTokens as ControlTokens
     from medusa_apar.triton_kernels.reference import TypicalAcceptance as TypicalAcceptance
 
@@ -64,7 +66,7 @@ _EXPORTS = {
     "ControlTokens": "threads.control_tokens",
     "DraftTree": "drafting.draft_tree",
     "MedusaApar": "generate",
-    "Sampling": "call",
+    "Sampling": "requests",
     "Speculation": "drafting.options",
     "StepCost": "drafting.step_cost",
     "TypicalAcceptance": "triton_kernels.reference",

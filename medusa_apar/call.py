@@ -2,62 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
-from transformers.generation import StopStringCriteria
+from transformers.generation import GenerationMixin
 
 from medusa_apar.engine import admission, draft_watch
 from medusa_apar.engine.engine import Engine
-from medusa_apar.engine.rescoring import Rescoring, first_limit, last_limit
+from medusa_apar.engine.rescoring import Rescoring, finish, first_limit, last_limit
 from medusa_apar.engine.scheduler import MAX_PREFILL_ROWS
 from medusa_apar.engine.stopping import CriteriaStop, StopConditions
-from medusa_apar.events import Consumer
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.events.streaming import EndedOnce, TextColumns
 from medusa_apar.models.families import unembedding_size
-from medusa_apar.threads.fork_policy import ForkIf, fork_mode, fork_policy
-from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.paragraph_tree import thread_key
 from medusa_apar.threads.request import Request, RequestOptions, Row
 
 from . import checks
 from .output import MedusaAparOutput
+from .requests import CallOptions, mode_of, shared_options, stop_string_criteria
 
 if TYPE_CHECKING:
     from .generate import MedusaApar
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class CallOptions:
-    """What `MedusaApar.__call__` takes beside what transformers prepares; it says what each of them is."""
-
-    fork: bool | str | None = None
-    fork_if: ForkIf | None = None
-    max_threads: int | None = None
-    max_depth: int | None = None
-    seed: int | None = None
-    events: Consumer | None = None
-    rescore: bool = False
-    regenerate_below: float | None = None
-    stop_strings: str | list[str] | None = None
 
 
 @dataclass(slots=True)
@@ -125,33 +104,16 @@ def answer(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> MedusaAp
 def _request_options(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> tuple[RequestOptions, StopConditions]:
     """The options that all rows share, and what ends a row's text."""
     config, tokenizer = prepared.config, prepared.tokenizer
-    checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
-    max_depth = apar.max_depth if asked.max_depth is None else asked.max_depth
-    mode = fork_mode(apar.fork if asked.fork is None else asked.fork)
-    control = apar.control_token_ids
-    if mode == "auto" and control is None:
-        mode = "off"
-    policy = fork_policy(mode, asked.fork_if, max_depth, tokenizer)
+    options = shared_options(apar, asked, tokenizer, bool(config.do_sample))
+    mode = mode_of(apar, asked)
     ends = StopConditions.of(prepared.stopping_criteria, config, prepared.input_ids.shape[1], one_thread=mode == "off")
-    if asked.stop_strings is not None:
-        if tokenizer is None:
-            raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")
-        ends.criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=asked.stop_strings))
+    ends.criteria.extend(stop_string_criteria(asked, tokenizer))
     checks.check_rescored(config, asked, mode, prepared.streamer, ends.criteria)
-    seed = asked.seed
-    if config.do_sample and seed is None:
-        seed = int(torch.randint(2**62, (), dtype=torch.long, device="cpu"))
-    options = RequestOptions(
+    options = replace(
+        options,
         max_new_tokens=first_limit(ends.max_new_tokens, asked.regenerate_below),
         eos_ids=ends.eos_ids,
-        policy=policy,
-        rule=None if control is None else ForkRule.of(control, max_depth, mode == "auto"),
-        fork_if=asked.fork_if if mode == "auto" else None,
-        max_threads=asked.max_threads or apar.max_threads,
-        seed=seed if config.do_sample else None,
         processors=prepared.processors,
-        # Greedy decoding is temperature 0, where Medusa accepts the likeliest token and no other.
-        typical=apar.typical if config.do_sample else None,
         scores=prepared.returns_dict and bool(config.output_scores),
         logits=prepared.returns_dict and bool(config.output_logits),
     )
@@ -160,11 +122,7 @@ def _request_options(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -
 
 def _run(engine: Engine, columns: TextColumns, streamer: EndedOnce | None) -> None:
     """Steps until nothing is unfinished. Raises what a row fails by."""
-    while engine.unfinished:
-        outputs = engine.step()
-        for output in outputs:
-            if output.error is not None:
-                raise output.error
+    for _ in finish(engine):
         if streamer is not None:
             for column in columns.new():
                 streamer.put(column)
@@ -199,77 +157,17 @@ def _remark(
         draft_watch.watch(apar.runtime, engine.stats, unembedding_size(apar.model)[0])
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a request of an engine chooses tokens, in vLLM's words and with its defaults but for the temperature.
+def callers_arguments() -> dict[str, Any]:
+    """What `model.generate` itself was called with; nothing where it was not.
 
-    temperature: 0 decodes greedily, and the others are not used then. top_k: 0 keeps all tokens.
+    transformers keeps some of it from a callable `custom_generate`: a streamer, whose reader would wait for ever, a
+    tokenizer, an assistant model. They are fetched from the frames that call us. `generate` takes the tokenizers out
+    of its own `kwargs`, but torch.no_grad, which wraps it, has them still.
     """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, fits, said in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        ):
-            if not fits:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {said}.")
-
-    def processors(self) -> list[LogitsProcessor]:
-        """transformers' own, in the order in which its `generate` applies them."""
-        penalty, hot = self.repetition_penalty != 1.0, self.temperature > 0
-        chosen = (
-            (penalty, lambda: RepetitionPenaltyLogitsProcessor(self.repetition_penalty)),
-            (hot and self.temperature != 1.0, lambda: TemperatureLogitsWarper(self.temperature)),
-            (hot and self.top_k > 0, lambda: TopKLogitsWarper(self.top_k)),
-            (hot and self.top_p < 1.0, lambda: TopPLogitsWarper(self.top_p)),
-            (hot and self.min_p > 0, lambda: MinPLogitsWarper(self.min_p)),
-        )
-        return [make() for wanted, make in chosen if wanted]
-
-
-def engine_request(
-    apar: MedusaApar, id: str, prompt_ids: list[int], sampling: Sampling, asked: CallOptions, **options: Any
-) -> Request:
-    """A request for an engine of `apar`. ValueError for what cannot be combined, before it is added anywhere."""
-    checks.check_ids(apar.model, torch.tensor([prompt_ids], dtype=torch.long, device="cpu"), None)
-    checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
-    config, control = apar.model.generation_config or GenerationConfig(), apar.control_token_ids
-    max_depth = apar.max_depth if asked.max_depth is None else asked.max_depth
-    mode = fork_mode(apar.fork if asked.fork is None else asked.fork)
-    if mode == "auto" and control is None:
-        mode = "off"
-    eos = config.eos_token_id
-    stop = None
-    if asked.stop_strings is not None:
-        if apar.tokenizer is None:
-            raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to attach.")
-        criteria = [StopStringCriteria(tokenizer=apar.tokenizer, stop_strings=asked.stop_strings)]
-        stop = CriteriaStop(criteria, "cpu")
-    seed = None
-    if sampling.temperature > 0:
-        drawn = int(torch.randint(2**62, (), dtype=torch.long, device="cpu"))
-        seed = drawn if sampling.seed is None else sampling.seed
-    its = RequestOptions(
-        eos_ids=frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos]),
-        stop=stop,
-        policy=fork_policy(mode, asked.fork_if, max_depth, apar.tokenizer),
-        rule=None if control is None else ForkRule.of(control, max_depth, mode == "auto"),
-        fork_if=asked.fork_if if mode == "auto" else None,
-        max_threads=asked.max_threads or apar.max_threads,
-        seed=seed,
-        processors=sampling.processors(),
-        typical=apar.typical if seed is not None else None,
-        watcher=None if asked.events is None else Reporter(asked.events, keep=False),
-        **options,
-    )
-    return Request(id, prompt_ids, its)
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+        frame = cast(Any, frame.f_back)
+    if frame is None:
+        return {}
+    wrapped = frame.f_back.f_locals.get("kwargs") if frame.f_back is not None else None
+    return dict(wrapped if isinstance(wrapped, dict) else {}) | dict(frame.f_locals)

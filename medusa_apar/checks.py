@@ -20,8 +20,8 @@ from medusa_apar.triton_kernels.reference import TypicalAcceptance
 if TYPE_CHECKING:
     from medusa_apar.threads.request import Request
 
-    from .call import CallOptions
     from .generate import MedusaApar
+    from .requests import CallOptions
 
 # Arguments of the model that transformers' `generate` prepares, and that are not used here: steps have their own. The
 # cache has had several names.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation import GenerationMixin
 
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.options import Speculation
@@ -42,8 +39,9 @@ from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 
 from . import checks
-from .call import CallOptions, Prepared, Sampling, answer, engine_request
+from .call import Prepared, answer, callers_arguments
 from .output import MedusaAparOutput
+from .requests import CallOptions, Sampling, engine_request
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +311,7 @@ class MedusaApar:
         Raises ValueError or NotImplementedError, in one sentence and before any work, for what cannot be combined; and
         ValueError in mid-run where logits processors leave no token to choose, or keep state that threads would mix up.
         """
-        arguments = _callers_arguments()
+        arguments = callers_arguments()
         streamer, tokenizer = self._streamer, arguments.get("tokenizer")
         if streamer is None and arguments.get("streamer") is not None:
             streamer = EndedOnce(arguments["streamer"])
@@ -344,22 +342,6 @@ def _say_once(sentence: str) -> None:
 def _state(model: PreTrainedModel) -> tuple:
     """What a runtime is picked by, as far as it changes with a word (`model.half()`, `model.train()`)."""
     return model.dtype, model.training, device_of(model)
-
-
-def _callers_arguments() -> dict[str, Any]:
-    """What `model.generate` itself was called with; nothing where it was not.
-
-    transformers keeps some of it from a callable `custom_generate`: a streamer, whose reader would wait for ever, a
-    tokenizer, an assistant model. They are fetched from the frames that call us. `generate` takes the tokenizers out
-    of its own `kwargs`, but torch.no_grad, which wraps it, has them still.
-    """
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
-        frame = cast(Any, frame.f_back)
-    if frame is None:
-        return {}
-    wrapped = frame.f_back.f_locals.get("kwargs") if frame.f_back is not None else None
-    return dict(wrapped if isinstance(wrapped, dict) else {}) | dict(frame.f_locals)
 
 
 def attach(

@@ -87,7 +87,7 @@ def test_a_text_is_encoded_by_the_tokenizer(apar):
         (lambda apar: Sampling(temperature=float("nan")), "temperature=nan must be 0 or more"),
         (lambda apar: Sampling(top_p=0), "top_p=0 must be above 0"),
         (lambda apar: apar.request("a", []), "The prompt is empty"),
-        (lambda apar: apar.request("a", [VOCAB]), f"hold {VOCAB}"),
+        (lambda apar: apar.request("a", [VOCAB]), f"the prompt holds {VOCAB}"),
         (lambda apar: apar.request("a", [7], max_new_tokens=0), "max_new_tokens is 0"),
         (lambda apar: apar.request("a", [7], max_threads=0), "max_threads"),
         (lambda apar: apar.request("a", [7], fork="sometimes"), "fork is 'sometimes'"),

@@ -184,7 +184,7 @@ class EvenBudget:
         ]
 
     def nodes(self, roots: int, drafting: int, room: int) -> int:
-        """Of each thread that drafts."""
+        """Nodes for each thread that drafts."""
         each = max(min(room, self.rows - roots), 0) // drafting
         return min(each, len(self.tree) if self.cost is None else self.cost.nodes(roots, self.tree))
 

@@ -44,7 +44,7 @@ class Heads(Protocol):
 
     @property
     def input_size(self) -> int:
-        """Of the hidden states they read: the base's hidden size times one more than there are taps."""
+        """Width of the hidden states they read: the base's hidden size times one more than there are taps."""
 
     @property
     def shape_key(self) -> Hashable:

@@ -122,7 +122,7 @@ class Speculator:
             self._proposals.pop(thread, None)
 
     def _worth_drafting(self, advances: list[Advance], load: Load) -> list[Advance]:
-        """Those for which drafts can pay in such a step; all are remembered."""
+        """Keeps the threads for which drafts can pay in such a step. The n-gram indexes learn from all of them."""
         paying: set[Thread] = set()
         for request, group in groupby(advances, attrgetter("request")):
             threads = [advance.thread for advance in group]

@@ -134,7 +134,7 @@ class ThreadedEngine:
             self._calls.put(call)
 
     def _abort(self, engine: Engine, request: Request) -> None:
-        """Of this very request: another may have its name by now."""
+        """Aborts this very request: another may have its name by now."""
         if self._tells.pop(request, None) is not None:
             engine.abort(request.id)
 

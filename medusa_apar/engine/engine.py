@@ -221,7 +221,8 @@ class Engine:
         request, thread = segment.request, segment.thread
         if verdict is None or self._is_gone(request):
             self.ledger.commit(segment.drafted_slots.tolist(), [], [])
-            request.done |= segment.stop >= len(thread.tokens) - 1  # all of a text is scored
+            if request.options.score_from is not None and segment.stop == len(thread.tokens) - 1:
+                request.done = True
             return []
         try:
             made = commit(segment, verdict, self.fork_manager, self.ledger)
@@ -299,8 +300,7 @@ class Engine:
         del self._requests[request.id]
         request.done, request.status, request.finish_reason = True, status, reason
         request.stats.finished = time.perf_counter() - request.added
-        for thread in self.fork_manager.trim(request):
-            self.ledger.free_unneeded(thread)
+        self.fork_manager.trim(request)
         for thread in request.tree.threads:
             self.ledger.free_unneeded(thread)
         self.scheduler.remove(request)

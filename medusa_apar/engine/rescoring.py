@@ -10,7 +10,7 @@ a greedy answer agrees with itself. It goes in pieces, since a long answer's log
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -234,14 +234,21 @@ class Rescoring:
             revision.scored = TextScores(scored.logprobs[: revision.limit], scored.chosen[: revision.limit])
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> None:
-    """Has the engine finish these requests. Raises what one of them fails by."""
-    for request in requests:
-        engine.add(request)
+def finish(engine: Engine) -> Iterator[None]:
+    """Steps until nothing is unfinished; yields after each step. Raises what a request fails by."""
     while engine.unfinished:
         for output in engine.step():
             if output.error is not None:
                 raise output.error
+        yield
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> None:
+    """Has the engine finish these requests."""
+    for request in requests:
+        engine.add(request)
+    for _ in finish(engine):
+        pass
 
 
 def _ended(thread: Thread) -> Thread | None:

@@ -38,7 +38,6 @@ class Reporter:
 
     def __init__(self, consumer: Consumer | None = None, keep: bool = True, max_new_tokens: int | None = None) -> None:
         self.events: list[Event] = []
-        self.requests: list[Request] = []  # unfinished ones
         self._consumer, self._keep, self._limit = consumer, keep, max_new_tokens
         self._queue: list[Event] = []
         self._reported: dict[Thread, int] = {}  # how many of its tokens
@@ -70,7 +69,6 @@ class Reporter:
 
     def added(self, request: Request) -> None:
         tree = request.tree
-        self.requests.append(request)
         self._known[request], self._open[request], self._lengths[request] = 0, [], 0
         control = tree.fork_id, tree.child_id
         self._queue.append(RequestStarted(0, request.id, tuple(tree.trunk.tokens), tree.eos_ids, *control))
@@ -78,7 +76,6 @@ class Reporter:
 
     def ended(self, request: Request) -> None:
         """Lets go of a request. Threads that are told as open were aborted, or have failed, between two steps."""
-        self.requests.remove(request)
         if self._open[request]:
             for thread in self._open[request]:
                 reason = thread.finish_reason or "cancelled"

@@ -63,12 +63,12 @@ class Segment:
         return len(self.draft_tokens) - len(self.forks)
 
     def child_key(self, fork: int) -> int:
-        """Of the thread that the `[Fork]` at a draft node would spawn."""
+        """Key of the thread that the `[Fork]` at a draft node would spawn."""
         return thread_key(self.thread.key, len(self.thread.tokens) + int(self.draft_tree.depths[fork]))
 
     @property
     def length(self) -> int:
-        """Of the path, extend tokens included."""
+        """Length of the path, extend tokens included."""
         return self.cached + len(self.extend_tokens)
 
     @property

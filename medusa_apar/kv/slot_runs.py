@@ -71,7 +71,7 @@ class SlotRuns:
 
     @property
     def slots(self) -> np.ndarray:
-        """Those that are held, int64, ascending."""
+        """The slots that are held, int64, ascending."""
         return np.flatnonzero(np.frombuffer(self._holders, dtype=np.int32))
 
     def grow(self, capacity: int) -> None:

@@ -42,7 +42,7 @@ class Base:
         return weight.detach()
 
     def folder(self) -> Path:
-        """Of the model's weights, downloaded where they are on the Hub."""
+        """The folder of the model's weights, downloaded where they are on the Hub."""
         if self.source.base in hub.EMBEDDED:
             return hub.embedded_model_dir(self.source.base)
         path = expanded(self.source.base)

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the weights, whatever folder they came from: a model tuned again in place does not find the old states."""
+    """Names the weights, whatever folder they came from: a model tuned again in place does not find the old states."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(

@@ -86,7 +86,7 @@ class RequestOptions:
 
     @property
     def max_depth(self) -> int:
-        """Of threads that do not fork, as far as it bounds what a path can hold."""
+        """Depth at which threads do not fork, as far as it bounds what a path can hold."""
         return 0 if self.rule is None else self.rule.max_depth
 
 

@@ -135,7 +135,7 @@ class Sampler:
         return scores, token
 
     def logprobs(self, row: torch.Tensor, token: int) -> TokenLogprobs:
-        """Of a token, from the model's logits [vocab]."""
+        """Log-probabilities at a token, from the model's logits [vocab]."""
         log_probs = row.float().log_softmax(-1)
         values, ids = log_probs.topk(min(self.options.logprobs or 0, len(log_probs)))
         return TokenLogprobs(float(log_probs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
@@ -214,7 +214,7 @@ def _applied(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor
 
 
 def own_part(processor: Callable) -> Callable:
-    """What of a processor is the user's."""
+    """The part of a processor that the user wrote."""
     allowed = isinstance(processor, PrefixConstrainedLogitsProcessor)
     return processor._prefix_allowed_tokens_fn if allowed else processor  # type: ignore[attr-defined]
 

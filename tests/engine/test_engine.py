@@ -375,25 +375,30 @@ def test_options_of_an_engine_are_numbers_that_make_sense(name):
         EngineOptions(**{name: -1})
 
 
-def test_a_scored_text_is_scored_whole_whatever_is_preempted_or_runs_beside_it():
-    """Alone, in pieces that no row is scored of, and under a pool that takes its slots away."""
+@pytest.mark.parametrize(
+    "options", [{}, {"max_prefill_rows": 70}, {"max_prefill_rows": 8, "pool_slots": 2540}], ids=str
+)
+@pytest.mark.parametrize("beside", [0, 2])
+def test_a_scored_text_is_scored_whole_whatever_is_preempted_or_runs_beside_it(options, beside):
+    """Alone, in pieces that no row is scored of, and under a pool that takes its slots away when it is half scored."""
     model, runtime = long_parts()
-    text = prompt(3, 900)
+    text = prompt(3, 2500)
     with torch.no_grad():
-        expected = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
-    for options in ({}, {"max_prefill_rows": 70}, {"pool_slots": 1000}):
-        scored = request("scored", text, score_from=700, fork=False, limit=1, priority=1)
-        others = [request(str(n), prompt(n), limit=80, fork=False, eos_ids=frozenset()) for n in range(2)]
-        with Engine(model, runtime, options=EngineOptions(**options)) as engine:
-            engine.add(scored)
-            engine.step()
-            run(engine, *others)
-        told = scored.text_scores
-        assert scored.error is None and len(told.logprobs) == len(told.chosen) == 200
-        rows = expected[699:].clone()
-        for one in others:
-            assert one.text_ids == alone(one.prompt_ids, (model, runtime), limit=80, fork=False, eos_ids=frozenset())
-        assert told.logprobs == pytest.approx(rows[range(200), text[700:]].tolist(), abs=0.2)
+        expected = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)[599:]
+    scored = request("scored", text, score_from=600, fork=False, limit=1, priority=1)
+    plain = {"limit": 200, "fork": False, "eos_ids": frozenset()}
+    others = [request(str(n), prompt(n), **plain) for n in range(beside)]
+    with Engine(model, runtime, options=EngineOptions(**options)) as engine:
+        engine.scheduler._used_share = 0.05  # so that all are let in
+        engine.add(scored)
+        engine.step()
+        run(engine, *others)
+    assert (scored.stats.preemptions > 0) == ("pool_slots" in options and beside > 0)
+    told = scored.text_scores
+    assert scored.error is None and len(told.logprobs) == len(told.chosen) == 1900
+    assert told.logprobs == pytest.approx(expected[range(1900), text[600:]].tolist(), abs=0.2)
+    for one in others:
+        assert one.text_ids == alone(one.prompt_ids, (model, runtime), **plain)
 
 
 def test_aborts_and_scored_texts_do_not_make_admission_reckless():

@@ -6,6 +6,7 @@
 import os
 from functools import cache
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
@@ -41,7 +42,7 @@ PROCESSORS = {
 @cache
 def backend(name):
     """Model, runtime and heads that remember what it writes."""
-    model = forking_model(5, "wide_llama")
+    model = forking_model(13, "wide_llama")  # some of its answers have dozens of threads
     runtime = pick_runtime(model, "cpu" if name == "cpu" else "torch", None, "auto")
     if name == "one launch":
         runtime.verify = reference.verify
@@ -115,13 +116,15 @@ def test_every_text_is_the_one_written_alone(data):
         draft_tree=DraftTree.likeliest(8),
         step_cost=COST,
         budget=draw(st.sampled_from([None, 6, 40])),
-        pool_slots=draw(st.none() | st.integers(most, 2 * most)),
+        pool_slots=draw(st.none() | st.integers(most, most + 40)),
         max_prefill_rows=draw(st.sampled_from([None, 1, 3, 7])),
         max_requests=draw(st.sampled_from([None, 1, 3])),
     )
     todo = draw(st.lists(requests, min_size=1, max_size=7))
     running, aborted = {}, set()
     with Engine(model, runtime, draw(st.sampled_from([None, heads])), how) as engine:
+        # What answers need is learned; an engine that expects too little lets in more than the pool can hold.
+        engine.scheduler._used_share = draw(st.sampled_from([1.0, 0.05]))
         while todo or engine.unfinished:
             for _ in range(draw(st.integers(0, 3)) if engine.unfinished else 1):
                 if todo:
@@ -147,3 +150,34 @@ def test_every_text_is_the_one_written_alone(data):
             assert request.status is Status.ABORTED and request.text_ids == expected[: len(request.text_ids)]
         else:
             assert request.status is Status.FINISHED and request.text_ids == expected, (named, its)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_preempted_threads_and_requests_are_fed_again_to_the_same_text(name):
+    """What the random schedules meet now and then, for certain."""
+    model, runtime, heads = backend(name)
+    most = max(map(len, PROMPTS)) + LONGEST + LONGEST + 2 * 3
+
+    def asked():
+        """Answers that go on to their limit."""
+        return [
+            Request(f"{kind} {n}", PROMPTS[n % 4], options(kind, n, eos_ids=frozenset()))
+            for n, kind in enumerate([*sorted(PROCESSORS), "greedy", "hot"])
+        ]
+
+    how = EngineOptions(Speculation(), DraftTree.likeliest(8), step_cost=COST, pool_slots=most, max_prefill_rows=3)
+    with Engine(model, runtime, heads, how) as engine:
+        engine.scheduler._used_share = 0.05
+        its = asked()
+        for request in its:
+            engine.add(request)
+        while engine.unfinished:
+            engine.step()
+            checked(engine, its)
+        assert engine.stats.preemptions > 0 and engine.stats.thread_preemptions > 0
+    for request, expected in zip(its, asked(), strict=True):
+        with Engine(model, runtime) as engine:
+            engine.add(expected)
+            while engine.unfinished:
+                engine.step()
+        assert request.text_ids == expected.text_ids and len(expected.text_ids) > 1

@@ -92,7 +92,7 @@ def _show_exactly_the_path(data):
 
 
 def test_requests_that_decode_side_by_side_are_views_of_the_pool():
-    """Of two threads each, with draft nodes of which one is accepted: nobody's slots have to be gathered."""
+    """Each has two threads, whose drafts are partly accepted: nobody's slots have to be gathered."""
     trees = [ParagraphTree([9] * (4 + row), row, {EOS}, FORK, CHILD) for row in range(6)]
     ledger, tree = SlotLedger(KVPool(max_slots=1024)), DraftTree.likeliest(8)
     for step in range(30):

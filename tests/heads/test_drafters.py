@@ -9,18 +9,12 @@ import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.runtimes.runtime import RuntimeFacts
+from tests.support.mapped_heads import MAP, mapped
 from tests.support.models import VOCAB, tiny_model
 from tests.support.prompts import prompts
 
 TREE = DraftTree([(0,), (0, 0), (1,), (0, 1), (0, 0, 0)])
-MAP = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:40]
 CALL = prompts(2, 9, seed=4) | {"do_sample": False, "max_new_tokens": 24, "return_dict_in_generate": True}
-
-
-def mapped(heads):
-    heads.register_buffer("token_map", MAP)
-    heads.draft_vocab_size = len(MAP)
-    return heads
 
 
 HEADS = {

@@ -12,6 +12,7 @@ from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.heads.weight_copies import WeightCopies
 from medusa_apar.runtimes.cpu import weight_fingerprint
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
+from tests.support.mapped_heads import MAP, mapped
 from tests.support.models import VOCAB, model_of
 from tests.support.prompts import prompts
 
@@ -169,15 +170,6 @@ def test_refresh_reads_all_anew(runtime, monkeypatch):
     assert not torch.equal(model.generate(**INPUTS, **GREEDY, custom_generate=hook), expected)
     hook.refresh()
     assert torch.equal(model.generate(**INPUTS, **GREEDY, custom_generate=hook), expected)
-
-
-MAP = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:40]
-
-
-def mapped(heads):
-    heads.register_buffer("token_map", MAP)
-    heads.draft_vocab_size = len(MAP)
-    return heads
 
 
 HEADS = {

@@ -45,7 +45,7 @@ def segment_of(
 
 
 def first_rows(segments: Sequence[Segment]) -> list[int]:
-    """Of each among all rows that are verified."""
+    """Each one's first row among all that are verified."""
     return [0, *accumulate(segment.scored + len(segment.draft_tokens) for segment in segments)][:-1]
 
 

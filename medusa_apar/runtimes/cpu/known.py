@@ -25,7 +25,7 @@ _FOLDERS = tuple(str(Path(str(package.__file__)).parent) + os.sep for package in
 
 
 def unknown_part(model: PreTrainedModel) -> str | None:
-    """What of a model is not as transformers defines it, in half a sentence; None where everything is."""
+    """Says in half a sentence which part of a model is not as transformers defines it; None where every part is."""
     family = type(model).__name__.removesuffix("ForCausalLM")
     home = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
     if family not in _FAMILIES or type(model).__module__ != home:

@@ -1,0 +1,142 @@
+"""What a caller asks for, as requests of an engine: forking, sampling, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import StopStringCriteria
+
+from medusa_apar.engine.admission import check_ids
+from medusa_apar.engine.stopping import CriteriaStop
+from medusa_apar.events import Consumer
+from medusa_apar.events.reporter import Reporter
+from medusa_apar.threads.fork_policy import ForkIf, fork_mode, fork_policy
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.threads.request import Request, RequestOptions
+
+from . import checks
+
+if TYPE_CHECKING:
+    from .generate import MedusaApar
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """What `MedusaApar.__call__` takes beside what transformers prepares; it says what each of them is."""
+
+    fork: bool | str | None = None
+    fork_if: ForkIf | None = None
+    max_threads: int | None = None
+    max_depth: int | None = None
+    seed: int | None = None
+    events: Consumer | None = None
+    rescore: bool = False
+    regenerate_below: float | None = None
+    stop_strings: str | list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request of an engine chooses tokens, in vLLM's words and with its defaults but for the temperature.
+
+    temperature: 0 decodes greedily, and the others are not used then. top_k: 0 keeps all tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, fits, said in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {said}.")
+
+    def processors(self) -> list[LogitsProcessor]:
+        """transformers' own, in the order in which its `generate` applies them."""
+        penalty, hot = self.repetition_penalty != 1.0, self.temperature > 0
+        chosen = (
+            (penalty, lambda: RepetitionPenaltyLogitsProcessor(self.repetition_penalty)),
+            (hot and self.temperature != 1.0, lambda: TemperatureLogitsWarper(self.temperature)),
+            (hot and self.top_k > 0, lambda: TopKLogitsWarper(self.top_k)),
+            (hot and self.top_p < 1.0, lambda: TopPLogitsWarper(self.top_p)),
+            (hot and self.min_p > 0, lambda: MinPLogitsWarper(self.min_p)),
+        )
+        return [make() for wanted, make in chosen if wanted]
+
+
+def mode_of(apar: MedusaApar, asked: CallOptions) -> str:
+    """Where answers fork: "auto", "off" or "lists"."""
+    mode = fork_mode(apar.fork if asked.fork is None else asked.fork)
+    return "off" if mode == "auto" and apar.control_token_ids is None else mode
+
+
+def shared_options(apar: MedusaApar, asked: CallOptions, tokenizer: Any, samples: bool) -> RequestOptions:
+    """What a generate call's rows and an engine's requests settle alike: forking, threads, seed and acceptance.
+
+    samples: whether tokens are sampled; a seed that nobody names is drawn from torch's global generator.
+    """
+    checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
+    max_depth = apar.max_depth if asked.max_depth is None else asked.max_depth
+    mode, control = mode_of(apar, asked), apar.control_token_ids
+    seed = asked.seed if samples else None
+    if samples and seed is None:
+        seed = int(torch.randint(2**62, (), dtype=torch.long, device="cpu"))
+    return RequestOptions(
+        policy=fork_policy(mode, asked.fork_if, max_depth, tokenizer),
+        rule=None if control is None else ForkRule.of(control, max_depth, mode == "auto"),
+        fork_if=asked.fork_if if mode == "auto" else None,
+        max_threads=asked.max_threads or apar.max_threads,
+        seed=seed,
+        # Greedy decoding is temperature 0, where Medusa accepts the likeliest token and no other.
+        typical=apar.typical if samples else None,
+    )
+
+
+def stop_string_criteria(asked: CallOptions, tokenizer: Any) -> list[Callable]:
+    """One criterion for all stop strings, none without. ValueError where there is no tokenizer to read them with."""
+    if asked.stop_strings is None:
+        return []
+    if tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")
+    return [StopStringCriteria(tokenizer=tokenizer, stop_strings=asked.stop_strings)]
+
+
+def engine_request(
+    apar: MedusaApar, id: str, prompt_ids: Sequence[int], sampling: Sampling, asked: CallOptions, **options: Any
+) -> Request:
+    """A request for an engine of `apar`. ValueError for what cannot be, before it is added anywhere."""
+    check_ids(apar.model, prompt_ids)
+    asked = replace(asked, seed=sampling.seed)
+    shared = shared_options(apar, asked, apar.tokenizer, sampling.temperature > 0)
+    criteria = stop_string_criteria(asked, apar.tokenizer)
+    eos = (apar.model.generation_config or GenerationConfig()).eos_token_id
+    its = replace(
+        shared,
+        eos_ids=frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos]),
+        stop=CriteriaStop(criteria, "cpu") if criteria else None,
+        processors=sampling.processors(),
+        watcher=None if asked.events is None else Reporter(asked.events, keep=False),
+        **options,
+    )
+    return Request(id, list(prompt_ids), its)
