@@ -47,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "hydra heads": {"heads": HydraHeads},
     "hydra heads, a small pool": {"heads": HydraHeads, "pool_slots": 1400},
     "hydra heads, all rows filled": {"heads": HydraHeads, "budget": 64},
-    "siblings' words alone": {"speculation": "forest", "budget": 64},
+    "n-grams alone": {"speculation": "forest", "budget": 64},
     "hydra heads, three threads": {"heads": HydraHeads, "max_threads": 3},
     "sampled": {"heads": HydraHeads, "generate": {"do_sample": True, "seed": 5, "top_k": 0}},
     "sampled, top-k": {"heads": HydraHeads, "generate": {"do_sample": True, "seed": 5, "top_k": 40}},

@@ -21,7 +21,7 @@ from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.layout import CHUNK, MAX_WINDOWS, NO_WINDOW, LayoutKind, Sizes
 from medusa_apar.triton_kernels.pack import pack
 from medusa_apar.triton_kernels.tree_attention import tile_for
-from medusa_apar.verify.verdict import Verdict
+from medusa_apar.verify.verify_result import VerifyResult
 
 from .kernel_forests import SHAPES, Case
 from .kernel_timing import measure
@@ -32,7 +32,7 @@ WINDOW = 2  # narrower than the drafts are deep
 
 
 class Seconds(NamedTuple):
-    """Of a step's host: rows placed and slots booked; buffers filled; tokens accepted and slots taken back."""
+    """What a step costs the host: placing rows and booking slots; filling buffers; committing tokens and slots."""
 
     forest: float
     tables: float
@@ -91,10 +91,10 @@ class Steps:
         told = perf_counter()
         for segment in forest.segments:
             if written is None:
-                verdict = Verdict([WORD, WORD], [0], 0) if segment.draft_tokens else Verdict([WORD], [], 0)
+                result = VerifyResult([WORD, WORD], [0], 0) if segment.draft_tokens else VerifyResult([WORD], [], 0)
             else:
-                verdict = Verdict(written if segment.thread is self.tree.trunk else [WORD], [], 0)
-            commit(segment, verdict, self.manager, self.ledger)
+                result = VerifyResult(written if segment.thread is self.tree.trunk else [WORD], [], 0)
+            commit(segment, result, self.manager, self.ledger)
         return Seconds(placed - started, told - placed, perf_counter() - told)
 
 
@@ -114,7 +114,7 @@ def check_pack(device: str, case: Case) -> dict[str, Any]:
         equal &= all(torch.equal(*pair) for pair in zip(*written, strict=True)) and torch.equal(*tables)
         buffer.pack()
         for segment in forest.segments:
-            commit(segment, Verdict([WORD], [], 0), steps.manager, steps.ledger)
+            commit(segment, VerifyResult([WORD], [], 0), steps.manager, steps.ledger)
         expected = torch.from_numpy(steps.ledger.table.slots).to(device)
         equal &= torch.equal(forest.table[: len(expected)], expected)
     return {"kernel": "pack", "rows": case.rows, "threads": case.threads, "equal": equal}

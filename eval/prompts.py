@@ -141,7 +141,7 @@ def read(name: str, limit: int | None = None) -> list[Prompt]:
 
 
 def digest(prompts: list[Prompt]) -> str:
-    """Of what was asked: two runs with the same one are about the same prompts."""
+    """A hash of what was asked: two runs with the same one are about the same prompts."""
     return hashlib.sha256(json.dumps([(p.id, p.text) for p in prompts]).encode()).hexdigest()[:16]
 
 

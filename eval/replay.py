@@ -96,7 +96,7 @@ def replay(
     A record must hold every thread as far as the limit shows it. What an accepted guess brings beyond the end of a
     record's thread is not known and not counted.
     """
-    parts = [encode(heads.base, AnswerFile([record]), 0, eos_ids, heads.taps) for record in records]
+    parts = [encode(heads.base, AnswerFile([record]), 0, eos_ids, heads.aux_layers) for record in records]
     counts = [len(record["threads"]) for record in records]
     for part, before in zip(parts, itertools.accumulate(counts, initial=0), strict=False):
         part.threads += before

@@ -1,6 +1,6 @@
 """What each part of speculation brings, and whether any prompt pays for it: from a benchmark's results.
 
-  medusa-apar bench --systems threads static budget budget+worths budget+forks budget+siblings ours --out DIR
+  medusa-apar bench --systems threads static budget budget+weighted budget+forks budget+ngrams ours --out DIR
   python -m medusa_apar.eval.speculation DIR
 
 Writes DIR/speculation.md, each system against `static` (Medusa's: the same tree below every thread), and
@@ -22,7 +22,7 @@ from .runs import Runs
 from .statistics import ratio_of_totals
 
 SLOWER = 0.03  # share of its time that a prompt may lose (DESIGN.md, promise 7: never slower)
-SOURCES = ("heads", "siblings", "forks")
+SOURCES = ("heads", "ngrams", "forks")
 
 
 def read(folder: Path) -> dict[str, list[Median]]:

@@ -53,5 +53,5 @@ def speed_ratio(
 
 
 def median_of(values: Sequence[float]) -> float:
-    """Of a prompt's repeats."""
+    """The median of a prompt's repeats."""
     return float(median(values))

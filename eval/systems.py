@@ -85,22 +85,22 @@ NAMES = {
     "threads": "our engine with threads",
     "heads": "our engine with heads",
     "ours": "our engine with threads and heads, and all else that it guesses ahead",
-    "siblings": "our engine with threads that guess without heads, from what has been said",
+    "ngrams": "our engine with threads that guess without heads, from what has been said",
 }
 # Parts of `ours`, to see what each brings; all with threads and the same heads.
 SPECULATIONS = {
     "static": Speculation.even(),
-    "budget": Speculation(worths=False, siblings=False, forks=False),
-    "budget+worths": Speculation(siblings=False, forks=False),
-    "budget+forks": Speculation(worths=False, siblings=False),
-    "budget+siblings": Speculation(worths=False, forks=False),
+    "budget": Speculation(thread_weights=False, ngrams=False, forks=False),
+    "budget+weighted": Speculation(ngrams=False, forks=False),
+    "budget+forks": Speculation(thread_weights=False, ngrams=False),
+    "budget+ngrams": Speculation(thread_weights=False, forks=False),
 }
 NAMES |= {
     "static": "the same draft tree below every thread, as many nodes as pay",
     "budget": "one budget for the whole forest, of the heads' guesses alone",
-    "budget+worths": "the same, nodes of threads that the answer does not wait for earning half",
+    "budget+weighted": "the same, nodes of threads that the answer does not wait for earning half",
     "budget+forks": "the same, with [Child] below every drafted [Fork]",
-    "budget+siblings": "the same, with what has been said as guesses besides",
+    "budget+ngrams": "the same, with what has been said as guesses besides",
 }
 
 
@@ -112,7 +112,7 @@ def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
     if name not in NAMES:
         raise ValueError(f"system {name!r} is none of {', '.join(NAMES)}")
     parts = name in SPECULATIONS
-    threads, heads = parts or name in ("threads", "siblings", "ours"), parts or name in ("heads", "ours")
+    threads, heads = parts or name in ("threads", "ngrams", "ours"), parts or name in ("heads", "ours")
     if threads and apar.control_token_ids is None:
         raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
     if heads and apar.heads is None:
@@ -127,7 +127,7 @@ def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
     ours = apar if heads else apar.without_heads()
     if parts:
         ours = ours.speculating(SPECULATIONS[name])
-    elif name == "siblings":
+    elif name == "ngrams":
         ours = ours.speculating(Speculation())
     answer = partial(_ours, ours, threads)
     return System(name, NAMES[name], ours, answer, apar.runtime.facts.kind)

@@ -44,7 +44,7 @@ ROW_TOKENS = 512  # short records share a forward pass up to here: products of f
 class Answers:
     """T positions of many threads, a thread's positions in a row. Prompts count only by their last token."""
 
-    hidden: Tensor  # float16 [T, H * (1 + taps)] the states from which the base predicts the next token
+    hidden: Tensor  # float16 [T, H * (1 + aux_layers)] the states from which the base predicts the next token
     ids: Tensor  # [T] the token at this position
     next_ids: Tensor  # [T] the thread's next token, packing.IGNORED where the thread was cut
     threads: Tensor  # [T] distinct for every thread
@@ -194,15 +194,19 @@ def _checked_record(line: bytes) -> dict:
 
 @torch.no_grad()
 def encode(
-    model: PreTrainedModel, file: AnswerFile, record: int, eos_ids: list[int], taps: tuple[int, ...] = ()
+    model: PreTrainedModel, file: AnswerFile, record: int, eos_ids: list[int], aux_layers: tuple[int, ...] = ()
 ) -> Answers:
     """One record's positions. What follows an end-of-text token is nobody's prediction, so that position is dropped."""
-    return encode_rows(model, file, [record], eos_ids, taps)
+    return encode_rows(model, file, [record], eos_ids, aux_layers)
 
 
 @torch.no_grad()
 def encode_rows(
-    model: PreTrainedModel, file: AnswerFile, records: Sequence[int], eos_ids: list[int], taps: tuple[int, ...] = ()
+    model: PreTrainedModel,
+    file: AnswerFile,
+    records: Sequence[int],
+    eos_ids: list[int],
+    aux_layers: tuple[int, ...] = (),
 ) -> Answers:
     """The positions of several records from one forward pass, in order; threads are numbered from 0."""
     rows = [pack_threads(*file.packed_threads(record)) for record in records]
@@ -211,7 +215,7 @@ def encode_rows(
     placed = row.to(model.device)
     # The attention that decodes: paths narrowed by each layer's own window, soft caps and sinks included.
     attention = forest_attention(model, "sdpa"), current_forest(cast(Any, PackedForest(placed)))
-    with attention[0], attention[1], Captured(model, taps) as captured:
+    with attention[0], attention[1], Captured(model, aux_layers) as captured:
         output = model.base_model(
             input_ids=placed.input_ids[None],
             attention_mask=torch.ones_like(placed.input_ids)[None],  # without one, equal positions would split the row
@@ -289,20 +293,20 @@ class Encoder:
     """Runs the base over records and keeps the shards in `folder`; what an earlier run left there is not done again.
 
     Workers are single-threaded and side by side: one forward pass split over cores waits for the slowest each time.
-    A shard is named after its content: the model's fingerprint, the taps and its records.
+    A shard is named after its content: the model's fingerprint, the aux_layers and its records.
     """
 
     model: PreTrainedModel
     file: AnswerFile
     eos_ids: list[int]
     folder: Path
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     threads: int = 1
     _model_key: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._model_key = f"windowed {fingerprint(self.model)} {self.model.dtype} {self.taps} {self.eos_ids}"
+        self._model_key = f"windowed {fingerprint(self.model)} {self.model.dtype} {self.aux_layers} {self.eos_ids}"
 
     def run(
         self,
@@ -345,7 +349,7 @@ class Encoder:
             return path
         parts, threads = [], 0
         for row in self._rows(records):
-            part = encode_rows(self.model, self.file, row, self.eos_ids, self.taps)
+            part = encode_rows(self.model, self.file, row, self.eos_ids, self.aux_layers)
             if len(part):
                 part.threads += threads
                 threads = int(part.threads.max()) + 1
@@ -382,7 +386,7 @@ def _single_threaded(workers: int) -> Callable[[], None]:
 
 
 def data_fingerprint(file: AnswerFile) -> str:
-    """Of the answers, whatever files they came from."""
+    """A hash of the answers, whatever files they came from."""
     digest = hashlib.sha256()
     for record in file.records:
         digest.update(json.dumps([record["prompt_ids"], record["threads"]], sort_keys=True).encode())

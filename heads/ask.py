@@ -46,7 +46,7 @@ class Prompt(NamedTuple):
 
 @dataclass(slots=True)
 class Limits:
-    """Of answering."""
+    """How much is answered, and in which order."""
 
     count: int | None = None  # prompts; None: all
     max_prompt: int = 200  # tokens: longer prompts mostly bring text to work on

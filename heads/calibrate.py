@@ -156,7 +156,7 @@ def measure(
     reliability = Reliability.empty(heads.num_heads)
     own = written = threads = 0
     for record in range(len(file.records)):
-        answers = encode(model, file, record, eos_ids, heads.taps)
+        answers = encode(model, file, record, eos_ids, heads.aux_layers)
         advance()
         if not len(answers):
             continue

@@ -26,7 +26,7 @@ from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
-from medusa_apar.runtimes.capture import tapped_layers
+from medusa_apar.runtimes.capture import aux_layer_modules
 from medusa_apar.runtimes.cpu.weight_fingerprint import plain
 
 from . import checkpoints
@@ -110,9 +110,10 @@ def tree_tensors(tree: DraftTree, device: torch.device) -> TreeTensors:
 class DraftHeads(nn.Module):
     """Heads that read a base model's hidden states and propose tokens through its unembedding.
 
-    `token_map` [draft vocabulary] restricts what the heads can propose to these vocabulary ids. `taps` are the base
-    layers (0-based) whose outputs are read beside the final hidden state, as EAGLE-3 fuses them (arXiv 2503.01840):
-    wherever `hidden_states` is taken its last dimension is `input_size`, the final state first, then a state per tap.
+    `token_map` [draft vocabulary] restricts what the heads can propose to these vocabulary ids. `aux_layers` are the
+    base layers (0-based) whose outputs are read beside the final hidden state, as EAGLE-3 fuses them (arXiv
+    2503.01840). Wherever `hidden_states` is taken, its last dimension is `input_size`: the final state first, then a
+    state per aux layer.
     """
 
     kind: str  # "medusa" or "hydra", as config.json says it
@@ -127,11 +128,11 @@ class DraftHeads(nn.Module):
         hidden_size: int,
         vocab_size: int,
         token_map: Tensor | None = None,
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.num_heads, self.num_layers = num_heads, num_layers
-        self.hidden_size, self.vocab_size, self.taps = hidden_size, vocab_size, tuple(taps)
+        self.hidden_size, self.vocab_size, self.aux_layers = hidden_size, vocab_size, tuple(aux_layers)
         if token_map is not None:
             token_map = _checked_token_map(token_map, vocab_size)
         self.register_buffer("token_map", token_map)
@@ -142,7 +143,7 @@ class DraftHeads(nn.Module):
 
     @property
     def input_size(self) -> int:
-        return self.hidden_size * (1 + len(self.taps))
+        return self.hidden_size * (1 + len(self.aux_layers))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -245,8 +246,8 @@ class DraftHeads(nn.Module):
         if vocab_size > self.vocab_size:
             added, name = vocab_size - self.vocab_size, type(model).__name__
             _say_once(f"these heads never draft {added} of the {vocab_size} tokens of {name}, which are new to them.")
-        if self.taps:
-            tapped_layers(model, self.taps)
+        if self.aux_layers:
+            aux_layer_modules(model, self.aux_layers)
 
     def attach(self: Self, model: PreTrainedModel) -> Self:
         """Use `model`'s unembedding from now on."""

@@ -34,7 +34,7 @@ from .drafters import TorchDrafter
 
 
 class HydraHeads(DraftHeads):
-    """Sequentially dependent heads over the base's unembedding; with `sequential=False` Medusa heads that read `taps`.
+    """Sequentially dependent heads over the base's unembedding; `sequential=False`: Medusa heads that read aux layers.
 
     New heads pass the final state on: each then proposes what the base would for its next token. Embeddings are
     scaled to a mean square of 1 a token: a final norm's output is tens of times larger than they are.
@@ -47,12 +47,12 @@ class HydraHeads(DraftHeads):
         hidden_size: int,
         vocab_size: int,
         token_map: Tensor | None = None,
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
         sequential: bool = True,
     ) -> None:
         if num_heads < 1:
             raise ValueError(f"{num_heads} heads would propose nothing.")
-        super().__init__(num_heads, num_layers, hidden_size, vocab_size, token_map, taps)
+        super().__init__(num_heads, num_layers, hidden_size, vocab_size, token_map, aux_layers)
         self.sequential = sequential
         self.kind = "hydra" if sequential else "fused"
         self.from_states = zeros(num_heads, hidden_size, self.input_size)
@@ -74,12 +74,12 @@ class HydraHeads(DraftHeads):
         num_heads: int = 3,
         num_layers: int = 1,
         seed: int = 0,
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
         sequential: bool = True,
     ) -> HydraHeads:
         """Untrained heads in the model's dtype and device; the global random state is left alone."""
         vocab_size, hidden_size = unembedding_size(model)
-        heads = cls(num_heads, num_layers, hidden_size, vocab_size, None, taps, sequential)
+        heads = cls(num_heads, num_layers, hidden_size, vocab_size, None, aux_layers, sequential)
         generator = torch.Generator("cpu").manual_seed(seed)
         with torch.no_grad():
             for parameter in heads.parameters():
@@ -96,16 +96,16 @@ class HydraHeads(DraftHeads):
             raise ValueError("these are no Hydra heads: the file lacks the key 'from_states'.")
         for key, tensor in state.items():
             checkpoints.check_dense(key, tensor)
-        for key, dimensions in (("from_states", 3), ("taps", 1)):
+        for key, dimensions in (("from_states", 3), ("aux_layers", 1)):
             if key in state and state[key].dim() != dimensions:
                 raise ValueError(f"the heads' file is damaged: {key!r} has the shape {list(state[key].shape)}.")
         num_heads, hidden_size, _ = state["from_states"].shape
         num_layers = sum(key.startswith("blocks.") and key.endswith(".weight") for key in state)
         checkpoints.check_counts(num_heads, num_layers)
-        taps = tuple(state.pop("taps").tolist()) if "taps" in state else ()
+        aux_layers = tuple(state.pop("aux_layers").tolist()) if "aux_layers" in state else ()
         vocab_size = config.get("vocab_size") or unembedding_size(model)[0]
         sequential = "from_token.0" in state
-        heads = cls(num_heads, num_layers, hidden_size, vocab_size, state.get("token_map"), taps, sequential)
+        heads = cls(num_heads, num_layers, hidden_size, vocab_size, state.get("token_map"), aux_layers, sequential)
         heads.check_matches(model)
         try:
             heads.load_state_dict(state)
@@ -118,9 +118,9 @@ class HydraHeads(DraftHeads):
         """`medusa_lm_head.safetensors` with keys of its own and a `config.json` with `"kind": "hydra"`."""
         checkpoints.check_counts(self.num_heads, len(self.blocks))
         state = {key: value.detach() for key, value in self.state_dict().items()}
-        if self.taps:
-            state["taps"] = torch.tensor(self.taps, dtype=torch.long, device="cpu")
-        config = {"kind": self.kind, **self._config(), "taps": list(self.taps)}
+        if self.aux_layers:
+            state["aux_layers"] = torch.tensor(self.aux_layers, dtype=torch.long, device="cpu")
+        config = {"kind": self.kind, **self._config(), "aux_layers": list(self.aux_layers)}
         checkpoints.write(Path(folder), state, config, dtype)
 
     # ---- the network

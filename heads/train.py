@@ -48,7 +48,7 @@ class Settings:
     num_heads: int = 4
     num_layers: int = 1
     draft_vocab: int = 8192  # 0: all ids
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     init: str | None = None  # folder of heads to go on from, which then say all of the above
     start: str = "auto"  # "ridge", "zero"; auto: ridge for heads with an input layer
     max_minutes: float = 60.0  # encoding included, earlier runs too
@@ -64,7 +64,7 @@ class Settings:
 
 
 SHAPE = (
-    *("kind", "num_heads", "num_layers", "draft_vocab", "taps", "init", "start"),
+    *("kind", "num_heads", "num_layers", "draft_vocab", "aux_layers", "init", "start"),
     *("lr", "hard", "temperature", "batch", "seed"),
 )
 
@@ -123,7 +123,7 @@ class Trainer:
         return held_out
 
     def progress(self) -> float:
-        """Of the run, by whichever of time and steps is further: the cosine ends where the run does."""
+        """The share of the run that is done, by time or by steps, whichever is further: the cosine ends with it."""
         return max(self.step / self.last_step, self.seconds / (60 * self.settings.max_minutes))
 
     def train_step(self, progress: float) -> list[float]:
@@ -202,11 +202,11 @@ def make_heads(model: PreTrainedModel, settings: Settings, token_map: Tensor | N
     vocab_size, hidden_size = unembedding_size(model)
     count, layers = settings.num_heads, settings.num_layers
     made: DraftHeads
-    if settings.kind == "medusa" and not settings.taps:
+    if settings.kind == "medusa" and not settings.aux_layers:
         made = MedusaHeads(count, layers, hidden_size, vocab_size, token_map=token_map)
     else:
         sequential = settings.kind == "hydra"
-        made = HydraHeads(count, layers, hidden_size, vocab_size, token_map, settings.taps, sequential)
+        made = HydraHeads(count, layers, hidden_size, vocab_size, token_map, settings.aux_layers, sequential)
     return made.to(model.device).attach(model)
 
 
@@ -229,9 +229,9 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
     token_map = state["heads"].get("token_map") if state else _token_map(model, file, settings, eos_ids)
     heads = make_heads(model, settings, token_map)
     if settings.start == "ridge" and not isinstance(heads, HydraHeads):
-        raise ValueError("start='ridge' needs heads with an input layer: Hydra, or Medusa with taps")
+        raise ValueError("start='ridge' needs heads with an input layer: Hydra, or Medusa with aux_layers")
 
-    shards, held_out_shards = _encode(model, file, heads.taps, out, eos_ids, settings, state, started, job)
+    shards, held_out_shards = _encode(model, file, heads.aux_layers, out, eos_ids, settings, state, started, job)
     store, held_out = Store(shards), Store(held_out_shards)[: settings.eval_positions]
     job.log(
         "encoded", positions=len(store), held_out=len(held_out), minutes=round((time.monotonic() - started) / 60, 2)
@@ -267,7 +267,7 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
 def _encode(
     model: PreTrainedModel,
     file: AnswerFile,
-    taps: tuple[int, ...],
+    aux_layers: tuple[int, ...],
     out: Path,
     eos_ids: list[int],
     settings: Settings,
@@ -277,7 +277,7 @@ def _encode(
 ) -> tuple[list[Path], list[Path]]:
     """Shards to train on and held-out ones; half of the time at most goes into the base's forward passes."""
     threads = settings.threads if model.device.type == "cpu" else 1
-    encoder = Encoder(model, file, eos_ids, out / "train" / "states", taps, threads)
+    encoder = Encoder(model, file, eos_ids, out / "train" / "states", aux_layers, threads)
     if state is not None:
         paths = [[encoder.folder / name for name in names] for names in state["shards"]]
         if all(path.exists() for shards in paths for path in shards):
@@ -341,7 +341,7 @@ def _token_map(model: PreTrainedModel, file: AnswerFile, settings: Settings, eos
 
 def _shape(settings: Settings) -> dict[str, Any]:
     values = asdict(settings)
-    return {name: list(values[name]) if name == "taps" else values[name] for name in SHAPE}
+    return {name: list(values[name]) if name == "aux_layers" else values[name] for name in SHAPE}
 
 
 def check_out(out: Path) -> None:

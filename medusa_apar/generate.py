@@ -118,7 +118,7 @@ class MedusaApar:
         if self.options.speculation is not None:
             if self.heads is not None:
                 guesses.append(f"{self.heads.num_heads} {type(self.heads).__name__.removesuffix('Heads')} heads")
-            if self.options.speculation.siblings:
+            if self.options.speculation.ngrams:
                 guesses.append("n-grams")
         control = self.control_token_ids
         forks = "never forks"

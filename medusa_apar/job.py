@@ -177,7 +177,7 @@ def on_a_terminal() -> bool:
 
 
 def quiet() -> None:
-    """Of the libraries' own messages only errors are shown, and bars only on a terminal, where a download is seen."""
+    """Silences the libraries but for errors. Progress bars stay on a terminal, where somebody watches a download."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def screenshot(browser: str, pictures: list[Picture], dark: bool) -> Image.Image:
-    """Of pictures one below the other, each in a box of the same size."""
+    """A screenshot of pictures one below the other, each in a box of the same size."""
     boxes = [f'<div style="height:{HEIGHT}px;overflow:hidden">{picture.body}</div>' for picture in pictures]
     page = Picture("".join(boxes), "").page(margin="8px")
     with tempfile.TemporaryDirectory() as folder:

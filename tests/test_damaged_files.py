@@ -40,7 +40,7 @@ def whole(tmp_path_factory):
     heads = MedusaHeads.random(model, 2)
     heads.acceptance = [[0.5, 0.3], [0.2, 0.1]]
     heads.save_pretrained(root / "v2")
-    HydraHeads.random(model, 2, taps=(0,)).save_pretrained(root / "hydra")
+    HydraHeads.random(model, 2, aux_layers=(0,)).save_pretrained(root / "hydra")
     convert(root / "v2", "v2", root / "pt", file_format="pt")
     convert(root / "v2", "vllm", root / "vllm", base=str(root / "base"))
     convert(root / "v2", "medusa2", root / "medusa2", base=str(root / "base"))

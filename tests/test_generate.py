@@ -33,7 +33,7 @@ def test_equals_transformers_on_every_family(family, rows):
     model = tiny_model(family, seed=1)
     inputs = prompts(rows, 9, seed=rows, ragged=True)
     assert_same(model, inputs, medusa_apar.attach(model))
-    for heads in (MedusaHeads.random(model, 3, seed=rows), HydraHeads.random(model, 3, seed=rows, taps=(1,))):
+    for heads in (MedusaHeads.random(model, 3, seed=rows), HydraHeads.random(model, 3, seed=rows, aux_layers=(1,))):
         assert_same(model, inputs, medusa_apar.attach(model, heads))
 
 

@@ -197,7 +197,7 @@ class Sections:
             self.size += aligned(length)
 
     def views(self, flat: Any) -> dict[str, Any]:
-        """Of a numpy array or a tensor."""
+        """Each field's view of a flat numpy array or tensor."""
         return {name: flat[start:stop].reshape(shape) for name, (start, stop, shape) in self._places.items()}
 
 

@@ -5,7 +5,7 @@
   ours-ar   our engine without threads and heads                     threads  heads  ours (both)
 
   static    Medusa's draft trees, one for all threads            siblings  threads that guess without heads
-  budget  budget+worths  budget+forks  budget+siblings: parts of `ours`, to see what each brings
+  budget  budget+weighted  budget+forks  budget+ngrams: parts of `ours`, to see what each brings
 
 Other engines take part when they are named, each in an environment of its own under the cache folder, made the first
 time (from PyPI; llama.cpp is compiled):

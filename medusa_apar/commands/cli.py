@@ -287,7 +287,7 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Of `generate`, ours and transformers' alike."""
+    """Keyword arguments for `generate`, our own and those of transformers."""
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "fork": args.fork}
     if args.sample or args.temperature or args.top_p:
         options |= {"do_sample": True, "seed": args.seed}

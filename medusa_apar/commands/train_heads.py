@@ -80,15 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--draft-vocab", type=number(int, 0), default=8192, metavar="N",
         help="ids that heads can propose, the answers' most frequent; 0: all (default: %(default)s)")  # fmt: skip
-    add("--taps", type=number(int, 0), nargs="*", default=[], metavar="LAYER",
+    add("--aux-layers", type=number(int, 0), nargs="*", default=[], metavar="LAYER",
         help="base layers (from 0) whose outputs the heads read beside the last one's")  # fmt: skip
     add("--init", metavar="HEADS", help="go on from these heads, whose kind and sizes then hold")
 
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--start", choices=("auto", "ridge", "zero"), default="auto",
-        help="of the input layer of Hydra heads and of heads with taps: ridge regression, or the base's own next token"
-        " (default: ridge)")  # fmt: skip
+        help="how the input layer of Hydra heads and of heads with aux layers starts: as a ridge regression, or at the"
+        " base's own next token (default: ridge)")  # fmt: skip
     add("--epochs", type=positive, default=4.0, help="passes over the data (default: %(default)s)")
     add("--max-minutes", type=positive, default=60.0, metavar="M",
         help="of encoding, half of it at most, and training; earlier runs count (default: %(default)s)")  # fmt: skip
@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
     if not (args.prompts or args.answers or args.copy):
         raise ValueError("there is nothing to learn from: give --prompts, --answers or --copy")
     check_files([*args.prompts, *args.answers, *args.copy])
-    if args.start == "ridge" and args.kind == "medusa" and not args.taps:
-        raise ValueError("--start ridge needs an input layer: --kind hydra, or --taps")
+    if args.start == "ridge" and args.kind == "medusa" and not args.aux_layers:
+        raise ValueError("--start ridge needs an input layer: --kind hydra, or --aux-layers")
     if args.init and not Path(args.init).exists():
         raise FileNotFoundError(f"--init {args.init} does not exist")
 
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         num_heads=args.num_heads,
         num_layers=args.num_layers,
         draft_vocab=args.draft_vocab,
-        taps=tuple(args.taps),
+        aux_layers=tuple(args.aux_layers),
         init=args.init,
         start=args.start,
         max_minutes=args.max_minutes,

@@ -50,7 +50,7 @@ class Block:
 
 
 def rows(recording: Recording, batch_row: int = 0) -> list[Row]:
-    """Of one request, in the order of the forest. `recording` is in the middle of a step."""
+    """The rows of one request, in the order of the forest. `recording` is in the middle of a step."""
     return [
         row
         for thread, drafted in recording.drafted.items()
@@ -155,7 +155,7 @@ def _accepted(after: Recording, row: int) -> dict[tuple[int, int], bool]:
     return found
 
 
-_SIGNS = {"heads": "◇", "siblings": "≡", "fork": "↳"}
+_SIGNS = {"heads": "◇", "ngrams": "≡", "fork": "↳"}
 _KEY = (
     '<p class="ma-key">● root, the last token that was chosen · ○ other pending token · ◇ guessed by the heads · '
     "≡ guessed, since it had been written before · ↳ [Child] below a guessed [Fork] · ✓ accepted, ✕ rejected · "

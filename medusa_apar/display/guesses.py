@@ -38,7 +38,7 @@ def guess_text(
 
 
 def wrong_guesses(recording: Recording, thread: Thread) -> Iterator[tuple[int, list[int]]]:
-    """Of the recording's latest step: before which of the thread's own tokens a wrong guess stood, and its ids."""
+    """Wrong drafts of the recording's latest step: before which of the thread's own tokens each stood, and its ids."""
     rejected, drafted = recording.rejected.get(thread), recording.drafted.get(thread)
     if rejected is None or drafted is None:
         return
@@ -52,7 +52,7 @@ def wrong_guesses(recording: Recording, thread: Thread) -> Iterator[tuple[int, l
 
 
 def all_wrong_guesses(recording: Recording, row: int) -> dict[tuple[Thread, int], list[tuple[int, list[int]]]]:
-    """Of all steps, by thread of the row and place: the step, and the likeliest of the wrong guesses there."""
+    """Wrong drafts of all steps, by thread of the row and place: the step, and the likeliest of those drafts."""
     found: dict[tuple[Thread, int], list[tuple[int, list[int]]]] = {}
     again = Recording()
     for event in recording.events:

@@ -8,7 +8,7 @@ HUES = 6  # of the style's: .ma-h1 to .ma-h6
 SOURCES = {
     "model": "chosen by the model",
     "heads": "guessed by the heads",
-    "siblings": "guessed, since it had been written before",
+    "ngrams": "guessed, since it had been written before",
     "rule": "written by the fork rule",
 }
 

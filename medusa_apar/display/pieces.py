@@ -27,7 +27,7 @@ class Pieces:
         return texts
 
     def at(self, thread: Thread, place: int, token_ids: list[int]) -> list[str]:
-        """Of tokens that might have been the thread's own from a place on."""
+        """The texts of tokens that might have been the thread's own from a place on."""
         texts = self.of(thread)[:place]
         return self._decoded([*thread.path_ids[-_CONTEXT:], *thread.token_ids[:place]], token_ids, _unread(texts))
 

@@ -18,7 +18,7 @@ MIN_CHANCE = 0.01  # of being accepted: no node has less
 _SMALL = 6  # rows more, of which the cheapest counts
 SECONDARY = 0.5  # weight of a thread that the answer does not wait for, beside the one it does
 MAX_ASKED = 0.5  # chance that is asked of a node before the heads look on below it
-_TRUSTED = 0.7  # from here on what the heads say besides has too little chance to pay
+_MATCHED = 0.7  # a match this likely leaves the heads' drafts too little chance to pay
 _MEMORY = 0.98  # of the running means: half of them are the last 35 steps
 _TRIALS = 12  # steps that the heads have before they are judged
 _FIRST_PAUSE, _LONGEST_PAUSE = 4, 32  # steps without the heads, before they are asked again
@@ -33,13 +33,13 @@ class ForestBudget:
     rows: most rows of a step, roots included.
     cost: what a step costs; None fills all rows.
     max_nodes: of one thread; None: no limit.
-    weighs: whether threads that the answer does not wait for earn less.
+    weigh_threads: whether threads that the answer does not wait for earn less.
     """
 
     rows: int
     cost: StepCost | LearnedCost | None = None
     max_nodes: int | None = None
-    weighs: bool = True
+    weigh_threads: bool = True
     # Of the steps so far: tokens that a thread gains, and what a step costs.
     _tokens: float = 0.0
     _spent: float = 0.0
@@ -52,16 +52,16 @@ class ForestBudget:
     _failures: int = 0
 
     def choose(
-        self, proposals: Sequence[Proposal | None], worths: np.ndarray, room: int, requests: int = 1
+        self, proposals: Sequence[Proposal | None], weights: np.ndarray, room: int, requests: int = 1
     ) -> list[np.ndarray]:
         """The nodes to keep of each thread's candidates, int64 in ascending order, with every node its parent.
 
-        worths: float [T] of each thread, what a token of it brings the answer. room: KV slots for nodes. A node earns
-        its chance times that, a `[Child]` half: its thread is not the one waited for. Nodes are kept while they earn
+        weights: float [T], what a token of each thread brings the answer. room: KV slots for nodes. A node earns its
+        chance times that, a `[Child]` half: its thread is not the one waited for. Nodes are kept while they earn
         more than the time they take would have brought at the rate of the steps so far.
         """
         room = min(room, self.rows - len(proposals))
-        drawn = _Candidates.of(proposals, worths, self.max_nodes)
+        drawn = _Candidates.of(proposals, weights, self.max_nodes)
         if room <= 0 or drawn is None:
             self._account(len(proposals), 0.0, 0, requests)
             return [_NONE] * len(proposals)
@@ -71,20 +71,20 @@ class ForestBudget:
             order = order[: self._pays(len(proposals), drawn, order, requests)]
         return drawn.of_threads(np.sort(order))
 
-    def bar(self, roots: int, requests: int, worth: float) -> float:
-        """The chance with which a node would pay beside so many roots, the thread's tokens being worth so much."""
+    def min_probability(self, roots: int, requests: int, weight: float) -> float:
+        """The chance with which a node would pay beside so many roots, for a thread of this weight."""
         if self.cost is None:
             return MIN_CHANCE
-        return min(max(MIN_CHANCE, self._min_gain(roots, requests) / worth), MAX_ASKED)
+        return min(max(MIN_CHANCE, self._min_gain(roots, requests) / weight), MAX_ASKED)
 
-    def paying(self, threads: Sequence[Thread], roots: int, requests: int) -> set[Thread]:
+    def threads_worth_drafting(self, threads: Sequence[Thread], roots: int, requests: int) -> set[Thread]:
         """Those of a request's live threads for which a guess could pay, were it certain to be right: beside many
         others none does, and looking for it would cost time."""
-        if self.cost is None or not self.weighs:
+        if self.cost is None or not self.weigh_threads:
             return set(threads)
         least = self._min_gain(roots, requests)
         return {
-            thread for thread, worth in zip(threads, thread_weights(threads).tolist(), strict=True) if worth > least
+            thread for thread, weight in zip(threads, thread_weights(threads).tolist(), strict=True) if weight > least
         }
 
     def _min_gain(self, roots: int, requests: int) -> float:
@@ -93,18 +93,20 @@ class ForestBudget:
         row = float(np.diff(self.cost.rows(roots + _SMALL)[roots - 1 :]).min())
         return self._rate(roots, requests) * row
 
-    def asking(self, trusts: Mapping[Thread, float]) -> set[Thread]:
-        """For which of a request's live threads the heads should draft, given how far what was recalled for each can be
-        trusted. Drafting for a thread that the answer does not wait for, or that a sibling leads anyway, costs what it
-        is worth."""
+    def threads_for_heads(self, acceptance: Mapping[Thread, float]) -> set[Thread]:
+        """The threads of a request for which the heads should draft.
+
+        acceptance: each live thread's chance that its n-gram match is accepted. Where the match is likely, or the
+        answer does not wait for the thread, drafting costs more than it brings.
+        """
         if self.cost is None:
-            return set(trusts)
-        found = thread_weights(list(trusts)) if self.weighs else np.ones(len(trusts))
+            return set(acceptance)
+        found = thread_weights(list(acceptance)) if self.weigh_threads else np.ones(len(acceptance))
         waited_for = (found == found.max()).tolist()
         return {
             thread
-            for (thread, trust), waits in zip(trusts.items(), waited_for, strict=True)
-            if waits and trust < _TRUSTED
+            for (thread, likely), waits in zip(acceptance.items(), waited_for, strict=True)
+            if waits and likely < _MATCHED
         }
 
     def nodes(self, roots: int, drafting: int, room: int) -> int:
@@ -113,7 +115,7 @@ class ForestBudget:
         each = 2 * max(min(room, self.rows - roots), 0) // drafting
         return power_of_two(each) if each else 0
 
-    def heads_pay(self) -> bool:
+    def heads_enabled(self) -> bool:
         """Whether the heads should draft for the next step. Where their guesses have saved less than drafting costs,
         over several steps, they are only asked after pauses of 4 steps, 8, 16 and then 32, to see whether that has
         changed."""
@@ -134,7 +136,7 @@ class ForestBudget:
         best = int(scores.argmax())
         drafted = 0.0
         if drawn.drafting:
-            without = self._scores(roots, gains[~drawn.guessed[order]], rate).max()
+            without = self._scores(roots, gains[~drawn.from_heads[order]], rate).max()
             drafted = self.cost.drafting(drawn.drafting)
             fading = _MEMORY if not self._failures else _RECENT  # looking again, old failures should not count for long
             self._saved = fading * self._saved + float(scores[best] - without) / rate
@@ -169,10 +171,10 @@ class EvenBudget:
     rows: int
     tree: DraftTree
     cost: StepCost | LearnedCost | None = None
-    weighs = False
+    weigh_threads = False
 
     def choose(
-        self, proposals: Sequence[Proposal | None], worths: np.ndarray, room: int, requests: int = 1
+        self, proposals: Sequence[Proposal | None], weights: np.ndarray, room: int, requests: int = 1
     ) -> list[np.ndarray]:
         """As ForestBudget.choose."""
         drafting = sum(proposal is not None for proposal in proposals)
@@ -188,16 +190,16 @@ class EvenBudget:
         each = max(min(room, self.rows - roots), 0) // drafting
         return min(each, len(self.tree) if self.cost is None else self.cost.nodes(roots, self.tree))
 
-    def heads_pay(self) -> bool:
+    def heads_enabled(self) -> bool:
         return True
 
-    def asking(self, trusts: Mapping[Thread, float]) -> set[Thread]:
-        return set(trusts)
+    def threads_for_heads(self, acceptance: Mapping[Thread, float]) -> set[Thread]:
+        return set(acceptance)
 
-    def bar(self, roots: int, requests: int, worth: float) -> float:
+    def min_probability(self, roots: int, requests: int, weight: float) -> float:
         return 0.0
 
-    def paying(self, threads: Sequence[Thread], roots: int, requests: int) -> set[Thread]:
+    def threads_worth_drafting(self, threads: Sequence[Thread], roots: int, requests: int) -> set[Thread]:
         return set(threads)
 
 
@@ -222,13 +224,13 @@ class _Candidates:
     """All threads' candidates side by side, n of them."""
 
     chances: np.ndarray  # float64 [n]
-    gains: np.ndarray  # float64 [n], those times the worth of their thread
-    guessed: np.ndarray  # bool [n], what only the heads propose
+    gains: np.ndarray  # float64 [n], those times their thread's weight
+    from_heads: np.ndarray  # bool [n], what only the heads propose
     bounds: np.ndarray  # int64 [T + 1], where each thread's begin
-    drafting: int  # threads for which the heads guessed
+    drafting: int  # threads for which the heads drafted
 
     @classmethod
-    def of(cls, proposals: Sequence[Proposal | None], worths: np.ndarray, max_nodes: int | None) -> _Candidates | None:
+    def of(cls, proposals: Sequence[Proposal | None], weights: np.ndarray, max_nodes: int | None) -> _Candidates | None:
         """None where there are none."""
         sizes = np.array([0 if proposal is None else len(proposal.tokens) for proposal in proposals])
         if not sizes.any():
@@ -236,8 +238,8 @@ class _Candidates:
         heads = np.array([0 if proposal is None else proposal.heads for proposal in proposals])
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         chances = np.concatenate([p.chances for p in proposals if p is not None])
-        gains = chances * np.repeat(worths, sizes)
-        guessed = np.arange(len(gains)) < np.repeat(bounds[:-1] + heads, sizes)
+        gains = chances * np.repeat(weights, sizes)
+        from_heads = np.arange(len(gains)) < np.repeat(bounds[:-1] + heads, sizes)
         recalled: list[int] = []
         children: list[int] = []
         for first, proposal in zip(bounds.tolist(), proposals, strict=False):
@@ -248,9 +250,9 @@ class _Candidates:
             if max_nodes is not None and len(proposal.tokens) > max_nodes:
                 own = gains[first : first + len(proposal.tokens)]
                 chances[first : first + len(own)][np.argsort(-own, kind="stable")[max_nodes:]] = 0.0
-        guessed[recalled] = False
+        from_heads[recalled] = False
         gains[children] *= SECONDARY
-        return cls(chances, gains, guessed, bounds, int(np.count_nonzero(heads)))
+        return cls(chances, gains, from_heads, bounds, int(np.count_nonzero(heads)))
 
     def of_threads(self, chosen: np.ndarray) -> list[np.ndarray]:
         """Ascending places among all -> each thread's own, among its candidates."""

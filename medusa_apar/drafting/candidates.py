@@ -1,9 +1,9 @@
-"""What could hang below a thread's root: the heads' guesses and what its siblings said, with a chance for each node.
+"""What could hang below a thread's root: the heads' drafts and n-gram matches, with a chance for each node.
 
-Chances are measured while an answer is written. What the heads claim is corrected by how often such claims came true
-(`Calibration`). Where a sibling went on from the same tokens, the next token is his with a chance that grows with the
-length of the match, and else what the heads make of it (`Trust`): two sources mixed, so that what both say is likelier,
-and what they disagree on is divided between them.
+Chances are measured while an answer is written. The heads' own probabilities are corrected by how often they came true
+(`Calibration`). Where the same tokens were written before, the next token is the one that followed then, with a chance
+that grows with the length of the match (`MatchAcceptance`); otherwise it is what the heads say. So the two sources are
+mixed: a token that both propose is likelier, and where they disagree the probability is divided between them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .ngram_index import MAX_MATCH, MAX_RECALLED, NgramMatch
 
 # Chance that the token which followed a match of so many tokens follows again, beside the heads' own chance for it:
 # about what 59 answers of the tuned SmolLM2 showed, counted as so many observations each.
-_TRUST = (0.0, 0.25, 0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.85, 0.9)
-_TRUST_WEIGHT = 20.0
+_MATCH_ACCEPTANCE = (0.0, 0.25, 0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.85, 0.9)
+_MATCH_WEIGHT = 20.0
 MAX_DEPTH = MAX_RECALLED  # of nodes that do not hang in the heads' tree
 _TINY = 1e-9
 _BINS, _BINS_PER_OCTAVE = 16, 2  # of what heads claim
-_CLAIMS_WEIGHT = 10.0  # observations for which a claim stands before any came in
+_HEADS_WEIGHT = 10.0  # observations for which a claim stands before any came in
 
 
 @dataclass(slots=True)
@@ -32,9 +32,10 @@ class Proposal:
     """Candidates for one thread's draft tree, parents before children; n nodes.
 
     tokens: int64 [n]. parents: int64 [n], -1 below the root. chances: float64 [n], of being accepted.
-    heads: the first so many are the heads' guesses. claims: float64 [heads], what those claim given their parents.
-    chain: the nodes of what was recalled, from the top; matches: tokens that matched before each; others: the chance
-        that the heads alone give each, given its parent.
+    heads: the first so many are the heads' drafts. head_probs: float64 [heads], the heads' own probability of each,
+        given its parent.
+    chain: the nodes of what was recalled, from the top; matches: tokens that matched before each;
+        chain_head_probs: the heads' own probability of each, given its parent.
     forks: node of a `[Fork]` -> node of the `[Child]` below it; these are the last.
     """
 
@@ -42,10 +43,10 @@ class Proposal:
     parents: np.ndarray
     chances: np.ndarray
     heads: int = 0
-    claims: np.ndarray | None = None
+    head_probs: np.ndarray | None = None
     chain: list[int] = field(default_factory=list)
     matches: list[int] = field(default_factory=list)
-    others: list[float] = field(default_factory=list)
+    chain_head_probs: list[float] = field(default_factory=list)
     forks: dict[int, int] = field(default_factory=dict)
 
     def within(self, room: int) -> Proposal:
@@ -57,12 +58,12 @@ class Proposal:
         return replace(self, chances=np.where(beyond, 0.0, self.chances)) if beyond.any() else self
 
 
-class Trust:
-    """How far what was recalled can be trusted, by the length of the match: an estimate that goes on with each look."""
+class MatchAcceptance:
+    """How likely a recalled token is accepted, by the length of the match: an estimate that every step corrects."""
 
     def __init__(self) -> None:
-        self._right = [_TRUST_WEIGHT * share for share in _TRUST]
-        self._count = [_TRUST_WEIGHT] * len(_TRUST)
+        self._right = [_MATCH_WEIGHT * share for share in _MATCH_ACCEPTANCE]
+        self._count = [_MATCH_WEIGHT] * len(_MATCH_ACCEPTANCE)
 
     def of(self, match: int) -> float:
         match = min(match, MAX_MATCH)
@@ -79,27 +80,27 @@ class Trust:
 
 
 class Calibration:
-    """What became of the heads' claims, by octaves of the claimed probability; without any, they are believed."""
+    """How often the heads' drafts were right, by octaves of the heads' own probability; without any, it is believed."""
 
     def __init__(self) -> None:
         middle = 2.0 ** -((np.arange(_BINS) + 0.5) / _BINS_PER_OCTAVE)
-        self._right = _CLAIMS_WEIGHT * middle
+        self._right = _HEADS_WEIGHT * middle
         self._claimed = self._right.copy()
 
-    def chances(self, claims: np.ndarray) -> np.ndarray:
+    def chances(self, head_probs: np.ndarray) -> np.ndarray:
         """Any shape of probabilities given the parent."""
-        bins = _bins(claims)
-        return np.minimum(claims * self._right[bins] / self._claimed[bins], 1.0)
+        bins = _bins(head_probs)
+        return np.minimum(head_probs * self._right[bins] / self._claimed[bins], 1.0)
 
-    def saw(self, claims: np.ndarray, right: np.ndarray) -> None:
+    def saw(self, head_probs: np.ndarray, right: np.ndarray) -> None:
         """float and bool [k], of nodes whose parents were accepted."""
-        bins = _bins(claims)
+        bins = _bins(head_probs)
         np.add.at(self._right, bins, right)
-        np.add.at(self._claimed, bins, claims)
+        np.add.at(self._claimed, bins, head_probs)
 
 
-def _bins(claims: np.ndarray) -> np.ndarray:
-    octaves = -np.log2(np.maximum(claims, 1e-9)) * _BINS_PER_OCTAVE
+def _bins(head_probs: np.ndarray) -> np.ndarray:
+    octaves = -np.log2(np.maximum(head_probs, 1e-9)) * _BINS_PER_OCTAVE
     return np.minimum(octaves, _BINS - 1).astype(np.intp)
 
 
@@ -107,7 +108,7 @@ def _bins(claims: np.ndarray) -> np.ndarray:
 class CandidateScorer:
     """Makes proposals for an engine's threads, and learns from what became of them."""
 
-    trust: Trust = field(default_factory=Trust)
+    match_acceptance: MatchAcceptance = field(default_factory=MatchAcceptance)
     calibration: Calibration = field(default_factory=Calibration)
 
     def of_heads(self, tree: DraftTree, tokens: np.ndarray, log_probs: np.ndarray) -> list[Proposal]:
@@ -115,30 +116,30 @@ class CandidateScorer:
 
         What is no probability, as damaged heads or float16 may claim, is no chance either.
         """
-        claims = np.exp(np.minimum(log_probs.astype(np.float64), 0.0))
-        claims[np.isnan(claims)] = 0.0
-        chances = self.calibration.chances(claims)
+        head_probs = np.exp(np.minimum(log_probs.astype(np.float64), 0.0))
+        head_probs[np.isnan(head_probs)] = 0.0
+        chances = self.calibration.chances(head_probs)
         for level in tree.levels[1:]:
             chances[:, level.nodes] *= chances[:, tree.parents[level.nodes]]
         return [
-            Proposal(*(row, tree.parents, chance), heads=len(row), claims=claim)
-            for row, chance, claim in zip(tokens, chances, claims, strict=True)
+            Proposal(*(row, tree.parents, chance), heads=len(row), head_probs=probs)
+            for row, chance, probs in zip(tokens, chances, head_probs, strict=True)
         ]
 
-    def with_match(self, proposal: Proposal | None, tree: DraftTree | None, recall: NgramMatch) -> Proposal:
+    def with_match(self, proposal: Proposal | None, tree: DraftTree | None, match: NgramMatch) -> Proposal:
         """The proposal of heads, or None, and below it what was recalled."""
         if proposal is None or tree is None:
-            trusts = [self.trust.of(recall.match + ahead) for ahead in range(len(recall.tokens))]
-            size = len(recall.tokens)
+            likely = [self.match_acceptance.of(match.length + ahead) for ahead in range(len(match.tokens))]
+            size = len(match.tokens)
             return Proposal(
-                *(np.array(recall.tokens, dtype=np.int64), np.arange(-1, size - 1), np.cumprod(trusts)),
+                *(np.array(match.tokens, dtype=np.int64), np.arange(-1, size - 1), np.cumprod(likely)),
                 chain=list(range(size)),
-                matches=list(range(recall.match, recall.match + size)),
-                others=[0.0] * size,
+                matches=list(range(match.length, match.length + size)),
+                chain_head_probs=[0.0] * size,
             )
         tokens, claimed = proposal.tokens.tolist(), proposal.chances.tolist()
         chain: list[int] = []
-        others: list[float] = []
+        chain_head_probs: list[float] = []
         parents: list[int] = []  # of what hangs below the tree, and the chance of each
         added: list[float] = []
         factors: list[float] = []  # of what hangs beside the chain, by how many of its nodes are above
@@ -146,8 +147,8 @@ class CandidateScorer:
         on_tree: list[int] = []  # nodes of the chain, and the chance of each
         reached: list[float] = []
         chance, last = 1.0, -1
-        for ahead, token in enumerate(recall.tokens):
-            share = self.trust.of(recall.match + ahead)
+        for ahead, token in enumerate(match.tokens):
+            share = self.match_acceptance.of(match.length + ahead)
             other, following = 0.0, None
             if node is not None:
                 before = claimed[node] if node >= 0 else 1.0
@@ -167,21 +168,21 @@ class CandidateScorer:
                 reached.append(chance)
             node = following
             chain.append(last)
-            others.append(other)
+            chain_head_probs.append(other)
         if node is not None:  # what was recalled ends within the heads' tree, which goes on below
             factors.append(chance / max(claimed[node], _TINY))
         chances = proposal.chances * np.array(factors)[tree.ancestors[:, on_tree].sum(axis=1)]
         chances[on_tree] = reached
         return Proposal(
             # An empty list by itself would be one of floats.
-            np.concatenate([proposal.tokens, np.array(recall.tokens[len(on_tree) :], dtype=np.int64)]),
+            np.concatenate([proposal.tokens, np.array(match.tokens[len(on_tree) :], dtype=np.int64)]),
             np.concatenate([proposal.parents, np.array(parents, dtype=np.int64)]),
             np.concatenate([chances, added]),
             proposal.heads,
-            proposal.claims,
+            proposal.head_probs,
             chain,
-            list(range(recall.match, recall.match + len(chain))),
-            others,
+            list(range(match.length, match.length + len(chain))),
+            chain_head_probs,
         )
 
     def with_children(self, proposal: Proposal, rule: ForkRule | None, depth: int, root: int) -> Proposal:
@@ -217,13 +218,13 @@ class CandidateScorer:
     def learn(self, proposal: Proposal, kept: np.ndarray, accepted: set[int]) -> None:
         """kept: the nodes that were in the draft tree; accepted: those among them that were right."""
         chained = set(kept.tolist()).intersection(proposal.chain)
-        for node, match, other in zip(proposal.chain, proposal.matches, proposal.others, strict=True):
+        for node, match, other in zip(proposal.chain, proposal.matches, proposal.chain_head_probs, strict=True):
             if node not in chained:
                 break
-            self.trust.saw(match, other, node in accepted)
+            self.match_acceptance.saw(match, other, node in accepted)
             if node not in accepted:
                 break
-        if proposal.claims is None:
+        if proposal.head_probs is None:
             return
         tried = [
             node
@@ -233,4 +234,4 @@ class CandidateScorer:
         if tried and not chained:
             # Where something was recalled, what the heads say besides is a choice among the rest.
             right = np.array([node in accepted for node in tried])
-            self.calibration.saw(proposal.claims[tried], right)
+            self.calibration.saw(proposal.head_probs[tried], right)

@@ -60,8 +60,8 @@ class TreeShape:
         return int(self.depths.max()) + 1 if len(self) else 0
 
     def lineages(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the first `size` nodes: each one's ancestors from the top, itself last, all in one list (int), and each
-        node's part of it, start and length (int32 [size, 2])."""
+        """The ancestors of the first `size` nodes: each one's from the top, itself last, all in one list (int), and
+        each node's part of that list, start and length (int32 [size, 2])."""
         nodes, runs = self._lineages
         return nodes[: runs[size - 1].sum() if size else 0], runs[:size]
 
@@ -159,7 +159,7 @@ class DraftTree(TreeShape):
 
     @cached_property
     def children(self) -> list[list[int]]:
-        """Of each node; of the root at index -1."""
+        """The children of each node; those of the root at index -1."""
         found: list[list[int]] = [[] for _ in range(len(self) + 1)]
         for node, parent in enumerate(self.parents.tolist()):
             found[parent].append(node)

@@ -38,13 +38,13 @@ class Drafter(Protocol):
 class Heads(Protocol):
     """Draft heads as the engine needs them: what they read, and what drafts with them."""
 
-    taps: tuple[int, ...]  # base layers whose outputs they read beside the final hidden state
+    aux_layers: tuple[int, ...]  # base layers whose outputs they read beside the final hidden state
     num_heads: int
     acceptance: list[list[float]] | None  # measured chance that a draft of each rank is right, [heads][ranks]
 
     @property
     def input_size(self) -> int:
-        """Width of the hidden states they read: the base's hidden size times one more than there are taps."""
+        """Width of the hidden states they read: the base's hidden size times one more than there are aux_layers."""
 
     @property
     def shape_key(self) -> Hashable:

@@ -18,10 +18,10 @@ MAX_RECALLED = 10  # tokens
 
 @dataclass(slots=True)
 class NgramMatch:
-    """What followed where the thread's last `match` tokens were written before."""
+    """What followed where the thread's last `length` tokens were written before."""
 
     tokens: list[int]
-    match: int
+    length: int
 
 
 @dataclass(slots=True)

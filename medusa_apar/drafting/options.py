@@ -11,27 +11,27 @@ class Speculation:
 
     plan: "forest" spends one budget on the nodes that bring the answers most, whichever thread they hang under; "even"
         gives every thread the same tree, as Medusa does.
-    worths: with "forest", nodes of threads that the answer does not wait for earn half.
-    siblings: what the prompt and all threads of an answer have said is proposed beside the heads' guesses, and without
-        heads too.
+    thread_weights: with "forest", nodes of threads that the answer does not wait for earn half.
+    ngrams: where the prompt or a thread of the answer has written the same tokens before, what followed them is
+        proposed beside the heads' drafts, and without heads too.
     forks: below a proposed `[Fork]` its `[Child]` runs in the same step, so that a fork costs none.
     """
 
     plan: str = "forest"
-    worths: bool = True
-    siblings: bool = True
+    thread_weights: bool = True
+    ngrams: bool = True
     forks: bool = True
 
     def __post_init__(self) -> None:
         if self.plan not in ("forest", "even"):
             raise ValueError(f'speculation plans "forest" or "even", not {self.plan!r}.')
-        if self.plan == "even" and (self.worths or self.siblings or self.forks):
+        if self.plan == "even" and (self.thread_weights or self.ngrams or self.forks):
             raise ValueError("an even plan takes the heads' guesses alone: use Speculation.even().")
 
     @classmethod
     def even(cls) -> Speculation:
         """Medusa's: the heads' guesses alone, the same tree below every thread."""
-        return cls("even", worths=False, siblings=False, forks=False)
+        return cls("even", thread_weights=False, ngrams=False, forks=False)
 
     @classmethod
     def named(cls, name: Speculation | str) -> Speculation | None:

@@ -69,7 +69,7 @@ class Speculator:
 
     @property
     def ngrams(self) -> bool:
-        return self.options is not None and self.options.siblings
+        return self.options is not None and self.options.ngrams
 
     @property
     def max_depth(self) -> int:
@@ -83,7 +83,7 @@ class Speculator:
     def begin(self, load: Load, num_segments: int) -> Drafting | None:
         """Settles whether the heads draft in this step; what they would draft on the device, for so many segments."""
         self.last_draft = None
-        self._asks = self.drafter is not None and self.budget.heads_pay()
+        self._asks = self.drafter is not None and self.budget.heads_enabled()
         self.undrafted_steps += self.drafter is not None and not self._asks
         return self._drafting(load.threads, num_segments)
 
@@ -95,8 +95,8 @@ class Speculator:
             self.scorer.learn(proposal, kept, set(accepted))
         of_heads = sum(node < proposal.heads for node in kept[: result.num_candidates].tolist())
         heads_right = sum(node < proposal.heads for node in accepted)
-        self.drafted.update(heads=of_heads, siblings=result.num_candidates - of_heads, forks=len(result.forks))
-        self.accepted.update(heads=heads_right, siblings=len(accepted) - heads_right)
+        self.drafted.update(heads=of_heads, ngrams=result.num_candidates - of_heads, forks=len(result.forks))
+        self.accepted.update(heads=heads_right, ngrams=len(accepted) - heads_right)
         self.accepted["forks"] += sum(node in result.forks for node in result.nodes)
 
     def draft(self, advances: Sequence[Advance], hidden: Tensor, load: Load, on_device: Drafting | None) -> None:
@@ -126,7 +126,7 @@ class Speculator:
         paying: set[Thread] = set()
         for request, group in groupby(advances, attrgetter("request")):
             threads = [advance.thread for advance in group]
-            paying |= self.budget.paying(threads, load.threads, load.requests)
+            paying |= self.budget.threads_worth_drafting(threads, load.threads, load.requests)
             if self.ngrams:
                 if request.ngrams is None:
                     request.ngrams = NgramIndex(request.tree.child_id)
@@ -150,25 +150,25 @@ class Speculator:
         """Has the heads draft for each thread that is worth it and that they have not drafted for on the device."""
         asking: set[Thread] = set()
         for _, group in groupby(advances, attrgetter("request")):
-            trusts = {
-                advance.thread: self.scorer.trust.of(matches[advance.thread].match)
+            acceptance = {
+                advance.thread: self.scorer.match_acceptance.of(matches[advance.thread].length)
                 if advance.thread in matches
                 else 0.0
                 for advance in group
             }
-            asking |= self.budget.asking(trusts)
+            asking |= self.budget.threads_for_heads(acceptance)
         todo = [advance for advance in advances if advance.thread in asking and advance.drafted is None]
         drafting = (on_device or self._drafting(load.threads, len(todo))) if todo else None
         if drafting is None:
             return None
         # Beside others of its request, the thread that the answer waits for weighs about as much as all of them.
         weight = 1.0 if load.threads <= load.requests else SECONDARY
-        bar = self.budget.bar(load.threads, load.requests, weight)
+        min_probability = self.budget.min_probability(load.threads, load.requests, weight)
         rows = torch.tensor([advance.row for advance in todo], dtype=torch.long, device=hidden.device)
         last = [advance.thread.tokens[-1] for advance in todo]
         roots = torch.tensor(last, dtype=torch.long, device=hidden.device)
         started = time.perf_counter()
-        token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree, bar)
+        token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree, min_probability)
         guesses = zip(token_ids.cpu().numpy(), log_probs.float().cpu().numpy(), strict=True)
         self.last_draft = len(todo), time.perf_counter() - started
         for advance, guess in zip(todo, guesses, strict=True):

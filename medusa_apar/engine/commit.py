@@ -1,4 +1,4 @@
-"""What a verdict does to threads and slots: the fork manager's half and the slot ledger's."""
+"""What a result does to threads and slots: the fork manager's half and the slot ledger's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from medusa_apar.forest.forest import Segment
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.fork_manager import ForkManager
 from medusa_apar.threads.paragraph_tree import Thread
-from medusa_apar.verify.verdict import Verdict
+from medusa_apar.verify.verify_result import VerifyResult
 
 
 @dataclass(slots=True)
@@ -22,24 +22,24 @@ class Commit:
     gained: int = 0
     nodes: list[int] = field(default_factory=list)
     forks: int = 0
-    begun: list[tuple[Thread, Verdict]] = field(default_factory=list)
+    begun: list[tuple[Thread, VerifyResult]] = field(default_factory=list)
 
 
-def commit(segment: Segment, verdict: Verdict, manager: ForkManager, ledger: SlotLedger) -> Commit:
-    """Appends a verdict's tokens to the segment's thread, books accepted draft nodes and frees rejected ones.
+def commit(segment: Segment, result: VerifyResult, manager: ForkManager, ledger: SlotLedger) -> Commit:
+    """Appends a result's tokens to the segment's thread, books accepted draft nodes and frees rejected ones.
 
     Raises what the request's fork policy raises; all draft nodes are free then.
     """
     request, thread, drafted = segment.request, segment.thread, segment.drafted_slots.tolist()
     made = Commit()
     try:
-        outcome = manager.advance(request, thread, verdict.tokens)
-        made.gained, made.nodes, made.forks = outcome.gained, verdict.nodes[: outcome.gained], len(outcome.children)
+        outcome = manager.advance(request, thread, result.tokens)
+        made.gained, made.nodes, made.forks = outcome.gained, result.nodes[: outcome.gained], len(outcome.children)
         accepted = [(thread, [drafted[node] for node in made.nodes])]
         for place, child in outcome.children:
             fork = made.nodes[place] if place < len(made.nodes) else None
             if child.live and fork in segment.forks:
-                first = verdict.children[fork]
+                first = result.children[fork]
                 accepted.append((child, [drafted[segment.forks[fork]]]))
                 outcome.ended += manager.advance(request, child, first.tokens).ended
                 made.begun.append((child, first))

@@ -38,7 +38,7 @@ from medusa_apar.threads.request import Request, Status, TokenLogprobs
 from medusa_apar.verify.processor_state import StateWatch
 from medusa_apar.verify.sampler import Sampler
 from medusa_apar.verify.tail import Tail
-from medusa_apar.verify.verdict import Verdict
+from medusa_apar.verify.verify_result import VerifyResult
 
 from . import admission
 from .admission import QueueFull
@@ -86,7 +86,7 @@ class Engine:
         options = EngineOptions() if options is None else options
         self.model, self.runtime, self.heads, self.options = model, runtime, heads, options
         self.device, context = device_of(model), context_length(model)
-        self.taps: tuple[int, ...] = () if heads is None else tuple(heads.taps)
+        self.aux_layers: tuple[int, ...] = () if heads is None else tuple(heads.aux_layers)
         self.ledger = SlotLedger(runtime.pool(options.pool_slots))
         self.cost: StepCost | LearnedCost | None = options.step_cost
         self._learned: LearnedCost | None = None
@@ -185,12 +185,12 @@ class Engine:
             tail = Tail(forest, self.runtime.verify, self.runtime.argmax, drafting, self.speculator.max_depth)
         self.reporters.planned(forest, self.ledger.pool.in_use)
         with phase("forward"), forest.undone_on_error():
-            output = self.runtime.step(forest, self.ledger.pool, self.taps, tail)
+            output = self.runtime.step(forest, self.ledger.pool, self.aux_layers, tail)
         with phase("verify"):
-            verdicts = tail.read(output)
+            results = tail.read(output)
         with phase("commit"):
-            pairs = zip(forest.verified, verdicts, strict=True)
-            advances = [advance for segment, verdict in pairs for advance in self._commit(segment, verdict)]
+            pairs = zip(forest.verified, results, strict=True)
+            advances = [advance for segment, result in pairs for advance in self._commit(segment, result)]
             for request in plan.requests:
                 self._publish(request)
         with phase("draft"):
@@ -216,21 +216,21 @@ class Engine:
         """Whether what it has chosen in this step counts no more."""
         return request.error is not None or request in self._to_abort
 
-    def _commit(self, segment: Segment, verdict: Verdict | None) -> list[Advance]:
+    def _commit(self, segment: Segment, result: VerifyResult | None) -> list[Advance]:
         """The threads that went on: the segment's, then children whose `[Child]` had been drafted."""
         request, thread = segment.request, segment.thread
-        if verdict is None or self._is_gone(request):
+        if result is None or self._is_gone(request):
             self.ledger.commit(segment.drafted_slots.tolist(), [], [])
             if request.options.score_from is not None and segment.stop == len(thread.tokens) - 1:
                 request.done = True
             return []
         try:
-            made = commit(segment, verdict, self.fork_manager, self.ledger)
+            made = commit(segment, result, self.fork_manager, self.ledger)
         except Exception as error:  # a fork policy's
             request.error = error
             return []
         request.status = Status.DECODING
-        went_on = [(thread, verdict, made.gained)] if made.gained else []
+        went_on = [(thread, result, made.gained)] if made.gained else []
         went_on += [(child, first, 1) for child, first in made.begun]
         advances = []
         for member, its, gained in went_on:
@@ -239,10 +239,10 @@ class Engine:
         self.stats.forks += made.forks
         self.stats.accepted_lengths.update(advance.gained for advance in advances)
         if segment.proposal is not None:
-            result = DraftResult(
+            drafted = DraftResult(
                 segment.proposal, segment.kept, made.nodes, segment.num_candidates, list(segment.forks)
             )
-            self.speculator.learn(result, thread)
+            self.speculator.learn(drafted, thread)
         self.reporters.committed(segment, made.nodes, advances)
         return advances
 
@@ -322,7 +322,7 @@ class Engine:
         stats.peak_threads = max(stats.peak_threads, len(forest.verified))
         stats.peak_slots = self.ledger.pool.peak
         if self._learned is not None and not plan.prefill_rows:
-            # A GPU is waited for while verdicts are read.
+            # A GPU is waited for while results are read.
             waited = phase.seconds["verify"] if self.device.type == "cuda" else 0.0
             self._learned.observe(len(forest), phase.seconds["forward"] + waited)
         if self._learned is not None and self.speculator.last_draft is not None:
@@ -366,7 +366,7 @@ class Engine:
             return EvenBudget(0, DraftTree([]))
         if speculation.plan == "even":
             return EvenBudget(rows, self.options.draft_tree, self.cost)
-        return ForestBudget(rows, self.cost, self.runtime.facts.max_nodes, speculation.worths)
+        return ForestBudget(rows, self.cost, self.runtime.facts.max_nodes, speculation.thread_weights)
 
     def _max_prefill_rows(self) -> int:
         """So many rows more than a full step's that a step takes twice as long as that at most."""
@@ -378,16 +378,16 @@ class Engine:
         costs = self.cost.rows(16 * rows)
         return max(int((costs <= 2 * costs[rows - 1]).sum()) - rows, 1)
 
-    def _keep(self, request: Request, thread: Thread, verdict: Verdict, gained: int) -> None:
+    def _keep(self, request: Request, thread: Thread, result: VerifyResult, gained: int) -> None:
         """Keeps scores of a thread's new tokens; those of forced ones say that nothing else was possible."""
-        for kept, new in ((request.scores, verdict.scores), (request.logits, verdict.logits)):
+        for kept, new in ((request.scores, result.scores), (request.logits, result.logits)):
             if new:
                 own = kept.setdefault(thread, [])
                 own += new[:gained]
                 own += [_forced(token, own[-1]) for token in thread.token_ids[len(own) :]]
-        if verdict.logprobs:
+        if result.logprobs:
             told = request.logprobs.setdefault(thread, [])
-            told += verdict.logprobs[:gained]
+            told += result.logprobs[:gained]
             told += [TokenLogprobs(0.0)] * (len(thread.token_ids) - len(told))
 
 

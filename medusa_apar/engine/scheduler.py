@@ -307,7 +307,7 @@ class Scheduler:
 
     def _weights(self, threads: Sequence[Thread]) -> np.ndarray:
         """What a token of each of a request's threads brings its answer, 1 in all."""
-        return thread_weights(threads) if self.budget.weighs else np.full(len(threads), 1 / len(threads))
+        return thread_weights(threads) if self.budget.weigh_threads else np.full(len(threads), 1 / len(threads))
 
     def _within_context(self, thread: Thread, proposal: Proposal | None) -> Proposal | None:
         if proposal is None or self.context_length is None:

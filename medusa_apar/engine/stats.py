@@ -17,7 +17,7 @@ class Stats:
     generated_tokens: int = 0  # visible tokens in the answers
     forward_tokens: int = 0  # rows of all forests, prompts included
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens gained by a thread in a step -> how often
-    # Draft nodes, and those that were right, by who proposed them: "heads", "siblings" (what had been written before),
+    # Draft nodes, and those that were right, by who proposed them: "heads", "ngrams" (what had been written before),
     # "forks" (a `[Child]` below a drafted `[Fork]`).
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Who guessed a token: draft heads, what had been written before, or the `[Child]` below a guessed `[Fork]`.
-Source = Literal["heads", "siblings", "fork"]
+Source = Literal["heads", "ngrams", "fork"]
 
 
 @dataclass(frozen=True, slots=True)

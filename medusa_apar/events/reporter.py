@@ -229,7 +229,7 @@ def _drafted(segment: Segment) -> Drafted:
     heads = 0 if segment.proposal is None else int((segment.kept < segment.proposal.heads).sum())
     counts: tuple[tuple[Source, int], ...] = (
         ("heads", heads),
-        ("siblings", segment.num_candidates - heads),
+        ("ngrams", segment.num_candidates - heads),
         ("fork", len(segment.forks)),
     )
     sources = tuple(source for source, count in counts for _ in range(count))

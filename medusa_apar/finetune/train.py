@@ -168,7 +168,7 @@ class Trainer:
         }
 
     def _map(self, work, rows: list[PackedRow]) -> Iterable:
-        """Of this process's share of the rows, the longest first, so that no worker is left with it at the end."""
+        """Maps this process's share of the rows, the longest first, so that no worker is left with one at the end."""
         mine = sorted(rows, key=len, reverse=True)[self.accelerator.process_index :: self.accelerator.num_processes]
         return self.workers.map(work, mine)
 

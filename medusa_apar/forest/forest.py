@@ -230,7 +230,7 @@ class Forest:
         order: list[int] = []
         for segments in self._requests:
             order += _forks_first(segments, len(order))
-        numbers = self._ledger.table.numbers
+        numbers = self._ledger.table.chunk_ids
         paths = [numbers(self.segments[index].thread) for index in order]
         counts = np.array([len(path) for path in paths])
         chunks = np.full((len(paths), counts.max()), -1, dtype=np.int32)
@@ -240,7 +240,7 @@ class Forest:
 
     @cached_property
     def words(self) -> np.ndarray:
-        """Of each row the draft nodes that it sees, bit by bit, int64 [N]."""
+        """The draft nodes that each row sees, one bit each, int64 [N]."""
         words = np.zeros(len(self), dtype=np.uint64)
         if self._drafting:
             drafted = [segment.draft_tree.words()[: len(segment.draft_tokens)] for segment in self._drafting]

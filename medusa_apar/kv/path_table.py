@@ -32,8 +32,8 @@ _NONE = np.zeros(0, dtype=np.int64)
 @dataclass(slots=True, eq=False)
 class _Path:
     start: int  # the thread's first column
-    numbers: array[int]  # of its chunks, from the trunk's first on
-    own: int  # the first that is its own
+    chunk_ids: array[int]  # of its chunks, from the trunk's first on
+    first_own: int  # place of the first chunk that is its own
     written: int = 0  # of the thread's own tokens, how many have their slot in the table
 
 
@@ -47,10 +47,10 @@ class Changes(NamedTuple):
 class PathTable:
     """The chunks of all paths of one ledger.
 
-    A chunk is its first thread's own, from which it returns as soon as nobody on whose path it is holds slots in it:
-    what the ledger books and takes back is all that happens here. It learns of new slots when a forest asks for paths
-    (`place`), and of lost ones at once (`shrink`). `slots` on the host is what counts; `on` is its copy on a device,
-    good up to changes that were handed out and not yet committed.
+    The first thread to use a chunk owns it. The chunk is freed once no thread with it on its path holds a slot there.
+    The table follows the ledger: it learns of new slots when a forest asks for paths (`place`), and of lost ones at
+    once (`truncate`). `slots` on the host is the truth; `on` is its copy on a device, which lacks the changes that were
+    handed out and are not yet committed.
     """
 
     chunk = CHUNK
@@ -60,8 +60,8 @@ class PathTable:
         self.slots = np.zeros((_FIRST_CHUNKS, self.chunk), dtype=np.int32)
         self._free = list(range(_FIRST_CHUNKS))  # a heap
         self._paths: dict[Thread, _Path] = {}
-        # Of the `place` that runs: which columns are written (first, last) of which path, with what, and rows to copy.
-        self._numbers: list[array[int]] = []
+        # The `place` that runs: which columns (first, last) of which path are written, with what, and rows to copy.
+        self._chunk_ids: list[array[int]] = []
         self._spans: list[tuple[int, int]] = []
         self._parts: list[Any] = []  # arrays of 64 bits, of either kind
         self._copies: list[tuple[int, int, int]] = []
@@ -74,8 +74,8 @@ class PathTable:
                 table = self._storage.chunks = torch.from_numpy(self.slots.copy()).to(device)
         return table
 
-    def numbers(self, thread: Thread) -> array[int]:
-        return self._paths[thread].numbers
+    def chunk_ids(self, thread: Thread) -> array[int]:
+        return self._paths[thread].chunk_ids
 
     def place(self, threads: Iterable[tuple[Thread, np.ndarray]]) -> Changes:
         """Writes what is booked of each thread, and behind it draft nodes (int64 slots); ancestors go first."""
@@ -89,36 +89,36 @@ class PathTable:
             self.slots[target, :columns] = self.slots[source, :columns]
             copied = target * self.chunk + np.arange(columns)
             parts.append((copied, flat[copied]))
-        self._numbers, self._spans, self._parts, self._copies = [], [], [], []
+        self._chunk_ids, self._spans, self._parts, self._copies = [], [], [], []
         if len(parts) == 1:
             return Changes(entries, slots)
         return Changes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
-    def shrink(self, thread: Thread) -> None:
+    def truncate(self, thread: Thread) -> None:
         """The thread has lost slots, or will not write on."""
         path = self._paths.get(thread)
         if path is None:
             return
         length = len(self._booked[thread])
         path.written = min(path.written, length)
-        self._cover(path, min(len(path.numbers), self._chunks(thread.start + length)) if length else path.own)
+        self._resize(path, min(len(path.chunk_ids), self._chunks(thread.start + length)) if length else path.first_own)
         if not length:
             del self._paths[thread]
 
     def _write(self, thread: Thread, drafted: np.ndarray = _NONE) -> None:
         path = self._paths.get(thread)
         if path is None:
-            path = self._paths[thread] = self._begun(thread)
+            path = self._paths[thread] = self._begin(thread)
         booked = self._booked[thread]
         length = len(booked)
         self._spans.append((path.start + path.written, last := path.start + length + len(drafted)))
         self._parts += booked[path.written :], drafted
-        self._numbers.append(path.numbers)
+        self._chunk_ids.append(path.chunk_ids)
         path.written = length
-        if not 0 <= len(path.numbers) * self.chunk - last < self.chunk:
-            self._cover(path, self._chunks(last))
+        if not 0 <= len(path.chunk_ids) * self.chunk - last < self.chunk:
+            self._resize(path, self._chunks(last))
 
-    def _begun(self, thread: Thread) -> _Path:
+    def _begin(self, thread: Thread) -> _Path:
         parent = thread.parent
         if parent is None:
             return _Path(0, array("i"), 0)
@@ -128,51 +128,53 @@ class PathTable:
             above = self._paths[parent]
         assert above.written >= thread.seen, f"{thread} has a path that is not cached"
         whole, columns = divmod(thread.start, self.chunk)
-        path = _Path(thread.start, above.numbers[:whole], whole)
+        path = _Path(thread.start, above.chunk_ids[:whole], whole)
         if columns:
-            self._cover(path, whole + 1)
-            self._copies.append((above.numbers[whole], path.numbers[whole], columns))
+            self._resize(path, whole + 1)
+            self._copies.append((above.chunk_ids[whole], path.chunk_ids[whole], columns))
         return path
 
     def _entries(self) -> np.ndarray:
-        """Of every column to be written, its place in the flat table."""
+        """The place in the flat table of every column to be written, int64 [*]."""
         first, last = np.array(self._spans).T
-        numbers = np.frombuffer(b"".join(self._numbers), dtype=np.int32)
-        chunks = np.array([len(numbers) for numbers in self._numbers])
+        chunk_ids = np.frombuffer(b"".join(self._chunk_ids), dtype=np.int32)
+        chunks = np.array([len(ids) for ids in self._chunk_ids])
         counts = last - first
         span = np.repeat(np.arange(len(counts)), counts)
         column = np.arange(len(span)) - (np.cumsum(counts) - counts - first)[span]
         chunk, place = np.divmod(column, self.chunk)
-        return numbers[(np.cumsum(chunks) - chunks)[span] + chunk] * np.int64(self.chunk) + place
+        return chunk_ids[(np.cumsum(chunks) - chunks)[span] + chunk] * np.int64(self.chunk) + place
 
     def _chunks(self, columns: int) -> int:
         return -(-columns // self.chunk)
 
-    def _cover(self, path: _Path, chunks: int) -> None:
+    def _resize(self, path: _Path, chunks: int) -> None:
         """Takes or gives back chunks at the path's end."""
-        for number in path.numbers[chunks:]:
+        for number in path.chunk_ids[chunks:]:
             heapq.heappush(self._free, number)
-        del path.numbers[chunks:]
-        for _ in range(chunks - len(path.numbers)):
+        del path.chunk_ids[chunks:]
+        for _ in range(chunks - len(path.chunk_ids)):
             if not self._free:
                 self._free = list(range(len(self.slots), 2 * len(self.slots)))
                 self.slots = np.concatenate([self.slots, np.zeros_like(self.slots)])
-            path.numbers.append(heapq.heappop(self._free))
+            path.chunk_ids.append(heapq.heappop(self._free))
 
     def check(self, claims: Callable[[Thread], bool]) -> None:
         """Asserts that every chunk in use is one thread's own, reaches no further than that thread's slots, and that
         what was written is what is booked; `claims` as of the ledger."""
-        own = [number for path in self._paths.values() for number in path.numbers[path.own :]]
+        own = [number for path in self._paths.values() for number in path.chunk_ids[path.first_own :]]
         assert len(own) == len(set(own)) == len(self.slots) - len(self._free), "a chunk is leaked or used twice"
         assert set(own).isdisjoint(self._free)
         for thread, path in self._paths.items():
             booked = self._booked.get(thread, ())
             assert len(booked), f"{thread} holds chunks and no slots"
             spare = MAX_NODES if claims(thread) else 0  # draft nodes that were rejected
-            assert len(path.numbers) <= self._chunks(thread.start + len(booked) + spare), f"{thread} holds more chunks"
+            assert len(path.chunk_ids) <= self._chunks(thread.start + len(booked) + spare), (
+                f"{thread} holds more chunks"
+            )
             lineage = [*thread.ancestors(), (thread, path.written)]
             expected = [slot for member, stop in lineage for slot in self._booked[member][:stop]]
-            assert self.slots[path.numbers].reshape(-1)[: len(expected)].tolist() == expected, f"{thread} has moved"
+            assert self.slots[path.chunk_ids].reshape(-1)[: len(expected)].tolist() == expected, f"{thread} has moved"
 
 
 def _on(tensor: torch.Tensor, device: torch.device) -> bool:

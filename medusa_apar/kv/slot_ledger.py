@@ -108,7 +108,7 @@ class SlotLedger:
         gone = slots[length:]
         del slots[length:]
         if self._table is not None:
-            self._table.shrink(thread)
+            self._table.truncate(thread)
         self.pool.release(gone)
         if not slots:
             self._slots.pop(thread, None)

@@ -12,32 +12,32 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 
-def tapped_layers(model: PreTrainedModel, taps: tuple[int, ...]) -> list[nn.Module]:
+def aux_layer_modules(model: PreTrainedModel, aux_layers: tuple[int, ...]) -> list[nn.Module]:
     """The decoder layers of these indices; ValueError where the model has none of that number."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
-        raise ValueError(f"cannot find the {count} layers of {type(model).__name__} that heads with taps read.")
-    for tap in taps:
-        if not 0 <= tap < count:
+        raise ValueError(f"cannot find the {count} layers of {type(model).__name__} that heads with aux_layers read.")
+    for layer in aux_layers:
+        if not 0 <= layer < count:
             raise ValueError(
-                f"these heads read base layer {tap}, but {type(model).__name__} has layers 0 to {count - 1}."
+                f"these heads read base layer {layer}, but {type(model).__name__} has layers 0 to {count - 1}."
             )
-    return [lists[0][tap] for tap in taps]
+    return [lists[0][layer] for layer in aux_layers]
 
 
 class Captured:
-    """Within a `with` block: what the unembedding is given and what `tapped` layers put out, in this thread's calls.
+    """Within a `with` block: what the unembedding is given and what auxiliary layers put out, in this thread's calls.
 
     Other threads may run the same model meanwhile.
     """
 
-    def __init__(self, model: PreTrainedModel, taps: tuple[int, ...] = ()) -> None:
+    def __init__(self, model: PreTrainedModel, aux_layers: tuple[int, ...] = ()) -> None:
         self._unembedding = model.get_output_embeddings()
-        self._layers = tapped_layers(model, taps) if taps else []
+        self._layers = aux_layer_modules(model, aux_layers) if aux_layers else []
         self._thread = threading.get_ident()
         self._final: Tensor | None = None
-        self._tapped: list[Tensor | None] = [None] * len(self._layers)
+        self._aux: list[Tensor | None] = [None] * len(self._layers)
         self._handles: list[Any] = []
 
     def __enter__(self) -> Captured:
@@ -57,14 +57,14 @@ class Captured:
 
     def _take_tap(self, index: int, module: nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() == self._thread:
-            self._tapped[index] = output[0] if isinstance(output, tuple) else output
+            self._aux[index] = output[0] if isinstance(output, tuple) else output
 
     def hidden_states(
         self, rows: Tensor | None = None, final: Tensor | None = None, kept: bool | None = None
     ) -> Tensor:
-        """[rows, input_size] of a pass over one sequence: the final states, then the tapped ones at unit scale.
+        """[rows, input_size] of a pass over one sequence: the final states, then the auxiliary ones at unit scale.
 
-        final: [rows, H] where the caller has it already; `rows` then selects from the taps alone.
+        final: [rows, H] where the caller has it already; `rows` then selects from the aux_layers alone.
         kept: whether the model was told to keep `rows` only; None goes by how many it kept.
         """
         if final is None:
@@ -73,9 +73,9 @@ class Captured:
             if rows is not None and (len(final) != len(rows) if kept is None else not kept):
                 final = final[rows]
         parts = [final]
-        for tapped in self._tapped:
-            assert tapped is not None
-            states = tapped[0] if rows is None else tapped[0, rows]
+        for aux in self._aux:
+            assert aux is not None
+            states = aux[0] if rows is None else aux[0, rows]
             # Depths differ in scale, and a few positions exceed the rest a thousandfold: float16 would not hold them.
             parts.append(F.rms_norm(states.float(), states.shape[-1:]).to(final.dtype))
         return torch.cat(parts, dim=-1) if self._layers else final

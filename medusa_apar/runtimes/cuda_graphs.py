@@ -30,7 +30,7 @@ MAX_ROWS = 256  # a prompt's rows keep the device busy by themselves
 MAX_GRAPHS = 64  # kept at once, those used last
 _FIRST_SLOTS = 4096  # what graphs know of the KV pool is its address: it should rarely have to move
 
-# What a forward pass returns, from (forest, pool, taps): see Runtime.forward.
+# What a forward pass returns, from (forest, pool, aux_layers): see Runtime.forward.
 Forward = Callable[["Forest | StaticForest", KVPool, tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
@@ -70,8 +70,8 @@ class StaticForest:
 class _Step:
     """One size and kind of step in buffers of its own; `outputs` are logits, hidden states and what was chosen."""
 
-    def __init__(self, forward: Forward, sizes: Sizes, device: torch.device, taps: tuple[int, ...]) -> None:
-        self._forward, self._taps = forward, taps
+    def __init__(self, forward: Forward, sizes: Sizes, device: torch.device, aux_layers: tuple[int, ...]) -> None:
+        self._forward, self._aux_layers = forward, aux_layers
         self._forest = StaticForest(sizes, device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._device_verify: DeviceVerify | None = None
@@ -92,7 +92,7 @@ class _Step:
 
     def run(self, pool: KVPool) -> None:
         self._forest.pack()
-        logits, hidden = self._forward(self._forest, pool, self._taps)
+        logits, hidden = self._forward(self._forest, pool, self._aux_layers)
         chosen = None
         if self._device_verify is not None and self._inputs is not None:
             chosen = self._device_verify.run(
@@ -143,7 +143,7 @@ class GraphedSteps:
             return pool
 
     def __call__(
-        self, forest: Forest, pool: KVPool, taps: tuple[int, ...], device_verify: DeviceVerify | None
+        self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...], device_verify: DeviceVerify | None
     ) -> StepOutput | None:
         """As Runtime.step, good until the next call; None where it has to run without a graph."""
         if self._broken or len(forest) > MAX_ROWS or pool.storage is not self._storage or not self._storage.keys:
@@ -153,13 +153,13 @@ class GraphedSteps:
         sizes = Sizes.of(forest.leaves).rounded()
         key = (
             sizes,
-            taps,
+            aux_layers,
             device_verify and (device_verify.operations, power_of_two(device_verify.num_threads)),
             slots,
         )
         step = self._steps.get(key)
         if step is None:
-            step = self._made(forest, sizes, pool, taps, device_verify)
+            step = self._made(forest, sizes, pool, aux_layers, device_verify)
             if step is None:
                 return None
             self._steps[key] = step
@@ -174,13 +174,18 @@ class GraphedSteps:
         return StepOutput(logits[:verified], hidden[:verified], chosen)
 
     def _made(
-        self, forest: Forest, sizes: Sizes, pool: KVPool, taps: tuple[int, ...], device_verify: DeviceVerify | None
+        self,
+        forest: Forest,
+        sizes: Sizes,
+        pool: KVPool,
+        aux_layers: tuple[int, ...],
+        device_verify: DeviceVerify | None,
     ) -> _Step | None:
         before = torch.cuda.current_stream() if self._device.type == "cuda" else None
         try:
             # Buffers outlive a caller's inference mode, outside of which such tensors could not be filled again.
             with self._lock, torch.inference_mode(False), torch.no_grad():
-                step = _Step(self._forward, sizes, self._device, taps)
+                step = _Step(self._forward, sizes, self._device, aux_layers)
                 step.load(forest, device_verify)
                 if before is not None:
                     self._capture(step, pool)

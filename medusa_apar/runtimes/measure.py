@@ -44,8 +44,10 @@ ENOUGH, STALE = 200, 0.25  # steps of an engine before the file is corrected, an
 class StepTimer:
     """Times a model's forward passes below one thread of `slots` tokens; use it inside `runtime.session()`."""
 
-    def __init__(self, model: PreTrainedModel, runtime: Runtime, taps: tuple[int, ...], slots: int = SLOTS) -> None:
-        self._runtime, self._device, self._taps = runtime, device_of(model), taps
+    def __init__(
+        self, model: PreTrainedModel, runtime: Runtime, aux_layers: tuple[int, ...], slots: int = SLOTS
+    ) -> None:
+        self._runtime, self._device, self._aux_layers = runtime, device_of(model), aux_layers
         vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
         self._trunk = ParagraphTree([number % int(vocabulary) for number in range(slots + 1)]).trunk
         self._ledger = SlotLedger(runtime.pool(None))
@@ -72,7 +74,7 @@ class StepTimer:
         segment = Segment(self._trunk, stop, draft_tree=tree, draft_tokens=[0] * nodes)
         started = time.perf_counter()
         forest = Forest([[segment]], self._ledger, self._device)
-        self._runtime.step(forest, self._ledger.pool, self._taps, None)
+        self._runtime.step(forest, self._ledger.pool, self._aux_layers, None)
         finish(self._device)
         return time.perf_counter() - started, forest.arrays[2][len(segment.extend_tokens) :].tolist()
 
@@ -89,14 +91,14 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree:
     most = runtime.facts.max_nodes
     sizes = [size for size in ROWS.get(device_of(model).type, ROWS["cpu"]) if most is None or size <= most]
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * SLOTS
-    taps = () if heads is None else tuple(heads.taps)
+    aux_layers = () if heads is None else tuple(heads.aux_layers)
     with runtime.session():
         slots, repeats = max(1, min(SLOTS, positions - max(sizes))), REPEATS
-        first = StepTimer(model, runtime, taps, 1)
+        first = StepTimer(model, runtime, aux_layers, 1)
         first.fill()
         if first.rows(1) * len(sizes) * repeats > LONGEST:
             sizes, slots, repeats = sizes[::COARSE], min(slots, FEW_SLOTS), 1
-        timer = StepTimer(model, runtime, taps, slots)
+        timer = StepTimer(model, runtime, aux_layers, slots)
         timer.fill()
         runs: dict[tuple[str, int], Callable[[], float]] = {("rows", size): partial(timer.rows, size) for size in sizes}
         # Where steps are captured so is drafting, and costs far less than its kernels one by one.

@@ -64,11 +64,11 @@ class Runtime(Protocol):
         """What drafts with these heads beside this runtime's steps. The heads are not changed: several runtimes may
         have them at once."""
 
-    def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """Of a forest's verified rows: logits [M, vocab], and the hidden states [M, hidden * (1 + taps)] before the
-        unembedding and, at unit scale, behind the tapped layers."""
+    def forward(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """Runs a forest. Returns, for its verified rows, logits [M, vocab] and hidden states [M, hidden * (1 + aux
+        layers)]: before the unembedding, then each aux layer's at unit scale."""
 
-    def step(self, forest: Forest, pool: KVPool, taps: tuple[int, ...], tail: Tail | None) -> StepOutput:
+    def step(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...], tail: Tail | None) -> StepOutput:
         """What `forward` returns, and what the tail's device part has chosen from it."""
 
     def argmax(self, logits: Tensor) -> Tensor:

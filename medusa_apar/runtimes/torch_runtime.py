@@ -83,15 +83,15 @@ class TorchRuntime:
             return KVPool(max_slots)
         return self._graphed.pool(max_slots, tuple((p.data_ptr(), p.dtype) for p in self.model.parameters()))
 
-    def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        return self.step(forest, pool, taps, None)[:2]
+    def forward(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        return self.step(forest, pool, aux_layers, None)[:2]
 
-    def step(self, forest: Forest, pool: KVPool, taps: tuple[int, ...], tail: Tail | None) -> StepOutput:
+    def step(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...], tail: Tail | None) -> StepOutput:
         device = None if tail is None else tail.device
         captured = device if device is None or device.operations is not None else None
-        output = None if self._graphed is None else self._graphed(forest, pool, taps, captured)
+        output = None if self._graphed is None else self._graphed(forest, pool, aux_layers, captured)
         if output is None:
-            output = StepOutput(*self._forward(forest, pool, taps))
+            output = StepOutput(*self._forward(forest, pool, aux_layers))
         if device is None or output.chosen is not None:
             return output
         inputs = device.inputs()
@@ -99,11 +99,13 @@ class TorchRuntime:
             inputs = inputs.pin_memory().to(output.logits.device, non_blocking=True)
         return output._replace(chosen=device.run(output.logits, output.hidden, inputs))
 
-    def _forward(self, forest: Forest | StaticForest, pool: KVPool, taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, forest: Forest | StaticForest, pool: KVPool, aux_layers: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
         pool.slots, pool.write = forest.slots, self._write
         keep = {"logits_to_keep": forest.verified_rows} if self._keeps_logits else {}
         eager = _eager() if self._compiled else nullcontext()
-        with eager, current_forest(forest), Captured(self.model, taps) as captured:
+        with eager, current_forest(forest), Captured(self.model, aux_layers) as captured:
             logits = self.model(
                 input_ids=forest.input_ids,
                 position_ids=forest.position_ids,

@@ -14,7 +14,7 @@ from medusa_apar.drafting.speculator import Drafting
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.triton_kernels.reference import Noise, Verified
 
-from .verdict import Verdict
+from .verify_result import VerifyResult
 
 
 class Modes(NamedTuple):
@@ -161,8 +161,8 @@ class DeviceVerify:
         drafted = guesses.to(torch.int32), log_probs.float().contiguous().view(torch.int32)
         return torch.cat([verified.packed, *drafted], dim=1)
 
-    def read(self, chosen: Tensor) -> list[Verdict | None]:
-        """A verdict per verified segment, with what was drafted behind each: the one wait for the device. None where
+    def read(self, chosen: Tensor) -> list[VerifyResult | None]:
+        """A result per verified segment, with what was drafted behind each: the one wait for the device. None where
         the host verifies."""
         read = chosen[: self.num_threads].cpu()
         nodes = 0 if self.drafting is None else len(self.drafting.tree)
@@ -170,20 +170,20 @@ class DeviceVerify:
         verified = Verified(read[:, :width])
         columns = (part.tolist() for part in (verified.lengths, verified.last_rows, verified.tokens, verified.rows))
         every = [
-            Verdict(tokens[:length], [row - first - 1 for row in rows[: length - 1]], last)
+            VerifyResult(tokens[:length], [row - first - 1 for row in rows[: length - 1]], last)
             for first, length, last, tokens, rows in zip(self.first_rows.tolist(), *columns, strict=False)
         ]
         if nodes:
             guesses, log_probs = read[:, width : width + nodes].numpy(), read[:, width + nodes :].contiguous()
-            for verdict, ids, chances in zip(every, guesses, log_probs.view(torch.float32).numpy(), strict=True):
-                verdict.drafted = ids.astype(np.int64), chances
-        verdicts: list[Verdict | None] = []
+            for result, ids, chances in zip(every, guesses, log_probs.view(torch.float32).numpy(), strict=True):
+                result.drafted = ids.astype(np.int64), chances
+        results: list[VerifyResult | None] = []
         place = 0
         for segment, served in zip(self.segments, self.served, strict=True):
-            verdicts.append(every[place] if served else None)
+            results.append(every[place] if served else None)
             every[place].children = dict(zip(segment.forks, every[place + 1 :], strict=False))
             place += 1 + len(segment.forks)
-        return verdicts
+        return results
 
 
 def _grown(array: np.ndarray, length: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import likeliest, likeliest_path, walk
 
 from .sampler import Sampler
-from .verdict import Verdict
+from .verify_result import VerifyResult
 
 
 class HostVerify:
@@ -56,7 +56,7 @@ class HostVerify:
         plain = any(segment.request.sampler.plain for _, segment in segments)
         self._greedy = greedy(logits, argmax) if plain else []
 
-    def __call__(self, first: int, segment: Segment) -> Verdict:
+    def __call__(self, first: int, segment: Segment) -> VerifyResult:
         """ValueError where a row leaves no token to choose; whatever a processor or a `fork_if` raises."""
         sampler: Sampler = segment.request.sampler
         choose = _Choices(self, sampler, first, segment)
@@ -78,15 +78,15 @@ class HostVerify:
                 choose.took(row, token, scores(row))
             choose.again(last, scores(last))
         nodes = [row - 1 for row in accepted]
-        verdict = Verdict(choose.tokens, nodes, first + last, choose.scores, choose.logits, choose.logprobs)
+        result = VerifyResult(choose.tokens, nodes, first + last, choose.scores, choose.logits, choose.logprobs)
         for fork, child in segment.forks.items():
             if fork in nodes:
-                ahead = verdict.tokens[: nodes.index(fork) + 1]
+                ahead = result.tokens[: nodes.index(fork) + 1]
                 begun = _Choices(self, sampler, first, segment, (ahead, fork, child))
                 begun(1 + child)
                 row = first + 1 + child
-                verdict.children[fork] = Verdict(begun.tokens, [], row, begun.scores, begun.logits, begun.logprobs)
-        return verdict
+                result.children[fork] = VerifyResult(begun.tokens, [], row, begun.scores, begun.logits, begun.logprobs)
+        return result
 
 
 class _Choices:

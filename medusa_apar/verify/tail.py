@@ -18,7 +18,7 @@ from medusa_apar.triton_kernels.reference import Verified
 from .device_verify import DeviceVerify
 from .host_verify import HostVerify
 from .scoring import score
-from .verdict import Verdict
+from .verify_result import VerifyResult
 
 
 class StepOutput(NamedTuple):
@@ -63,18 +63,18 @@ class Tail:
         """What the heads draft on the device, for the threads that are verified there."""
         return None if self.device is None else self.device.drafting
 
-    def read(self, output: StepOutput) -> list[Verdict | None]:
-        """A verdict for each verified segment: the one wait for the device.
+    def read(self, output: StepOutput) -> list[VerifyResult | None]:
+        """A result for each verified segment: the one wait for the device.
 
         None where the request's text was scored, and where its verification has failed: `Request.error` says why.
         """
-        verdicts: list[Verdict | None] = [None] * len(self._forest.verified)
+        results: list[VerifyResult | None] = [None] * len(self._forest.verified)
         if self.device is not None and output.chosen is not None:
-            verdicts = list(self.device.read(output.chosen))
+            results = list(self.device.read(output.chosen))
         here = [
             (place, first, segment)
             for place, (first, segment) in enumerate(zip(self._forest.first_rows, self._forest.verified, strict=True))
-            if verdicts[place] is None
+            if results[place] is None
         ]
         chosen = [(first, segment) for _, first, segment in here if segment.request.options.score_from is None]
         host = HostVerify(chosen, output.logits, self._argmax)
@@ -83,22 +83,22 @@ class Tail:
                 continue
             try:
                 if segment.request.options.score_from is None:
-                    verdicts[place] = host(first, segment)
+                    results[place] = host(first, segment)
                 else:
                     score(segment, output.logits[first : first + segment.scored], self._argmax)
             except Exception as error:  # it ends this request alone
                 segment.request.error = error
-        self._check(verdicts, output.logits)
-        return verdicts
+        self._check(results, output.logits)
+        return results
 
-    def _check(self, verdicts: list[Verdict | None], logits: Tensor) -> None:
+    def _check(self, results: list[VerifyResult | None], logits: Tensor) -> None:
         """Fails requests for which the device found no token to choose."""
-        for segment, verdict in zip(self._forest.verified, verdicts, strict=True):
-            if verdict is None:
+        for segment, result in zip(self._forest.verified, results, strict=True):
+            if result is None:
                 continue
             # The device has chosen for every drafted child, those of forks that were not accepted among them.
-            begun = [child for fork, child in verdict.children.items() if fork in verdict.nodes]
-            for its in (verdict, *begun):
+            begun = [child for fork, child in result.children.items() if fork in result.nodes]
+            for its in (result, *begun):
                 if its.tokens[-1] < 0:
                     request, sampler = segment.request, segment.request.sampler
                     path = request.path(segment.thread) + its.tokens[:-1]
@@ -106,4 +106,4 @@ class Tail:
                     request.error = sampler.impossible(path, logits[its.row], request, bans[its.row])
         for place, segment in enumerate(self._forest.verified):
             if segment.request.error is not None:
-                verdicts[place] = None
+                results[place] = None

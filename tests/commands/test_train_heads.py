@@ -46,7 +46,9 @@ def write_chats(path, questions, answer=None):
     return str(path)
 
 
-@pytest.mark.parametrize("options", [["--kind", "medusa"], ["--kind", "hydra"], ["--kind", "hydra", "--taps", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--kind", "medusa"], ["--kind", "hydra"], ["--kind", "hydra", "--aux-layers", "0"]]
+)
 def test_the_command_makes_heads_that_load(tuned, tmp_path, options):
     questions = ["why", "how", "when", "where to go", "what is it", "who"]
     prompts = write_chats(tmp_path / "prompts.jsonl", questions)

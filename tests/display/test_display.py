@@ -115,7 +115,7 @@ def test_every_token_tells_its_step(forked):
         for thread, index in forked.recording.text(row)
     }
     assert told == came and len(told) > 5
-    assert "guessed by the heads" in html and "ma-siblings" in html
+    assert "guessed by the heads" in html and "ma-ngrams" in html
 
 
 def test_an_output_shows_itself(listed):
@@ -153,7 +153,7 @@ def test_text_is_escaped():
 
 
 def test_lanes_mark_guesses_by_more_than_colour(forked):
-    """Of one step: in grey italics while it is checked, then bold and underlined or struck."""
+    """A step's drafts are grey italics while they are checked, then bold and underlined, or struck."""
     tokenizer, recording = tiny_tokenizer(), forked.recording
     seen = set()
     for step in range(2, recording.step + 1):

@@ -89,19 +89,21 @@ def test_nothing_is_looked_for_where_nothing_pays():
         tree.fork(tree.trunk, len(tree.trunk.tokens) - 1, 0)
     cost = StepCost(((1, 10.0), (64, 136.0)), ((1, 1.0),))
     budget = ForestBudget(64, cost)
-    assert budget.paying([tree.trunk], 1, 1) == {tree.trunk}
-    assert budget.paying(tree.threads, len(tree.threads), 1) == {tree.trunk}  # which they all wait for
-    assert budget.paying(tree.threads[1:], len(tree.threads) - 1, 1) == set()
-    assert budget.paying(tree.threads[:3], 3, 1) == set(tree.threads[:3])
-    assert ForestBudget(64).paying(tree.threads, 41, 1) == set(tree.threads)  # rows to be filled, whatever they cost
+    assert budget.threads_worth_drafting([tree.trunk], 1, 1) == {tree.trunk}
+    assert budget.threads_worth_drafting(tree.threads, len(tree.threads), 1) == {tree.trunk}  # which they all wait for
+    assert budget.threads_worth_drafting(tree.threads[1:], len(tree.threads) - 1, 1) == set()
+    assert budget.threads_worth_drafting(tree.threads[:3], 3, 1) == set(tree.threads[:3])
+    assert ForestBudget(64).threads_worth_drafting(tree.threads, 41, 1) == set(
+        tree.threads
+    )  # rows to be filled, whatever they cost
 
     trunk, child, other = tree.threads[:3]
-    assert budget.asking({trunk: 0.0, child: 0.0}) == {trunk}  # the answer waits for it
-    assert budget.asking({trunk: 0.9}) == set()  # its sibling leads
-    assert budget.asking({child: 0.0, other: 0.0}) == {child, other}
-    assert 0.01 < budget.bar(1, 1, 1.0) < budget.bar(1, 1, 0.5) <= 0.5
-    assert not budget.choose([Proposal(np.array([5]), np.array([-1]), np.array([budget.bar(1, 1, 1.0) * 0.9]))],
-                             np.ones(1), 9)[0].size  # fmt: skip
+    assert budget.threads_for_heads({trunk: 0.0, child: 0.0}) == {trunk}  # the answer waits for it
+    assert budget.threads_for_heads({trunk: 0.9}) == set()  # its sibling leads
+    assert budget.threads_for_heads({child: 0.0, other: 0.0}) == {child, other}
+    assert 0.01 < budget.min_probability(1, 1, 1.0) < budget.min_probability(1, 1, 0.5) <= 0.5
+    unlikely = Proposal(np.array([5]), np.array([-1]), np.array([budget.min_probability(1, 1, 1.0) * 0.9]))
+    assert not budget.choose([unlikely], np.ones(1), 9)[0].size
 
 
 def test_the_first_nodes_of_every_size_are_trees():

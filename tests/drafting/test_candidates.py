@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.drafting.candidates import Calibration, CandidateScorer, Trust
+from medusa_apar.drafting.candidates import Calibration, CandidateScorer, MatchAcceptance
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.ngram_index import LONGEST, MAX_RECALLED, SHORTEST, NgramIndex, NgramMatch
 from medusa_apar.threads.fork_rule import ForkRule
@@ -58,8 +58,8 @@ def test_recall_is_what_followed_the_longest_match(data):
         else:
             length, (other, index) = expected
             assert recall.tokens == other.tokens[index : index + MAX_RECALLED]
-            assert recall.match >= length
-            assert other.tokens[index - recall.match : index] == tokens[-recall.match :]
+            assert recall.length >= length
+            assert other.tokens[index - recall.length : index] == tokens[-recall.length :]
 
 
 # ---- proposals
@@ -69,27 +69,27 @@ def test_recall_is_what_followed_the_longest_match(data):
 def guesses(draw):
     """A tree of heads' guesses with its tokens and claims; siblings differ, and claim no more than one together."""
     tree = DraftTree.likeliest(draw(st.integers(1, 20)))
-    tokens, claims = np.zeros(len(tree), dtype=np.int64), np.zeros(len(tree))
+    tokens, head_probs = np.zeros(len(tree), dtype=np.int64), np.zeros(len(tree))
     for children in tree.children:
         if children:
             tokens[children] = draw(st.permutations(range(2, 14)))[: len(children)]
             shares = np.array([draw(st.floats(0.01, 1)) for _ in range(len(children) + 1)])
-            claims[children] = np.sort(shares[:-1] / shares.sum())[::-1]
-    return tree, tokens, claims
+            head_probs[children] = np.sort(shares[:-1] / shares.sum())[::-1]
+    return tree, tokens, head_probs
 
 
 @settings(deadline=None)
 @given(guesses(), st.lists(st.integers(2, 14), min_size=1, max_size=8), st.integers(1, 14), st.booleans())
 def test_proposals_are_trees_whose_chances_are_chances(guessed, recalled, match, may_fork):
-    tree, tokens, claims = guessed
+    tree, tokens, head_probs = guessed
     proposer = CandidateScorer()
-    (alone,) = proposer.of_heads(tree, tokens[None], np.log(claims)[None])
+    (alone,) = proposer.of_heads(tree, tokens[None], np.log(head_probs)[None])
     proposal = proposer.with_match(alone, tree, NgramMatch(recalled, match))
     assert [int(proposal.tokens[node]) for node in proposal.chain] == recalled
     assert proposal.parents[proposal.chain].tolist() == [-1, *proposal.chain[:-1]]
     # The recalled token is likelier than either source makes it; whatever else hangs there is less likely than before.
     first = proposal.chain[0]
-    trust = proposer.trust.of(match)
+    trust = proposer.match_acceptance.of(match)
     assert proposal.chances[first] >= trust - 1e-9
     others = [node for node in tree.children[-1] if node != first]
     assert (proposal.chances[others] <= alone.chances[others] + 1e-9).all()
@@ -119,19 +119,19 @@ def test_proposals_are_trees_whose_chances_are_chances(guessed, recalled, match,
 @given(st.floats(0.2, 0.95), st.floats(0.0, 0.4), st.integers(0, 10_000))
 def test_trust_finds_the_share_of_what_is_recalled(share, other, seed):
     """Tokens come from the sibling with that share, else as the heads say."""
-    random, trust = np.random.default_rng(seed), Trust()
+    random, trust = np.random.default_rng(seed), MatchAcceptance()
     for draw in random.random(4000) < share + (1 - share) * other:
         trust.saw(5, other, bool(draw))
     assert abs(trust.of(5) + (1 - trust.of(5)) * other - (share + (1 - share) * other)) < 0.05
-    assert trust.of(6) == Trust().of(6)
+    assert trust.of(6) == MatchAcceptance().of(6)
 
 
 @given(st.floats(0.1, 1.0), st.integers(0, 10_000))
 def test_claims_are_corrected_by_what_became_of_them(honesty, seed):
     random, calibration = np.random.default_rng(seed), Calibration()
     for _ in range(60):
-        claims = random.uniform(0.05, 0.95, 50)
-        calibration.saw(claims, random.random(50) < honesty * claims)
-    claims = np.array([0.1, 0.3, 0.6, 0.9])
-    np.testing.assert_allclose(Calibration().chances(claims), claims)  # nothing known: believed
-    assert np.abs(calibration.chances(claims) - honesty * claims).max() < 0.12
+        head_probs = random.uniform(0.05, 0.95, 50)
+        calibration.saw(head_probs, random.random(50) < honesty * head_probs)
+    head_probs = np.array([0.1, 0.3, 0.6, 0.9])
+    np.testing.assert_allclose(Calibration().chances(head_probs), head_probs)  # nothing known: believed
+    assert np.abs(calibration.chances(head_probs) - honesty * head_probs).max() < 0.12

@@ -19,10 +19,10 @@ from tests.support.prompts import prompts
 
 POLICIES = {
     "all": Speculation(),
-    "heads alone": Speculation(siblings=False, forks=False, worths=False),
-    "worths": Speculation(siblings=False, forks=False),
-    "forks": Speculation(siblings=False),
-    "siblings": Speculation(forks=False),
+    "heads alone": Speculation(ngrams=False, forks=False, thread_weights=False),
+    "thread_weights": Speculation(ngrams=False, forks=False),
+    "forks": Speculation(ngrams=False),
+    "ngrams": Speculation(forks=False),
     "even": Speculation.even(),
 }
 
@@ -90,7 +90,7 @@ def test_threads_speculate_without_heads():
     plain = run(model, rows=1)
     assert not plain.stats.drafted
     out = run(model, rows=1, speculation="forest")
-    assert torch.equal(out.sequences, plain.sequences) and out.stats.drafted["siblings"] > 0
+    assert torch.equal(out.sequences, plain.sequences) and out.stats.drafted["ngrams"] > 0
 
 
 def test_a_model_without_heads_guesses_unless_it_is_told_not_to(caplog):
@@ -98,7 +98,7 @@ def test_a_model_without_heads_guesses_unless_it_is_told_not_to(caplog):
     generate_module._say_once.cache_clear()
     arguments = prompts(1, 6) | {"do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True}
     outs = [medusa_apar.attach(model, None, CONTROL, speculation=how).generate(**arguments) for how in (None, "off")]
-    assert outs[0].stats.drafted["siblings"] > 0 and not outs[1].stats.drafted
+    assert outs[0].stats.drafted["ngrams"] > 0 and not outs[1].stats.drafted
     assert torch.equal(outs[0].sequences, outs[1].sequences)
     medusa_apar.attach(model)
     assert [record.message for record in caplog.records if "n-gram" in record.message or "off" in record.message] == [
@@ -143,7 +143,7 @@ def test_a_drafted_fork_costs_no_step(forked):
     heads = RecallHeads(model, plain.paragraph_tree, wrong_every=10**9)  # guesses all
     steps = {}
     for forks in (True, False):
-        policy = Speculation(siblings=False, forks=forks)
+        policy = Speculation(ngrams=False, forks=forks)
         out = run(model, heads, speculation=policy, budget=120)
         seen = out.recording
         children = [thread for tree in seen.trees for thread in tree.threads[1:] if seen.origins[thread]]
@@ -168,7 +168,7 @@ class WrongHeads(WeightlessHeads):
 
 def test_heads_that_do_not_pay_are_no_longer_asked():
     model = tiny_model()
-    policy, cost = Speculation(siblings=False), StepCost(((1, 10.0), (2, 12.0), (64, 140.0)), ((1, 4.0),))
+    policy, cost = Speculation(ngrams=False), StepCost(((1, 10.0), (2, 12.0), (64, 140.0)), ((1, 4.0),))
     plain = run(model, rows=1, limit=120, generate={"min_new_tokens": 120})
     assert plain.stats.steps == 120
     out = run(model, WrongHeads(), 1, 120, {"min_new_tokens": 120}, speculation=policy, step_cost=cost)
@@ -183,7 +183,7 @@ def test_heads_are_not_given_up_for_one_weak_step():
     budget = ForestBudget(24, StepCost(((1, 4.0), (4, 7.0), (24, 30.0)), ((1, 2.0),)))
     asked = []
     for step in range(40):
-        asked.append(budget.heads_pay())
+        asked.append(budget.heads_enabled())
         claim = 0.2 if step == 0 else 0.9
         proposal = Proposal(np.array([5]), np.array([-1]), np.array([claim]), heads=1) if asked[-1] else None
         budget.choose([proposal], np.ones(1), 99)
@@ -216,12 +216,12 @@ def test_a_recall_inside_the_heads_tree_leaves_ids_whole(seed):
     apar.runtime.verify = reference.verify
     inputs = prompts(1, 6, seed=1, ragged=True)
     out = apar.generate(**inputs, **sampled, max_new_tokens=120, return_dict_in_generate=True)
-    assert torch.equal(out.sequences, plain.sequences) and out.stats.drafted["siblings"] > 0
+    assert torch.equal(out.sequences, plain.sequences) and out.stats.drafted["ngrams"] > 0
 
 
 def test_heads_are_asked_once_a_step_however_tokens_are_chosen():
     model, cost = tiny_model(), StepCost(((1, 10.0), (2, 12.0), (64, 140.0)), ((1, 4.0),))
-    policy = Speculation(siblings=False)
+    policy = Speculation(ngrams=False)
     apar = medusa_apar.attach(model, WrongHeads(), CONTROL, runtime="torch", step_cost=cost, speculation=policy)
     apar.runtime.verify = reference.verify  # which scores cannot go through
     options = {"max_new_tokens": 60, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}

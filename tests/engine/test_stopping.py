@@ -20,7 +20,7 @@ SCORES = {"return_dict_in_generate": True, "output_scores": True}
 
 
 class Longer(MaxLengthCriteria):
-    """Of another type than transformers' own, which stays."""
+    """A subclass is not transformers' own criterion, so it is asked."""
 
 
 class Ends(EosTokenCriteria):

@@ -87,7 +87,7 @@ def test_budgets_and_trees_never_show(forked, budget, tree):
 def test_memory_pressure_never_shows(forked):
     model, plain = forked
     slots = 6 + 2 * LIMIT + 2 * 3  # the least that is accepted: one path at its longest
-    for heads in (None, RecallHeads(model, plain.paragraph_tree), HydraHeads.random(model, taps=(0,))):
+    for heads in (None, RecallHeads(model, plain.paragraph_tree), HydraHeads.random(model, aux_layers=(0,))):
         out = run(model, heads, pool_slots=slots)
         assert torch.equal(out.sequences, plain.sequences)
         assert out.stats.peak_slots <= slots and out.stats.final_slots == 0

@@ -21,7 +21,7 @@ TREE = DraftTree.likeliest(12, [[0.5, 0.3, 0.2]] * 3)
 def some_heads(model, kind):
     if kind == "medusa":
         return MedusaHeads.random(model, num_heads=3)
-    return HydraHeads.random(model, num_heads=3, taps=(0,) if kind == "taps" else ())
+    return HydraHeads.random(model, num_heads=3, aux_layers=(0,) if kind == "aux_layers" else ())
 
 
 def records(model, prompts, limit, fork):
@@ -36,7 +36,7 @@ def records(model, prompts, limit, fork):
     return found
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra", "taps"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "aux_layers"])
 @pytest.mark.parametrize("fork", [False, True])
 @pytest.mark.parametrize("seed", [0, 3])
 def test_replayed_steps_are_the_decoders(kind, fork, seed):

@@ -8,11 +8,11 @@ from medusa_apar.eval import speculation
 
 
 def line(system, prompt, seconds, steps, looping=0.0, **more):
-    drafted = {"heads": 4 * steps, "siblings": 0, "forks": 0}
+    drafted = {"heads": 4 * steps, "ngrams": 0, "forks": 0}
     return {
         "system": system, "prompt": prompt, "repeat": 0, "category": "", "weights": "int8", "tokens": 100,
         "seconds": seconds, "first_token_seconds": 0.1, "steps": steps, "rows": 5 * steps, "looping": looping,
-        "drafted": drafted, "accepted": {"heads": steps, "siblings": 0, "forks": 0}, **more,
+        "drafted": drafted, "accepted": {"heads": steps, "ngrams": 0, "forks": 0}, **more,
     }  # fmt: skip
 
 

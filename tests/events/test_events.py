@@ -69,7 +69,7 @@ def test_figures_are_those_of_the_stats(out):
     assert list(lengths.values()) == [out.recording.readable(row) for row in range(len(out.sequences))]
     forests = [event.drafted for event in out.events if isinstance(event, StepStarted)]
     sources = Counter(source for forest in forests for drafted in forest for source in drafted.sources)
-    named = {"heads": "heads", "siblings": "siblings", "fork": "forks"}
+    named = {"heads": "heads", "ngrams": "ngrams", "fork": "forks"}
     assert sources == Counter({source: stats.drafted[name] for source, name in named.items()})
     assert max(sum(drafted.verified for drafted in forest) for forest in forests) == stats.peak_threads
 
@@ -140,7 +140,7 @@ def test_all_kinds_occur():
     }
     origins = [own for out in (fork_freely(), fork_lists()) for own in out.recording.origins.values()]
     sources = {origin.source for own in origins for origin in own}
-    assert sources == {"heads", "siblings", "model", "rule"}
+    assert sources == {"heads", "ngrams", "model", "rule"}
     recording = fork_freely().recording
     at_once = [thread for thread, own in recording.origins.items() if own and own[0].step == recording.started[thread]]
     assert at_once  # threads whose [Child] had been guessed

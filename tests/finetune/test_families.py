@@ -1,4 +1,4 @@
-"""Of every family, a packed row's losses are those of the model's own forward over each path."""
+"""A packed row's losses are those of the model's own forward over each path, whatever its family."""
 
 import pytest
 import torch

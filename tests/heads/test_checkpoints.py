@@ -262,10 +262,10 @@ def test_a_key_or_tensor_out_of_bounds_is_refused_before_anything_is_allocated(
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["from_states", "taps", "from_token.0", "bias", "blocks.0.weight"])
+@pytest.mark.parametrize("key", ["from_states", "aux_layers", "from_token.0", "bias", "blocks.0.weight"])
 @pytest.mark.parametrize("tensor", [torch.tensor(1), torch.eye(2).to_sparse(), torch.zeros(1).expand(9, 9, 10**9)])
 def test_a_tensor_of_hydra_heads_out_of_bounds_is_refused(tmp_path, model, key, tensor):
-    HydraHeads.random(model, 2, taps=(0,)).save_pretrained(tmp_path)
+    HydraHeads.random(model, 2, aux_layers=(0,)).save_pretrained(tmp_path)
     state = load_file(tmp_path / "medusa_lm_head.safetensors")
     (tmp_path / "medusa_lm_head.safetensors").unlink()
     torch.save(state | {key: tensor}, tmp_path / "medusa_lm_head.pt")

@@ -1,4 +1,4 @@
-"""Hydra heads against the per-head, per-path definition; files; taps."""
+"""Hydra heads against the per-head, per-path definition; files; aux_layers."""
 
 import json
 
@@ -114,18 +114,18 @@ def test_the_base_is_not_a_part_of_the_heads():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("taps", [(), (0, 1)])
+@pytest.mark.parametrize("aux_layers", [(), (0, 1)])
 @pytest.mark.parametrize("sequential", [True, False])
-def test_round_trip(tmp_path, taps, sequential):
+def test_round_trip(tmp_path, aux_layers, sequential):
     model = tiny_model()
-    heads = HydraHeads.random(model, 3, 2, taps=taps, sequential=sequential)
+    heads = HydraHeads.random(model, 3, 2, aux_layers=aux_layers, sequential=sequential)
     heads.acceptance = [[0.5, 0.25]] * 3
     heads.save_pretrained(tmp_path, dtype=torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["kind"] == ("hydra" if sequential else "fused")
     again = load_heads(tmp_path, model)
     assert isinstance(again, HydraHeads)
-    assert (again.num_heads, again.num_layers, again.taps, again.sequential) == (3, 2, taps, sequential)
+    assert (again.num_heads, again.num_layers, again.aux_layers, again.sequential) == (3, 2, aux_layers, sequential)
     assert again.acceptance == heads.acceptance
     for name, value in heads.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
@@ -148,7 +148,7 @@ def test_heads_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="damaged"):
         HydraHeads.from_state({key: value for key, value in state.items() if key != "bias"}, {}, model)
     with pytest.raises(ValueError, match="base layer 2, but LlamaForCausalLM has layers 0 to 1"):
-        HydraHeads.random(model, taps=(2,))
+        HydraHeads.random(model, aux_layers=(2,))
     with pytest.raises(ValueError, match="need the tokens"):
         HydraHeads.random(model).logits(torch.zeros(1, HIDDEN))
 

@@ -75,14 +75,14 @@ def test_accuracy_counts_the_bases_greedy_tokens(counting_model, data):
     assert evaluate(heads, answers, chosen)["top1"][0] == pytest.approx(hits / count)
 
 
-@pytest.mark.parametrize("taps", [(), (0, 1)])
+@pytest.mark.parametrize("aux_layers", [(), (0, 1)])
 @pytest.mark.parametrize("sequential", [True, False])
-def test_ridge_start_is_the_regression_of_the_future_state(model, tmp_path, taps, sequential):
+def test_ridge_start_is_the_regression_of_the_future_state(model, tmp_path, aux_layers, sequential):
     draw = random.Random(1)
     threads = [{"parent": -1, "fork_index": 0, "token_ids": [draw.randrange(40) for _ in range(30)]}]
     file = AnswerFile([{"prompt_ids": [1 + i % 30, 2], "threads": threads} for i in range(60)])
-    store = Store(Encoder(model, file, [EOS], tmp_path, taps).run(range(60)))
-    heads = HydraHeads(2, 1, 32, VOCABULARY, None, taps, sequential).attach(model)
+    store = Store(Encoder(model, file, [EOS], tmp_path, aux_layers).run(range(60)))
+    heads = HydraHeads(2, 1, 32, VOCABULARY, None, aux_layers, sequential).attach(model)
     answers = store[:]
     assert ridge_start(heads, store, positions=10**6) == int(answers.same_thread(2).sum())
     states = heads.states(answers.hidden, answers.drafted(2))

@@ -16,7 +16,7 @@ INPUTS = prompts(2, 9)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 HEADS = {
     "hydra": lambda model: HydraHeads.random(model, 3),
-    "fused": lambda model: HydraHeads.random(model, 3, taps=(1,), sequential=False),
+    "fused": lambda model: HydraHeads.random(model, 3, aux_layers=(1,), sequential=False),
     "medusa": lambda model: MedusaHeads.random(model, 3),
     "medusa of its own unembedding": lambda model: MedusaHeads.random(model, 3, layout="v1"),
 }

@@ -75,12 +75,12 @@ def test_it_has_every_live_path_through_any_history(data, chunk, unasked):
                 return
             device, table = on_device(forest, data.draw), script.ledger.table
             for segment in forest.segments:
-                path = device[list(table.numbers(segment.thread))].flatten().tolist()
+                path = device[list(table.chunk_ids(segment.thread))].flatten().tolist()
                 expected = [*script.cached_path(segment.thread), *segment.drafted_slots.tolist()]
                 assert path[: len(expected)] == expected == [*segment.path_slots, *segment.slots]
             for thread, path in table._paths.items():  # those that wait, too
                 columns = thread.start + path.written
-                said = device[list(path.numbers)].flatten()[:columns].tolist()
+                said = device[list(path.chunk_ids)].flatten()[:columns].tolist()
                 assert said == script.cached_path(thread)[:columns]
 
         trees = script.run(after_step)
@@ -114,9 +114,9 @@ def test_a_chunk_that_is_lost_or_given_twice_is_found(data, harm):
         if harm == "lost":
             del table._paths[thread]
         elif harm == "returned":
-            heapq.heappush(table._free, path.numbers[-1])
+            heapq.heappush(table._free, path.chunk_ids[-1])
         else:
-            table.slots[path.numbers[0], 0] += 1
+            table.slots[path.chunk_ids[0], 0] += 1
         with pytest.raises(AssertionError):
             script.ledger.check()
 
@@ -135,7 +135,7 @@ def test_chunks_that_are_complete_before_a_fork_are_shared_and_the_others_copied
         threads = [tree.trunk, *children]
         forest = Forest([[Segment(thread, len(thread.tokens)) for thread in threads]], ledger, torch.device("cpu"))
         first = len(forest.changes.entries)
-        paths = [list(ledger.table.numbers(thread)) for thread in threads]
+        paths = [list(ledger.table.chunk_ids(thread)) for thread in threads]
         assert [len(path) for path in paths] == [3, 2, 3, 3]
         assert len({path[0] for path in paths}) == 1
         assert paths[2][1] == paths[0][1] == paths[3][1] != paths[1][1]

@@ -63,7 +63,7 @@ def test_a_hub_repository_is_read_like_a_folder(base, monkeypatch):
 
 @pytest.mark.parametrize("whole_model", [True, False])
 def test_a_hub_repository_with_an_adapter_is_taken_as_a_folder_is(base, adapter, tmp_path, monkeypatch, whole_model):
-    """Of which the first download has the small files alone."""
+    """The first download has the small files alone."""
     small = tmp_path / "small"
     small.mkdir()
     names = ["adapter_config.json", "adapter_model.safetensors"]

@@ -24,7 +24,7 @@ PRELUDE = """
     RUNTIMES = [("cpu", None), ("cpu", "int8"), ("torch", None)]
     CASES = [("cpu", None, "hydra"), ("cpu", "int8", "hydra"), ("cpu", None, "medusa"), ("torch", None, "medusa")]
     HEADS = {
-        "hydra": lambda model: HydraHeads.random(model, 3, taps=(1,)),
+        "hydra": lambda model: HydraHeads.random(model, 3, aux_layers=(1,)),
         "medusa": lambda model: MedusaHeads.random(model, 3),
     }
     CALLS = {
@@ -121,7 +121,7 @@ AT_ONCE = """
     greedy = {"do_sample": False, "max_new_tokens": 16}
     for runtime, quantize in RUNTIMES:
         fresh = model()
-        heads = HydraHeads.random(fresh, 3, taps=(1,))
+        heads = HydraHeads.random(fresh, 3, aux_layers=(1,))
         how = {"runtime": runtime, "quantize": quantize, "step_cost": COST}
         alone = medusa_apar.attach(copy.deepcopy(fresh), copy.deepcopy(heads), CONTROL, **how)
         alone = alone.generate(**INPUTS, **greedy)

@@ -36,7 +36,7 @@ def fork_lists(**options):
 
 
 def nineteen(input_ids, scores, **options):
-    """Of prompt and text."""
+    """Stops at nineteen tokens of prompt and text."""
     return torch.full((len(input_ids),), input_ids.shape[1] >= 19)
 
 

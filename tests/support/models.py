@@ -105,7 +105,7 @@ COMPILED = {
 
 
 def model_of(name="llama", seed=0, **bias):
-    """Of a kind that the CPU runtime runs."""
+    """A random model of a kind that the CPU runtime runs."""
     model = random_model(COMPILED[name](), seed, 6.0, **bias)
     with torch.no_grad():
         for parameter in model.parameters():

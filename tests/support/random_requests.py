@@ -15,7 +15,7 @@ from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from medusa_apar.threads.request import Request, RequestOptions
-from medusa_apar.verify.verdict import Verdict
+from medusa_apar.verify.verify_result import VerifyResult
 
 FORK, CHILD, EOS = 1, 2, 0
 
@@ -44,7 +44,7 @@ class Script:
             forest = Forest(running, self.ledger, torch.device("cpu"))
             after_step(forest, trees)
             for segment in forest.verified:
-                commit(segment, self._verdict(segment), manager, self.ledger)
+                commit(segment, self._verify_result(segment), manager, self.ledger)
             self.ledger.check()
         return trees
 
@@ -66,7 +66,7 @@ class Script:
                 segments.append(segment)
         return segments
 
-    def _verdict(self, segment: Segment) -> Verdict:
+    def _verify_result(self, segment: Segment) -> VerifyResult:
         """Walks a random way down the draft tree, then one more token; any token may turn out to be any other."""
         nodes, node = [], -1
         parents = segment.draft_tree.parents[: len(segment.draft_tokens)].tolist()
@@ -79,4 +79,4 @@ class Script:
             choice = self.data.draw(st.sampled_from([5, 6, FORK, FORK, EOS]))
             previous = 5 if choice == FORK and previous in (FORK, CHILD) else choice
             tokens.append(previous)
-        return Verdict(tokens, nodes, 0)
+        return VerifyResult(tokens, nodes, 0)

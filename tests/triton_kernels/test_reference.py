@@ -49,11 +49,11 @@ def test_verify_chooses_what_is_chosen_on_the_host(data, seed):
         control=(FORK, CHILD),
         noise=noise,
     )
-    for thread, verdict in enumerate(verified_on_host(segments, logits)):
+    for thread, result in enumerate(verified_on_host(segments, logits)):
         length, first = int(out.lengths[thread]), first_rows[thread]
-        assert out.tokens[thread, :length].tolist() == verdict.tokens
-        assert out.rows[thread, : length - 1].tolist() == [first + 1 + node for node in verdict.nodes]
-        assert int(out.last_rows[thread]) == verdict.row
+        assert out.tokens[thread, :length].tolist() == result.tokens
+        assert out.rows[thread, : length - 1].tolist() == [first + 1 + node for node in result.nodes]
+        assert int(out.last_rows[thread]) == result.row
 
 
 @st.composite

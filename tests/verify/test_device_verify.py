@@ -32,8 +32,8 @@ def segments(modes):
     return made
 
 
-def told(verdicts):
-    return [(verdict.tokens, verdict.nodes, verdict.row) for verdict in verdicts]
+def told(results):
+    return [(result.tokens, result.nodes, result.row) for result in results]
 
 
 @pytest.mark.parametrize("modes", MODES, ids=str)
@@ -51,7 +51,7 @@ def test_modes_of_threads_arrive_padded_or_not(modes, padding):
     verification = DeviceVerify.of(verify, forest, 3, None)
     rows, threads = 6 + padding[0], 2 + padding[1]
     logits = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(1))
-    verdicts = verification.read(verification.run(logits, logits, verification.inputs(rows, threads), threads))
+    results = verification.read(verification.run(logits, logits, verification.inputs(rows, threads), threads))
 
     noise, thresholds = received["noise"], received["typical"]
     assert received["control"] == (FORK, CHILD)
@@ -74,9 +74,9 @@ def test_modes_of_threads_arrive_padded_or_not(modes, padding):
         assert len(thresholds) == threads
         for typical, row in zip(typicals, thresholds, strict=False):
             assert row[0] < 0 if typical is None else torch.equal(row, torch.tensor(typical))
-    assert told(verdicts) == told(verification.read(verification.run(logits[:6], logits[:6], verification.inputs())))
-    for verdict, expected in zip(verdicts, verified_on_host(forest.verified, logits[:6]), strict=True):
-        assert told([verdict]) == told([expected])
+    assert told(results) == told(verification.read(verification.run(logits[:6], logits[:6], verification.inputs())))
+    for result, expected in zip(results, verified_on_host(forest.verified, logits[:6]), strict=True):
+        assert told([result]) == told([expected])
 
 
 def test_a_captured_step_serves_all_seeds_and_thresholds_and_no_other_modes():

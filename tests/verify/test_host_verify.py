@@ -24,7 +24,7 @@ def test_accepts_what_medusa_llm_accepts(data):
         taken = {tokens[n] for n in range(node) if tree.parents[n] == tree.parents[node]}
         free = [token for token in range(max(vocab, len(tree) + 1)) if token not in taken]
         tokens.append(data.draw(st.sampled_from(free)))
-    (verdict,) = verified_on_host([segment_of(request_of([1, 2, 3]), None, tree, tokens)], logits)
+    (result,) = verified_on_host([segment_of(request_of([1, 2, 3]), None, tree, tokens)], logits)
 
     # Medusa's form: one padded candidate per node, root to node.
     paths = [[0]] + [[0] + [n + 1 for n in range(len(tree)) if tree.ancestors[node][n]] for node in range(len(tree))]
@@ -34,9 +34,9 @@ def test_accepts_what_medusa_llm_accepts(data):
     padded = torch.stack([torch.stack([logits[n] for n in path + path[-1:] * (longest - len(path))]) for path in paths])
     best, length = evaluate_posterior(padded, candidates, 0, 0, 0)
     path = paths[int(best)]
-    assert len(verdict.nodes) == int(length)
-    assert [3, *verdict.tokens[:-1]] == [ids[n] for n in path[: int(length) + 1]]
-    assert verdict.tokens[-1] == int(logits[path[int(length)]].argmax())
+    assert len(result.nodes) == int(length)
+    assert [3, *result.tokens[:-1]] == [ids[n] for n in path[: int(length) + 1]]
+    assert result.tokens[-1] == int(logits[path[int(length)]].argmax())
 
 
 @settings(deadline=None)
@@ -49,7 +49,7 @@ def test_the_fork_rule_is_the_plain_processors_rule(written, depth, fork):
         thread = request.tree.fork(thread, len(thread.tokens) - 1, 0)
     thread.tokens += written
     logits = torch.zeros(1, 61)
-    (verdict,) = verified_on_host([segment_of(request, thread)], logits)
+    (result,) = verified_on_host([segment_of(request, thread)], logits)
     path = torch.tensor([thread.ancestor_ids() + thread.tokens])
     rule = ControlTokensLogitsProcessor(CONTROL, 2, fork, max_depth=2)
-    assert torch.equal(verdict.scores[0], rule(path, logits)[0])
+    assert torch.equal(result.scores[0], rule(path, logits)[0])

@@ -91,7 +91,7 @@ class Window(LogitsProcessor):
 
 
 class Words(LogitsProcessor):
-    """Of compiled code that cannot be looked into."""
+    """Holds compiled code, which cannot be looked into."""
 
     def __init__(self):
         self.shifts = itertools.cycle(range(5))

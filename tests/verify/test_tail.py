@@ -89,8 +89,8 @@ def drafted_forks(tree: TreeShape, tokens: list[int]) -> tuple[TreeShape, list[i
 
 @st.composite
 def parts(draw):
-    """Of a forest: a mode, and for one thread or two a draft tree whose tokens are often likely, with the logits of its
-    rows."""
+    """A part of a forest: a mode, and for one thread or two a draft tree whose tokens are often likely, with the logits
+    of its rows."""
     mode, members = draw(st.sampled_from(list(MODES))), []
     forking = "no control tokens" not in mode
     for _ in range(draw(st.integers(1, 2)) if forking else 1):
@@ -127,7 +127,7 @@ def run(groups, logits, verify):
 
 
 def same(ours, expected, first):
-    """Whether verdicts are equal, the first one's rows counted from another place."""
+    """Whether results are equal, the first one's rows counted from another place."""
     kept = [(ours.scores, expected.scores), (ours.logits, expected.logits)]
     return (
         (ours.tokens, ours.nodes, ours.row - first) == (expected.tokens, expected.nodes, expected.row)
@@ -146,24 +146,24 @@ def test_each_is_verified_as_it_is_alone(drawn, on_host):
     requests = [request_in(mode) for mode, _ in drawn]
     groups = [segments_of(request, members) for request, (_, members) in zip(requests, drawn, strict=True)]
     logits = torch.cat([rows for _, members in drawn for _, rows in members])
-    tail, verdicts = run(groups, logits, None if on_host else reference.verify)
+    tail, results = run(groups, logits, None if on_host else reference.verify)
     free = {request.sampler.path_free for request in requests}
     assert (tail.device is not None) == (not on_host and True in free)
 
-    first, verdicts = 0, iter(verdicts)
+    first, results = 0, iter(results)
     for request, (mode, members) in zip(requests, drawn, strict=True):
         assert (request.error is not None) == (mode in FAILURES)
         if request.error is not None:
             assert FAILURES[mode] in str(request.error)
         for place, (_, rows) in enumerate(members):
-            verdict = next(verdicts)
+            result = next(results)
             if mode in FAILURES:
-                assert verdict is None
+                assert result is None
             else:
                 alone = verified_on_host([segments_of(request_in(mode), members)[place]], rows)
-                assert same(verdict, alone[0], first), mode
+                assert same(result, alone[0], first), mode
             first += len(rows)
-    assert next(verdicts, None) is None
+    assert next(results, None) is None
 
 
 def test_a_launch_takes_all_modes_but_those_that_need_the_host():
@@ -173,11 +173,11 @@ def test_a_launch_takes_all_modes_but_those_that_need_the_host():
         requests = [request_in(mode) for mode in some]
         logits = torch.randn(len(some), VOCAB, generator=torch.Generator().manual_seed(2))
         logits[:, [FORK, CHILD]] += 2.0
-        tail, verdicts = run([[segment_of(request)] for request in requests], logits, reference.verify)
+        tail, results = run([[segment_of(request)] for request in requests], logits, reference.verify)
         assert [mode for mode, here in zip(some, tail.device.served, strict=True) if here] == taken
         assert tail.device.modes == ((FORK, CHILD), True, True) if some is modes else (None, True, False)
-        for place, (mode, verdict) in enumerate(zip(some, verdicts, strict=True)):
-            assert same(verdict, verified_on_host([segment_of(request_in(mode))], logits[place, None])[0], place)
+        for place, (mode, result) in enumerate(zip(some, results, strict=True)):
+            assert same(result, verified_on_host([segment_of(request_in(mode))], logits[place, None])[0], place)
 
 
 @pytest.mark.parametrize("verify", [None, reference.verify])
@@ -192,9 +192,9 @@ def test_whose_fault_it_is_that_nothing_is_possible(verify):
     }
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
     logits[0], logits[1, FORK] = torch.nan, -torch.inf
-    _, verdicts = run([[segment_of(request)] for request in requests.values()], logits, verify)
-    for (blamed, request), verdict in zip(requests.items(), verdicts, strict=True):
-        assert (verdict is None) == (blamed is not None)
+    _, results = run([[segment_of(request)] for request in requests.values()], logits, verify)
+    for (blamed, request), result in zip(requests.items(), results, strict=True):
+        assert (result is None) == (blamed is not None)
         if blamed is None:
             assert request.error is None
         else:
@@ -209,8 +209,8 @@ def test_what_is_not_accepted_is_no_failure(verify):
     shape, tokens, forks = drafted_forks(DraftTree([(0,), (1,)]), [9, FORK])
     logits = torch.randn(len(tokens) + 1, VOCAB, generator=torch.Generator().manual_seed(2))
     logits[0, 9], logits[2:] = 99.0, torch.nan
-    _, (verdict,) = run([[segment_of(request, None, shape, tokens, forks=forks)]], logits, verify)
-    assert request.error is None and verdict.tokens[0] == 9 and verdict.nodes == [0]
+    _, (result,) = run([[segment_of(request, None, shape, tokens, forks=forks)]], logits, verify)
+    assert request.error is None and result.tokens[0] == 9 and result.nodes == [0]
     # And where they prove right it is.
     logits[0, FORK] = 999.0
     request = request_in("greedy")
@@ -226,8 +226,8 @@ def test_of_a_request_that_has_failed_nothing_is_asked(verify):
     errors = [RuntimeError("of a consumer"), RuntimeError("of another")]
     for request, error in zip(requests, errors, strict=True):
         request.error = error
-    _, verdicts = run([[segment_of(request)] for request in requests], torch.zeros(2, VOCAB), verify)
-    assert verdicts == [None, None] and not asked and [request.error for request in requests] == errors
+    _, results = run([[segment_of(request)] for request in requests], torch.zeros(2, VOCAB), verify)
+    assert results == [None, None] and not asked and [request.error for request in requests] == errors
 
 
 # Scores of a given text.
@@ -269,12 +269,12 @@ def test_texts_are_scored_beside_what_decodes(verify, first):
     groups = [[scored_segment(request)] for request in requests.values()] + [
         [segment_of(request)] for request in others
     ]
-    _, verdicts = run(groups, logits, verify)
+    _, results = run(groups, logits, verify)
 
-    assert verdicts[:4] == [None] * 4
+    assert results[:4] == [None] * 4
     for place, (request, mode) in enumerate(zip(others, ("greedy", "penalised", "typical"), strict=True), 4 * rows):
         expected = verified_on_host([segment_of(request_in(mode))], logits[place, None])[0]
-        assert same(verdicts[place - 4 * rows + 4], expected, place) and request.error is None
+        assert same(results[place - 4 * rows + 4], expected, place) and request.error is None
     assert str(requests.pop("broken").error) == "this one breaks"
     for place, (way, request) in enumerate(requests.items()):
         own, scores = logits[place * rows :][:rows].clone(), request.text_scores

@@ -70,21 +70,21 @@ def test_accepts_what_medusa_llm_accepts(drawn, thresholds, temperature):
 
     typical = TypicalAcceptance(*thresholds)
     request = request_of([1, 2, 3], 5, seed=9, typical=typical, processors=[TemperatureLogitsWarper(temperature)])
-    (verdict,) = verified_on_host([segment_of(request, None, tree, tokens)], logits)
-    assert [node + 1 for node in verdict.nodes] == expected
-    assert verdict.tokens[:-1] == [ids[row] for row in expected]
-    assert verdict.row == (expected[-1] if expected else 0)
-    assert verdict.tokens[-1] == sample(logits[verdict.row] / temperature, 9, 5, 3 + len(expected))
+    (result,) = verified_on_host([segment_of(request, None, tree, tokens)], logits)
+    assert [node + 1 for node in result.nodes] == expected
+    assert result.tokens[:-1] == [ids[row] for row in expected]
+    assert result.row == (expected[-1] if expected else 0)
+    assert result.tokens[-1] == sample(logits[result.row] / temperature, 9, 5, 3 + len(expected))
 
 
 @pytest.mark.parametrize("warp", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)
 def test_accepted_tokens_satisfy_the_criterion(monkeypatch, warp):
-    verdicts = []
+    results = []
 
-    def spy(segment, verdict, *others):
+    def spy(segment, result, *others):
         tree, thread = segment.request.tree, segment.thread
-        verdicts.append((tree, thread.depth, thread.ancestor_ids() + thread.tokens, verdict))
-        return commit(segment, verdict, *others)
+        results.append((tree, thread.depth, thread.ancestor_ids() + thread.tokens, result))
+        return commit(segment, result, *others)
 
     model = forking_model(24)
     heads = RecallHeads(model, run(model, **warp).paragraph_tree, wrong_every=3)
@@ -92,8 +92,8 @@ def test_accepted_tokens_satisfy_the_criterion(monkeypatch, warp):
     out = run(model, heads, LENIENT, **warp)
     assert out.stats.forks > 0 and out.stats.final_slots == 0
     checked = 0
-    for tree, depth, path, verdict in verdicts:
-        start, path = len(path), path + verdict.tokens
+    for tree, depth, path, result in results:
+        start, path = len(path), path + result.tokens
         for place in range(start, len(path)):
             assert path[place] != CHILD
             assert path[place] != FORK or (path[place - 1] not in (FORK, CHILD) and depth < DEFAULT_MAX_DEPTH)

@@ -47,7 +47,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         *(("attention_norm", c_void_p), ("mlp_norm", c_void_p)),
         *(("qkv", Matrix), ("output", Matrix), ("gate_up", Matrix), ("down", Matrix)),
-        *(("keys", c_void_p), ("values", c_void_p), ("scales", c_void_p), ("window", c_int32), ("tap", c_int32)),
+        *(("keys", c_void_p), ("values", c_void_p), ("scales", c_void_p), ("window", c_int32), ("aux_layer", c_int32)),
     )
 
 
@@ -61,7 +61,7 @@ class Model(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = (
-        *(("rows", c_int32), ("verified", c_int32), ("taps", c_int32), ("longest", c_int32)),
+        *(("rows", c_int32), ("verified", c_int32), ("aux_layers", c_int32), ("longest", c_int32)),
         *((name, c_void_p) for name in ("tokens", "cos", "sin", "positions", "slots", "slot_lists", "runs")),
         *((name, c_void_p) for name in ("verified_rows", "hidden", "logits", "x", "qkv", "wide", "act", "act_scales")),
         ("seconds", c_void_p),

@@ -157,9 +157,9 @@ class CpuRuntime:
         yield
 
     @torch.no_grad()
-    def forward(self, forest: Forest, pool: KVPool, taps: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """Of a forest's verified rows: logits float32 [M, vocab], good until the pool's next pass, and the hidden
-        states [M, hidden * (1 + taps)] before the unembedding and, at unit scale, behind the tapped layers."""
+    def forward(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """Runs a forest. Returns, for verified rows, logits float32 [M, vocab], good until the pool's next pass, and
+        hidden states [M, hidden * (1 + aux layers)]: before the unembedding, then each aux layer's at unit scale."""
         assert self._packed is not None, "enter `session` first"
         scratch = self._scratch.get(pool)
         if scratch is None:
@@ -168,27 +168,27 @@ class CpuRuntime:
         rows, verified = len(forest), len(forest.verified_rows)
         lists, runs, longest = forest.paths()
         cos, sin = packed.rotary(longest)  # a position is the length of the path before it
-        hidden = floats(verified, packed.hidden * (1 + len(taps)))
+        hidden = floats(verified, packed.hidden * (1 + len(aux_layers)))
         buffers, sizes = scratch.buffers(rows, verified), scratch.sizes(rows, verified)
         tables = (address(table, torch.float32, longest * packed.heads.head_dim) for table in (cos, sin))
         indices = (address(each, torch.int64, rows) for each in (forest.position_ids, forest.slots))
         arrays = (torch.from_numpy(array) for array in (lists, runs))
         step = library.Step(
-            *(rows, verified, len(taps), longest),
+            *(rows, verified, len(aux_layers), longest),
             *(address(forest.input_ids, torch.int64, rows), *tables, *indices),
             *(address(array, torch.int32, array.numel()) for array in arrays),
             address(forest.verified_rows, torch.int64, verified),
-            address(hidden, torch.float32, verified * packed.hidden * (1 + len(taps))),
+            address(hidden, torch.float32, verified * packed.hidden * (1 + len(aux_layers))),
             *(address(buffer, torch.float32, size) for buffer, size in zip(buffers, sizes, strict=True)),
             ctypes.addressof(self.seconds) if self.profile else None,
         )
-        model = scratch.model(pool, taps)
+        model = scratch.model(pool, aux_layers)
         if library.library().mapar_step(model, step, torch.get_num_threads(), packed.unembedding.outputs):
             raise IndexError(f"a token is not one of the model's {len(packed.table)}")
         return buffers[0][:verified], hidden
 
-    def step(self, forest: Forest, pool: KVPool, taps: tuple[int, ...], tail: Tail | None) -> StepOutput:
-        return StepOutput(*self.forward(forest, pool, taps))
+    def step(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...], tail: Tail | None) -> StepOutput:
+        return StepOutput(*self.forward(forest, pool, aux_layers))
 
     def profiled(self) -> CpuRuntime:
         """Another runtime of the same packed weights, whose clocks run."""
@@ -272,7 +272,7 @@ class _Scratch:
 
     def __init__(self, packed: _Packed) -> None:
         self.packed = packed
-        self._model: tuple[Any, Any] = (None, None)  # capacity and taps, library.Model
+        self._model: tuple[Any, Any] = (None, None)  # capacity and aux_layers, library.Model
         heads = packed.heads
         width = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
         self._widths = max(width, packed.hidden), max(packed.intermediate, packed.hidden, width)
@@ -299,9 +299,9 @@ class _Scratch:
             self._others = tuple(floats(size) for size in self.sizes(rows, verified)[1:])
         return self._logits, *self._others
 
-    def model(self, pool: KVPool, taps: tuple[int, ...]) -> Any:
+    def model(self, pool: KVPool, aux_layers: tuple[int, ...]) -> Any:
         """library.Model; made anew when the pool has grown."""
-        if self._model[0] != (pool.capacity, taps):
+        if self._model[0] != (pool.capacity, aux_layers):
             self._fill(pool)
             packed, heads = self.packed, self.packed.heads
             steps = packed.kind == "int8"
@@ -314,7 +314,7 @@ class _Scratch:
                     *(matrix.struct for matrix in matrices),
                     *(address(store, stored, size * heads.head_dim) for store in stores),
                     address(pool.scales[index], torch.float32, size * 2) if steps else None,
-                    *(window, taps.index(index) if index in taps else -1),
+                    *(window, aux_layers.index(index) if index in aux_layers else -1),
                 )
             table = packed.table
             model = library.Model(
@@ -323,7 +323,7 @@ class _Scratch:
                 *(address(packed.norm, torch.float32, packed.hidden), address(table, table.dtype, table.numel())),
                 *(layers, packed.unembedding.struct),
             )
-            self._model = (pool.capacity, taps), model
+            self._model = (pool.capacity, aux_layers), model
         return self._model[1]
 
     def _fill(self, pool: KVPool) -> None:

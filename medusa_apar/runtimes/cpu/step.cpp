@@ -21,7 +21,7 @@ struct Layer {
     Matrix qkv, output, gate_up, down;  // gate_up: panels of gate and up by turns
     Pool pool;
     int32_t window;                     // last positions of the path that are seen, 0: all
-    int32_t tap;                        // place of its output among the tapped ones, or -1
+    int32_t aux_layer;                  // place of its output among the auxiliary ones, or -1
 };
 
 struct Model {
@@ -40,14 +40,14 @@ struct Run {
 };
 
 struct Step {
-    int32_t rows, verified, taps, longest;  // longest path
+    int32_t rows, verified, aux_layers, longest;  // longest path
     const int64_t* tokens;                  // [rows]
     const float *cos, *sin;                 // [positions][head_dim]
     const int64_t *positions, *slots;       // [rows]
     const int32_t* slot_lists;
     const Run* runs;               // [rows][3]
     const int64_t* verified_rows;  // [verified]
-    float* hidden;                 // [verified][1 + taps][hidden]: before the unembedding; tapped ones, at unit scale
+    float* hidden;                 // [verified][1 + aux_layers][hidden]: before the unembedding; then at unit scale
     float* logits;                 // [verified][outputs]
     float* x;                      // scratch: [rows][hidden], the residual stream
     float *qkv, *wide;             // scratch: [rows][(heads + 2 kv_heads) * head_dim], [rows][max(all widths)]
@@ -236,16 +236,16 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
         for (int r = rows.first; r < rows.last; r++)  // each thread those that it normalises first
             for (int i = 0; i < m.hidden; i += LANES)
                 store(s.x + (size_t)r * m.hidden + i, embedded(m.table, m.table_kind, s.tokens[r] * m.hidden + i));
-        const int width = (1 + s.taps) * m.hidden;
+        const int width = (1 + s.aux_layers) * m.hidden;
         for (int l = 0; l < m.layers; l++) {
             if (m.layer[l].pool.scales)
                 LayerPass<StepCache>{m, m.layer[l], s, blocks, barrier, clock}.run();
             else
                 LayerPass<FloatCache>{m, m.layer[l], s, blocks, barrier, clock}.run();
-            if (m.layer[l].tap >= 0)
+            if (m.layer[l].aux_layer >= 0)
                 for (int r = verified.first; r < verified.last; r++)
                     unit_norm(s.x + s.verified_rows[r] * m.hidden, m.hidden, FLT_EPSILON,
-                              s.hidden + (size_t)r * width + (1 + m.layer[l].tap) * m.hidden);
+                              s.hidden + (size_t)r * width + (1 + m.layer[l].aux_layer) * m.hidden);
         }
         for (int r = verified.first; r < verified.last; r++) {
             float* out = s.hidden + (size_t)r * width;

@@ -76,8 +76,8 @@ class PackedMatrix:
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of float32 logits [..., width]: the `count` likeliest, log-probabilities and indices [..., count], best first and
-    of equals the first."""
+    """The `count` likeliest of float32 logits [..., width]: log-probabilities and indices [..., count], the best
+    first; among equals the lower index."""
     rows = logits.reshape(-1, logits.shape[-1]).contiguous()
     assert 0 < count <= rows.shape[1]
     sums = floats(len(rows), 1)
@@ -87,7 +87,7 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Of float32 logits [rows, width]: the index of the largest, and of equals the first, [rows]."""
+    """The index [rows] of the largest of float32 logits [rows, width]; among equals the lower one."""
     return _top(logits.contiguous(), 1)[1].view(-1)
 
 

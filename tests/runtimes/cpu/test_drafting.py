@@ -16,8 +16,8 @@ from tests.support.prompts import prompts
 SHAPES = {
     "hydra": {},
     "two blocks": {"num_layers": 2},
-    "tapped": {"taps": (0, 1)},
-    "independent": {"sequential": False, "taps": (1,)},
+    "aux layers": {"aux_layers": (0, 1)},
+    "independent": {"sequential": False, "aux_layers": (1,)},
 }
 CHOICES = [(0,), (0, 0), (1,), (0, 1), (0, 0, 0), (2,), (1, 0), (0, 0, 1), (0, 0, 0, 0), (1, 0, 2), (1, 0, 2, 0)]
 
@@ -28,8 +28,8 @@ def heads_of(shape, dtype=torch.float32, mapped=False):
     if mapped:
         state = heads.state_dict()
         state["token_map"] = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:40]
-        if heads.taps:
-            state["taps"] = torch.tensor(heads.taps)
+        if heads.aux_layers:
+            state["aux_layers"] = torch.tensor(heads.aux_layers)
         heads = HydraHeads.from_state(state, {}, model)
     return heads
 

@@ -32,7 +32,7 @@ class Louder(nn.Embedding):
 
 
 class LlamaMLP(modeling_llama.LlamaMLP):
-    """Of the very name."""
+    """A module with the very name of a known one."""
 
     def forward(self, x):
         return super().forward(x) * 1.5

@@ -49,7 +49,7 @@ def written(name, rows):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_equals_transformers(name, rows, threads):
     model, inputs, expected = written(name, rows)
-    for heads in (None, HydraHeads.random(model, 3, seed=rows, taps=(1,))):
+    for heads in (None, HydraHeads.random(model, 3, seed=rows, aux_layers=(1,))):
         apar = medusa_apar.attach(model, heads, runtime="cpu")
         assert isinstance(apar.runtime, CpuRuntime)
         actual = model.generate(**inputs, do_sample=False, max_new_tokens=24, custom_generate=apar)

@@ -11,7 +11,7 @@ from medusa_apar.threads.request import TokenLogprobs
 
 
 @dataclass(slots=True)
-class Verdict:
+class VerifyResult:
     """What a segment's verification brought: `tokens` chosen in order, the last of them, the bonus token, not yet run.
 
     `nodes[i]` is the draft node that guessed `tokens[i]`; `row` the verified row whose logits chose the bonus token.
@@ -24,6 +24,6 @@ class Verdict:
     logits: list[torch.Tensor] = field(default_factory=list)  # raw, float32 [vocab], if kept
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # if kept
     # Of each drafted `[Fork]`'s node that was accepted, or all of them: what the child chose at its `[Child]`.
-    children: dict[int, Verdict] = field(default_factory=dict)
+    children: dict[int, VerifyResult] = field(default_factory=dict)
     # What the heads drafted from `row`: token ids and log-probabilities [n], where they drafted on the device.
     drafted: tuple[np.ndarray, np.ndarray] | None = None
