@@ -123,15 +123,16 @@ class Speculator:
 
     def _worth_drafting(self, advances: list[Advance], load: Load) -> list[Advance]:
         """Keeps the threads for which drafts can pay in such a step. The n-gram indexes learn from all of them."""
-        paying: set[Thread] = set()
+        groups = []
         for request, group in groupby(advances, attrgetter("request")):
             threads = [advance.thread for advance in group]
-            paying |= self.budget.threads_worth_drafting(threads, load.threads, load.requests)
+            groups.append(threads)
             if self.ngrams:
                 if request.ngrams is None:
                     request.ngrams = NgramIndex(request.tree.child_id)
                 for thread in threads:
                     request.ngrams.learn(thread)
+        paying = self.budget.threads_worth_drafting(groups, load.threads, load.requests)
         return [advance for advance in advances if advance.thread in paying]
 
     def _matches(self, advances: Sequence[Advance]) -> dict[Thread, NgramMatch]:

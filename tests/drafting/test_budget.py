@@ -89,13 +89,14 @@ def test_nothing_is_looked_for_where_nothing_pays():
         tree.fork(tree.trunk, len(tree.trunk.tokens) - 1, 0)
     cost = StepCost(((1, 10.0), (64, 136.0)), ((1, 1.0),))
     budget = ForestBudget(64, cost)
-    assert budget.threads_worth_drafting([tree.trunk], 1, 1) == {tree.trunk}
-    assert budget.threads_worth_drafting(tree.threads, len(tree.threads), 1) == {tree.trunk}  # which they all wait for
-    assert budget.threads_worth_drafting(tree.threads[1:], len(tree.threads) - 1, 1) == set()
-    assert budget.threads_worth_drafting(tree.threads[:3], 3, 1) == set(tree.threads[:3])
-    assert ForestBudget(64).threads_worth_drafting(tree.threads, 41, 1) == set(
-        tree.threads
-    )  # rows to be filled, whatever they cost
+    assert budget.threads_worth_drafting([[tree.trunk]], 1, 1) == {tree.trunk}
+    assert budget.threads_worth_drafting([tree.threads], len(tree.threads), 1) == {
+        tree.trunk
+    }  # which they all wait for
+    assert budget.threads_worth_drafting([tree.threads[1:]], len(tree.threads) - 1, 1) == set()
+    assert budget.threads_worth_drafting([tree.threads[:3]], 3, 1) == set(tree.threads[:3])
+    unpriced = ForestBudget(64)  # fills its rows, whatever they cost
+    assert unpriced.threads_worth_drafting([tree.threads], 41, 1) == set(tree.threads)
 
     trunk, child, other = tree.threads[:3]
     assert budget.threads_for_heads({trunk: 0.0, child: 0.0}) == {trunk}  # the answer waits for it
