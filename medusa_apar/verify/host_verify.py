@@ -59,6 +59,9 @@ class HostVerify:
     def __call__(self, first: int, segment: Segment) -> VerifyResult:
         """ValueError where a row leaves no token to choose; whatever a processor or a `fork_if` raises."""
         sampler: Sampler = segment.request.sampler
+        kept = sampler.options.logits or sampler.options.logprobs is not None
+        if sampler.plain and not segment.draft_tokens and not kept and self._greedy[first] >= 0:
+            return VerifyResult([self._greedy[first]], [], first)  # as most rows of a large batch are
         choose = _Choices(self, sampler, first, segment)
         drafted = segment.draft_tree.parents[: segment.num_candidates].tolist()
         parents = [-1, *(parent + 1 for parent in drafted)]
