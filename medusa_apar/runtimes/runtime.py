@@ -13,6 +13,7 @@ from medusa_apar.drafting.drafter import Drafter, Heads
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.triton_kernels.reference import Verified
+from medusa_apar.verify.recipe import Chooser
 from medusa_apar.verify.tail import StepOutput, Tail
 
 
@@ -73,6 +74,10 @@ class Runtime(Protocol):
 
     def argmax(self, logits: Tensor) -> Tensor:
         """[M, vocab] -> long [M]."""
+
+    @property
+    def choose(self) -> Chooser | None:
+        """What chooses tokens on the host for requests with recipes; None where Python does."""
 
     @property
     def verify(self) -> Callable[..., Verified] | None:

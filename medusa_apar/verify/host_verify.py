@@ -15,6 +15,7 @@ from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import likeliest, likeliest_path, walk
 
+from .recipe import Chooser, choices_of
 from .sampler import Sampler
 from .verify_result import VerifyResult
 
@@ -25,12 +26,18 @@ class HostVerify:
     Args:
         segments: each with the place of its first verified row among the M.
         argmax: the runtime's, [M, vocab] -> long [M].
+        choose: the runtime's, for requests with recipes; None where every such request is asked in Python.
     """
 
     def __init__(
-        self, segments: Sequence[tuple[int, Segment]], logits: Tensor, argmax: Callable[[Tensor], Tensor]
+        self,
+        segments: Sequence[tuple[int, Segment]],
+        logits: Tensor,
+        argmax: Callable[[Tensor], Tensor],
+        choose: Chooser | None = None,
     ) -> None:
         self._logits = logits
+        by_recipe: list[tuple[int, Segment]] = []
         self._bans: dict[int, list[bool]] = {}
         self._raw: dict[int, Tensor] = {}  # by first row: the segment's rows before bans, where they are kept
         banned: list[int] = []  # rows that may not choose [Fork]
@@ -41,7 +48,9 @@ class HostVerify:
             bans = self._bans[first] = sampler.fork_bans(segment)
             if segment.request.options.logits or segment.request.options.logprobs is not None:
                 self._raw[first] = logits[first : first + len(bans)].float().clone()
-            if sampler.rule is not None and not sampler.before:  # others see the model's own logits
+            if choose is not None and sampler.recipe is not None and not sampler.plain:
+                by_recipe.append((first, segment))
+            elif sampler.rule is not None and not sampler.before:  # others see the model's own logits
                 rule = sampler.rule
                 control += range(first, first + len(bans))
                 banned += [first + row for row, ban in enumerate(bans) if ban]
@@ -54,14 +63,20 @@ class HostVerify:
             if banned:
                 columns[np.array(banned), rule.fork_id] = -math.inf
         plain = any(segment.request.sampler.plain for _, segment in segments)
-        self._greedy = greedy(logits, argmax) if plain else []
+        # By row, what it chooses, of requests that have nothing to be asked in Python.
+        self._chosen = dict(enumerate(greedy(logits, argmax))) if plain else {}
+        self._settled = {first for first, segment in segments if segment.request.sampler.plain}
+        if choose is not None and by_recipe:
+            choices = choices_of(by_recipe, self._bans)
+            self._chosen.update(zip(choices.rows[:, 0].tolist(), choose(logits, choices), strict=True))
+            self._settled.update(first for first, _ in by_recipe)
 
     def __call__(self, first: int, segment: Segment) -> VerifyResult:
         """ValueError where a row leaves no token to choose; whatever a processor or a `fork_if` raises."""
         sampler: Sampler = segment.request.sampler
         kept = sampler.options.logits or sampler.options.logprobs is not None
-        if sampler.plain and not segment.draft_tokens and not kept and self._greedy[first] >= 0:
-            return VerifyResult([self._greedy[first]], [], first)  # as most rows of a large batch are
+        if first in self._settled and not segment.draft_tokens and not kept and self._chosen[first] >= 0:
+            return VerifyResult([self._chosen[first]], [], first)  # as most rows of a large batch are
         choose = _Choices(self, sampler, first, segment)
         drafted = segment.draft_tree.parents[: segment.num_candidates].tolist()
         parents = [-1, *(parent + 1 for parent in drafted)]
@@ -128,8 +143,8 @@ class _Choices:
     def __call__(self, row: int) -> int:
         """The token that a row chooses; -1 where the walk has to end there all the same."""
         sampler, place = self._sampler, self._first + row
-        if sampler.plain:
-            scores, token = None, self._host._greedy[place]
+        if self._first in self._host._settled:
+            scores, token = None, self._host._chosen[place]
         else:
             path = self._behind + self.tokens
             scores, token = sampler.choose(

@@ -23,6 +23,7 @@ from medusa_apar.threads.request import Request, RequestOptions, TokenLogprobs
 from medusa_apar.triton_kernels.reference import likeliest, sample
 
 from .processor_state import StateWatch, name_of
+from .recipe import recipe_of
 
 
 def _exactly(*names: str) -> frozenset[type]:
@@ -54,7 +55,7 @@ class Sampler:
 
     before, warpers: its processors, divided into those before and those behind the bans. plain: whether a token is the
     likeliest that is not banned, and nothing else is asked. path_free: whether a path's tokens change nothing of its
-    scores, so that a kernel can choose.
+    scores, so that a kernel can choose. recipe: what compiled code chooses by; None where Python has to be asked.
     """
 
     def __init__(self, options: RequestOptions) -> None:
@@ -69,6 +70,9 @@ class Sampler:
         kept = options.scores or options.logits or options.logprobs is not None
         free = options.fork_if is None and not kept
         self.path_free = free and all(type(processor) in _PATH_FREE for processor in processors)
+        asked = options.fork_if is not None or options.scores
+        asked |= self.typical is not None and self.seed is not None
+        self.recipe = None if asked else recipe_of(processors, behind, self.rule, self.seed)
         self.plain = options.seed is None and not processors and not options.scores and options.fork_if is None
 
     def fork_bans(self, segment: Segment) -> list[bool]:

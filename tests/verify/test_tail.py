@@ -121,7 +121,7 @@ def run(groups, logits, verify):
     """A step of these segments, request by request, with such logits of their rows."""
     forest = Forest(groups, SlotLedger(KVPool()), torch.device("cpu"))
     assert len(logits) == len(forest.verified_rows)
-    tail, logits = Tail(forest, verify, argmax, None, DEPTH), logits.clone()
+    tail, logits = Tail(forest, verify, argmax, None, None, DEPTH), logits.clone()
     chosen = None if tail.device is None else tail.device.run(logits, logits, tail.device.inputs())
     return tail, tail.read(StepOutput(logits, logits, chosen))
 

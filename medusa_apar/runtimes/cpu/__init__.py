@@ -5,15 +5,21 @@ known.py       which models are computed: those that are what transformers defin
 weights.py     a model's weights in the layout of the compiled code
 weight_fingerprint.py  whether weights still are what was copied
 drafting.py    drafting with Hydra heads
+choosing.py    which tokens rows choose, in one call
 library.py     compiles the code once, and mirrors its structs
 step.cpp       the step
 matrix.h       products of few rows with a matrix
+int8.h         such products of int8
+amx.h          the same in tiles, for many rows
+vectors.h      vectors of floats and of int32
 product.h      whole layers, shared by the threads
 attention.h    attention of rows over their paths
 step_cache.h   keys and values as int16 steps
 float_cache.h  keys and values as floats
 int16.h        products of int16
+panel16.h      such products with a tile that several rows share
 hydra.h        Hydra heads over a draft tree
+choose.h       which token a row chooses: processors, noise
 top.h          the largest of many logits
 weight_fingerprint.h  sums over the bits of weights
 team.h         threads that share a step

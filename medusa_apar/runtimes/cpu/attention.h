@@ -2,19 +2,21 @@
 //
 // A row walks its own path in path order, so its bits depend on the path alone: not on which slots it lies in, on the
 // other rows, or on what was drafted and rejected. Rows go over the path in step, TILE places at a time: they share
-// their beginnings, so what one row has read is in the first-level cache for the others. Where a row shares nothing
-// with the row before, slots are fetched some places early: no hardware foresees which slot a path goes on in. Queries
-// that share a KV head are taken together.
+// their beginnings, and a tile that several rows share is read from the pool once, turned, and multiplied with all of
+// them. Where a row shares nothing, slots are fetched some places early: no hardware foresees which slot a path goes on
+// in. Queries that share a KV head are taken together.
 //
 // How the pool keeps one KV head is a cache's affair (float_cache.h, step_cache.h):
 //   keep_key, keep_value   put a head's floats into a slot
 //   ready_query            turns a query's floats, in place, into what `score` reads
 //   score, mix             what G queries make of the keys, and of the values, at some places of a path
+//   pack_keys, pack_values turn a tile's keys, or values, for `score` and `mix` of all rows that share it
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
-#include "matrix.h"
+#include "vectors.h"
 
 namespace mapar {
 
@@ -41,13 +43,19 @@ struct Pool {
 struct Places {
     const int32_t* path;  // slots
     int first, last, longest;
-    float* weights;  // [G][longest]
-    int unread;      // places before this one are fetched early; 0 where the row before has just read them
+    float* weights;  // [query heads of the KV head][longest]
+    int length;      // of the path: what is read early ends there
+
+    Places of_head(int head) const {
+        Places places = *this;
+        places.weights += (size_t)head * longest;
+        return places;
+    }
 
     // Fetches `count` elements a slot, `stride` apart, of `places` places: what will be read once `place` is AHEAD on.
     template <class T>
     void fetch(const T* data, size_t stride, int count, int place, int places) const {
-        const int first = place + AHEAD, end = std::min(first + places, unread);
+        const int first = place + AHEAD, end = std::min(first + places, length);
         for (int s = first; s < end; s++)
             for (int i = 0; i < count; i += FETCHED / sizeof(T)) __builtin_prefetch(data + path[s] * stride + i);
     }
@@ -58,7 +66,7 @@ struct Block {
     int rows, longest;
     const int32_t* paths;  // [rows][longest] slots
     const int* lengths;
-    float* weights;         // [rows][GROUP][longest]
+    float* weights;         // [rows][query heads of the KV head][longest]
     const float* query[BLOCK];
     float* out[BLOCK];
 };
@@ -87,33 +95,85 @@ inline void softmax(float* row, int length) {
     for (int s = whole; s < length; s++) row[s] *= scale[0];
 }
 
-template <int G, class Cache>
-inline void attend(const Cache& cache, const Block& b, int head) {
-    const int offset = head * cache.dim, places = b.longest;
-    auto tiles_of_rows = [&](auto use) {
-        for (int tile = 0; tile < places; tile += TILE)
-            for (int r = 0; r < b.rows; r++)
-                if (const int last = std::min(tile + TILE, b.lengths[r]); tile < last) {
-                    const int32_t *path = b.paths + (size_t)r * places, *before = path - places;
-                    const bool shared = r && tile < b.lengths[r - 1] && path[tile] == before[tile];
-                    use(r, Places{path, tile, last, places, b.weights + (size_t)r * GROUP * places,
-                                  shared ? 0 : b.lengths[r]});
-                }
-    };
-    tiles_of_rows([&](int r, const Places& at) { cache.template score<G>(b.query[r] + offset, at); });
-    for (int r = 0; r < b.rows; r++)
-        for (int g = 0; g < G; g++) softmax(b.weights + ((size_t)r * GROUP + g) * places, b.lengths[r]);
-    tiles_of_rows([&](int r, const Places& at) { cache.template mix<G>(at, b.out[r] + offset); });
+// The rows of a block that read the same places of a tile: `first` to `last` - 1, and the one that reads most.
+struct Sharing {
+    int first = 0, last = 0, most = 0;
+    bool many() const { return last - first > 1; }
+};
+
+// Which rows from `row` on share their places from `tile` on with it, as far as they have any.
+inline Sharing sharing(const Block& b, int row, int tile) {
+    Sharing found{row, row + 1, row};
+    for (; found.last < b.rows; found.last++) {
+        const int own = std::min(TILE, b.lengths[found.last] - tile), most = std::min(TILE, b.lengths[found.most] - tile);
+        if (own <= 0) break;
+        const int32_t *path = b.paths + (size_t)found.last * b.longest, *other = b.paths + (size_t)found.most * b.longest;
+        if (std::memcmp(path + tile, other + tile, sizeof(int32_t) * std::min(own, most))) break;
+        if (own > most) found.most = found.last;
+    }
+    return found;
+}
+
+// Calls use(row, places, packed) for every tile of every row, tile by tile. Where rows share a tile, pack(places of the
+// longest) has come before, and `packed` says so.
+template <class Pack, class Use>
+inline void over_tiles(const Block& b, int group, Pack pack, Use use) {
+    for (int tile = 0; tile < b.longest; tile += TILE) {
+        Sharing shared;
+        for (int r = 0; r < b.rows; r++) {
+            const int last = std::min(tile + TILE, b.lengths[r]);
+            if (tile >= last) continue;
+            const auto places = [&](int row) {
+                return Places{b.paths + (size_t)row * b.longest, tile, std::min(tile + TILE, b.lengths[row]), b.longest,
+                              b.weights + (size_t)row * group * b.longest, b.lengths[row]};
+            };
+            if (r >= shared.last) {
+                shared = sharing(b, r, tile);
+                if (shared.many()) pack(places(shared.most));
+            }
+            use(r, places(r), shared.many());
+        }
+    }
+}
+
+// Calls use(first head, how many, as a constant) for a KV head's query heads.
+template <class Use>
+inline void over_heads(int group, Use use) {
+    int head = 0;
+    for (; head + GROUP <= group; head += GROUP) use(head, std::integral_constant<int, GROUP>());
+    if (group - head == 2) use(head, std::integral_constant<int, 2>());
+    if (group - head == 1) use(head, std::integral_constant<int, 1>());
 }
 
 // All query heads of the cache's KV head.
 template <class Cache>
 inline void attend_block(const Heads& h, const Cache& cache, const Block& b) {
-    const int group = h.heads / h.kv_heads, rest = group % GROUP;
-    int head = 0;
-    for (; head + GROUP <= group; head += GROUP) attend<GROUP>(cache, b, head);
-    if (rest == 2) attend<2>(cache, b, head);
-    if (rest == 1) attend<1>(cache, b, head);
+    const int group = h.heads / h.kv_heads;
+    typename Cache::Tile tile(cache.dim);
+    over_tiles(
+        b, group, [&](const Places& at) { cache.pack_keys(at, tile); },
+        [&](int r, const Places& at, bool packed) {
+            over_heads(group, [&](int head, auto count) {
+                const float* query = b.query[r] + head * cache.dim;
+                if (packed && Cache::PACKS)
+                    cache.template score<count>(query, at.of_head(head), tile);
+                else
+                    cache.template score<count>(query, at.of_head(head));
+            });
+        });
+    for (int r = 0; r < b.rows; r++)
+        for (int g = 0; g < group; g++) softmax(b.weights + ((size_t)r * group + g) * b.longest, b.lengths[r]);
+    over_tiles(
+        b, group, [&](const Places& at) { cache.pack_values(at, tile); },
+        [&](int r, const Places& at, bool packed) {
+            over_heads(group, [&](int head, auto count) {
+                float* out = b.out[r] + head * cache.dim;
+                if (packed && Cache::PACKS)
+                    cache.template mix<count>(at.of_head(head), out, tile);
+                else
+                    cache.template mix<count>(at.of_head(head), out);
+            });
+        });
 }
 
 // A thread's buffers for blocks.
@@ -121,10 +181,10 @@ struct Blocks {
     std::vector<int32_t> paths;
     std::vector<int> lengths;
     std::vector<float> weights;
-    explicit Blocks(int rows, int longest)
+    Blocks(const Heads& h, int rows, int longest)
         : paths((size_t)std::min(rows, BLOCK) * longest),
           lengths(BLOCK),
-          weights((size_t)std::min(rows, BLOCK) * longest * GROUP) {}
+          weights((size_t)std::min(rows, BLOCK) * longest * (h.heads / h.kv_heads)) {}
 };
 
 }  // namespace mapar

@@ -6,6 +6,10 @@
 namespace mapar {
 
 struct FloatCache {
+    static constexpr bool PACKS = false;
+    struct Tile {
+        explicit Tile(int) {}
+    };
     int dim;
     float scale;
     size_t slot;  // floats from one slot to the next
@@ -23,6 +27,12 @@ struct FloatCache {
         std::memcpy(values + where * slot, value, sizeof(float) * dim);
     }
     void ready_query(float*) const {}
+    void pack_keys(const Places&, Tile&) const {}
+    void pack_values(const Places&, Tile&) const {}
+    template <int G>
+    void score(const float*, const Places&, const Tile&) const {}
+    template <int G>
+    void mix(const Places&, float*, const Tile&) const {}
 
     template <int G>
     void score(const float* query, const Places& at) const {

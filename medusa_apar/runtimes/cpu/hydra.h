@@ -34,7 +34,9 @@ struct Draft {
     const Hydra& h;
     const Tree& tree;
     int roots, most, rows;  // most rows of a level, and those of this one
-    std::vector<float> sums, next, x, y, act, scales, best;
+    std::vector<float> sums, next, x, y, best;
+    std::vector<int8_t> steps;
+    std::vector<Group> groups;
     std::vector<float> reach, reach_next;  // [rows], log-probability of the path down to each
     std::vector<int> row, row_next, from;  // [roots][parents]: each parent's row, -1 where it is too unlikely; [rows]
     std::vector<int64_t> drafted, drafted_next, found;
@@ -49,7 +51,8 @@ struct Draft {
         const size_t width = (size_t)h.heads * h.hidden, widest = std::max({(int)width, h.vocabulary, h.inputs});
         sums.resize(most * width), next.resize(most * width), x.resize((size_t)most * h.hidden);
         y.resize(most * widest);
-        act.resize(most * (size_t)(std::max(h.inputs, h.hidden) + GROUP_INPUTS)), scales.resize(most);
+        const size_t padded = std::max(h.inputs, h.hidden) / GROUP_INPUTS + 1;
+        steps.resize(most * padded * GROUP_INPUTS), groups.resize(most * padded);
         best.resize((size_t)most * ranks), found.resize((size_t)most * ranks);
         drafted.resize(most), drafted_next.resize(most);
         reach.resize(most), reach_next.resize(most), row.resize(most), row_next.resize(most), from.resize(most);
@@ -77,13 +80,14 @@ inline void embed(const Hydra& h, int64_t token, float* out) {
 // y = m x for all rows; rows are quantised first where the matrix wants that.
 inline void product(Draft& d, const Matrix& m, const float* x, int stride, int inputs, int rows, float* y, int y_stride,
                     int outputs, Barrier& barrier) {
+    const Quantised act{d.steps.data(), d.groups.data()};
     if (m.kind == INT8) {
         const Share mine = share(rows);
         for (int r = mine.first; r < mine.last; r++)
-            prepare(m, x + (size_t)r * stride, inputs, r, d.act.data(), d.scales.data());
+            prepare(m, x + (size_t)r * stride, inputs, r, act);
         barrier.wait();
     }
-    multiply(m, rows_for(m, x, stride, d.act.data(), d.scales.data()), rows, y, y_stride, outputs);
+    multiply(m, rows_for(m, x, stride, act), rows, y, y_stride, outputs);
     barrier.wait();
 }
 

@@ -1,7 +1,8 @@
-// Products of int16, summed in int32, in the widest vectors there are. Sums of integers have one result in any order.
+// Numbers as int16 steps of a scale, and products of them, summed in int32 in the widest vectors there are. Sums of
+// integers have one result in any order.
 #pragma once
 
-#include "matrix.h"
+#include "vectors.h"
 
 namespace mapar {
 
@@ -10,12 +11,41 @@ typedef int32_t vi4 __attribute__((vector_size(16)));
 
 constexpr int WIDE = 2 * LANES;  // int16 of a vector
 
+// A row's values as int16 steps, the largest one being `limit` of them; returns the step. What is not finite makes the
+// step NaN, and so all that comes of the row. `out` may be x itself where `count` is a multiple of LANES.
+inline float quantise(const float* x, int count, int padded, int16_t* out, float limit = 32767) {
+    Peak peak;
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) peak.see(load(x + i));
+    if (i < count) {
+        float rest[LANES] = {};
+        std::memcpy(rest, x + i, sizeof(float) * (count - i));
+        peak.see(load(rest));
+    }
+    const float most = peak.value();
+    if (!(most > 0)) {
+        std::memset(out, 0, sizeof(int16_t) * padded);
+        return most;  // 0 or NaN
+    }
+    typedef int16_t vs __attribute__((vector_size(2 * LANES)));
+    const float inverse = limit / most;
+    for (i = 0; i + LANES <= count; i += LANES) {
+        const vs steps = __builtin_convertvector(__builtin_convertvector(nearest(load(x + i) * inverse), vi), vs);
+        std::memcpy(out + i, &steps, sizeof steps);
+    }
+    for (; i < count; i++) out[i] = (int16_t)std::nearbyintf(x[i] * inverse);
+    for (; i < padded; i++) out[i] = 0;
+    return most / limit;
+}
+
 // The most steps that two factors may have where so many of their products are summed.
 inline float most_steps(int products) { return std::floor(std::sqrt((double)INT32_MAX / products)); }
 
 // Adds to each lane the products of two neighbours in a and b [WIDE].
 inline void add_dot(vi& sums, const int16_t* a, const int16_t* b) {
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
+    sums = (vi)_mm512_dpwssd_epi32((__m512i)sums, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
+#elif defined(__AVX512F__) && defined(__AVX512BW__)
     sums += (vi)_mm512_madd_epi16(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
 #elif defined(__AVX2__)
     sums += (vi)_mm256_madd_epi16(_mm256_loadu_si256((const __m256i*)a), _mm256_loadu_si256((const __m256i*)b));
@@ -59,8 +89,13 @@ inline Woven weave(const int16_t* a, const int16_t* b) {
 }
 inline void add_products(WovenSums& sums, const Woven& rows, int32_t weights) {
     const __m512i both = _mm512_set1_epi32(weights);
+#if defined(__AVX512VNNI__)
+    sums.low = (vi)_mm512_dpwssd_epi32((__m512i)sums.low, rows.low, both);
+    sums.high = (vi)_mm512_dpwssd_epi32((__m512i)sums.high, rows.high, both);
+#else
     sums.low += (vi)_mm512_madd_epi16(rows.low, both);
     sums.high += (vi)_mm512_madd_epi16(rows.high, both);
+#endif
 }
 inline WovenSums in_order(const WovenSums& sums) {
     const __m512i low = (__m512i)sums.low, high = (__m512i)sums.high;

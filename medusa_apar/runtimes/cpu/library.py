@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from medusa_apar.models import hub
 FOLDER = Path(__file__).parent
 SOURCES = (
     *("step.cpp", "weight_fingerprint.h", "hydra.h", "float_cache.h", "step_cache.h", "attention.h"),
-    *("int16.h", "product.h", "team.h", "top.h", "matrix.h"),
+    *("int16.h", "product.h", "team.h", "top.h", "choose.h", "panel16.h", "matrix.h", "vectors.h", "int8.h", "amx.h"),
 )
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 PHASES = ("norm", "qkv", "attention", "output", "gate_up", "down", "unembedding")
@@ -63,7 +63,7 @@ class Step(ctypes.Structure):
     _fields_ = (
         *(("rows", c_int32), ("verified", c_int32), ("aux_layers", c_int32), ("longest", c_int32)),
         *((name, c_void_p) for name in ("tokens", "cos", "sin", "positions", "slots", "slot_lists", "runs")),
-        *((name, c_void_p) for name in ("verified_rows", "hidden", "logits", "x", "qkv", "wide", "act", "act_scales")),
+        *((name, c_void_p) for name in ("verified_rows", "hidden", "logits", "x", "qkv", "wide", "steps", "groups")),
         ("seconds", c_void_p),
     )
 
@@ -80,6 +80,31 @@ class Tree(ctypes.Structure):
     _fields_ = (
         *(("levels", c_int32), ("nodes", c_int32)),
         *((name, c_void_p) for name in ("sizes", "inner_sizes", "top", "node", "parent", "rank", "inner")),
+    )
+
+
+class Operation(ctypes.Structure):
+    _fields_ = (
+        *(("kind", c_int32), ("count", c_int32), ("length", c_int32), ("value", c_float)),
+        *(("ids", c_void_p), ("values", c_void_p)),
+    )
+
+
+class Recipe(ctypes.Structure):
+    _fields_ = (("count", c_int32), ("sampled", c_int32), ("seed", c_uint64), ("operations", POINTER(Operation)))
+
+
+class Choice(ctypes.Structure):
+    _fields_ = tuple(
+        (name, c_int64)
+        for name in ("place", "recipe", "parent", "token", "path", "length", "prompt", "key", "position", "fork_banned")
+    )
+
+
+class Choices(ctypes.Structure):
+    _fields_ = (
+        *(("count", c_int32), ("vocabulary", c_int32), ("rows", c_void_p), ("recipes", POINTER(Recipe))),
+        *(("paths", c_void_p), ("logits", c_void_p), ("tokens", c_void_p)),
     )
 
 
@@ -132,7 +157,7 @@ def outcome() -> ctypes.CDLL | str:
 
 def _open(path: Path) -> ctypes.CDLL:
     opened = ctypes.CDLL(str(path))
-    for index, struct in enumerate((Matrix, Layer, Model, Step, Hydra, Tree, Span)):
+    for index, struct in enumerate((Matrix, Layer, Model, Step, Hydra, Tree, Span, Operation, Recipe, Choice, Choices)):
         assert opened.mapar_sizes(index) == ctypes.sizeof(struct), f"{struct.__name__} differs from step.cpp's"
     assert opened.mapar_phases() == len(PHASES)
     opened.mapar_step.argtypes = (POINTER(Model), POINTER(Step), c_int, c_int)
@@ -147,6 +172,8 @@ def _open(path: Path) -> ctypes.CDLL:
         *(c_float, c_void_p, c_void_p, c_int),
     )
     opened.mapar_hydra.restype = c_int
+    opened.mapar_choose.argtypes = (POINTER(Choices), c_int)
+    opened.mapar_choose.restype = None
     opened.mapar_top.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)
     opened.mapar_top.restype = None
     opened.mapar_sums.argtypes = (POINTER(Span), c_int, c_int, c_void_p, c_int)

@@ -6,15 +6,21 @@
 
 namespace mapar {
 
-// The matrix's view of rows that lie in `floats`; int8 ones are quantised into `act` first, by `prepare`.
-inline Rows rows_for(const Matrix& m, const float* floats, int stride, const float* act, const float* scales) {
-    if (m.kind == INT8) return {nullptr, (const int16_t*)act, scales, m.inputs};
-    return {floats, nullptr, nullptr, stride};
+// Where rows are quantised to: steps [rows][inputs] and groups [rows][inputs / 64], for the matrix that reads them next.
+struct Quantised {
+    int8_t* steps;
+    Group* groups;
+};
+
+// The matrix's view of rows that lie in `floats`; int8 ones are quantised first, by `prepare`.
+inline Rows rows_for(const Matrix& m, const float* floats, int stride, const Quantised& q) {
+    return {floats, stride, {q.steps, q.groups, m.inputs}};
 }
 
-inline void prepare(const Matrix& m, const float* x, int width, int row, float* act, float* scales) {
-    if (m.kind == INT8)
-        scales[row] = quantise(x, width, m.inputs, (int16_t*)act + (size_t)row * m.inputs);
+inline void prepare(const Matrix& m, const float* x, int width, int row, const Quantised& q) {
+    if (m.kind != INT8) return;
+    const size_t first = (size_t)row * m.inputs;
+    quantise_int8(x, width, m.inputs, q.steps + first, q.groups + first / GROUP_INPUTS);
 }
 
 // LANES elements of an embedding table in float32 or bfloat16.
@@ -40,12 +46,16 @@ inline void rms_norm(const float* x, const float* weight, int width, float eps, 
 // y [rows][outputs] of rows that `prepare` has seen to; call in a parallel region.
 inline void multiply(const Matrix& m, const Rows& x, int rows, float* y, int stride, int outputs) {
     const Share panels = share(m.outputs / PANEL);
-    for (int p = panels.first; p < panels.last; p++)
-        tiles<1>(m, p, x, rows, [&](int first, int count, auto& tile) {
-            const int used = std::min(PANEL, outputs - p * PANEL);
-            for (int r = 0; r < count; r++)
-                std::memcpy(y + (size_t)(first + r) * stride + p * PANEL, tile[0][r], sizeof(float) * used);
+    in_pairs(panels.first, panels.last, [&](int index, auto count) {
+        tiles<count>(m, index, x, rows, [&](int first, int size, auto& tile) {
+            for (int p = 0; p < count; p++) {
+                const int column = (index + p) * PANEL, used = std::min(PANEL, outputs - column);
+                for (int r = 0; r < size; r++)
+                    std::memcpy(y + (size_t)(first + r) * stride + column, tile[p][r], sizeof(float) * used);
+            }
         });
+    });
+    release_tiles();
 }
 
 }  // namespace mapar

@@ -23,12 +23,14 @@ from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.models.families import context_length
 from medusa_apar.runtimes.runtime import RuntimeFacts
+from medusa_apar.verify.recipe import Chooser
 from medusa_apar.verify.tail import StepOutput, Tail
 
 from . import known, library
+from .choosing import choose
 from .library import address, floats
 from .weight_fingerprint import WeightFingerprint
-from .weights import KINDS, PackedMatrix, argmax, interleaved, joined
+from .weights import GROUP_INPUTS, KINDS, PackedMatrix, argmax, interleaved, joined, up
 
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
@@ -199,6 +201,10 @@ class CpuRuntime:
     def argmax(self, logits: Tensor) -> Tensor:
         return argmax(logits)
 
+    @property
+    def choose(self) -> Chooser:
+        return choose
+
 
 class _Packed:
     """A model's weights as compiled code reads them."""
@@ -284,13 +290,14 @@ class _Scratch:
     def sizes(self, rows: int, verified: int) -> tuple[int, ...]:
         """How many floats each of `buffers` has at least."""
         narrow, wide = self._widths
+        padded = up(wide, GROUP_INPUTS)
         return (
             *(verified * self._vocabulary, rows * self.packed.hidden, rows * narrow),
-            *(rows * wide, rows * (wide + 1), rows),
+            *(rows * wide, rows * padded // 4, 2 * rows * padded // GROUP_INPUTS),
         )
 
     def buffers(self, rows: int, verified: int) -> tuple[Tensor, ...]:
-        """logits, x, qkv, wide, act, act_scales of library.Step."""
+        """logits, x, qkv, wide, and the bytes of steps and groups, of library.Step."""
         if verified > self._verified:
             self._verified = verified
             self._logits = floats(verified, self._vocabulary)

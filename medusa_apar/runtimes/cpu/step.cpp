@@ -1,5 +1,6 @@
 // One forward pass of a Llama-like decoder over a forest, in one parallel region: what eager transformers does in some
 // thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
+#include "choose.h"
 #include "weight_fingerprint.h"
 #include "float_cache.h"
 #include "hydra.h"
@@ -51,8 +52,7 @@ struct Step {
     float* logits;                 // [verified][outputs]
     float* x;                      // scratch: [rows][hidden], the residual stream
     float *qkv, *wide;             // scratch: [rows][(heads + 2 kv_heads) * head_dim], [rows][max(all widths)]
-    float* act;                    // scratch: [rows][padded widest input] float, the same bytes as int16
-    float* act_scales;             // [rows]
+    Quantised act;                 // scratch: int8 inputs, [rows][padded widest input]
     double* seconds;               // per phase, added to; or null
 };
 
@@ -63,7 +63,8 @@ EXPORTED int mapar_phases() { return PHASES; }
 // Bytes of a struct, so that its mirror can be compared.
 EXPORTED int mapar_sizes(int which) {
     const int sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Step),
-                         sizeof(Hydra),  sizeof(Tree),  sizeof(Span)};
+                         sizeof(Hydra),  sizeof(Tree),  sizeof(Span),
+                         sizeof(Operation), sizeof(Recipe), sizeof(Choice), sizeof(Choices)};
     return sizes[which];
 }
 }
@@ -127,7 +128,7 @@ struct LayerPass {
         for (int r = rows.first; r < rows.last; r++) {
             float* normed = out + (size_t)r * m.hidden;
             rms_norm(s.x + (size_t)r * m.hidden, weight, m.hidden, m.eps, normed);
-            prepare(next, normed, m.hidden, r, s.act, s.act_scales);
+            prepare(next, normed, m.hidden, r, s.act);
         }
         barrier.wait();
         clock.end(NORM);
@@ -136,14 +137,17 @@ struct LayerPass {
     // A whole head at a time, so that it can be turned and put into the pool while it is in the cache.
     void project() {
         const Heads& h = m.heads;
-        const Rows normed = rows_for(layer.qkv, s.wide, m.hidden, s.act, s.act_scales);
+        const Rows normed = rows_for(layer.qkv, s.wide, m.hidden, s.act);
         const Share heads = share(h.heads + 2 * h.kv_heads);
         for (int head = heads.first; head < heads.last; head++) {
-            for (int p = head * dim / PANEL; p < (head + 1) * dim / PANEL; p++)
-                tiles<1>(layer.qkv, p, normed, s.rows, [&](int first, int count, auto& tile) {
-                    for (int r = 0; r < count; r++)
-                        std::memcpy(s.qkv + (size_t)(first + r) * width + p * PANEL, tile[0][r], sizeof tile[0][r]);
+            in_pairs(head * dim / PANEL, (head + 1) * dim / PANEL, [&](int index, auto count) {
+                tiles<count>(layer.qkv, index, normed, s.rows, [&](int first, int size, auto& tile) {
+                    for (int p = 0; p < count; p++)
+                        for (int r = 0; r < size; r++)
+                            std::memcpy(s.qkv + (size_t)(first + r) * width + (index + p) * PANEL, tile[p][r],
+                                        sizeof tile[p][r]);
                 });
+            });
             const Cache cache(h, layer.pool, head < h.heads ? 0 : (head - h.heads) % h.kv_heads);
             for (int r = 0; r < s.rows; r++) {
                 float* here = s.qkv + (size_t)r * width + head * dim;
@@ -182,7 +186,7 @@ struct LayerPass {
     }
 
     void gate() {
-        const Rows normed = rows_for(layer.gate_up, s.qkv, m.hidden, s.act, s.act_scales);
+        const Rows normed = rows_for(layer.gate_up, s.qkv, m.hidden, s.act);
         const Share pairs = share(layer.gate_up.outputs / PANEL / 2);
         for (int p = pairs.first; p < pairs.last; p++)
             tiles<2>(layer.gate_up, 2 * p, normed, s.rows, [&](int first, int count, auto& tile) {
@@ -198,20 +202,22 @@ struct LayerPass {
 
     void quantise_for(const Matrix& next, const float* x, int count) {
         if (next.kind != INT8) return;
-        for (int r = rows.first; r < rows.last; r++) prepare(next, x + (size_t)r * count, count, r, s.act, s.act_scales);
+        for (int r = rows.first; r < rows.last; r++) prepare(next, x + (size_t)r * count, count, r, s.act);
         barrier.wait();
     }
 
     void add_to_x(const Matrix& matrix, const float* input, int stride, Phase phase) {
-        const Rows prepared = rows_for(matrix, input, stride, s.act, s.act_scales);
+        const Rows prepared = rows_for(matrix, input, stride, s.act);
         const Share panels = share(matrix.outputs / PANEL);
-        for (int p = panels.first; p < panels.last; p++)
-            tiles<1>(matrix, p, prepared, s.rows, [&](int first, int count, auto& tile) {
-                for (int r = 0; r < count; r++) {
-                    float* x = s.x + (size_t)(first + r) * m.hidden + p * PANEL;
-                    for (int i = 0; i < PANEL; i += LANES) store(x + i, load(x + i) + load(tile[0][r] + i));
-                }
+        in_pairs(panels.first, panels.last, [&](int index, auto count) {
+            tiles<count>(matrix, index, prepared, s.rows, [&](int first, int size, auto& tile) {
+                for (int p = 0; p < count; p++)
+                    for (int r = 0; r < size; r++) {
+                        float* x = s.x + (size_t)(first + r) * m.hidden + (index + p) * PANEL;
+                        for (int i = 0; i < PANEL; i += LANES) store(x + i, load(x + i) + load(tile[p][r] + i));
+                    }
             });
+        });
         barrier.wait();
         clock.end(phase);
     }
@@ -231,7 +237,7 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
 #pragma omp parallel num_threads(threads)
     {
         Clock clock{s.seconds};
-        Blocks blocks(s.rows, s.longest);
+        Blocks blocks(m.heads, s.rows, s.longest);
         const Share rows = share(s.rows), verified = share(s.verified);
         for (int r = rows.first; r < rows.last; r++)  // each thread those that it normalises first
             for (int i = 0; i < m.hidden; i += LANES)
@@ -250,11 +256,11 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
         for (int r = verified.first; r < verified.last; r++) {
             float* out = s.hidden + (size_t)r * width;
             rms_norm(s.x + s.verified_rows[r] * m.hidden, m.norm, m.hidden, m.eps, out);
-            prepare(m.unembedding, out, m.hidden, r, s.act, s.act_scales);
+            prepare(m.unembedding, out, m.hidden, r, s.act);
         }
         barrier.wait();
         clock.end(NORM);
-        multiply(m.unembedding, rows_for(m.unembedding, s.hidden, width, s.act, s.act_scales), s.verified, s.logits,
+        multiply(m.unembedding, rows_for(m.unembedding, s.hidden, width, s.act), s.verified, s.logits,
                  outputs, outputs);
         barrier.wait();
         clock.end(UNEMBED);
@@ -262,17 +268,18 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
     return 0;
 }
 
-// y = x W^T + b for one matrix: x [rows][width], y [rows][outputs]; act and scales are scratch as in Step.
-EXPORTED void mapar_linear(const Matrix* matrix, const float* x, int rows, int width, float* y, int outputs, float* act,
-                  float* scales, int threads) {
+// y = x W^T + b for one matrix: x [rows][width], y [rows][outputs]; steps and groups are scratch as in Step.
+EXPORTED void mapar_linear(const Matrix* matrix, const float* x, int rows, int width, float* y, int outputs,
+                           int8_t* steps, Group* groups, int threads) {
     const Matrix& m = *matrix;
+    const Quantised act{steps, groups};
     Barrier barrier;
 #pragma omp parallel num_threads(threads)
     {
         const Share mine = share(rows);
-        for (int r = mine.first; r < mine.last; r++) prepare(m, x + (size_t)r * width, width, r, act, scales);
+        for (int r = mine.first; r < mine.last; r++) prepare(m, x + (size_t)r * width, width, r, act);
         barrier.wait();
-        multiply(m, rows_for(m, x, width, act, scales), rows, y, outputs, outputs);
+        multiply(m, rows_for(m, x, width, act), rows, y, outputs, outputs);
     }
 }
 
@@ -291,6 +298,12 @@ EXPORTED void mapar_top(const float* x, int rows, int width, int count, int64_t*
             if (sums) sums[r] = best[0] + std::log(sum_of_exponentials(row, width, best[0]));
         }
     }
+}
+
+// Writes the token that each row of `choices` chooses.
+EXPORTED void mapar_choose(const Choices* choices, int threads) {
+#pragma omp parallel num_threads(choices->count > 1 ? threads : 1)
+    choose(*choices);
 }
 
 // Tokens and their log-probabilities for the nodes of `tree` below each of `roots`: ids and log_probs [roots][nodes].

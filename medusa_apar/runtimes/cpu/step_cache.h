@@ -7,7 +7,7 @@
 #pragma once
 
 #include "attention.h"
-#include "int16.h"
+#include "panel16.h"
 
 namespace mapar {
 
@@ -69,6 +69,17 @@ struct StepCache {
         }
     }
 
+    // The weights of one tile, times their values' scales, as steps [G][TILE]; returns each head's step.
+    template <int G>
+    void ready_weights(const Places& at, const float* own, int16_t (*steps)[TILE], float* scales) const {
+        const int count = at.last - at.first;
+        for (int g = 0; g < G; g++) {
+            float* weights = at.weights + g * at.longest + at.first;
+            for (int s = 0; s < count; s++) weights[s] *= own[s];
+            scales[g] = quantise(weights, count, (count + 1) / 2 * 2, steps[g], most_steps(TILE));
+        }
+    }
+
     // `at` is one tile.
     template <int G>
     void mix(const Places& at, float* out) const {
@@ -77,11 +88,7 @@ struct StepCache {
         alignas(64) int16_t steps[G][TILE];
         float scales[G], own[TILE];
         for (int s = 0; s < count; s++) own[s] = value_scales[path[s] * scales_slot];
-        for (int g = 0; g < G; g++) {
-            float* weights = at.weights + g * at.longest + at.first;
-            for (int s = 0; s < count; s++) weights[s] *= own[s];
-            scales[g] = quantise(weights, count, (count + 1) / 2 * 2, steps[g], most_steps(TILE));
-        }
+        ready_weights<G>(at, own, steps, scales);
         constexpr int VECTORS = DIMS / WIDE;
         for (int d = 0; d < dim; d += DIMS) {
             WovenSums sums[G][VECTORS] = {};
@@ -107,10 +114,76 @@ struct StepCache {
                     for (int i = 0; i < 2; i++) {
                         float* place = out + g * dim + d + v * WIDE + i * LANES;
                         const vf before = at.first ? load(place) : vf{};
-                        store(place, before + __builtin_convertvector(halves[i], vf) * scales[g]);
+                        store(place, fused(__builtin_convertvector(halves[i], vf), splat(scales[g]), before));
                     }
                 }
         }
+    }
+
+    // A tile that several rows share: one panel of its keys, or one of each 64 dimensions of its values.
+    static constexpr bool PACKS = true;
+    struct Tile {
+        std::vector<int16_t> panels;
+        float scales[TILE];
+        explicit Tile(int dim) : panels((size_t)std::max((dim + WIDTH - 1) / WIDTH * TILE, dim) * WIDTH) {}
+    };
+
+    void pack_keys(const Places& at, Tile& tile) const {
+        const int16_t* rows[TILE];
+        const int count = read(at, keys, key_scales, rows, tile);
+        pack_columns(rows, count, dim, tile.panels.data());
+    }
+    void pack_values(const Places& at, Tile& tile) const {
+        const int16_t* rows[TILE];
+        const int count = read(at, values, value_scales, rows, tile);
+        for (int d = 0; d < dim; d += WIDTH) {
+            pack_pairs(rows, count, std::min(WIDTH, dim - d), tile.panels.data() + (size_t)d * TILE);
+            for (int s = 0; s < count; s++) rows[s] += WIDTH;
+        }
+    }
+
+    template <int G>
+    void score(const float* query, const Places& at, const Tile& tile) const {
+        const int16_t* rows[G];
+        for (int g = 0; g < G; g++) rows[g] = (const int16_t*)(query + g * dim);
+        const int count = at.last - at.first;
+        panel_products<G>(tile.panels.data(), rows, dim, count, [&](int g, int first, const vi& sums) {
+            const vf scores = __builtin_convertvector(sums, vf) * load(tile.scales + first) * query[g * dim + dim / 2];
+            float* out = at.weights + g * at.longest + at.first + first;
+            if (first + LANES <= count)
+                store(out, scores);
+            else
+                std::memcpy(out, &scores, sizeof(float) * (count - first));
+        });
+    }
+
+    template <int G>
+    void mix(const Places& at, float* out, const Tile& tile) const {
+        alignas(64) int16_t steps[G][TILE];
+        const int16_t* rows[G];
+        float scales[G];
+        for (int g = 0; g < G; g++) rows[g] = steps[g];
+        ready_weights<G>(at, tile.scales, steps, scales);
+        const int depth = (at.last - at.first + 1) / 2 * 2;
+        for (int d = 0; d < dim; d += WIDTH)
+            panel_products<G>(tile.panels.data() + (size_t)d * TILE, rows, depth, std::min(WIDTH, dim - d),
+                              [&](int g, int first, const vi& sums) {
+                                  float* place = out + g * dim + d + first;
+                                  const vf before = at.first ? load(place) : vf{};
+                                  store(place, fused(__builtin_convertvector(sums, vf), splat(scales[g]), before));
+                              });
+    }
+
+   private:
+    // Where a tile's slots are, and their scales.
+    int read(const Places& at, const int16_t* data, const float* own, const int16_t** rows, Tile& tile) const {
+        const int count = at.last - at.first;
+        for (int s = 0; s < count; s++) {
+            at.fetch(data, slot, dim, at.first + s, 1);
+            rows[s] = data + at.path[at.first + s] * slot;
+            tile.scales[s] = own[at.path[at.first + s] * scales_slot];
+        }
+        return count;
     }
 };
 

@@ -23,7 +23,7 @@ class PackedMatrix:
 
     def __init__(self, weight: Tensor, kind: str, bias: Tensor | None = None) -> None:
         self.outputs, self.inputs = weight.shape
-        outputs, inputs = _up(self.outputs, PANEL), _up(self.inputs, GROUP_INPUTS if kind == "int8" else 1)
+        outputs, inputs = up(self.outputs, PANEL), up(self.inputs, GROUP_INPUTS if kind == "int8" else 1)
         whole = floats(outputs, inputs).zero_()
         whole[: self.outputs, : self.inputs] = weight.detach().float()
         self.kind = kind
@@ -34,7 +34,7 @@ class PackedMatrix:
             # Zero groups keep a scale of zero and divide by one.
             steps = (groups / scales.where(scales > 0, 1.0)[..., None]).round().to(torch.int8)
             self.scales = scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous()
-            panels = steps.view(-1, PANEL, inputs // 2, 2).transpose(1, 2)
+            panels = steps.view(-1, PANEL, inputs // 4, 4).transpose(1, 2)
         else:
             panels = whole.to(getattr(torch, kind)).view(-1, PANEL, inputs).transpose(1, 2)
         self.panels = panels.contiguous()
@@ -61,15 +61,16 @@ class PackedMatrix:
         """float32 [..., inputs] -> [..., outputs]; a row's bits do not depend on the other rows."""
         rows = x.reshape(-1, self.inputs).float().contiguous()
         count, inputs = len(rows), self.struct.inputs
-        out, act, scales = floats(count, self.outputs), None, None
+        out, steps, groups = floats(count, self.outputs), None, None
         if self.kind == "int8":
-            act, scales = torch.empty(count, inputs, dtype=torch.int16, device="cpu"), floats(count)
+            steps = torch.empty(count, inputs, dtype=torch.int8, device="cpu")
+            groups = floats(count, inputs // GROUP_INPUTS, 2)
         library.library().mapar_linear(
             self.struct,
             *(address(rows, torch.float32, count * self.inputs), count, self.inputs),
             *(address(out, torch.float32, count * self.outputs), self.outputs),
-            None if act is None else address(act, torch.int16, count * inputs),
-            None if scales is None else address(scales, torch.float32, count),
+            None if steps is None else address(steps, torch.int8, count * inputs),
+            None if groups is None else address(groups, torch.float32, count * inputs // GROUP_INPUTS * 2),
             torch.get_num_threads(),
         )
         return out.view(*x.shape[:-1], self.outputs)
@@ -116,5 +117,15 @@ def joined(layers: Sequence[nn.Linear]) -> Tensor | None:
     return torch.cat([floats(x.out_features).zero_() if x.bias is None else x.bias.detach().float() for x in layers])
 
 
-def _up(count: int, multiple: int) -> int:
+def rounded(x: Tensor) -> Tensor:
+    """float32 [..., inputs]: what int8 products make of activations first, a step per row and 64 inputs: the
+    specification of `int8.h`'s quantise_int8."""
+    padded = nn.functional.pad(x.float(), (0, -x.shape[-1] % GROUP_INPUTS))
+    groups = padded.view(*x.shape[:-1], -1, GROUP_INPUTS)
+    peaks = groups.abs().amax(-1, keepdim=True)
+    steps = (groups * (127 / peaks.clamp_min(1e-36))).round() * (peaks / 127) * (peaks >= 1e-36)
+    return steps.view(padded.shape)[..., : x.shape[-1]]
+
+
+def up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple

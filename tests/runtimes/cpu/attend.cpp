@@ -8,7 +8,7 @@ template <class Cache>
 static void attend_all(const Heads& h, const Pool& pool, int capacity, const float* keys, const float* values, int rows,
                        int longest, const int32_t* paths, const int* lengths, float* queries, float* out) {
     const int group = h.heads / h.kv_heads;
-    Blocks blocks(rows, longest);
+    Blocks blocks(h, rows, longest);
     for (int kv = 0; kv < h.kv_heads; kv++) {
         const Cache cache(h, pool, kv);
         for (int slot = 0; slot < capacity; slot++) {

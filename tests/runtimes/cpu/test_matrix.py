@@ -1,14 +1,23 @@
 """Packed matrices against torch, and a row's bits against itself alone."""
 
+import ctypes
+import functools
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.runtimes.cpu.weights import PackedMatrix, argmax, interleaved, top
+from medusa_apar.runtimes.cpu import library
+from medusa_apar.runtimes.cpu.weights import PackedMatrix, argmax, interleaved, rounded, top
 
 KINDS = ("float32", "bfloat16", "int8")
-shapes = st.tuples(st.integers(1, 40), st.integers(1, 50), st.integers(1, 150))
+shapes = st.tuples(st.integers(1, 80), st.integers(1, 50), st.integers(1, 150))
 
 
 def operands(rows, outputs, inputs, seed=0, bias=False):
@@ -22,9 +31,9 @@ def operands(rows, outputs, inputs, seed=0, bias=False):
 def test_products_are_those_of_the_stored_weight(shape, kind, bias, seed):
     x, weight, b = operands(*shape, seed, bias)
     packed = PackedMatrix(weight, kind, b)
-    expected = (x.double() @ packed.dense().double().T + (0 if b is None else b)).float()
-    # int8 rounds a row's activations to a 65,535th of its range; the rest is the order of a sum.
-    torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=3e-5 * float(x.abs().max()) * shape[2] ** 0.5 * 4)
+    read = rounded(x) if kind == "int8" else x
+    expected = (read.double() @ packed.dense().double().T + (0 if b is None else b)).float()
+    torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-6 * float(x.abs().max()) * shape[2] ** 0.5 * 4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -102,3 +111,73 @@ def test_a_nan_hides_no_number_beside_it(share):
     logits = torch.randn(200, 1003)
     logits[torch.rand(logits.shape) < share] = torch.nan
     assert torch.equal(argmax(logits), logits.nan_to_num(-torch.inf).argmax(1))
+
+
+# The compiler's name of a machine, and the processor's flags that running its code needs.
+MACHINES = {
+    "x86-64": set(),
+    "haswell": {"avx2", "fma"},
+    "alderlake": {"avx2", "fma", "avx_vnni"},
+    "skylake-avx512": {"avx512f", "avx512bw"},
+    "cascadelake": {"avx512f", "avx512bw", "avx512_vnni"},
+    "sapphirerapids": {"amx_int8", "avx512_vnni", "avx512_fp16"},
+}
+
+
+@functools.cache
+def product_of(machine):
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").is_file() else set()
+    if platform.machine() != "x86_64" or not MACHINES[machine] <= flags:
+        return None
+    made = Path(tempfile.mkdtemp()) / "multiply.so"
+    source = Path(__file__).with_name("multiply.cpp")
+    options = [*library.FLAGS, "-O2", f"-march={machine}", "-fopenmp", f"-I{library.FOLDER}", "-shared"]
+    command = [*library.compilers()[0], *options, "-fvisibility=default", str(source), "-o", str(made)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(made)).product
+
+
+def product(machine, packed, x):
+    rows, inputs = len(x), packed.struct.inputs
+    y = torch.empty(rows, packed.outputs)
+    steps, groups = torch.empty(rows, inputs, dtype=torch.int8), torch.empty(rows, inputs // 64, 2)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y, steps, groups)]
+    product_of(machine)(
+        *(ctypes.byref(packed.struct), pointers[0], rows, x.shape[1], pointers[1], packed.outputs, *pointers[2:])
+    )
+    return y
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_instruction_set_has_the_same_sums(machine):
+    """Bit by bit, but where a machine has no fused products of floats."""
+    if product_of(machine) is None:
+        pytest.skip(f"this processor is no {machine}")
+    for rows in (1, 2, 7, 8, 13, 16, 17, 33, 70):
+        x, weight, bias = operands(rows, 88, 200, rows, True)
+        packed = PackedMatrix(weight, "int8", bias)
+        expected = packed(x)
+        if machine == "x86-64" or "fma" not in Path("/proc/cpuinfo").read_text().split():
+            torch.testing.assert_close(product(machine, packed, x), expected, rtol=1e-5, atol=1e-4)
+        else:
+            assert torch.equal(product(machine, packed, x), expected)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_largest_steps_do_not_saturate(machine):
+    """127 by 127 in every product, of either sign: two of them leave 16 bits where an unsigned factor has 8."""
+    if product_of(machine) is None:
+        pytest.skip(f"this processor is no {machine}")
+    for sign in (1, -1):
+        for other in (1, -1):
+            packed = PackedMatrix(torch.full((16, 128), float(sign)), "int8")
+            made = product(machine, packed, torch.full((20, 128), float(other)))
+            torch.testing.assert_close(made, torch.full((20, 16), 128.0 * sign * other), rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for Arm")
+@pytest.mark.parametrize("machine", ["armv8-a", "armv8.2-a+dotprod"])
+def test_it_compiles_for_arm(machine, tmp_path):
+    source = Path(__file__).with_name("multiply.cpp")
+    options = [*library.FLAGS, f"-march={machine}", "-fopenmp", f"-I{library.FOLDER}", "-c"]
+    subprocess.run(["aarch64-linux-gnu-g++", *options, str(source), "-o", str(tmp_path / "m.o")], check=True)

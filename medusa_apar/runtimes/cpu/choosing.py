@@ -1,0 +1,66 @@
+"""Which tokens rows choose, all requests' rows in one call of compiled code: see `choose.h`."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medusa_apar.verify.recipe import Choices, Recipe
+
+from . import library
+from .library import address
+
+# In the order of `choose.h`.
+_KINDS = (
+    *("repetition", "presence", "frequency", "bias", "min_length", "suppress", "bans"),
+    *("temperature", "top_k", "top_p", "min_p", "typical"),
+)
+_made: weakref.WeakKeyDictionary[Recipe, tuple[Any, list[Any]]] = weakref.WeakKeyDictionary()
+_made_lock = threading.Lock()
+
+
+def choose(logits: Tensor, choices: Choices) -> list[int]:
+    """As `verify.recipe.Chooser`; float32 logits."""
+    count, vocabulary = len(choices.rows), logits.shape[1]
+    recipes = (library.Recipe * len(choices.recipes))(*map(_struct, choices.recipes))
+    rows, paths = torch.from_numpy(choices.rows), torch.from_numpy(choices.paths)
+    tokens = torch.empty(count, dtype=torch.long, device="cpu")
+    library.library().mapar_choose(
+        library.Choices(
+            *(count, vocabulary, address(rows, torch.long, 10 * count), recipes),
+            *(address(paths, torch.long, len(paths)), address(logits, torch.float32, logits.numel())),
+            address(tokens, torch.long, count),
+        ),
+        torch.get_num_threads(),
+    )
+    return tokens.tolist()
+
+
+def _struct(recipe: Recipe) -> Any:
+    """A recipe as compiled code reads it; made once, and kept as long as the recipe."""
+    with _made_lock:
+        found = _made.get(recipe)
+        if found is None:
+            found = _made[recipe] = _packed(recipe)
+    return found[0]
+
+
+def _packed(recipe: Recipe) -> tuple[Any, list[Any]]:
+    """The struct, and what it points to."""
+    held: list[Any] = []
+    operations = (library.Operation * len(recipe.operations))()
+    for place, operation in enumerate(recipe.operations):
+        ids = torch.tensor(operation.ids, dtype=torch.long, device="cpu")
+        values = torch.tensor(operation.values, dtype=torch.float32, device="cpu")
+        held += [ids, values]
+        operations[place] = library.Operation(
+            *(_KINDS.index(operation.kind), len(ids), operation.length, operation.value),
+            *(address(ids, torch.long, len(ids)), address(values, torch.float32, len(values))),
+        )
+    held.append(operations)
+    seed = (recipe.seed or 0) & (2**64 - 1)
+    return library.Recipe(len(recipe.operations), recipe.seed is not None, seed, operations), held

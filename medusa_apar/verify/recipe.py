@@ -1,0 +1,143 @@
+"""What a request's processors do to logits, as a list of operations that compiled code knows.
+
+transformers' own processors are read by exact type, since a subclass may do anything. A request with any other
+processor has no recipe: Python asks its processors, path by path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import transformers
+from torch import Tensor
+
+from medusa_apar.forest.forest import Segment
+from medusa_apar.threads.fork_rule import ForkRule
+
+
+class Operation(NamedTuple):
+    """One step from logits to scores; `runtimes/cpu/choose.h` says what the numbers mean for each kind."""
+
+    kind: str
+    value: float = 0.0
+    length: int = 0
+    ids: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Recipe:
+    """How one request's tokens come out of logits.
+
+    seed: None for the likeliest token. reads_path: whether an operation looks at the tokens of the path.
+    """
+
+    operations: tuple[Operation, ...]
+    seed: int | None
+    reads_path: bool
+
+
+class Choices(NamedTuple):
+    """The rows of a step that recipes choose for.
+
+    recipes: the requests'. rows: int64 [N, 10], a `choose.h` Choice each. paths: int64, the tokens that they read.
+    """
+
+    recipes: list[Recipe]
+    rows: np.ndarray
+    paths: np.ndarray
+
+
+class Chooser(Protocol):
+    def __call__(self, logits: Tensor, choices: Choices) -> list[int]:
+        """The token that each row chooses from `logits` [M, vocab], -1 where nothing is possible."""
+
+
+def recipe_of(processors: Sequence[Any], num_before: int, rule: ForkRule | None, seed: int | None) -> Recipe | None:
+    """The recipe of a request's processors, of which so many come before the bans of control tokens."""
+    operations: list[Operation] = []
+    for place, processor in enumerate([*processors[:num_before], None, *processors[num_before:]]):
+        if place == num_before:
+            found = None if rule is None else Operation("bans", ids=(rule.fork_id, rule.child_id))
+        elif (found := _operation(processor)) is None:
+            return None
+        if found is not None:
+            operations.append(found)
+    reads_path = any(operation.kind in ("repetition", "presence", "frequency") for operation in operations)
+    return Recipe(tuple(operations), seed, reads_path)
+
+
+def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[bool]]) -> Choices:
+    """The rows of segments whose requests have recipes, each segment with its first row among the logits."""
+    recipes: list[Recipe] = []
+    rows: list[np.ndarray] = []
+    paths: list[np.ndarray] = []
+    start = held = 0
+    for first, segment in segments:
+        request, thread, drafted = segment.request, segment.thread, len(segment.draft_tokens)
+        recipe = request.sampler.recipe
+        path = np.array(request.path(thread) if recipe.reads_path else (), dtype=np.int64)
+        length = len(request.row.ids) + thread.end - len(request.prompt_ids)
+        table = np.zeros((1 + drafted, 10), dtype=np.int64)
+        table[:, 0] = np.arange(first, first + 1 + drafted)
+        table[:, (1, 4, 5, 6)] = len(recipes), held, length, len(request.row.ids)
+        table[0, 2], table[1:, 2] = -1, start + 1 + segment.draft_tree.parents[:drafted]
+        table[1:, 3] = segment.draft_tokens
+        keys = np.full(1 + drafted, thread.key, dtype=np.uint64)
+        for fork, node in segment.forks.items():
+            keys[1 + node] = segment.child_key(fork)
+        table[:, 7] = keys.view(np.int64)
+        table[0, 8], table[1:, 8] = thread.end, thread.end + 1 + segment.draft_tree.depths[:drafted]
+        table[:, 9] = bans[first]
+        recipes.append(recipe)
+        rows.append(table)
+        paths.append(path)
+        start += 1 + drafted
+        held += len(path)
+    return Choices(recipes, np.concatenate(rows), np.concatenate(paths))
+
+
+def _operation(processor: Any) -> Operation | None:
+    """What a processor of transformers does; None where that is nothing compiled code knows."""
+    read = _READERS.get(type(processor))
+    if read is None or getattr(processor, "filter_value", -math.inf) != -math.inf:
+        return None
+    return read(processor)
+
+
+def _ids(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(token) for token in tensor)
+
+
+def _repetition(processor: Any) -> Operation | None:
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    return Operation("repetition", processor.penalty, ignored or 0) if isinstance(ignored, int | None) else None
+
+
+def _bias(processor: Any) -> Operation | None:
+    biases = dict(processor.sequence_bias)
+    if any(len(sequence) != 1 for sequence in biases):
+        return None
+    return Operation("bias", ids=tuple(ids[0] for ids in biases), values=tuple(biases.values()))
+
+
+_READERS: dict[type, Any] = {
+    transformers.RepetitionPenaltyLogitsProcessor: _repetition,
+    transformers.SequenceBiasLogitsProcessor: _bias,
+    transformers.MinLengthLogitsProcessor: lambda p: Operation(
+        "min_length", length=p.min_length, ids=_ids(p.eos_token_id)
+    ),
+    transformers.MinNewTokensLengthLogitsProcessor: lambda p: Operation(
+        "min_length", length=p.prompt_length_to_skip + p.min_new_tokens, ids=_ids(p.eos_token_id)
+    ),
+    transformers.SuppressTokensLogitsProcessor: lambda p: Operation("suppress", ids=_ids(p.suppress_tokens)),
+    transformers.TemperatureLogitsWarper: lambda p: Operation("temperature", p.temperature),
+    transformers.TopKLogitsWarper: lambda p: Operation("top_k", length=p.top_k),
+    transformers.TopPLogitsWarper: lambda p: Operation("top_p", p.top_p, p.min_tokens_to_keep),
+    transformers.MinPLogitsWarper: lambda p: Operation("min_p", p.min_p, p.min_tokens_to_keep),
+    transformers.TypicalLogitsWarper: lambda p: Operation("typical", p.mass, p.min_tokens_to_keep),
+}

@@ -1,0 +1,147 @@
+"""Tokens chosen in compiled code against transformers' processors and the torch reference of the noise."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medusa_apar.runtimes.cpu.choosing import choose
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.triton_kernels.reference import likeliest, noisy
+from medusa_apar.verify.recipe import Choices, recipe_of
+
+FORK, CHILD = 3, 4
+RULE = ForkRule(FORK, CHILD, 2, True)
+EOS = [0, 7]
+
+
+@st.composite
+def before(draw):
+    """Processors that come before the bans; the prompt has five tokens."""
+    made = [
+        transformers.RepetitionPenaltyLogitsProcessor(draw(st.sampled_from([0.7, 1.3, 4.0]))),
+        transformers.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=draw(st.integers(0, 9))),
+        transformers.SequenceBiasLogitsProcessor({(5,): -3.0, (2,): 4.5, (0,): 1.25}),
+        transformers.MinLengthLogitsProcessor(draw(st.integers(0, 9)), EOS),
+        transformers.MinNewTokensLengthLogitsProcessor(5, draw(st.integers(0, 4)), EOS),
+        transformers.SuppressTokensLogitsProcessor([1, 6]),
+    ]
+    return [processor for processor in made if draw(st.booleans())]
+
+
+@st.composite
+def warpers(draw):
+    keep = draw(st.integers(1, 3))
+    made = [
+        transformers.TemperatureLogitsWarper(draw(st.sampled_from([0.1, 0.7, 1.3, 5.0]))),
+        transformers.TopKLogitsWarper(draw(st.sampled_from([1, 2, 5, 50, 200])), min_tokens_to_keep=keep),
+        transformers.TopPLogitsWarper(draw(st.sampled_from([0.05, 0.5, 0.9, 0.999])), min_tokens_to_keep=keep),
+        transformers.MinPLogitsWarper(draw(st.sampled_from([0.01, 0.2, 1.0])), min_tokens_to_keep=keep),
+        transformers.TypicalLogitsWarper(draw(st.sampled_from([0.2, 0.9])), min_tokens_to_keep=keep),
+    ]
+    return [processor for processor in made if draw(st.booleans())]
+
+
+def scores_of(processors, num_before, path, logits, fork_banned):
+    """float32 [vocab], by transformers."""
+    scores, ids = logits[None].clone(), torch.tensor([path])
+    for processor in [*processors[:num_before], None, *processors[num_before:]]:
+        if processor is not None:
+            scores = processor(ids, scores)
+        else:
+            scores = scores.clone()
+            scores[0, [FORK, CHILD] if fork_banned else [CHILD]] = -math.inf
+    return scores[0]
+
+
+def row(place, path, recipe=0, parent=-1, token=0, start=0, length=None, key=9, position=4, fork_banned=0):
+    length = len(path) if length is None else length
+    return [place, recipe, parent, token, start, length, min(5, length), key, position, fork_banned]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_tokens_are_those_of_transformers_processors(data):
+    draw = data.draw
+    width, seed = draw(st.sampled_from([9, 33, 64, 300, 5003])), draw(st.integers(0, 10**6))
+    first, last = draw(before()), draw(warpers())
+    sampled = draw(st.one_of(st.none(), st.sampled_from([0, 5, 2**64 - 1])))
+    recipe = recipe_of([*first, *last], len(first), RULE, sampled)
+    assert recipe is not None
+    logits = torch.randn(4, width, generator=torch.Generator().manual_seed(seed)) * draw(st.sampled_from([0.1, 2, 9]))
+    if draw(st.booleans()):
+        logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < 0.3] = -math.inf
+    # A root, a child and a grandchild of it behind one path, and a row by itself.
+    path, other = draw(st.lists(st.integers(0, 8), min_size=5, max_size=12)), [1, 2, 3, 4, 5, 6]
+    keys, positions = draw(st.lists(st.integers(0, 2**63 - 1), min_size=4, max_size=4)), [7, 8, 9, 2**31]
+    tokens = draw(st.lists(st.integers(0, 8), min_size=2, max_size=2))
+    banned = draw(st.lists(st.integers(0, 1), min_size=4, max_size=4))
+    named = {"key": keys, "position": positions, "fork_banned": banned}
+    own = [{name: values[i] for name, values in named.items()} for i in range(4)]
+    rows = [
+        row(2, path, **own[0]),
+        row(0, path, parent=0, token=tokens[0], **own[1]),
+        row(3, path, parent=1, token=tokens[1], **own[2]),
+        row(1, other, start=len(path), **own[3]),
+    ]
+    paths = [path, [*path, tokens[0]], [*path, *tokens], other]
+    chosen = choose(logits, Choices([recipe], np.array(rows), np.array([*path, *other])))
+    for i, token in enumerate(chosen):
+        scores = scores_of([*first, *last], len(first), paths[i], logits[rows[i][0]], banned[i])
+        final = scores if sampled is None else noisy(scores, sampled, keys[i], positions[i])
+        if token != likeliest(final):  # one that was dropped by a rounding, or not
+            assert final.isfinite().any()
+            pytest.fail(f"{token} and not {likeliest(final)} of {first}, {last}")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.sampled_from([0.05, 1.0, 30.0]), st.sampled_from([31, 32, 77, 49152]))
+def test_pure_noise_is_the_references(seed, scale, width):
+    logits = torch.randn(2, width, generator=torch.Generator().manual_seed(seed)) * scale
+    recipe = recipe_of([], 0, None, seed)
+    rows = [row(i, [], key=seed * 77, position=seed + i) for i in range(2)]
+    chosen = choose(logits, Choices([recipe], np.array(rows), np.zeros(0, dtype=np.int64)))
+    assert chosen == [likeliest(noisy(logits[i], seed, seed * 77, seed + i)) for i in range(2)]
+
+
+def test_samples_follow_the_distribution():
+    """Top-p and temperature over 20,000 draws, against their own probabilities."""
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)).repeat(20_000, 1)
+    processors = [transformers.TemperatureLogitsWarper(0.8), transformers.TopPLogitsWarper(0.9)]
+    recipe = recipe_of(processors, 0, None, 11)
+    rows = np.array([row(i, [], position=i) for i in range(len(logits))])
+    chosen = choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64)))
+    expected = logits[:1]
+    for processor in processors:
+        expected = processor(None, expected)
+    share = np.bincount(chosen, minlength=40) / len(chosen)
+    assert np.abs(share - expected.softmax(-1)[0].numpy()).max() < 0.012
+
+
+def test_what_is_impossible_is_said_and_nan_is_nothing():
+    logits = torch.full((3, 64), -math.inf)
+    logits[1], logits[2] = math.nan, math.nan
+    logits[2, 40] = -1e30
+    for seed in (None, 4):
+        for processors in ([], [transformers.TopPLogitsWarper(0.5)], [transformers.TopKLogitsWarper(3)]):
+            recipe = recipe_of(processors, 0, None, seed)
+            rows = np.array([row(i, []) for i in range(3)])
+            assert choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64))) == [-1, -1, 40]
+
+
+def test_what_compiled_code_does_not_know_has_no_recipe():
+    class Own(transformers.TemperatureLogitsWarper):
+        pass
+
+    for processor in (
+        Own(2.0),
+        transformers.TopKLogitsWarper(4, filter_value=-5.0),
+        transformers.SequenceBiasLogitsProcessor({(1, 2): 3.0}),
+        transformers.NoBadWordsLogitsProcessor([[5]], eos_token_id=0),
+        transformers.NoRepeatNGramLogitsProcessor(2),
+    ):
+        assert recipe_of([processor], 1, None, None) is None
