@@ -388,8 +388,8 @@ def attach(
         cuda_graphs: whether steps over "triton" run as CUDA graphs (None: on a GPU).
         runtime: "torch" runs transformers' modules, "cpu" compiled code for a model built like Llama on a CPU; "auto"
             takes the second where it can.
-        quantize: "int8" rounds the weights to 8 bits, a scale per output and 64 inputs, those of the heads too, and the
-            KV pool to 16 (CPU runtime only; the model keeps its own).
+        quantize: "int8" rounds weights to 8 bits, a scale per output and 64 inputs, those of the heads too, activations
+            likewise, and the KV pool to 16 (CPU runtime only; the model keeps its own).
         pool_slots: most KV slots ever in use (None: grows on demand). Under pressure threads wait or are evicted and
             fed again later, which never changes a token.
         acceptance: of drafted tokens in sampling. "exact" keeps those alone that would have been sampled anyway.

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="smollm2-135m", help="name, folder, GGUF file or Hub id (default: %(default)s)")
     add("--heads", default="auto", metavar="NAME|DIR", help="draft heads (default: those that come with the model)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
-    add("--quantize", choices=("int8",), help="round the weights of our own systems (others keep theirs)")
+    add("--quantize", choices=("int8",), help="round weights and activations of our own systems")
     add("--runtime", choices=("auto", "torch", "cpu"), default="auto", help="of our systems (default: %(default)s)")
     add("--budget", type=number(int, 1), metavar="N", help="rows of every forest of ours (default: what pays)")
     add("--threads", type=number(int, 1, MAX_THREADS), metavar="N", help="CPU threads for torch")

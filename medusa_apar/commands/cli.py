@@ -103,7 +103,11 @@ def parser() -> Parser:
         add("--no-heads", dest="heads", action="store_false", help="leave the model's draft heads out")
         add("--max-threads", type=number(int, 1), metavar="N", help="most threads that run in one step")
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
-        add("--quantize", choices=("int8",), help="round the weights for the CPU runtime (the baseline's stay)")
+        add(
+            "--quantize",
+            choices=("int8",),
+            help="round weights and activations for the CPU runtime (not the baseline's)",
+        )
         add("--threads", type=number(int, 1, MAX_THREADS), metavar="N", help="CPU threads for torch")
         add("--json", action="store_true", help="print one JSON object as the last line (what people read: stderr)")
 

@@ -48,7 +48,8 @@ class HostVerify:
             bans = self._bans[first] = sampler.fork_bans(segment)
             if segment.request.options.logits or segment.request.options.logprobs is not None:
                 self._raw[first] = logits[first : first + len(bans)].float().clone()
-            if choose is not None and sampler.recipe is not None and not sampler.plain:
+            recipe = None if choose is None or sampler.plain else sampler.recipe
+            if recipe is not None and recipe.max_id < logits.shape[1]:
                 by_recipe.append((first, segment))
             elif sampler.rule is not None and not sampler.before:  # others see the model's own logits
                 rule = sampler.rule

@@ -18,6 +18,8 @@ from torch import Tensor
 from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.fork_rule import ForkRule
 
+_MAX_LENGTH = 2**31 - 1  # that compiled code can hold
+
 
 class Operation(NamedTuple):
     """One step from logits to scores; `runtimes/cpu/choose.h` says what the numbers mean for each kind."""
@@ -33,18 +35,20 @@ class Operation(NamedTuple):
 class Recipe:
     """How one request's tokens come out of logits.
 
-    seed: None for the likeliest token. reads_path: whether an operation looks at the tokens of the path.
+    seed: None for the likeliest token. reads_path: whether an operation looks at the tokens of the path. max_id: the
+    greatest token id that one names; where the model has no such token, transformers says what is wrong.
     """
 
     operations: tuple[Operation, ...]
     seed: int | None
     reads_path: bool
+    max_id: int
 
 
 class Choices(NamedTuple):
     """The rows of a step that recipes choose for.
 
-    recipes: the requests'. rows: int64 [N, 10], a `choose.h` Choice each. paths: int64, the tokens that they read.
+    recipes: the requests'. rows: int64 [N, 9], a `choose.h` Choice each. paths: int64, the tokens that they read.
     """
 
     recipes: list[Recipe]
@@ -58,7 +62,8 @@ class Chooser(Protocol):
 
 
 def recipe_of(processors: Sequence[Any], num_before: int, rule: ForkRule | None, seed: int | None) -> Recipe | None:
-    """The recipe of a request's processors, of which so many come before the bans of control tokens."""
+    """The recipe of a request's processors, of which so many come before the bans of control tokens. It has their
+    parameters as they are now: a processor that is changed later is not read again."""
     operations: list[Operation] = []
     for place, processor in enumerate([*processors[:num_before], None, *processors[num_before:]]):
         if place == num_before:
@@ -67,8 +72,8 @@ def recipe_of(processors: Sequence[Any], num_before: int, rule: ForkRule | None,
             return None
         if found is not None:
             operations.append(found)
-    reads_path = any(operation.kind in ("repetition", "presence", "frequency") for operation in operations)
-    return Recipe(tuple(operations), seed, reads_path)
+    reads_path = any(operation.kind == "repetition" for operation in operations)
+    return Recipe(tuple(operations), seed, reads_path, max((max(o.ids, default=0) for o in operations), default=0))
 
 
 def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[bool]]) -> Choices:
@@ -82,17 +87,17 @@ def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[boo
         recipe = request.sampler.recipe
         path = np.array(request.path(thread) if recipe.reads_path else (), dtype=np.int64)
         length = len(request.row.ids) + thread.end - len(request.prompt_ids)
-        table = np.zeros((1 + drafted, 10), dtype=np.int64)
+        table = np.zeros((1 + drafted, 9), dtype=np.int64)
         table[:, 0] = np.arange(first, first + 1 + drafted)
-        table[:, (1, 4, 5, 6)] = len(recipes), held, length, len(request.row.ids)
+        table[:, (1, 4, 5)] = len(recipes), held, length
         table[0, 2], table[1:, 2] = -1, start + 1 + segment.draft_tree.parents[:drafted]
         table[1:, 3] = segment.draft_tokens
         keys = np.full(1 + drafted, thread.key, dtype=np.uint64)
         for fork, node in segment.forks.items():
             keys[1 + node] = segment.child_key(fork)
-        table[:, 7] = keys.view(np.int64)
-        table[0, 8], table[1:, 8] = thread.end, thread.end + 1 + segment.draft_tree.depths[:drafted]
-        table[:, 9] = bans[first]
+        table[:, 6] = keys.view(np.int64)
+        table[0, 7], table[1:, 7] = thread.end, thread.end + 1 + segment.draft_tree.depths[:drafted]
+        table[:, 8] = bans[first]
         recipes.append(recipe)
         rows.append(table)
         paths.append(path)
@@ -106,11 +111,14 @@ def _operation(processor: Any) -> Operation | None:
     read = _READERS.get(type(processor))
     if read is None or getattr(processor, "filter_value", -math.inf) != -math.inf:
         return None
-    return read(processor)
+    found: Operation | None = read(processor)
+    if found is None or min(found.ids, default=0) < 0:
+        return None
+    return found._replace(length=max(0, min(found.length, _MAX_LENGTH)))
 
 
 def _ids(tensor: Any) -> tuple[int, ...]:
-    return tuple(int(token) for token in tensor)
+    return tuple(tensor.reshape(-1).tolist())
 
 
 def _repetition(processor: Any) -> Operation | None:
@@ -138,6 +146,6 @@ _READERS: dict[type, Any] = {
     transformers.TemperatureLogitsWarper: lambda p: Operation("temperature", p.temperature),
     transformers.TopKLogitsWarper: lambda p: Operation("top_k", length=p.top_k),
     transformers.TopPLogitsWarper: lambda p: Operation("top_p", p.top_p, p.min_tokens_to_keep),
-    transformers.MinPLogitsWarper: lambda p: Operation("min_p", p.min_p, p.min_tokens_to_keep),
+    transformers.MinPLogitsWarper: lambda p: Operation("min_p", p.min_p) if p.min_tokens_to_keep == 1 else None,
     transformers.TypicalLogitsWarper: lambda p: Operation("typical", p.mass, p.min_tokens_to_keep),
 }

@@ -1,4 +1,4 @@
-"""Stems without an engine, each of a request that says how tokens are chosen, and their verification on the host."""
+"""Segments without an engine, each of a request that says how tokens are chosen, and their verification on the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
@@ -15,6 +16,7 @@ from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.verify.host_verify import HostVerify
 from medusa_apar.verify.sampler import Sampler
 from medusa_apar.verify.verify_result import VerifyResult
+from tests.support.models import CHILD, FORK
 
 NO_DRAFTS = DraftTree([])
 
@@ -42,6 +44,13 @@ def segment_of(
     for name, value in fields.items():
         setattr(segment, name, value)
     return segment
+
+
+def drafted_forks(tree: TreeShape, tokens: list[int]) -> tuple[TreeShape, list[int], dict[int, int]]:
+    """The tree with a `[Child]` below each `[Fork]`, as candidates have it."""
+    forks = [node for node, token in enumerate(tokens) if token == FORK]
+    nodes = {fork: len(tokens) + place for place, fork in enumerate(forks)}
+    return TreeShape(np.append(tree.parents, forks).astype(np.int64)), [*tokens, *[CHILD] * len(forks)], nodes
 
 
 def first_rows(segments: Sequence[Segment]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,17 +14,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
+from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
+from medusa_apar.runtimes.cpu.choosing import choose as compiled
 from medusa_apar.threads.fork_policy import ControlTokenForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 from medusa_apar.verify.tail import StepOutput, Tail
 from tests.support.models import CHILD, CONTROL, FORK
-from tests.support.verifying import request_of, segment_of, verified_on_host
+from tests.support.verifying import drafted_forks, request_of, segment_of, verified_on_host
 
 VOCAB, DEPTH = 14, 8
 argmax = partial(torch.argmax, dim=-1)
@@ -80,13 +80,6 @@ def request_in(mode):
     return request_of([5, 6, 7, 8], 11, **options)
 
 
-def drafted_forks(tree: TreeShape, tokens: list[int]) -> tuple[TreeShape, list[int], dict[int, int]]:
-    """The tree with a `[Child]` below each `[Fork]`, as candidates have it."""
-    forks = [node for node, token in enumerate(tokens) if token == FORK]
-    nodes = {fork: len(tokens) + place for place, fork in enumerate(forks)}
-    return TreeShape(np.append(tree.parents, forks).astype(np.int64)), [*tokens, *[CHILD] * len(forks)], nodes
-
-
 @st.composite
 def parts(draw):
     """A part of a forest: a mode, and for one thread or two a draft tree whose tokens are often likely, with the logits
@@ -117,11 +110,11 @@ def segments_of(request, members):
     return segments
 
 
-def run(groups, logits, verify):
+def run(groups, logits, verify, choose=None):
     """A step of these segments, request by request, with such logits of their rows."""
     forest = Forest(groups, SlotLedger(KVPool()), torch.device("cpu"))
     assert len(logits) == len(forest.verified_rows)
-    tail, logits = Tail(forest, verify, argmax, None, None, DEPTH), logits.clone()
+    tail, logits = Tail(forest, verify, argmax, choose, None, DEPTH), logits.clone()
     chosen = None if tail.device is None else tail.device.run(logits, logits, tail.device.inputs())
     return tail, tail.read(StepOutput(logits, logits, chosen))
 
@@ -140,13 +133,14 @@ def same(ours, expected, first):
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(parts(), min_size=1, max_size=6), st.booleans())
-def test_each_is_verified_as_it_is_alone(drawn, on_host):
-    """Whatever else is in the forest: what one does, raises or keeps is nothing to the others."""
+@given(st.lists(parts(), min_size=1, max_size=6), st.sampled_from(["python", "compiled", "launch"]))
+def test_each_is_verified_as_it_is_alone(drawn, where):
+    """Whatever else is in the forest: what one does, raises or keeps is nothing to the others. Python chooses alone."""
+    on_host, choose = where != "launch", compiled if where == "compiled" else None
     requests = [request_in(mode) for mode, _ in drawn]
     groups = [segments_of(request, members) for request, (_, members) in zip(requests, drawn, strict=True)]
     logits = torch.cat([rows for _, members in drawn for _, rows in members])
-    tail, results = run(groups, logits, None if on_host else reference.verify)
+    tail, results = run(groups, logits, None if on_host else reference.verify, choose)
     free = {request.sampler.path_free for request in requests}
     assert (tail.device is not None) == (not on_host and True in free)
 

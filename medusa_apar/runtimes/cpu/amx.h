@@ -33,14 +33,16 @@ struct alignas(64) TileConfig {
     }
 };
 
-// What this thread's tiles are set to; to be released before it goes to sleep, since a switch would save them.
+// What this thread's tiles are set to; released at the end of a step, since every switch of threads would save them.
 inline thread_local int tiles_set = 0;
 
 inline void set_tiles(int rows) {
+    // What the intrinsics of loading read is not known to all compilers (GCC bug 114098): it is to be in memory by now.
+    asm volatile("" ::: "memory");
     if (tiles_set == rows) return;
     const int low = std::min(rows, 16), high = rows > 16 ? rows - 16 : 1;
     const TileConfig config(low, high);
-    _tile_loadconfig(&config);
+    asm volatile("ldtilecfg %0" : : "m"(config));
     tiles_set = rows;
 }
 inline void release_tiles() {

@@ -117,7 +117,7 @@ inline Sharing sharing(const Block& b, int row, int tile) {
 // Calls use(row, places, packed) for every tile of every row, tile by tile. Where rows share a tile, pack(places of the
 // longest) has come before, and `packed` says so.
 template <class Pack, class Use>
-inline void over_tiles(const Block& b, int group, Pack pack, Use use) {
+inline void over_tiles(const Block& b, int group, bool packs, Pack pack, Use use) {
     for (int tile = 0; tile < b.longest; tile += TILE) {
         Sharing shared;
         for (int r = 0; r < b.rows; r++) {
@@ -127,7 +127,7 @@ inline void over_tiles(const Block& b, int group, Pack pack, Use use) {
                 return Places{b.paths + (size_t)row * b.longest, tile, std::min(tile + TILE, b.lengths[row]), b.longest,
                               b.weights + (size_t)row * group * b.longest, b.lengths[row]};
             };
-            if (r >= shared.last) {
+            if (packs && r >= shared.last) {
                 shared = sharing(b, r, tile);
                 if (shared.many()) pack(places(shared.most));
             }
@@ -149,13 +149,14 @@ inline void over_heads(int group, Use use) {
 template <class Cache>
 inline void attend_block(const Heads& h, const Cache& cache, const Block& b) {
     const int group = h.heads / h.kv_heads;
-    typename Cache::Tile tile(cache.dim);
+    const bool packs = Cache::PACKS && b.rows > 1;
+    typename Cache::Tile tile(packs ? cache.dim : 0);
     over_tiles(
-        b, group, [&](const Places& at) { cache.pack_keys(at, tile); },
+        b, group, packs, [&](const Places& at) { cache.pack_keys(at, tile); },
         [&](int r, const Places& at, bool packed) {
             over_heads(group, [&](int head, auto count) {
                 const float* query = b.query[r] + head * cache.dim;
-                if (packed && Cache::PACKS)
+                if (packed)
                     cache.template score<count>(query, at.of_head(head), tile);
                 else
                     cache.template score<count>(query, at.of_head(head));
@@ -164,11 +165,11 @@ inline void attend_block(const Heads& h, const Cache& cache, const Block& b) {
     for (int r = 0; r < b.rows; r++)
         for (int g = 0; g < group; g++) softmax(b.weights + ((size_t)r * group + g) * b.longest, b.lengths[r]);
     over_tiles(
-        b, group, [&](const Places& at) { cache.pack_values(at, tile); },
+        b, group, packs, [&](const Places& at) { cache.pack_values(at, tile); },
         [&](int r, const Places& at, bool packed) {
             over_heads(group, [&](int head, auto count) {
                 float* out = b.out[r] + head * cache.dim;
-                if (packed && Cache::PACKS)
+                if (packed)
                     cache.template mix<count>(at.of_head(head), out, tile);
                 else
                     cache.template mix<count>(at.of_head(head), out);

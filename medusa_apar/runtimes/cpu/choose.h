@@ -2,7 +2,8 @@
 // `reference.noisy`. A row depends on nothing but its own logits, path and key.
 //
 // Operations that drop tokens leave a list of those that are left, so that what follows looks at few. Noise is a float64
-// logarithm of a logarithm; a cheap bound on it tells which tokens could win at all.
+// logarithm of a logarithm; a cheap bound on it tells which tokens could win at all. NaN is no token's score here, while
+// transformers' own filters may leave nothing, or too much, where one is.
 #pragma once
 
 #include <numeric>
@@ -15,8 +16,6 @@ namespace mapar {
 enum OperationKind : int32_t {
     REPETITION = 0,  // value: scores of tokens on the path, but for `length` first ones, are divided by it, or multiplied
                      // where they are negative
-    PRESENCE,        // value: is taken from the score of each token that the answer holds
-    FREQUENCY,       // value: the same, as often as the answer holds it
     BIAS,            // ids, values: are added
     MIN_LENGTH,      // count ids are impossible while the path is shorter than `length`
     SUPPRESS,        // count ids are impossible
@@ -24,7 +23,7 @@ enum OperationKind : int32_t {
     TEMPERATURE,     // value: scores are divided by it
     TOP_K,           // length: tokens that are left, and equals of the last
     TOP_P,           // value: the likeliest with this share in all are left, at least `length`
-    MIN_P,           // value: tokens less likely than this share of the likeliest go, but for `length`
+    MIN_P,           // value: tokens less likely than this share of the likeliest go
     TYPICAL,         // value: the most typical with this share in all are left, at least `length`
 };
 
@@ -48,8 +47,8 @@ struct Choice {
     int64_t recipe;
     int64_t parent;       // the choice behind whose token it stands, -1: it stands behind its path
     int64_t token;        // a draft token: the path's last; not read where there is no parent
-    int64_t path, length, prompt;  // first token, tokens, and how many of them are the prompt's
-    int64_t key, position;         // of the noise
+    int64_t path, length;   // its first token, and how many
+    int64_t key, position;  // of the noise
     int64_t fork_banned;
 };
 
@@ -204,13 +203,7 @@ class Scores {
     void apply(const Operation& o, const Choice& row) {
         switch (o.kind) {
             case REPETITION:
-                penalise(row, o.length, [&](float s, int) { return s < 0 ? s * o.value : s / o.value; });
-                break;
-            case PRESENCE:
-                penalise(row, row.prompt, [&](float s, int) { return s - o.value; });
-                break;
-            case FREQUENCY:
-                penalise(row, row.prompt, [&](float s, int times) { return s - o.value * times; });
+                penalise(row, o.length, o.value);
                 break;
             case BIAS:
                 for (int i = 0; i < o.count; i++)
@@ -236,13 +229,13 @@ class Scores {
                 break;
             }
             case TOP_K:
-                if (o.length < size_) keep_above(kth_largest(o.length));
+                if (o.length < size_) keep_above(kth_largest(std::max(o.length, 1)));
                 break;
             case TOP_P:
                 top_p(o.value, o.length);
                 break;
             case MIN_P:
-                min_p(o.value, o.length);
+                min_p(o.value);
                 break;
             case TYPICAL:
                 typical(o.value, o.length);
@@ -250,15 +243,13 @@ class Scores {
         }
     }
 
-    template <class Change>
-    void penalise(const Choice& row, int64_t first, Change change) {
+    void penalise(const Choice& row, int64_t first, float penalty) {
         held_.clear();
         along_path(row, first, [&](int64_t token) { held_.push_back(token); });
         std::sort(held_.begin(), held_.end());
-        for (size_t i = 0, next; i < held_.size(); i = next) {
-            for (next = i + 1; next < held_.size() && held_[next] == held_[i];) next++;
-            if (float* score = at(held_[i])) *score = change(*score, (int)(next - i));
-        }
+        held_.erase(std::unique(held_.begin(), held_.end()), held_.end());
+        for (const int64_t token : held_)
+            if (float* score = at(token)) *score = *score < 0 ? *score * penalty : *score / penalty;
     }
 
     // The greatest score; NaN is none.
@@ -344,7 +335,7 @@ class Scores {
 
     void top_p(float p, int least) {
         const float most = peak();
-        if (!(most > -INFINITY) || most == INFINITY) return;
+        if (!(most > -INFINITY) || most == INFINITY || p >= 1) return;
         const float* s = scores();
         const double wanted = (double)p * mass(most);
         // The likeliest first: all within a distance of the best, and twice as far while they are too few.
@@ -366,26 +357,26 @@ class Scores {
         }
     }
 
-    void min_p(float share, int least) {
+    void min_p(float share) {
         const float most = peak();
         if (!(most > -INFINITY) || most == INFINITY) return;
-        float limit = most + std::log(share);
-        if (least > 1) limit = std::min(limit, kth_largest(std::min(least, size_)));
-        keep_above(limit);
+        keep_above(most + std::log(share));
     }
 
     void typical(float share, int least) {
         const float most = peak();
         if (!(most > -INFINITY) || most == INFINITY) return;
         const float* s = scores();
-        const double total = mass(most), log_total = std::log(total) + most;
-        double entropy = 0;
+        // In float32 where transformers is: equals are to be equals.
+        const float log_total = (float)(std::log(mass(most)) + most);
+        double sum_of = 0;
         for (int i = 0; i < size_; i++)
-            if (s[i] > -INFINITY) entropy -= std::exp(s[i] - log_total) * (s[i] - log_total);
+            if (s[i] > -INFINITY) sum_of -= std::exp((double)s[i] - log_total) * (s[i] - log_total);
+        const float entropy = (float)sum_of;
         order_.clear(), sorted_.resize(size_);
         for (int i = 0; i < size_; i++)
             if (s[i] > -INFINITY) {
-                sorted_[i] = (float)std::fabs(log_total - s[i] - entropy);
+                sorted_[i] = std::fabs((log_total - s[i]) - entropy);
                 order_.push_back(i);
             }
         std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
@@ -395,6 +386,7 @@ class Scores {
         size_t kept = 0;
         while (kept < order_.size() && (held < share || kept < (size_t)least))
             held += std::exp(s[order_[kept++]] - log_total);
+        while (kept < order_.size() && sorted_[order_[kept]] == sorted_[order_[kept - 1]]) kept++;  // equals stay
         order_.resize(kept);
         keep(order_);
     }
@@ -429,7 +421,8 @@ class Scores {
         int i = 0;
         for (; i + 4 * BLOCKS <= size_; i += 4 * BLOCKS) {
             bool near = false;
-            for (int k = 0; k < 4 * BLOCKS; k += LANES) near |= any_above(load(s + i + k) + MOST_NOISE, best.total);
+            const float below = std::nextafter(best.total, -INFINITY);
+            for (int k = 0; k < 4 * BLOCKS; k += LANES) near |= any_above(load(s + i + k) + MOST_NOISE, below);
             if (!near) continue;
             words32(seed, thread, position, (uint32_t)(i / 4), words);
             for (int k = 0; k < 4 * BLOCKS; k += LANES) {

@@ -16,7 +16,7 @@ from .library import address
 
 # In the order of `choose.h`.
 _KINDS = (
-    *("repetition", "presence", "frequency", "bias", "min_length", "suppress", "bans"),
+    *("repetition", "bias", "min_length", "suppress", "bans"),
     *("temperature", "top_k", "top_p", "min_p", "typical"),
 )
 _made: weakref.WeakKeyDictionary[Recipe, tuple[Any, list[Any]]] = weakref.WeakKeyDictionary()
@@ -31,7 +31,7 @@ def choose(logits: Tensor, choices: Choices) -> list[int]:
     tokens = torch.empty(count, dtype=torch.long, device="cpu")
     library.library().mapar_choose(
         library.Choices(
-            *(count, vocabulary, address(rows, torch.long, 10 * count), recipes),
+            *(count, vocabulary, address(rows, torch.long, rows.numel()), recipes),
             *(address(paths, torch.long, len(paths)), address(logits, torch.float32, logits.numel())),
             address(tokens, torch.long, count),
         ),

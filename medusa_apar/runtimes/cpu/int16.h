@@ -13,7 +13,7 @@ constexpr int WIDE = 2 * LANES;  // int16 of a vector
 
 // A row's values as int16 steps, the largest one being `limit` of them; returns the step. What is not finite makes the
 // step NaN, and so all that comes of the row. `out` may be x itself where `count` is a multiple of LANES.
-inline float quantise(const float* x, int count, int padded, int16_t* out, float limit = 32767) {
+inline float quantise(const float* x, int count, int padded, int16_t* out, float limit) {
     Peak peak;
     int i = 0;
     for (; i + LANES <= count; i += LANES) peak.see(load(x + i));

@@ -97,7 +97,7 @@ class Recipe(ctypes.Structure):
 class Choice(ctypes.Structure):
     _fields_ = tuple(
         (name, c_int64)
-        for name in ("place", "recipe", "parent", "token", "path", "length", "prompt", "key", "position", "fork_banned")
+        for name in ("place", "recipe", "parent", "token", "path", "length", "key", "position", "fork_banned")
     )
 
 

@@ -1,8 +1,9 @@
 """A forward pass over a forest in compiled code, for models built like Llama, in float32, bfloat16 or int8 weights.
 
-Activations and every sum of a float are float32, and so is the KV pool; with int8 weights it holds int16 steps, a scale
-for each slot and KV head (`step_cache.h`). A row's logits depend on its path alone, bit by bit: not
-on the other rows, the batch, the slots or what was drafted (DESIGN promises 1 and 5, without the usual "but for ties").
+Activations and every sum of a float are float32, and so is the KV pool. With int8 weights activations are int8 steps
+where they meet a matrix (`int8.h`), and the pool holds int16 steps, a scale for each slot and KV head
+(`step_cache.h`). A row's logits depend on its path alone, bit by bit: not on the other rows, the batch, the slots or
+what was drafted (DESIGN promises 1 and 5, without the usual "but for ties").
 """
 
 from __future__ import annotations

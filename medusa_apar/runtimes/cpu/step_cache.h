@@ -69,7 +69,7 @@ struct StepCache {
         }
     }
 
-    // The weights of one tile, times their values' scales, as steps [G][TILE]; returns each head's step.
+    // The weights of one tile, times their values' scales, as steps [G][TILE], and each head's step into `scales`.
     template <int G>
     void ready_weights(const Places& at, const float* own, int16_t (*steps)[TILE], float* scales) const {
         const int count = at.last - at.first;

@@ -115,10 +115,11 @@ def test_a_row_has_the_same_bits_alone_and_in_other_slots(shape, steps, lengths,
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("dim", [32, 64, 128, 256])
-def test_sums_do_not_leave_int32(dim, machine):
+@pytest.mark.parametrize("rows", [1, 2])  # two share their tiles
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
+def test_sums_do_not_leave_int32(dim, rows, machine):
     """Every product at its largest, in the scores and, all weights being equal, in a tile of values."""
-    case = Case(1, 3, dim, [2 * TILE])
+    case = Case(1, 3, dim, [2 * TILE] * rows)
     case.keys[:], case.queries[:], case.values[:] = 3, 2, -5
     case.keys[case.paths[0, :TILE]] = -3  # these scores are the lowest there can be
     np.testing.assert_allclose(case.attend(True, machine)[0], -5, rtol=1e-5)

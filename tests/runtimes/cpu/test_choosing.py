@@ -40,7 +40,7 @@ def warpers(draw):
         transformers.TemperatureLogitsWarper(draw(st.sampled_from([0.1, 0.7, 1.3, 5.0]))),
         transformers.TopKLogitsWarper(draw(st.sampled_from([1, 2, 5, 50, 200])), min_tokens_to_keep=keep),
         transformers.TopPLogitsWarper(draw(st.sampled_from([0.05, 0.5, 0.9, 0.999])), min_tokens_to_keep=keep),
-        transformers.MinPLogitsWarper(draw(st.sampled_from([0.01, 0.2, 1.0])), min_tokens_to_keep=keep),
+        transformers.MinPLogitsWarper(draw(st.sampled_from([0.01, 0.2, 1.0]))),
         transformers.TypicalLogitsWarper(draw(st.sampled_from([0.2, 0.9])), min_tokens_to_keep=keep),
     ]
     return [processor for processor in made if draw(st.booleans())]
@@ -60,7 +60,7 @@ def scores_of(processors, num_before, path, logits, fork_banned):
 
 def row(place, path, recipe=0, parent=-1, token=0, start=0, length=None, key=9, position=4, fork_banned=0):
     length = len(path) if length is None else length
-    return [place, recipe, parent, token, start, length, min(5, length), key, position, fork_banned]
+    return [place, recipe, parent, token, start, length, key, position, fork_banned]
 
 
 @settings(max_examples=300, deadline=None)
@@ -69,6 +69,8 @@ def test_tokens_are_those_of_transformers_processors(data):
     draw = data.draw
     width, seed = draw(st.sampled_from([9, 33, 64, 300, 5003])), draw(st.integers(0, 10**6))
     first, last = draw(before()), draw(warpers())
+    if width == 5003:  # where so many are nearly alike, the order of a float32 sum settles which is dropped
+        last = [warper for warper in last if not isinstance(warper, transformers.TypicalLogitsWarper)]
     sampled = draw(st.one_of(st.none(), st.sampled_from([0, 5, 2**64 - 1])))
     recipe = recipe_of([*first, *last], len(first), RULE, sampled)
     assert recipe is not None
@@ -93,9 +95,7 @@ def test_tokens_are_those_of_transformers_processors(data):
     for i, token in enumerate(chosen):
         scores = scores_of([*first, *last], len(first), paths[i], logits[rows[i][0]], banned[i])
         final = scores if sampled is None else noisy(scores, sampled, keys[i], positions[i])
-        if token != likeliest(final):  # one that was dropped by a rounding, or not
-            assert final.isfinite().any()
-            pytest.fail(f"{token} and not {likeliest(final)} of {first}, {last}")
+        assert token == likeliest(final), (first, last)
 
 
 @settings(max_examples=30, deadline=None)
@@ -133,6 +133,34 @@ def test_what_is_impossible_is_said_and_nan_is_nothing():
             assert choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64))) == [-1, -1, 40]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_of_the_last_that_stays_stay(seed):
+    """With logits that are often equal, each warper leaves what transformers leaves: every token of it is drawn."""
+    logits = (torch.randn(1, 12, generator=torch.Generator().manual_seed(seed)) * 2).round()
+    for warper in (
+        transformers.TopKLogitsWarper(3),
+        transformers.MinPLogitsWarper(0.3),
+        transformers.TypicalLogitsWarper(0.3),
+        transformers.TypicalLogitsWarper(0.8),
+    ):
+        recipe = recipe_of([warper], 0, None, 5)
+        rows = np.array([row(i, [], position=i) for i in range(600)])
+        chosen = choose(logits.repeat(600, 1), Choices([recipe], rows, np.zeros(0, dtype=np.int64)))
+        left = warper(None, logits)[0]
+        for place, token in enumerate(chosen):
+            assert token == likeliest(noisy(left, 5, 9, place))
+
+
+def test_numbers_beyond_compiled_codes_are_taken_as_the_largest():
+    logits, nothing = torch.randn(1, 40), np.zeros(0, dtype=np.int64)
+    for processor in (transformers.TopKLogitsWarper(2**31), transformers.TopKLogitsWarper(2**40)):
+        recipe = recipe_of([processor], 0, None, None)
+        assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)) == [int(logits.argmax())]
+    best = int(logits.argmax())
+    recipe = recipe_of([transformers.MinLengthLogitsProcessor(2**33, torch.tensor(best))], 1, None, None)
+    assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)) != [best]
+
+
 def test_what_compiled_code_does_not_know_has_no_recipe():
     class Own(transformers.TemperatureLogitsWarper):
         pass
@@ -143,5 +171,6 @@ def test_what_compiled_code_does_not_know_has_no_recipe():
         transformers.SequenceBiasLogitsProcessor({(1, 2): 3.0}),
         transformers.NoBadWordsLogitsProcessor([[5]], eos_token_id=0),
         transformers.NoRepeatNGramLogitsProcessor(2),
+        transformers.MinPLogitsWarper(0.5, min_tokens_to_keep=2),
     ):
         assert recipe_of([processor], 1, None, None) is None
