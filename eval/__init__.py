@@ -19,6 +19,7 @@
     judge_files.py     the answers as FastChat's llm_judge has them
     chat_endpoint.py   a model behind an OpenAI-compatible endpoint
     host_time.py       host time of a step and tokens per second, in two checkouts that take turns
+    sampling.py        what choosing tokens costs a step
     engine.py          requests in flight in one engine: throughput, latency, slots
 
 The weights we ship:
@@ -30,7 +31,7 @@ The weights we ship:
     replay.py          what heads would have done for answers that are already there
     loops.py           answers that loop
     runs.py            what was answered, on disk
-    quantisation.py    what int8 weights cost in quality
+    quantisation.py    what int8 costs in quality
 
 Kernels and host code:
 

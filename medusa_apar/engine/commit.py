@@ -1,4 +1,4 @@
-"""What a result does to threads and slots: the fork manager's half and the slot ledger's."""
+"""What a verified segment does to threads and slots: the fork manager's half and the slot ledger's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Commit:
 
 
 def commit(segment: Segment, result: VerifyResult, manager: ForkManager, ledger: SlotLedger) -> Commit:
-    """Appends a result's tokens to the segment's thread, books accepted draft nodes and frees rejected ones.
+    """Appends the verified tokens to the segment's thread, books accepted draft nodes and frees rejected ones.
 
     Raises what the request's fork policy raises; all draft nodes are free then.
     """

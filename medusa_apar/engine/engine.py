@@ -353,7 +353,7 @@ class Engine:
 
     def _sampler(self, request: Request) -> Sampler:
         """Requests that share logits processors share what watches them for state."""
-        sampler = Sampler(request.options)
+        sampler = Sampler(request.options, request.row.index)
         if sampler.before:
             watch = self._watches.setdefault(tuple(map(id, sampler.before)), sampler.watch)
             watch.users += 1

@@ -84,7 +84,7 @@ class _Step:
             return
         inputs = device_verify.inputs(self._forest.sizes.queries, power_of_two(device_verify.num_threads))
         if self._inputs is None:
-            # Stems would keep the KV pool, and with it the next call from using the graphs.
+            # Segments would keep the KV pool, and with it the next call from using the graphs.
             self._device_verify = replace(device_verify, segments=[])
             self._inputs = inputs.to(self._forest.device)
         else:

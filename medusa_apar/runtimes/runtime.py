@@ -27,6 +27,7 @@ class RuntimeFacts:
         graphs: whether steps run as CUDA graphs.
         max_nodes: draft nodes that a thread can have in one step; None for any number.
         fused_verify: whether the verify kernel can run behind the forward pass.
+        build: which compiled code runs, "" for torch's own: what one build's steps cost says nothing of another's.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class RuntimeFacts:
     graphs: bool = False
     max_nodes: int | None = None
     fused_verify: bool = False
+    build: str = ""
 
 
 class Runtime(Protocol):

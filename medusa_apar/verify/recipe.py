@@ -61,14 +61,19 @@ class Chooser(Protocol):
         """The token that each row chooses from `logits` [M, vocab], -1 where nothing is possible."""
 
 
-def recipe_of(processors: Sequence[Any], num_before: int, rule: ForkRule | None, seed: int | None) -> Recipe | None:
-    """The recipe of a request's processors, of which so many come before the bans of control tokens. It has their
-    parameters as they are now: a processor that is changed later is not read again."""
+def recipe_of(
+    processors: Sequence[Any], num_before: int, rule: ForkRule | None, seed: int | None, row: int = 0
+) -> Recipe | None:
+    """The recipe of a request's processors, of which so many come before the bans of control tokens.
+
+    It has their parameters as they are now: a processor that is changed later is not read again. row: the request's
+    place in its batch, for what a processor holds by row.
+    """
     operations: list[Operation] = []
     for place, processor in enumerate([*processors[:num_before], None, *processors[num_before:]]):
         if place == num_before:
             found = None if rule is None else Operation("bans", ids=(rule.fork_id, rule.child_id))
-        elif (found := _operation(processor)) is None:
+        elif (found := _operation(processor, row)) is None:
             return None
         if found is not None:
             operations.append(found)
@@ -106,12 +111,12 @@ def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[boo
     return Choices(recipes, np.concatenate(rows), np.concatenate(paths))
 
 
-def _operation(processor: Any) -> Operation | None:
+def _operation(processor: Any, row: int) -> Operation | None:
     """What a processor of transformers does; None where that is nothing compiled code knows."""
     read = _READERS.get(type(processor))
     if read is None or getattr(processor, "filter_value", -math.inf) != -math.inf:
         return None
-    found: Operation | None = read(processor)
+    found: Operation | None = read(processor, row)
     if found is None or min(found.ids, default=0) < 0:
         return None
     return found._replace(length=max(0, min(found.length, _MAX_LENGTH)))
@@ -121,12 +126,14 @@ def _ids(tensor: Any) -> tuple[int, ...]:
     return tuple(tensor.reshape(-1).tolist())
 
 
-def _repetition(processor: Any) -> Operation | None:
-    ignored = getattr(processor, "prompt_ignore_length", None)
-    return Operation("repetition", processor.penalty, ignored or 0) if isinstance(ignored, int | None) else None
+def _repetition(processor: Any, row: int) -> Operation:
+    ignored = processor.prompt_ignore_length
+    if isinstance(ignored, Tensor):  # the padding of each row
+        ignored = int(ignored[row])
+    return Operation("repetition", processor.penalty, ignored or 0)
 
 
-def _bias(processor: Any) -> Operation | None:
+def _bias(processor: Any, row: int) -> Operation | None:
     biases = dict(processor.sequence_bias)
     if any(len(sequence) != 1 for sequence in biases):
         return None
@@ -136,16 +143,16 @@ def _bias(processor: Any) -> Operation | None:
 _READERS: dict[type, Any] = {
     transformers.RepetitionPenaltyLogitsProcessor: _repetition,
     transformers.SequenceBiasLogitsProcessor: _bias,
-    transformers.MinLengthLogitsProcessor: lambda p: Operation(
+    transformers.MinLengthLogitsProcessor: lambda p, row: Operation(
         "min_length", length=p.min_length, ids=_ids(p.eos_token_id)
     ),
-    transformers.MinNewTokensLengthLogitsProcessor: lambda p: Operation(
+    transformers.MinNewTokensLengthLogitsProcessor: lambda p, row: Operation(
         "min_length", length=p.prompt_length_to_skip + p.min_new_tokens, ids=_ids(p.eos_token_id)
     ),
-    transformers.SuppressTokensLogitsProcessor: lambda p: Operation("suppress", ids=_ids(p.suppress_tokens)),
-    transformers.TemperatureLogitsWarper: lambda p: Operation("temperature", p.temperature),
-    transformers.TopKLogitsWarper: lambda p: Operation("top_k", length=p.top_k),
-    transformers.TopPLogitsWarper: lambda p: Operation("top_p", p.top_p, p.min_tokens_to_keep),
-    transformers.MinPLogitsWarper: lambda p: Operation("min_p", p.min_p) if p.min_tokens_to_keep == 1 else None,
-    transformers.TypicalLogitsWarper: lambda p: Operation("typical", p.mass, p.min_tokens_to_keep),
+    transformers.SuppressTokensLogitsProcessor: lambda p, row: Operation("suppress", ids=_ids(p.suppress_tokens)),
+    transformers.TemperatureLogitsWarper: lambda p, row: Operation("temperature", p.temperature),
+    transformers.TopKLogitsWarper: lambda p, row: Operation("top_k", length=p.top_k),
+    transformers.TopPLogitsWarper: lambda p, row: Operation("top_p", p.top_p, p.min_tokens_to_keep),
+    transformers.MinPLogitsWarper: lambda p, row: Operation("min_p", p.min_p) if p.min_tokens_to_keep == 1 else None,
+    transformers.TypicalLogitsWarper: lambda p, row: Operation("typical", p.mass, p.min_tokens_to_keep),
 }

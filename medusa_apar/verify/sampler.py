@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from medusa_apar.threads.request import Request, RequestOptions, TokenLogprobs
 from medusa_apar.triton_kernels.reference import likeliest, sample
 
 from .processor_state import StateWatch, name_of
-from .recipe import recipe_of
+from .recipe import Recipe, recipe_of
 
 
 def _exactly(*names: str) -> frozenset[type]:
@@ -51,14 +52,15 @@ _NO_IDS = cast(torch.LongTensor, torch.zeros(0, 0, dtype=torch.long, device="cpu
 
 
 class Sampler:
-    """Chooses one request's tokens.
+    """Chooses one request's tokens; `row` is the request's place in its batch.
 
     before, warpers: its processors, divided into those before and those behind the bans. plain: whether a token is the
     likeliest that is not banned, and nothing else is asked. path_free: whether a path's tokens change nothing of its
-    scores, so that a kernel can choose. recipe: what compiled code chooses by; None where Python has to be asked.
+    scores, so that a kernel can choose.
     """
 
-    def __init__(self, options: RequestOptions) -> None:
+    def __init__(self, options: RequestOptions, row: int = 0) -> None:
+        self._row = row
         self.options, self.rule, self.seed, self.typical = options, options.rule, options.seed, options.typical
         processors = list(options.processors)
         behind = len(processors)
@@ -70,10 +72,16 @@ class Sampler:
         kept = options.scores or options.logits or options.logprobs is not None
         free = options.fork_if is None and not kept
         self.path_free = free and all(type(processor) in _PATH_FREE for processor in processors)
-        asked = options.fork_if is not None or options.scores
-        asked |= self.typical is not None and self.seed is not None
-        self.recipe = None if asked else recipe_of(processors, behind, self.rule, self.seed)
         self.plain = options.seed is None and not processors and not options.scores and options.fork_if is None
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """What compiled code chooses by; None where Python has to be asked. Made when a runtime first asks for it: to
+        read a processor's ids may take a copy from a device."""
+        thresholds = self.typical is not None and self.seed is not None
+        if self.options.fork_if is not None or self.options.scores or thresholds:
+            return None
+        return recipe_of([*self.before, *self.warpers], len(self.before), self.rule, self.seed, self._row)
 
     def fork_bans(self, segment: Segment) -> list[bool]:
         """For the segment's root and each of its draft nodes, whether `[Fork]` may not be chosen there."""

@@ -1,6 +1,7 @@
 """What drafts with heads beside a runtime. The heads keep nothing of it but copies of weights, for any runtime."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,4 +147,5 @@ def test_heads_with_unembeddings_of_their_own_do_not_ask_for_the_bases(how):
     }.items(),
 )
 def test_a_runtimes_facts(name, facts):
-    assert medusa_apar.attach(tiny_model("wide_llama", seed=2), **RUNTIMES[name]).runtime.facts == facts
+    found = medusa_apar.attach(tiny_model("wide_llama", seed=2), **RUNTIMES[name]).runtime.facts
+    assert replace(found, build="") == facts and bool(found.build) == (facts.backend == "cpu")

@@ -1,6 +1,7 @@
 """The measured cost of a step: only that it is measured, sane and kept; no figure is asserted."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_more_rows_never_cost_less_and_the_model_is_left_as_it_was(attached):
         costs = [milliseconds for _, milliseconds in curve]
         assert costs == sorted(costs) and costs[0] > 0
     assert torch.equal(attached.generate(**prompts(1, 5), max_new_tokens=6, do_sample=False), before)
+
+
+def test_what_another_build_of_compiled_code_cost_says_nothing(attached, monkeypatch):
+    known(attached)
+    asked = []
+    monkeypatch.setattr(measure, "measure", lambda *_: asked.append(1) or StepCost(((1, 1.0),)))
+    known(attached)
+    assert not asked
+    attached.runtime.facts = replace(attached.runtime.facts, build="another")
+    assert known(attached) == StepCost(((1, 1.0),)) and asked
 
 
 def test_it_is_measured_once_for_each_model(attached, monkeypatch):

@@ -143,6 +143,11 @@ def library() -> ctypes.CDLL:
     return found
 
 
+def build() -> str:
+    """Names the compiled code: a hash of its sources, its compiler and the machine."""
+    return Path(library()._name).parent.name
+
+
 @functools.cache
 def outcome() -> ctypes.CDLL | str:
     """The library, or why there is none: a compiler that fails is not asked again by every call."""

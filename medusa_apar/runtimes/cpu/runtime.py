@@ -106,7 +106,7 @@ class CpuRuntime:
     def __init__(self, model: PreTrainedModel, kind: str) -> None:
         if why := unsupported_reason(model):
             raise ValueError(f"the CPU runtime cannot run this model: {why}.")
-        self.model, self.facts = model, RuntimeFacts(kind, "cpu")
+        self.model, self.facts = model, RuntimeFacts(kind, "cpu", build=library.build())
         self.profile = False
         self.seconds = library.Seconds()
         self._dtype = model.dtype

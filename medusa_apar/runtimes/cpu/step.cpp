@@ -35,7 +35,7 @@ struct Model {
     Matrix unembedding;
 };
 
-// A row's path is three runs of `slot_lists`: the stem's cached path, its pending tokens, the draft node's ancestors.
+// A row's path is three runs of `slot_lists`: the segment's cached path, its extend tokens, the draft node's ancestors.
 struct Run {
     int32_t start, length;
 };

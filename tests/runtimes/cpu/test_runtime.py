@@ -65,6 +65,24 @@ def test_threads_are_plain():
     assert assert_threads_are_plain(model, out.paragraph_tree) > 4
 
 
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"temperature": 1.7, "top_k": 20}, {"do_sample": False}])
+def test_compiled_code_chooses_what_python_chooses(sampling, heads, monkeypatch):
+    """In whole answers that fork, of rows padded by more and less; with heads as without."""
+    model = model_of(seed=3, fork=1.5, eos=0.5)
+    drafts = HydraHeads.random(model, 3) if heads else None
+    apar = medusa_apar.attach(model, drafts, CONTROL, runtime="cpu", budget=24)
+    call = {"do_sample": True, "seed": 5, "repetition_penalty": 1.2, "max_new_tokens": 40} | sampling
+    if not call["do_sample"]:
+        del call["seed"]
+    inputs, asked, choose = prompts(3, 9, ragged=True), [], apar.runtime.choose
+    monkeypatch.setattr(CpuRuntime, "choose", lambda _, *rows: asked.append(rows) or choose(*rows))
+    ours = apar.generate(**inputs, return_dict_in_generate=True, **call)
+    assert asked and ours.stats.forks > 1 and (not heads or ours.stats.drafted["heads"] > 0)
+    monkeypatch.setattr(CpuRuntime, "choose", None)
+    assert torch.equal(apar.generate(**inputs, **call), ours.sequences)
+
+
 def path_logits(runtime, ids):
     """[len(ids), vocab], a token a step: nothing beside it, nothing drafted."""
     ledger, trunk = SlotLedger(KVPool()), ParagraphTree(ids).trunk
