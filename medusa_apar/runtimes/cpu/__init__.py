@@ -1,6 +1,7 @@
 """The step of a Llama-like model in compiled code, for CPUs.
 
 runtime.py     a forward pass over a forest
+packed_model.py  a model as compiled code reads it
 known.py       which models are computed: those that are what transformers defines
 weights.py     a model's weights in the layout of the compiled code
 weight_fingerprint.py  whether weights still are what was copied

@@ -9,7 +9,6 @@ what was drafted (DESIGN promises 1 and 5, without the usual "but for ties").
 from __future__ import annotations
 
 import ctypes
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from transformers import PreTrainedModel
 from medusa_apar.drafting.drafter import Drafter, Heads
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
-from medusa_apar.models.families import context_length
 from medusa_apar.runtimes.runtime import RuntimeFacts
 from medusa_apar.verify.recipe import Chooser
 from medusa_apar.verify.tail import StepOutput, Tail
@@ -30,8 +28,8 @@ from medusa_apar.verify.tail import StepOutput, Tail
 from . import known, library
 from .choosing import choose
 from .library import address, floats
-from .weight_fingerprint import WeightFingerprint
-from .weights import GROUP_INPUTS, KINDS, PackedMatrix, argmax, interleaved, joined, up
+from .packed_model import PackedModel, packs_of, weights_of
+from .weights import GROUP_INPUTS, KINDS, argmax, up
 
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
@@ -53,7 +51,7 @@ def _unsupported_now(model: PreTrainedModel) -> str | None:
     """Those checks of `unsupported_reason` whose outcome can change while the weights stay; every call makes them."""
     if why := known.unknown_part(model) or known.odd_scale(model):
         return why
-    weights = _weights(model)
+    weights = weights_of(model)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
         return "its weights are quantised"
     if away := next((weight.device for weight in weights if weight.device.type != "cpu"), None):
@@ -61,37 +59,6 @@ def _unsupported_now(model: PreTrainedModel) -> str | None:
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"the model is in {str(model.dtype).removeprefix('torch.')}"
     return "the model is in training mode" if model.training else None
-
-
-def _weights(model: PreTrainedModel) -> list[Tensor]:
-    """All parameters and buffers; in one go over the modules, since every call asks."""
-    found = (weight for m in model.modules() for store in (m._parameters, m._buffers) for weight in store.values())
-    return list({id(weight): weight for weight in found if weight is not None}.values())
-
-
-def _settings(model: Any) -> tuple:
-    """What the forward pass depends on beside weights."""
-    decoder = model.model
-    layers = decoder.layers[: model.config.num_hidden_layers]
-    windows = tuple(_window(layer) for layer in layers)
-    return layers[0].self_attn.scaling, decoder.norm.variance_epsilon, decoder.rotary_emb.attention_scaling, windows
-
-
-class _Packs:
-    """What is packed of a model, by kind: attached twice, it is packed once. No call of another model waits for it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.kinds: dict[str, _Packed] = {}
-
-
-_packs: weakref.WeakKeyDictionary[PreTrainedModel, _Packs] = weakref.WeakKeyDictionary()
-_packs_lock = threading.Lock()  # of `_packs` itself
-
-
-def _packs_of(model: PreTrainedModel) -> _Packs:
-    with _packs_lock:
-        return _packs.setdefault(model, _Packs())
 
 
 class CpuRuntime:
@@ -110,7 +77,7 @@ class CpuRuntime:
         self.profile = False
         self.seconds = library.Seconds()
         self._dtype = model.dtype
-        self._packed: _Packed | None = None  # written by `session`, and kept: a call may be about to read it
+        self._packed: PackedModel | None = None  # written by `session`, and kept: a call may be about to read it
         self._entirely = True  # whether the next call looks at every weight
         self._scratch: weakref.WeakKeyDictionary[KVPool, _Scratch] = weakref.WeakKeyDictionary()
 
@@ -131,7 +98,7 @@ class CpuRuntime:
         return why
 
     def refresh(self) -> None:
-        packs = _packs_of(self.model)
+        packs = packs_of(self.model)
         with packs.lock:
             packs.kinds.clear()
             self._entirely = True
@@ -143,13 +110,13 @@ class CpuRuntime:
     def session(self, checked: bool = False) -> Iterator[None]:
         """ValueError where the model has become one that this runtime cannot run."""
         why = None if checked else self.unsupported_reason()
-        packs = _packs_of(self.model)
+        packs = packs_of(self.model)
         with packs.lock:
             packed = packs.kinds.get(self.facts.kind)
             if why is None and (packed is None or not packed.is_of(self.model, self._entirely)):
                 why = unsupported_reason(self.model)
                 if why is None:
-                    packed = packs.kinds[self.facts.kind] = _Packed(self.model, self.facts.kind)
+                    packed = packs.kinds[self.facts.kind] = PackedModel(self.model, self.facts.kind)
             if why is None:
                 self._packed, self._entirely = packed, False
                 # A pool that holds nothing is between two calls, or an engine's that was idle: it begins anew.
@@ -207,77 +174,10 @@ class CpuRuntime:
         return choose
 
 
-class _Packed:
-    """A model's weights as compiled code reads them."""
-
-    def __init__(self, model: Any, kind: str) -> None:
-        config, decoder = model.config, model.model
-        attention = decoder.layers[0].self_attn
-        self.kind = kind
-        # Before any of it is copied:
-        self._settings, self._fingerprint = _settings(model), WeightFingerprint(_weights(model))
-        self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
-        self.eps = decoder.norm.variance_epsilon
-        dim = attention.head_dim
-        self.heads = library.Heads(config.num_attention_heads, config.num_key_value_heads, dim, attention.scaling)
-        self.norm = _vector(decoder.norm)
-        self.unembedding = PackedMatrix(
-            model.get_output_embeddings().weight, kind, getattr(model.get_output_embeddings(), "bias", None)
-        )
-        table = decoder.embed_tokens.weight.detach().contiguous()
-        self.table = table if table.dtype == torch.bfloat16 else table.float()
-        self._context = context_length(model)
-        self._rotary = decoder.rotary_emb
-        self._table: tuple[Tensor, Tensor] | None = None
-        self.layers = [_layer(layer, kind) for layer in decoder.layers[: config.num_hidden_layers]]
-
-    def is_of(self, model: PreTrainedModel, entirely: bool) -> bool:
-        """Whether the model still is what was packed."""
-        return self._settings == _settings(model) and self._fingerprint.matches(_weights(model), entirely)
-
-    def rotary(self, needed: int) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 [positions, head_dim] of at least so many positions, from the model's own module."""
-        table = self._table
-        if table is None or len(table[0]) < needed:
-            longest = 1 << max(needed - 1, 255).bit_length()
-            if self._context is not None:  # beyond, some modules turn to other frequencies, for all positions
-                longest = max(min(longest, self._context), needed)
-            positions = torch.arange(longest, dtype=torch.int64, device="cpu")
-            cos, sin = self._rotary(floats(0), positions[None])
-            table = self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
-            assert cos.shape == sin.shape == (1, longest, self.heads.head_dim)
-        return table
-
-
-def _layer(layer: Any, kind: str) -> tuple[tuple[Tensor, Tensor], tuple[PackedMatrix, ...], int]:
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    norms = (_vector(layer.input_layernorm), _vector(layer.post_attention_layernorm))
-    matrices = (
-        PackedMatrix(torch.cat([p.weight.detach() for p in projections]), kind, joined(projections)),
-        PackedMatrix(attention.o_proj.weight, kind),
-        PackedMatrix(interleaved(mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()), kind),
-        PackedMatrix(mlp.down_proj.weight, kind),
-    )
-    return norms, matrices, _window(layer)
-
-
-def _window(layer: Any) -> int:
-    """Last positions of its path that a layer sees, 0 for all."""
-    window = getattr(layer.self_attn, "sliding_window", None)
-    if window is None and type(layer).__name__ == "MistralDecoderLayer":
-        window = getattr(layer.self_attn.config, "sliding_window", None)
-    return window or 0
-
-
-def _vector(norm: nn.Module) -> Tensor:
-    return cast(Tensor, norm.weight).detach().float().contiguous()
-
-
 class _Scratch:
     """One pool's buffers; they grow and are used again."""
 
-    def __init__(self, packed: _Packed) -> None:
+    def __init__(self, packed: PackedModel) -> None:
         self.packed = packed
         self._model: tuple[Any, Any] = (None, None)  # capacity and aux_layers, library.Model
         heads = packed.heads

@@ -17,8 +17,7 @@ from medusa_apar.heads import HydraHeads
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.runtimes.agreement import check_agrees
-from medusa_apar.runtimes.cpu import known, library
-from medusa_apar.runtimes.cpu import runtime as cpu_runtime
+from medusa_apar.runtimes.cpu import known, library, packed_model
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime, unsupported_reason
 from medusa_apar.runtimes.cpu.weights import PackedMatrix, rounded
 from medusa_apar.runtimes.torch_runtime import TorchRuntime
@@ -256,7 +255,7 @@ def test_a_call_that_is_about_to_begin_survives_refresh():
 def test_packing_one_model_does_not_stop_calls_of_another(monkeypatch):
     first, second = (medusa_apar.attach(model_of(seed=seed), runtime="cpu") for seed in (1, 2))
     began, goes_on = threading.Event(), threading.Event()
-    pack = cpu_runtime._Packed.__init__
+    pack = packed_model.PackedModel.__init__
 
     def slowly(self, model, kind):
         if model is first.model:
@@ -264,7 +263,7 @@ def test_packing_one_model_does_not_stop_calls_of_another(monkeypatch):
             assert goes_on.wait(60)
         pack(self, model, kind)
 
-    monkeypatch.setattr(cpu_runtime._Packed, "__init__", slowly)
+    monkeypatch.setattr(packed_model.PackedModel, "__init__", slowly)
     first.refresh()
     call = threading.Thread(target=lambda: first.generate(**prompts(1, 5), max_new_tokens=4))
     call.start()
