@@ -3,6 +3,9 @@
 //   weights      panel[input / 4][16 outputs][4], a scale per output and 64 inputs
 //   activations  a scale per row and 64 inputs, as llama.cpp's Q8_0 blocks have one per 32
 //
+// Both are turned by a Hadamard transform of those 64 first, which leaves their products as they are: one large input
+// becomes 64 moderate ones, and takes nothing from the others' steps (QuIP, arXiv 2307.13304; QuaRot, 2404.00456).
+//
 // Sums of integers have one result in any order, and every way to take them ends in `add_scaled`, group after group. So
 // a row's bits are the same whichever instructions took it, and among however many rows.
 //
@@ -21,6 +24,7 @@ namespace mapar {
 
 constexpr int GROUP_INPUTS = 64;  // that share a scale
 constexpr int PANEL = 16;         // outputs side by side
+constexpr float ROTATED = 8;       // what the transform multiplies lengths with, sqrt(64)
 constexpr int QUADS = GROUP_INPUTS / 4, GROUP_BYTES = PANEL * GROUP_INPUTS;
 
 // A row's group of 64 inputs: its step, and what its sums begin with where weights have 128 more.
@@ -186,12 +190,9 @@ inline void panels_int8(const int8_t* panels, const float* scales, int inputs, c
 inline void quantise_int8(const float* x, int count, int padded, int8_t* steps, Group* groups) {
     typedef int8_t vb __attribute__((vector_size(LANES)));
     for (int g = 0; g < padded / GROUP_INPUTS; g++, steps += GROUP_INPUTS) {
-        float rest[GROUP_INPUTS] = {};
-        const float* own = x + g * GROUP_INPUTS;
-        if (const int left = count - g * GROUP_INPUTS; left < GROUP_INPUTS) {
-            std::memcpy(rest, own, sizeof(float) * std::max(left, 0));
-            own = rest;
-        }
+        alignas(64) float own[GROUP_INPUTS] = {};
+        std::memcpy(own, x + g * GROUP_INPUTS, sizeof(float) * std::clamp(count - g * GROUP_INPUTS, 0, GROUP_INPUTS));
+        hadamard<GROUP_INPUTS>(own);
         Peak all;
         for (int i = 0; i < GROUP_INPUTS; i += LANES) all.see(load(own + i));
         const float peak = all.value();
@@ -211,7 +212,7 @@ inline void quantise_int8(const float* x, int count, int padded, int8_t* steps, 
         int32_t parts[LANES], start = 0;
         std::memcpy(parts, &total, sizeof parts);
         for (int i = 0; i < LANES; i++) start -= 128 * parts[i];
-        groups[g] = {peak / 127, start};
+        groups[g] = {peak / 127 / ROTATED, start};
     }
 }
 

@@ -83,6 +83,47 @@ inline float largest(vf v) {
 #endif
 }
 
+// v's lanes i and i ^ H as sums and differences: a stage of a Hadamard transform.
+template <int H>
+inline vf butterfly(vf v) {
+    vi other, flip;
+    for (int i = 0; i < LANES; i++) {
+        other[i] = i ^ H;
+        flip[i] = i & H ? (int32_t)0x80000000 : 0;
+    }
+    vi bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    bits ^= flip;
+    vf signed_v;
+    std::memcpy(&signed_v, &bits, sizeof bits);
+#if defined(__clang__)
+    vf partner;
+    for (int i = 0; i < LANES; i++) partner[i] = v[i ^ H];
+#else
+    const vf partner = __builtin_shuffle(v, other);
+#endif
+    return partner + signed_v;
+}
+
+// The Hadamard transform of N numbers, in place, without its factor: stage by stage from neighbours on.
+template <int N>
+inline void hadamard(float* x) {
+    constexpr int COUNT = N / LANES;
+    vf v[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        v[i] = butterfly<4>(butterfly<2>(butterfly<1>(load(x + i * LANES))));
+        if (LANES > 8) v[i] = butterfly<LANES / 2>(v[i]);
+    }
+    for (int h = 1; h < COUNT; h *= 2)
+        for (int i = 0; i < COUNT; i++)
+            if (!(i & h)) {
+                const vf low = v[i], high = v[i ^ h];
+                v[i] = low + high;
+                v[i ^ h] = low - high;
+            }
+    for (int i = 0; i < COUNT; i++) store(x + i * LANES, v[i]);
+}
+
 // The largest amount of many numbers: as bits, so that what is not finite is larger than all that is.
 class Peak {
    public:

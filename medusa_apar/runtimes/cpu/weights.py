@@ -18,7 +18,8 @@ KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 class PackedMatrix:
     """A weight [outputs, inputs] and its bias, as `kind` stores them; `struct` is what compiled code reads.
 
-    int8 has a scale per output and 64 inputs, the largest of these weights becoming 127, and no zero point.
+    int8 has a scale per output and 64 inputs, the largest of these weights becoming 127, and no zero point; the 64 are
+    turned by `hadamard` first, as activations are.
     """
 
     def __init__(self, weight: Tensor, kind: str, bias: Tensor | None = None) -> None:
@@ -29,7 +30,7 @@ class PackedMatrix:
         self.kind = kind
         self.scales: Tensor | None = None
         if kind == "int8":
-            groups = whole.view(outputs, -1, GROUP_INPUTS)
+            groups = hadamard(whole.view(outputs, -1, GROUP_INPUTS))
             scales = groups.abs().amax(-1) / 127
             # Zero groups keep a scale of zero and divide by one.
             steps = (groups / scales.where(scales > 0, 1.0)[..., None]).round().to(torch.int8)
@@ -50,12 +51,13 @@ class PackedMatrix:
         )
 
     def dense(self) -> Tensor:
-        """float32 [outputs, inputs], what the stored weight stands for: the specification of its products."""
+        """float32 [outputs, padded inputs], what the stored weight stands for: the specification of its products. In
+        int8 something is left of the padding, where `rounded` leaves something too."""
         whole = self.panels.float().transpose(1, 2).reshape(len(self.panels) * PANEL, -1)
         if self.scales is not None:
             scales = self.scales.transpose(1, 2).reshape(len(whole), -1)
-            whole = (whole.view(*scales.shape, GROUP_INPUTS) * scales[..., None]).view(whole.shape)
-        return whole[: self.outputs, : self.inputs]
+            whole = hadamard(whole.view(*scales.shape, GROUP_INPUTS) * scales[..., None]).view(whole.shape)
+        return whole[: self.outputs]
 
     def __call__(self, x: Tensor) -> Tensor:
         """float32 [..., inputs] -> [..., outputs]; a row's bits do not depend on the other rows."""
@@ -117,14 +119,24 @@ def joined(layers: Sequence[nn.Linear]) -> Tensor | None:
     return torch.cat([floats(x.out_features).zero_() if x.bias is None else x.bias.detach().float() for x in layers])
 
 
+def hadamard(groups: Tensor) -> Tensor:
+    """The orthonormal Hadamard transform of float32 [..., 64], its own inverse, sums in the order of `vectors.h`."""
+    size = groups.shape[-1]
+    for width in (2**stage for stage in range(size.bit_length() - 1)):
+        low, high = groups.reshape(*groups.shape[:-1], -1, 2, width).unbind(-2)
+        groups = torch.stack((low + high, low - high), -2).view(groups.shape)
+    return groups / size**0.5
+
+
 def rounded(x: Tensor) -> Tensor:
-    """float32 [..., inputs]: what int8 products make of activations first, a step per row and 64 inputs: the
-    specification of `int8.h`'s quantise_int8."""
+    """float32 [..., inputs] -> [..., padded inputs]: what int8 products make of activations first, a step per row and
+    64 inputs: the specification of `int8.h`'s quantise_int8."""
     padded = nn.functional.pad(x.float(), (0, -x.shape[-1] % GROUP_INPUTS))
-    groups = padded.view(*x.shape[:-1], -1, GROUP_INPUTS)
+    groups = hadamard(padded.view(*x.shape[:-1], -1, GROUP_INPUTS)) * GROUP_INPUTS**0.5
     peaks = groups.abs().amax(-1, keepdim=True)
-    steps = (groups * (127 / peaks.clamp_min(1e-36))).round() * (peaks / 127) * (peaks >= 1e-36)
-    return steps.view(padded.shape)[..., : x.shape[-1]]
+    scales = peaks / 127 / GROUP_INPUTS**0.5 * (peaks >= 1e-36)
+    steps = (groups * (127 / peaks.clamp_min(1e-36))).round() * scales
+    return hadamard(steps).view(padded.shape)
 
 
 def up(count: int, multiple: int) -> int:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from medusa_apar.runtimes.cpu import library
-from medusa_apar.runtimes.cpu.weights import PackedMatrix, argmax, interleaved, rounded, top
+from medusa_apar.runtimes.cpu.weights import PackedMatrix, argmax, hadamard, interleaved, rounded, top
 
 KINDS = ("float32", "bfloat16", "int8")
 shapes = st.tuples(st.integers(1, 80), st.integers(1, 50), st.integers(1, 150))
@@ -31,7 +32,7 @@ def operands(rows, outputs, inputs, seed=0, bias=False):
 def test_products_are_those_of_the_stored_weight(shape, kind, bias, seed):
     x, weight, b = operands(*shape, seed, bias)
     packed = PackedMatrix(weight, kind, b)
-    read = rounded(x) if kind == "int8" else x
+    read = rounded(x) if kind == "int8" else nn.functional.pad(x, (0, packed.struct.inputs - x.shape[1]))
     expected = (read.double() @ packed.dense().double().T + (0 if b is None else b)).float()
     torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-6 * float(x.abs().max()) * shape[2] ** 0.5 * 4)
 
@@ -51,15 +52,28 @@ def test_a_row_has_the_same_bits_alone_and_among_others(shape, kind, threads, se
         torch.set_num_threads(before)
 
 
-def test_int8_is_within_half_a_step_of_its_group_and_float32_is_kept():
-    weight = torch.randn(33, 200, generator=torch.Generator().manual_seed(1))
+def test_int8_is_within_half_a_step_of_its_turned_group_and_float32_is_kept():
+    weight = torch.randn(33, 192, generator=torch.Generator().manual_seed(1))
     weight[:, 64:128] *= 100  # a group of its own scale
-    error = (PackedMatrix(weight, "int8").dense() - weight).abs()
-    for start in range(0, 200, 64):
-        step = weight[:, start : start + 64].abs().amax(1, keepdim=True) / 127
-        assert (error[:, start : start + 64] <= 0.501 * step).all()
+    turned = [hadamard(each.view(33, 3, 64)) for each in (weight, PackedMatrix(weight, "int8").dense())]
+    steps = turned[0].abs().amax(-1, keepdim=True) / 127
+    assert ((turned[1] - turned[0]).abs() <= 0.501 * steps).all()
     assert torch.equal(PackedMatrix(weight, "float32").dense(), weight)
     assert torch.equal(PackedMatrix(weight, "bfloat16").dense(), weight.bfloat16().float())
+
+
+def test_the_transform_is_its_own_inverse_and_keeps_products():
+    a, b = torch.randn(2, 5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(hadamard(hadamard(a)), a)
+    torch.testing.assert_close((hadamard(a) * hadamard(b)).sum(-1), (a * b).sum(-1))
+
+
+def test_one_large_input_takes_little_from_the_others():
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
+    x[:, 5] *= 100
+    step = x.abs().amax(1, keepdim=True) / 127
+    untransformed = (x / step).round() * step
+    assert float((rounded(x) - x).std()) < float((untransformed - x)[:, 6:].std()) / 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,9 +184,12 @@ def test_the_largest_steps_do_not_saturate(machine):
         pytest.skip(f"this processor is no {machine}")
     for sign in (1, -1):
         for other in (1, -1):
-            packed = PackedMatrix(torch.full((16, 128), float(sign)), "int8")
-            made = product(machine, packed, torch.full((20, 128), float(other)))
-            torch.testing.assert_close(made, torch.full((20, 16), 128.0 * sign * other), rtol=1e-6, atol=0)
+            first = torch.zeros(128)
+            first[::64] = 1  # becomes 64 equal ones
+            packed = PackedMatrix(first.expand(16, 128) * sign, "int8")
+            assert (packed.panels.abs() == 127).all()
+            made = product(machine, packed, first.expand(20, 128).contiguous() * other)
+            torch.testing.assert_close(made, torch.full((20, 16), 2.0 * sign * other), rtol=1e-6, atol=0)
 
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for Arm")
