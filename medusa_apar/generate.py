@@ -386,7 +386,7 @@ def attach(
         attention: the torch runtime's, which a name asks for: "sdpa" attends with masks, "triton" with kernels; "auto"
             takes the kernels on a GPU.
         cuda_graphs: whether steps over "triton" run as CUDA graphs (None: on a GPU).
-        runtime: "torch" runs transformers' modules, "cpu" compiled code for a model built like Llama on a CPU; "auto"
+        runtime: "torch" runs transformers' modules, "cpu" compiled code for a model of a known family on a CPU; "auto"
             takes the second where it can.
         quantize: "int8" rounds weights to 8 bits, a scale per output and 64 inputs, those of the heads too, activations
             likewise, and the KV pool to 16 (CPU runtime only; the model keeps its own).

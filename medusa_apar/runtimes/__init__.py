@@ -6,7 +6,7 @@ torch_runtime.py     any model, any device, over an attention backend
 attention.py         the attention backends, entered through transformers' interfaces
 triton_attention.py  the backend whose attention is a kernel
 cuda_graphs.py       small steps as one launch
-cpu/                 models built like Llama in compiled code
+cpu/                 models of many families in compiled code
 packed_linear.py     linear layers on a CPU from weights laid out for few rows
 capture.py           the hidden states that heads read, taken out of a forward pass
 agreement.py         whether a runtime computes what the model does

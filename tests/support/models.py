@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from medusa_apar.threads.control_tokens import ControlTokens
@@ -100,6 +102,29 @@ COMPILED = {
     "qwen2": lambda: Qwen2Config(**_SIZES),
     "heads of 96": lambda: LlamaConfig(**{**_SIZES, "head_dim": 96, "num_attention_heads": 2}),
     "heads of 128": lambda: LlamaConfig(**{**_SIZES, "head_dim": 128, "num_attention_heads": 2}),
+    "llama, biases": lambda: LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
+    "qwen3": lambda: Qwen3Config(**_SIZES),
+    "smollm3": lambda: SmolLM3Config(**_SIZES, no_rope_layer_interval=2, pad_token_id=0),
+    "granite": lambda: GraniteConfig(
+        **_SIZES, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.1, logits_scaling=2.0
+    ),
+    "phi3": lambda: Phi3Config(**_SIZES, pad_token_id=0, sliding_window=9),
+    "phi3, partly turned": lambda: Phi3Config(
+        **{**_SIZES, "head_dim": 64},
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    "olmo2": lambda: Olmo2Config(**_SIZES),
+    "gemma2": lambda: Gemma2Config(**_SIZES, sliding_window=6, query_pre_attn_scalar=50, pad_token_id=0),
+    "gemma2, tight caps": lambda: Gemma2Config(
+        **_SIZES, sliding_window=6, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, pad_token_id=0
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SIZES,
+        sliding_window=5,
+        pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "qwen2, windows": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
 }
 

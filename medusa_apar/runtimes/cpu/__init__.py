@@ -1,7 +1,8 @@
-"""The step of a Llama-like model in compiled code, for CPUs.
+"""The step of a model in compiled code, for CPUs.
 
 runtime.py     a forward pass over a forest
 packed_model.py  a model as compiled code reads it
+layers.py      what a decoder layer is, and where each family keeps its parts
 known.py       which models are computed: those that are what transformers defines
 weights.py     a model's weights in the layout of the compiled code
 weight_fingerprint.py  whether weights still are what was copied

@@ -30,7 +30,7 @@ constexpr int FETCHED = 64;  // bytes that one fetch brings
 
 struct Heads {
     int32_t heads, kv_heads, head_dim;
-    float scale;
+    float scale, cap;  // of scores; cap: they become cap * tanh(score / cap), 0: they stay
 };
 
 // A layer's share of the KV pool, [capacity][kv_heads][head_dim]; scales, of steps: [capacity][kv_heads][2], or null.
@@ -70,6 +70,16 @@ struct Block {
     const float* query[BLOCK];
     float* out[BLOCK];
 };
+
+inline void cap_scores(float* row, int length, float cap) {
+    for (int s = 0; s < length; s += LANES) {
+        float part[LANES] = {};
+        const size_t bytes = sizeof(float) * std::min(LANES, length - s);
+        std::memcpy(part, row + s, bytes);
+        store(part, capped(load(part), cap));
+        std::memcpy(row + s, part, bytes);
+    }
+}
 
 // Scores become weights that sum to 1.
 inline void softmax(float* row, int length) {
@@ -163,7 +173,11 @@ inline void attend_block(const Heads& h, const Cache& cache, const Block& b) {
             });
         });
     for (int r = 0; r < b.rows; r++)
-        for (int g = 0; g < group; g++) softmax(b.weights + ((size_t)r * group + g) * b.longest, b.lengths[r]);
+        for (int g = 0; g < group; g++) {
+            float* scores = b.weights + ((size_t)r * group + g) * b.longest;
+            if (h.cap > 0) cap_scores(scores, b.lengths[r], h.cap);
+            softmax(scores, b.lengths[r]);
+        }
     over_tiles(
         b, group, packs, [&](const Places& at) { cache.pack_values(at, tile); },
         [&](int r, const Places& at, bool packed) {

@@ -28,6 +28,7 @@ SOURCES = (
     *("step.cpp", "weight_fingerprint.h", "hydra.h", "float_cache.h", "step_cache.h", "attention.h"),
     *("int16.h", "product.h", "team.h", "top.h", "choose.h", "panel16.h", "matrix.h", "vectors.h", "int8.h", "amx.h"),
 )
+TABLES = 2  # of rotary embeddings, in a step
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 PHASES = ("norm", "qkv", "attention", "output", "gate_up", "down", "unembedding")
 
@@ -40,21 +41,25 @@ class Matrix(ctypes.Structure):
 
 
 class Heads(ctypes.Structure):
-    _fields_ = (("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32), ("scale", c_float))
+    _fields_ = (("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32), ("scale", c_float), ("cap", c_float))
 
 
 class Layer(ctypes.Structure):
     _fields_ = (
-        *(("attention_norm", c_void_p), ("mlp_norm", c_void_p)),
+        *((name, c_void_p) for name in ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")),
+        *(("query_norm", c_void_p), ("key_norm", c_void_p)),
         *(("qkv", Matrix), ("output", Matrix), ("gate_up", Matrix), ("down", Matrix)),
-        *(("keys", c_void_p), ("values", c_void_p), ("scales", c_void_p), ("window", c_int32), ("aux_layer", c_int32)),
+        *(("keys", c_void_p), ("values", c_void_p), ("scales", c_void_p)),
+        *(("window", c_int32), ("aux_layer", c_int32), ("rotary", c_int32)),
     )
 
 
 class Model(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("layers", "hidden", "intermediate", "vocabulary", "table_kind")),
-        *(("heads", Heads), ("eps", c_float), ("norm", c_void_p), ("table", c_void_p)),
+        *(("turned", c_int32), ("whole_norms", c_int32), ("gelu", c_int32), ("heads", Heads)),
+        *((name, c_float) for name in ("eps", "embedding_scale", "residual_scale", "logit_scale", "logit_cap")),
+        *(("norm", c_void_p), ("table", c_void_p)),
         *(("layer", POINTER(Layer)), ("unembedding", Matrix)),
     )
 
@@ -62,7 +67,8 @@ class Model(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = (
         *(("rows", c_int32), ("verified", c_int32), ("aux_layers", c_int32), ("longest", c_int32)),
-        *((name, c_void_p) for name in ("tokens", "cos", "sin", "positions", "slots", "slot_lists", "runs")),
+        *(("tokens", c_void_p), ("cos", c_void_p * TABLES), ("sin", c_void_p * TABLES)),
+        *((name, c_void_p) for name in ("positions", "slots", "slot_lists", "runs")),
         *((name, c_void_p) for name in ("verified_rows", "hidden", "logits", "x", "qkv", "wide", "steps", "groups")),
         ("seconds", c_void_p),
     )

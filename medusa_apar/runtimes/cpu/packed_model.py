@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from medusa_apar.models.families import context_length
 
 from . import library
+from .layers import LayerNumbers, LayerParts, family_of, layers_of, numbers_of, rotary_kinds
 from .library import floats
 from .weight_fingerprint import WeightFingerprint
 from .weights import PackedMatrix, interleaved, joined
@@ -22,14 +23,6 @@ def weights_of(model: PreTrainedModel) -> list[Tensor]:
     """All parameters and buffers; in one go over the modules, since every call asks."""
     found = (weight for m in model.modules() for store in (m._parameters, m._buffers) for weight in store.values())
     return list({id(weight): weight for weight in found if weight is not None}.values())
-
-
-def _settings(model: Any) -> tuple:
-    """What the forward pass depends on beside weights."""
-    decoder = model.model
-    layers = decoder.layers[: model.config.num_hidden_layers]
-    windows = tuple(_window(layer) for layer in layers)
-    return layers[0].self_attn.scaling, decoder.norm.variance_epsilon, decoder.rotary_emb.attention_scaling, windows
 
 
 class Packs:
@@ -49,20 +42,31 @@ def packs_of(model: PreTrainedModel) -> Packs:
         return _packs.setdefault(model, Packs())
 
 
+class PackedLayer(NamedTuple):
+    """float32 norms, None where a family has none, and matrices as step.cpp's Layer has them."""
+
+    norms: tuple[Tensor | None, ...]  # before attention, behind it, before the MLP, behind it; of queries, of keys
+    matrices: tuple[PackedMatrix, ...]  # queries, keys and values; attention's output; gate and up by turns; down
+    numbers: LayerNumbers
+
+
 class PackedModel:
     """A model's weights as compiled code reads them."""
 
     def __init__(self, model: Any, kind: str) -> None:
+        family = family_of(model)
+        assert family is not None
         config, decoder = model.config, model.model
-        attention = decoder.layers[0].self_attn
         self.kind = kind
         # Before any of it is copied:
-        self._settings, self._fingerprint = _settings(model), WeightFingerprint(weights_of(model))
+        self.numbers, self._fingerprint = numbers_of(model, family), WeightFingerprint(weights_of(model))
         self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
-        self.eps = decoder.norm.variance_epsilon
-        dim = attention.head_dim
-        self.heads = library.Heads(config.num_attention_heads, config.num_key_value_heads, dim, attention.scaling)
-        self.norm = _vector(decoder.norm)
+        self.heads = library.Heads(
+            *(config.num_attention_heads, config.num_key_value_heads, decoder.layers[0].self_attn.head_dim),
+            *(self.numbers.scale, self.numbers.score_cap),
+        )
+        self._centred = family.centred
+        self.norm = self._vector(decoder.norm)
         self.unembedding = PackedMatrix(
             model.get_output_embeddings().weight, kind, getattr(model.get_output_embeddings(), "bias", None)
         )
@@ -70,47 +74,61 @@ class PackedModel:
         self.table = table if table.dtype == torch.bfloat16 else table.float()
         self._context = context_length(model)
         self._rotary = decoder.rotary_emb
-        self._table: tuple[Tensor, Tensor] | None = None
-        self.layers = [_layer(layer, kind) for layer in decoder.layers[: config.num_hidden_layers]]
+        self.rotary_kinds = rotary_kinds(self._rotary)
+        self.turned = 2 * len(getattr(self._rotary, f"{self.rotary_kinds[0]}inv_freq"))
+        self._tables: list[tuple[Tensor, Tensor]] = []
+        self.layers = [
+            self._layer(parts, numbers)
+            for parts, numbers in zip(layers_of(model, family), self.numbers.layers, strict=True)
+        ]
 
-    def is_of(self, model: PreTrainedModel, entirely: bool) -> bool:
+    @property
+    def whole_norms(self) -> bool:
+        """Whether norms of queries and keys are of all heads at once."""
+        norm = self.layers[0].norms[4]
+        return norm is not None and len(norm) != self.heads.head_dim
+
+    def is_of(self, model: Any, entirely: bool) -> bool:
         """Whether the model still is what was packed."""
-        return self._settings == _settings(model) and self._fingerprint.matches(weights_of(model), entirely)
+        family = family_of(model)
+        if family is None or self.numbers != numbers_of(model, family):
+            return False
+        return self._fingerprint.matches(weights_of(model), entirely)
 
-    def rotary(self, needed: int) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 [positions, head_dim] of at least so many positions, from the model's own module."""
-        table = self._table
-        if table is None or len(table[0]) < needed:
+    def rotary(self, needed: int) -> list[tuple[Tensor, Tensor]]:
+        """For each of `rotary_kinds` cos and sin, float32 [positions, turned] of at least so many positions, from the
+        model's own module."""
+        if not self._tables or len(self._tables[0][0]) < needed:
             longest = 1 << max(needed - 1, 255).bit_length()
             if self._context is not None:  # beyond, some modules turn to other frequencies, for all positions
                 longest = max(min(longest, self._context), needed)
             positions = torch.arange(longest, dtype=torch.int64, device="cpu")
-            cos, sin = self._rotary(floats(0), positions[None])
-            table = self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
-            assert cos.shape == sin.shape == (1, longest, self.heads.head_dim)
-        return table
+            kinds = [[kind.removesuffix("_")] if kind else [] for kind in self.rotary_kinds]
+            made = [self._rotary(floats(0), positions[None], *kind) for kind in kinds]
+            assert all(table.shape == (1, longest, self.turned) for pair in made for table in pair)
+            self._tables = [(cos[0].float().contiguous(), sin[0].float().contiguous()) for cos, sin in made]
+        return self._tables
 
+    def _layer(self, parts: LayerParts, numbers: LayerNumbers) -> PackedLayer:
+        gate_up = [linear.weight.detach() for linear in parts.gate_up]
+        gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2)
+        bias = joined(parts.gate_up)
+        if bias is not None:
+            bias = interleaved(*bias[:, None].chunk(2))[:, 0]
+        return PackedLayer(
+            tuple(
+                None if norm is None else self._vector(norm)
+                for norm in (*parts.norms, *(parts.path_norms or (None, None)))
+            ),
+            (
+                PackedMatrix(torch.cat([linear.weight.detach() for linear in parts.qkv]), self.kind, joined(parts.qkv)),
+                PackedMatrix(parts.output.weight, self.kind, parts.output.bias),
+                PackedMatrix(interleaved(gate, up), self.kind, bias),
+                PackedMatrix(parts.down.weight, self.kind, parts.down.bias),
+            ),
+            numbers,
+        )
 
-def _layer(layer: Any, kind: str) -> tuple[tuple[Tensor, Tensor], tuple[PackedMatrix, ...], int]:
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    norms = (_vector(layer.input_layernorm), _vector(layer.post_attention_layernorm))
-    matrices = (
-        PackedMatrix(torch.cat([p.weight.detach() for p in projections]), kind, joined(projections)),
-        PackedMatrix(attention.o_proj.weight, kind),
-        PackedMatrix(interleaved(mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()), kind),
-        PackedMatrix(mlp.down_proj.weight, kind),
-    )
-    return norms, matrices, _window(layer)
-
-
-def _window(layer: Any) -> int:
-    """Last positions of its path that a layer sees, 0 for all."""
-    window = getattr(layer.self_attn, "sliding_window", None)
-    if window is None and type(layer).__name__ == "MistralDecoderLayer":
-        window = getattr(layer.self_attn.config, "sliding_window", None)
-    return window or 0
-
-
-def _vector(norm: nn.Module) -> Tensor:
-    return cast(Tensor, norm.weight).detach().float().contiguous()
+    def _vector(self, norm: nn.Module) -> Tensor:
+        weight = cast(Tensor, norm.weight).detach().float().contiguous()
+        return weight + 1 if self._centred else weight

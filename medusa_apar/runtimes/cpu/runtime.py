@@ -1,4 +1,4 @@
-"""A forward pass over a forest in compiled code, for models built like Llama, in float32, bfloat16 or int8 weights.
+"""A forward pass over a forest in compiled code, for the families of `layers.py`, in float32, bfloat16 or int8 weights.
 
 Activations and every sum of a float are float32, and so is the KV pool. With int8 weights activations are int8 steps
 where they meet a matrix (`int8.h`), and the pool holds int16 steps, a scale for each slot and KV head
@@ -12,7 +12,7 @@ import ctypes
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,6 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Why this runtime cannot run the model, in half a sentence; None where it can."""
     if why := _unsupported_now(model):
         return why
-    decoder = cast(Any, model).model
-    for layer in decoder.layers:
-        linears = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        if any(linear.bias is not None for linear in linears):
-            return "its MLP or its attention's output has a bias"
     if why := known.odd_shape(model):
         return why
     missing = library.outcome()
@@ -137,15 +132,20 @@ class CpuRuntime:
         packed = scratch.packed  # of one session, whatever happens to the weights meanwhile
         rows, verified = len(forest), len(forest.verified_rows)
         lists, runs, longest = forest.paths()
-        cos, sin = packed.rotary(longest)  # a position is the length of the path before it
+        tables = packed.rotary(longest)  # a position is the length of the path before it
         hidden = floats(verified, packed.hidden * (1 + len(aux_layers)))
         buffers, sizes = scratch.buffers(rows, verified), scratch.sizes(rows, verified)
-        tables = (address(table, torch.float32, longest * packed.heads.head_dim) for table in (cos, sin))
+        turns = (
+            tuple(address(table, torch.float32, longest * packed.turned) for table in each)
+            for each in zip(*tables, strict=True)
+        )
         indices = (address(each, torch.int64, rows) for each in (forest.position_ids, forest.slots))
         arrays = (torch.from_numpy(array) for array in (lists, runs))
         step = library.Step(
             *(rows, verified, len(aux_layers), longest),
-            *(address(forest.input_ids, torch.int64, rows), *tables, *indices),
+            address(forest.input_ids, torch.int64, rows),
+            *((ctypes.c_void_p * library.TABLES)(*turn) for turn in turns),
+            *indices,
             *(address(array, torch.int32, array.numel()) for array in arrays),
             address(forest.verified_rows, torch.int64, verified),
             address(hidden, torch.float32, verified * packed.hidden * (1 + len(aux_layers))),
@@ -215,21 +215,25 @@ class _Scratch:
             steps = packed.kind == "int8"
             stored, size = torch.int16 if steps else torch.float32, pool.capacity * heads.kv_heads
             layers = (library.Layer * len(packed.layers))()
-            for index, (norms, matrices, window) in enumerate(packed.layers):
+            for index, layer in enumerate(packed.layers):
                 stores = (pool.keys[index], pool.values[index])
+                norms = (None if norm is None else address(norm, torch.float32, len(norm)) for norm in layer.norms)
+                rotary = layer.numbers.rotary
                 layers[index] = library.Layer(
-                    *(address(norm, torch.float32, packed.hidden) for norm in norms),
-                    *(matrix.struct for matrix in matrices),
+                    *norms,
+                    *(matrix.struct for matrix in layer.matrices),
                     *(address(store, stored, size * heads.head_dim) for store in stores),
                     address(pool.scales[index], torch.float32, size * 2) if steps else None,
-                    *(window, aux_layers.index(index) if index in aux_layers else -1),
+                    *(layer.numbers.window, aux_layers.index(index) if index in aux_layers else -1),
+                    -1 if rotary is None else packed.rotary_kinds.index(rotary),
                 )
-            table = packed.table
+            table, numbers = packed.table, packed.numbers
             model = library.Model(
                 *(len(layers), packed.hidden, packed.intermediate, len(table)),
-                *(KINDS[str(table.dtype).removeprefix("torch.")], heads, packed.eps),
-                *(address(packed.norm, torch.float32, packed.hidden), address(table, table.dtype, table.numel())),
-                *(layers, packed.unembedding.struct),
+                *(KINDS[str(table.dtype).removeprefix("torch.")], packed.turned, packed.whole_norms),
+                *(numbers.activation == "gelu", heads, numbers.eps, numbers.embedding_scale, numbers.residual_scale),
+                *(numbers.logit_scale, numbers.logit_cap, address(packed.norm, torch.float32, packed.hidden)),
+                *(address(table, table.dtype, table.numel()), layers, packed.unembedding.struct),
             )
             self._model = (pool.capacity, aux_layers), model
         return self._model[1]

@@ -1,4 +1,4 @@
-// One forward pass of a Llama-like decoder over a forest, in one parallel region: what eager transformers does in some
+// One forward pass of a decoder over a forest, in one parallel region: what eager transformers does in some
 // thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
 #include "choose.h"
 #include "weight_fingerprint.h"
@@ -17,23 +17,32 @@ using namespace mapar;
 
 extern "C" {
 
+// Norms are null where a family has none.
 struct Layer {
-    const float *attention_norm, *mlp_norm;
-    Matrix qkv, output, gate_up, down;  // gate_up: panels of gate and up by turns
+    const float *attention_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm;  // before and behind, [hidden]
+    const float *query_norm, *key_norm;  // [head_dim], or of all heads at once
+    Matrix qkv, output, gate_up, down;   // gate_up: panels of gate and up by turns
     Pool pool;
-    int32_t window;                     // last positions of the path that are seen, 0: all
-    int32_t aux_layer;                  // place of its output among the auxiliary ones, or -1
+    int32_t window;                      // last positions of the path that are seen, 0: all
+    int32_t aux_layer;                   // place of its output among the auxiliary ones, or -1
+    int32_t rotary;                      // which of the step's tables turns queries and keys, or -1
 };
 
 struct Model {
     int32_t layers, hidden, intermediate, vocabulary, table_kind;
+    int32_t turned;         // of a head's dimensions, those that rotary embeddings turn
+    int32_t whole_norms;    // whether query_norm and key_norm are of all heads at once
+    int32_t gelu;           // the MLP's activation: 0 SiLU, 1 GELU
     Heads heads;
-    float eps;
+    float eps, embedding_scale, residual_scale;  // the second multiplies what attention and MLP add
+    float logit_scale, logit_cap;                // of logits, then cap * tanh(logit / cap) unless that is 0
     const float* norm;
     const void* table;  // input embeddings [vocabulary][hidden], FLOAT32 or BFLOAT16
     const Layer* layer;
     Matrix unembedding;
 };
+
+constexpr int TABLES = 2;  // of rotary embeddings: local and global layers may have their own
 
 // A row's path is three runs of `slot_lists`: the segment's cached path, its extend tokens, the draft node's ancestors.
 struct Run {
@@ -43,7 +52,7 @@ struct Run {
 struct Step {
     int32_t rows, verified, aux_layers, longest;  // longest path
     const int64_t* tokens;                  // [rows]
-    const float *cos, *sin;                 // [positions][head_dim]
+    const float *cos[TABLES], *sin[TABLES]; // [positions][turned]
     const int64_t *positions, *slots;       // [rows]
     const int32_t* slot_lists;
     const Run* runs;               // [rows][3]
@@ -71,8 +80,8 @@ EXPORTED int mapar_sizes(int which) {
 
 namespace {
 
-inline void rotate(float* head, const float* cos, const float* sin, int dim) {
-    const int half = dim / 2;
+inline void rotate(float* head, const float* cos, const float* sin, int turned) {
+    const int half = turned / 2;
     for (int i = 0; i < half; i += LANES) {
         const vf low = load(head + i), high = load(head + half + i);
         store(head + i, low * load(cos + i) - high * load(sin + i));
@@ -116,18 +125,21 @@ struct LayerPass {
         attend();
         quantise_for(layer.output, s.wide, q_width);
         clock.end(ATTENTION);
-        add_to_x(layer.output, s.wide, q_width, OUTPUT);
+        add_to_x(layer.output, layer.attention_out_norm, s.wide, q_width, OUTPUT);
         normalise(layer.mlp_norm, layer.gate_up, s.qkv);
         gate();
         quantise_for(layer.down, s.wide, m.intermediate);
         clock.end(GATE_UP);
-        add_to_x(layer.down, s.wide, m.intermediate, DOWN);
+        add_to_x(layer.down, layer.mlp_out_norm, s.wide, m.intermediate, DOWN);
     }
 
     void normalise(const float* weight, const Matrix& next, float* out) {
         for (int r = rows.first; r < rows.last; r++) {
             float* normed = out + (size_t)r * m.hidden;
-            rms_norm(s.x + (size_t)r * m.hidden, weight, m.hidden, m.eps, normed);
+            if (weight)
+                rms_norm(s.x + (size_t)r * m.hidden, weight, m.hidden, m.eps, normed);
+            else
+                std::memcpy(normed, s.x + (size_t)r * m.hidden, sizeof(float) * m.hidden);
             prepare(next, normed, m.hidden, r, s.act);
         }
         barrier.wait();
@@ -148,21 +160,44 @@ struct LayerPass {
                                         sizeof tile[p][r]);
                 });
             });
-            const Cache cache(h, layer.pool, head < h.heads ? 0 : (head - h.heads) % h.kv_heads);
-            for (int r = 0; r < s.rows; r++) {
-                float* here = s.qkv + (size_t)r * width + head * dim;
-                const int64_t turn = s.positions[r] * dim;
-                if (head < h.heads + h.kv_heads) rotate(here, s.cos + turn, s.sin + turn, dim);
-                if (head < h.heads)
-                    cache.ready_query(here);
-                else if (head < h.heads + h.kv_heads)
-                    cache.keep_key(s.slots[r], here);
-                else
-                    cache.keep_value(s.slots[r], here);
-            }
+            if (!all_at_once()) place(head);
         }
         barrier.wait();
+        if (all_at_once()) {
+            for (int r = rows.first; r < rows.last; r++) {
+                float *queries = s.qkv + (size_t)r * width, *keys = queries + q_width;
+                rms_norm(queries, layer.query_norm, q_width, m.eps, queries);
+                rms_norm(keys, layer.key_norm, h.kv_heads * dim, m.eps, keys);
+            }
+            barrier.wait();
+            for (int head = heads.first; head < heads.last; head++) place(head);
+            barrier.wait();
+        }
         clock.end(QKV);
+    }
+
+    bool all_at_once() const { return layer.query_norm && m.whole_norms; }
+
+    // Normalises and turns a head's rows, and puts keys and values into the pool.
+    void place(int head) {
+        const Heads& h = m.heads;
+        const Cache cache(h, layer.pool, head < h.heads ? 0 : (head - h.heads) % h.kv_heads);
+        const bool query = head < h.heads, key = !query && head < h.heads + h.kv_heads;
+        const float* norm = m.whole_norms ? nullptr : query ? layer.query_norm : key ? layer.key_norm : nullptr;
+        for (int r = 0; r < s.rows; r++) {
+            float* here = s.qkv + (size_t)r * width + head * dim;
+            if (norm) rms_norm(here, norm, dim, m.eps, here);
+            if ((query || key) && layer.rotary >= 0) {
+                const int64_t turn = s.positions[r] * m.turned;
+                rotate(here, s.cos[layer.rotary] + turn, s.sin[layer.rotary] + turn, m.turned);
+            }
+            if (query)
+                cache.ready_query(here);
+            else if (key)
+                cache.keep_key(s.slots[r], here);
+            else
+                cache.keep_value(s.slots[r], here);
+        }
     }
 
     // Tasks are (KV head, row), a head's rows together; a thread's part of them goes in blocks.
@@ -194,7 +229,7 @@ struct LayerPass {
                     for (int i = 0; i < PANEL; i += LANES) {
                         const vf gate = load(tile[0][r] + i), up = load(tile[1][r] + i);
                         store(s.wide + (size_t)(first + r) * m.intermediate + p * PANEL + i,
-                              gate * up / (exp(-gate) + 1.f));
+                              (m.gelu ? gelu(gate) : silu(gate)) * up);
                     }
             });
         barrier.wait();
@@ -206,22 +241,55 @@ struct LayerPass {
         barrier.wait();
     }
 
-    void add_to_x(const Matrix& matrix, const float* input, int stride, Phase phase) {
+    // Adds a product to the residual stream; where a norm comes between, the product waits in `qkv`.
+    void add_to_x(const Matrix& matrix, const float* norm, const float* input, int stride, Phase phase) {
         const Rows prepared = rows_for(matrix, input, stride, s.act);
         const Share panels = share(matrix.outputs / PANEL);
         in_pairs(panels.first, panels.last, [&](int index, auto count) {
             tiles<count>(matrix, index, prepared, s.rows, [&](int first, int size, auto& tile) {
                 for (int p = 0; p < count; p++)
                     for (int r = 0; r < size; r++) {
-                        float* x = s.x + (size_t)(first + r) * m.hidden + (index + p) * PANEL;
-                        for (int i = 0; i < PANEL; i += LANES) store(x + i, load(x + i) + load(tile[p][r] + i));
+                        const size_t place = (size_t)(first + r) * m.hidden + (index + p) * PANEL;
+                        for (int i = 0; i < PANEL; i += LANES) {
+                            const vf made = load(tile[p][r] + i);
+                            if (norm)
+                                store(s.qkv + place + i, made);
+                            else
+                                store(s.x + place + i, fused(made, splat(m.residual_scale), load(s.x + place + i)));
+                        }
                     }
             });
         });
         barrier.wait();
+        if (norm) {
+            for (int r = rows.first; r < rows.last; r++) {
+                float *x = s.x + (size_t)r * m.hidden, *made = s.qkv + (size_t)r * m.hidden;
+                rms_norm(made, norm, m.hidden, m.eps, made);
+                for (int i = 0; i < m.hidden; i += LANES)
+                    store(x + i, fused(load(made + i), splat(m.residual_scale), load(x + i)));
+            }
+            barrier.wait();
+        }
         clock.end(phase);
     }
 };
+
+// Scales and caps those logits that this thread has made.
+inline void finish_logits(const Model& m, const Step& s, int outputs) {
+    const Share panels = share(m.unembedding.outputs / PANEL);
+    const int first = panels.first * PANEL, last = std::min(panels.last * PANEL, outputs);
+    for (int r = 0; r < s.verified; r++) {
+        float* row = s.logits + (size_t)r * outputs;
+        for (int i = first; i < last; i += LANES) {
+            float part[LANES] = {};
+            const size_t bytes = sizeof(float) * std::min(LANES, last - i);
+            std::memcpy(part, row + i, bytes);
+            const vf scaled = load(part) * m.logit_scale;
+            store(part, m.logit_cap > 0 ? capped(scaled, m.logit_cap) : scaled);
+            std::memcpy(row + i, part, bytes);
+        }
+    }
+}
 
 }  // namespace
 
@@ -241,7 +309,8 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
         const Share rows = share(s.rows), verified = share(s.verified);
         for (int r = rows.first; r < rows.last; r++)  // each thread those that it normalises first
             for (int i = 0; i < m.hidden; i += LANES)
-                store(s.x + (size_t)r * m.hidden + i, embedded(m.table, m.table_kind, s.tokens[r] * m.hidden + i));
+                store(s.x + (size_t)r * m.hidden + i,
+                      embedded(m.table, m.table_kind, s.tokens[r] * m.hidden + i) * m.embedding_scale);
         const int width = (1 + s.aux_layers) * m.hidden;
         for (int l = 0; l < m.layers; l++) {
             if (m.layer[l].pool.scales)
@@ -262,6 +331,7 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
         clock.end(NORM);
         multiply(m.unembedding, rows_for(m.unembedding, s.hidden, width, s.act), s.verified, s.logits,
                  outputs, outputs);
+        if (m.logit_scale != 1 || m.logit_cap > 0) finish_logits(m, s, outputs);
         barrier.wait();
         clock.end(UNEMBED);
     }

@@ -172,4 +172,11 @@ inline vf exp(vf x) {
     return p * scale;
 }
 
+// cap * tanh(x / cap)
+inline vf capped(vf x, float cap) { return cap - 2 * cap / (exp(x * (2 / cap)) + 1.f); }
+
+// x times the logistic function of x, and GELU in its form with tanh (arXiv 1606.08415), which is one of another x.
+inline vf silu(vf x) { return x / (exp(-x) + 1.f); }
+inline vf gelu(vf x) { return x / (exp(x * (x * x * 0.0713548163f + 1.59576912f) * -1.f) + 1.f); }
+
 }  // namespace mapar
