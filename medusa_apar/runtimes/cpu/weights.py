@@ -13,6 +13,8 @@ from .library import address, floats
 PANEL = 16
 GROUP_INPUTS = 64
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
+_INPUTS = {"float32": 1, "bfloat16": 32, "int8": GROUP_INPUTS}  # what inputs are padded to a multiple of
+_TOGETHER = {"float32": 1, "bfloat16": 2, "int8": 4}  # inputs of an output side by side
 
 
 class PackedMatrix:
@@ -24,7 +26,7 @@ class PackedMatrix:
 
     def __init__(self, weight: Tensor, kind: str, bias: Tensor | None = None) -> None:
         self.outputs, self.inputs = weight.shape
-        outputs, inputs = up(self.outputs, PANEL), up(self.inputs, GROUP_INPUTS if kind == "int8" else 1)
+        outputs, inputs = up(self.outputs, PANEL), up(self.inputs, _INPUTS[kind])
         whole = floats(outputs, inputs).zero_()
         whole[: self.outputs, : self.inputs] = weight.detach().float()
         self.kind = kind
@@ -35,10 +37,9 @@ class PackedMatrix:
             # Zero groups keep a scale of zero and divide by one.
             steps = (groups / scales.where(scales > 0, 1.0)[..., None]).round().to(torch.int8)
             self.scales = scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous()
-            panels = steps.view(-1, PANEL, inputs // 4, 4).transpose(1, 2)
         else:
-            panels = whole.to(getattr(torch, kind)).view(-1, PANEL, inputs).transpose(1, 2)
-        self.panels = panels.contiguous()
+            steps = whole.to(getattr(torch, kind))
+        self.panels = steps.view(-1, PANEL, inputs // _TOGETHER[kind], _TOGETHER[kind]).transpose(1, 2).contiguous()
         self.bias: Tensor | None = None
         if bias is not None:
             self.bias = floats(outputs).zero_()
@@ -63,16 +64,12 @@ class PackedMatrix:
         """float32 [..., inputs] -> [..., outputs]; a row's bits do not depend on the other rows."""
         rows = x.reshape(-1, self.inputs).float().contiguous()
         count, inputs = len(rows), self.struct.inputs
-        out, steps, groups = floats(count, self.outputs), None, None
-        if self.kind == "int8":
-            steps = torch.empty(count, inputs, dtype=torch.int8, device="cpu")
-            groups = floats(count, inputs // GROUP_INPUTS, 2)
+        out, steps, groups = floats(count, self.outputs), floats(count, inputs), floats(count, inputs // 32 + 1)
         library.library().mapar_linear(
             self.struct,
             *(address(rows, torch.float32, count * self.inputs), count, self.inputs),
             *(address(out, torch.float32, count * self.outputs), self.outputs),
-            None if steps is None else address(steps, torch.int8, count * inputs),
-            None if groups is None else address(groups, torch.float32, count * inputs // GROUP_INPUTS * 2),
+            *(address(steps, torch.float32, count * inputs), address(groups, torch.float32, count * (inputs // 32))),
             torch.get_num_threads(),
         )
         return out.view(*x.shape[:-1], self.outputs)
