@@ -117,9 +117,13 @@ class Median:
         typical = fmean if is_sampled(rows) else median_of
         row = _together(rows) if len(rows) > 1 else rows[0]
         return cls(
-            *(row["prompt"], row["category"], row["tokens"]),
-            *(typical([row[name] for row in rows]) for name in ("seconds", "first_token_seconds")),
-            *(fmean(row["finish"] == "stop" for row in rows), row),
+            prompt=row["prompt"],
+            category=row["category"],
+            tokens=row["tokens"],
+            seconds=typical([row["seconds"] for row in rows]),
+            first_token_seconds=typical([row["first_token_seconds"] for row in rows]),
+            stopped=fmean(row["finish"] == "stop" for row in rows),
+            row=row,
         )
 
 

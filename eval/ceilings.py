@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNKNOWN_CACHE = 64 << 20  # bytes, where the system does not say
 LEAST_BUFFER = 1 << 28  # bytes
 MEMORY_SHARE = 0.25  # of what is free that the buffer may take
-READING_SECONDS, PRODUCT_SECONDS = 1.5, 0.2  # for which each is repeated
+READING_SECONDS, PRODUCT_SECONDS = 1.0, 0.15  # for which each is repeated
 COLUMNS = 8192  # of the buffer as a matrix
 
 
@@ -82,7 +83,7 @@ def reading() -> float:
     """GB/s."""
     matrix = torch.ones(buffer_bytes() // (4 * COLUMNS), COLUMNS, dtype=torch.float32, device="cpu")
     vector = torch.ones(COLUMNS, dtype=torch.float32, device="cpu")
-    readers: tuple[Callable[[], Any], ...] = (matrix.sum, lambda: torch.mv(matrix, vector))
+    readers: tuple[Callable[[], Any], ...] = (matrix.sum, partial(torch.mv, matrix, vector))
     return matrix.nbytes / 1e9 / min(best(readers, READING_SECONDS))
 
 
@@ -94,7 +95,7 @@ def products(kind: str) -> dict[int, float]:
     found = {}
     for rows in ROWS:
         x = torch.randn(rows, INPUTS, device="cpu")
-        whole, call = best((lambda x=x: matrix(x), lambda x=x: panel(x)), PRODUCT_SECONDS)
+        whole, call = best((partial(matrix, x), partial(panel, x)), PRODUCT_SECONDS)
         seconds = max(whole - call, whole / 4)  # a call is never most of it: there, something else ran
         found[rows] = rows * INPUTS * (outputs - PANEL) / 1e9 / seconds
     return found

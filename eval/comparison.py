@@ -21,7 +21,7 @@ from .loops import LOOPS
 from .plan import RESULTS
 from .runs import Runs
 from .speculation import sentence
-from .statistics import Interval, speed_ratio
+from .statistics import speed_ratio
 
 FILE = "comparison.md"
 OURS = "ours"
@@ -82,7 +82,8 @@ def _against(found: Found, ours: str, members: list[str], without: set[str]) -> 
     if not chosen[ours]:
         return "-"
     best = max(members, key=lambda name: _speed(chosen[name]))
-    ratio: Interval = speed_ratio(*([(m.tokens, m.seconds) for m in chosen[name]] for name in (ours, best)))
+    own, its = ([(m.tokens, m.seconds) for m in chosen[name]] for name in (ours, best))
+    ratio = speed_ratio(own, its)
     which = f", {best}" if len(members) > 1 else ""
     return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}{which})"
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from medusa_apar.commands.cli import main
-from medusa_apar.eval import bench, check, prompts, statistics, systems
+from medusa_apar.eval import bench, ceilings, check, prompts, statistics, systems
+from medusa_apar.eval.ceilings import Ceilings
 from medusa_apar.eval.plan import open_results
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
 from medusa_apar.models.chat import encode
 from tests.support.benchmarks import PLAN, lines, row
-from tests.support.folders import forking_folder
+from tests.support.folders import forking_folder, word_adapter, word_folder
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -184,7 +185,7 @@ def read_rows(out):
 def test_the_command_times_every_system_in_turns(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(systems, "BACKEND", "eager")  # traced, but not compiled: that takes a C++ compiler
-    names = list(systems.NAMES)
+    names = [name for name in systems.NAMES if name != systems.BASE]
     assert command(folder, out, "--systems", *names, "--repeat", 2, "--check") == 0
     shown = capsys.readouterr().out
     assert "**all** (3 prompts)" in shown and "| hf | float32 |" in shown and "Engines: hf: transformers " in shown
@@ -244,6 +245,10 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(folder, tmp_path, c
         (["--systems", "hf", "--check"], "--check proves the answers of `ours` or `threads`"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl is no file and none of default"),
         (["--systems", "heads", "--heads", "none"], "heads needs draft heads, and this model has none"),
+        (["--systems", "hf", "base"], "base needs a model tuned by an adapter, and"),
+        (["--top-p", "0.9"], "--top-p 0.9 needs a --temperature above 0"),
+        (["--temperature", "1", "--check"], "--check proves greedy answers"),
+        (["--ceilings", "nowhere.json"], "nowhere.json"),
     ],
 )
 def test_bad_input_is_one_sentence(folder, tmp_path, capsys, more, says):
@@ -253,12 +258,112 @@ def test_bad_input_is_one_sentence(folder, tmp_path, capsys, more, says):
     assert not (tmp_path / "out").exists()
 
 
+# ---- sampled answers
+
+
+SAMPLED = ("--temperature", 2, "--top-p", 0.9, "--repeat", 2, "--limit", 2)
+
+
+def test_sampled_answers_can_be_repeated_and_are_compared_by_their_speed(folder, tmp_path, capsys):
+    """The same seed has our systems write the same text, with drafts and without; another repeat is another sample."""
+    names = ("hf", "hf-pld", "ours-ar", "heads", "threads", "ours")
+    answers = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        assert command(folder, out, "--systems", *names, *SAMPLED) == 0
+        answers.append({(r["system"], r["prompt"], r["repeat"]): r["ids"] for r in read_rows(out)})
+    first, second = answers
+    assert first == second and len(first) == 2 * 2 * len(names)
+    for prompt, repeat in ((p, n) for p in "01" for n in range(2)):
+        assert first["ours-ar", prompt, repeat] == first["heads", prompt, repeat]
+        assert first["threads", prompt, repeat] == first["ours", prompt, repeat]
+    for name in names:
+        assert first[name, "0", 0] != first[name, "0", 1]
+    shown = capsys.readouterr().out
+    assert "sampled at temperature 2, top-p 0.9, a seed for each question and repeat, at most 20" in shown
+    assert "only tokens per second compare them" in shown and "times as soon done" not in shown
+    assert "2 prompts, 2 times each" in shown
+
+
+def test_greedy_and_sampled_answers_never_share_a_folder(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(folder, out, "--systems", "ours-ar", "--limit", 1) == 0
+    for more, says in (
+        (["--temperature", 0.5], "another temperature (0.0, now 0.5)"),
+        (["--temperature", 0.5, "--top-p", 0.9], "another temperature"),
+    ):
+        assert command(folder, out, "--systems", "ours-ar", "--limit", 1, *more) == 2
+        assert f"results with {says}" in capsys.readouterr().err
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["temperature"], settings["top_p"]  # of an earlier version, which was greedy
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert command(folder, out, "--systems", "ours-ar", "--limit", 1) == 0
+    assert command(folder, tmp_path / "hot", "--systems", "ours-ar", "--limit", 1, "--temperature", 0.5) == 0
+    assert command(folder, tmp_path / "hot", "--systems", "ours-ar", "--limit", 1) == 2
+    assert "another temperature (0.5, now 0.0)" in capsys.readouterr().err
+    assert len(read_rows(out)) == len(read_rows(tmp_path / "hot")) == 1
+
+
+def test_of_sampled_repeats_all_tokens_and_all_seconds_count():
+    """A median of times would belong to another text than the tokens do."""
+    rows = [row("a", "1", seconds, tokens, n, steps=tokens) for n, (seconds, tokens) in enumerate(((1, 10), (4, 80)))]
+    rows += [row("b", "1", seconds, tokens, n, steps=5) for n, (seconds, tokens) in enumerate(((1, 30), (1, 60)))]
+    for found in rows:
+        found["seed"] = 7 + found["repeat"]
+    rows[1]["looping"], rows[3]["finish"] = 0.9, "length"
+    figures = bench.summarise(rows, ["a", "b"])["parts"]["all"]
+    assert figures["a"]["tokens_per_second"]["value"] == pytest.approx(90 / 5)
+    assert figures["b"]["times_the_speed"]["value"] == pytest.approx((90 / 2) / (90 / 5))
+    assert figures["b"]["tokens_per_step"] == pytest.approx(90 / 10) and figures["b"]["stopped"] == 0.5
+    assert figures["b"]["times_the_answer"] is None and figures["a"]["looping"] == 1
+
+
+# ---- the untuned base
+
+
+def test_base_is_the_model_without_its_adapter(folder, tmp_path, capsys):
+    base = word_folder(tmp_path / "base")
+    tuned, _ = word_adapter(base, tmp_path / "tuned")
+    out = tmp_path / "out"
+    words = lines(tmp_path / "words.jsonl", {"prompt": "w1 w2 w3"})
+    model = ["--model", str(tuned), "--prompts", words, "--max-new-tokens", "12", "--out", str(out)]
+    assert main(["bench", *model, "--systems", "hf", "base", "ours-ar"]) == 0
+    assert "| base | float32, untuned base |" in capsys.readouterr().out
+    by = {r["system"]: r["ids"] for r in read_rows(out)}
+    apar = load(base, heads=None, apar=None)
+    inputs = encode(apar.tokenizer, "w1 w2 w3")
+    plain = apar.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert by["base"] == plain.tolist() and by["ours-ar"] == by["hf"] != by["base"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--temperature", "nan"], "--temperature: 'nan' must be a number at least 0"),
+        (["--temperature", "1", "--top-p", "0"], "--top-p: '0' must be a number above 0 and at most 1"),
+    ],
+)
+def test_no_temperature_and_no_probability_is_said(folder, tmp_path, capsys, more, says):
+    with pytest.raises(SystemExit):
+        command(folder, tmp_path / "out", *more)
+    assert says in capsys.readouterr().err
+
+
 def test_quantised_answers_are_said_checked_and_never_mixed(folder, tmp_path, capsys):
     forking_folder(tmp_path / "model", "wide_llama")
     wide, out = SimpleNamespace(model=str(tmp_path / "model"), heads="none", prompts=folder.prompts), tmp_path / "out"
     asked = ("--systems", "hf", "threads", "--limit", 2)
-    assert command(wide, out, *asked, "--quantize", "int8", "--check", "--profile") == 0
+    told = Ceilings(10.0, {"int8": {1: 50.0, 64: 400.0}})
+    ceilings.write(tmp_path / "ceilings.json", told)
+    given = ("--quantize", "int8", "--ceilings", tmp_path / "ceilings.json")
+    assert command(wide, out, *asked, *given, "--check", "--profile") == 0
     shown = capsys.readouterr().out
+    assert "the cores read 10.0 GB/s from memory" in shown and "multiply 50, 400 GMAC/s in int8 at 1, 64 rows" in shown
+    assert ceilings.read(out / "ceilings.json") == told
+    rows = [row for row in read_rows(out) if row["system"] == "threads"]
+    achieved = sum(row["read_bytes"] for row in rows) / 1e9 / sum(row["forward_seconds"] for row in rows)
+    share = next(line for line in shown.splitlines() if line.startswith("| threads |") and line.count("|") == 8)
+    assert share.split(" | ")[3:5] == [f"{achieved:.1f}", f"{achieved / 10:.0%}"]
+    assert all(0 < row["forward_seconds"] < row["seconds"] for row in rows)
     assert "our runtime cpu, int8" in shown and "| threads | int8 |" in shown and "| hf | float32 |" in shown
     assert "are what the rounded weights choose for each thread alone" in shown
     assert "| forward: attention |" in (out / "profile.md").read_text() and (out / "profile.json").is_file()
