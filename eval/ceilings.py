@@ -136,15 +136,23 @@ def read(path: Path) -> Ceilings:
     return ceilings
 
 
-def of_run(folder: Path, kinds: Iterable[str], given: Ceilings | None = None) -> Ceilings:
-    """A run's own, kept in its folder: those that are given, else those that are there, else measured now."""
+def of_run(folder: Path, kinds: Iterable[str], given: Path | None = None) -> Ceilings:
+    """A run's own, kept in its folder: a copy of the file that is given, else those that are there, else measured now.
+
+    ValueError where the given file says nothing of one of the kinds.
+    """
     path, kinds = folder / FILE, sorted(kinds)
-    if given is None and path.exists():
-        given = read(path)
-    if given is None or not set(kinds) <= set(given.gmac_per_second):
-        given = measure(kinds)
-    write(path, given)
-    return given
+    if given is not None:
+        ceilings = read(given)
+        if missing := [kind for kind in kinds if kind not in ceilings.gmac_per_second]:
+            raise ValueError(f"{given} says nothing of {missing[0]}, in which our systems run here: measure it again")
+        write_text(path, given.read_text(encoding="utf-8"))
+        return ceilings
+    if path.exists() and set(kinds) <= set((kept := read(path)).gmac_per_second):
+        return kept
+    measured = measure(kinds)
+    write(path, measured)
+    return measured
 
 
 def sentence(ceilings: Ceilings, kinds: Iterable[str]) -> str:

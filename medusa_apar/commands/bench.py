@@ -3,9 +3,9 @@
   hf        transformers' generate, its control tokens suppressed     hf-pld   the same with prompt lookup
   hf-compiled  the same with a static cache and torch.compile (needs a C++ compiler; compiling takes a minute or more)
   ours-ar   our engine without threads and heads                     threads  heads  ours (both)
+  base      the same with the untuned base model: the answers that its users have today
 
-  base      the untuned base model in our engine, as ours-ar: what answers without this project's tuning
-  static    Medusa's draft trees, one for all threads            siblings  threads that guess without heads
+  static    Medusa's draft trees, one for all threads            ngrams  threads that guess without heads
   budget  budget+weighted  budget+forks  budget+ngrams: parts of `ours`, to see what each brings
 
 Other engines take part when they are named, each in an environment of its own under the cache folder, made the first
@@ -22,7 +22,7 @@ machine, thread by thread, that the timed answers of `ours` (else `threads`) are
 says where a tie in low precision fell the other way.
 
 Answers are greedy, or sampled with --temperature and --top-p, a seed for each question and repeat; then they differ in
-length from system to system, tokens per second are what is compared, and medusa-llm and --check are left out.
+length from system to system, and tokens per second are what is compared. medusa-llm and --check are greedy only.
 
 comparison.md has `ours` against every other system, on all questions and without loops, and the questions on which it
 is slower than the best of its own parts; --repeat 3 tells those from a busy moment.
@@ -124,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
     quiet()
     if args.threads:
         torch.set_num_threads(args.threads)
-    given = ceilings.read(args.ceilings) if args.ceilings else None
+    if args.ceilings:
+        ceilings.read(args.ceilings)
     heads = None if args.heads == "none" else args.heads
     options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize, "runtime": args.runtime}
     options["trust_remote_code"] = args.trust_remote_code
@@ -147,13 +148,15 @@ def run(args: argparse.Namespace) -> int:
     checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
     if args.check:
         check.check_greedy(apar)
+    kinds = {system.shapes.kind for system in made if system.shapes}
+    if args.ceilings and not kinds:
+        raise ValueError("--ceilings is for the compiled CPU runtime, and none of these systems runs in it")
     plan = plan_of(apar, args.model, asked, args.max_new_tokens, Sampling(args.temperature, top_p=args.top_p))
     with Job(args.out, "bench", vars(args)) as job, ExitStack() as stack:
         for system in made:
             stack.callback(system.close)
         results = open_results(args.out, plan)
-        kinds = {system.shapes.kind for system in made if system.shapes}
-        most = ceilings.of_run(args.out, kinds, given) if kinds else None
+        most = ceilings.of_run(args.out, kinds, args.ceilings) if kinds else None
         bench.run(job, results, apar, made, asked, plan, args.repeat)
         summary = bench.write(job, results, args.systems, plan, args.repeat, most)
         _plot(job, results, summary)

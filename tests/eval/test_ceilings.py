@@ -55,10 +55,19 @@ def test_a_run_keeps_its_ceilings(tmp_path, monkeypatch):
     monkeypatch.setattr(ceilings, "measure", lambda kinds: measured.append(kinds) or TOLD)
     assert ceilings.of_run(tmp_path, {"int8"}) == TOLD == ceilings.of_run(tmp_path, {"int8"})
     assert measured == [["int8"]]
-    other = Ceilings(30.0, TOLD.gmac_per_second)
-    assert ceilings.of_run(tmp_path, {"int8"}, other) == other == ceilings.of_run(tmp_path, {"int8"})
-    ceilings.of_run(tmp_path, {"float32"}, other)  # of which those that were given say nothing
+    ceilings.of_run(tmp_path, {"float32"})  # of which those that were kept say nothing
     assert measured == [["int8"], ["float32"]]
+
+
+def test_a_run_takes_those_that_are_given_with_their_date(tmp_path):
+    given = tmp_path / "given.json"
+    ceilings.write(given, TOLD)
+    given.write_text(json.dumps(json.loads(given.read_text()) | {"date": "2026-01-01"}))
+    ceilings.write(tmp_path / ceilings.FILE, Ceilings(1.0, {"int8": {1: 1.0}}))
+    assert ceilings.of_run(tmp_path, {"int8"}, given) == TOLD == ceilings.of_run(tmp_path, {"int8"})
+    assert (tmp_path / ceilings.FILE).read_text() == given.read_text()
+    with pytest.raises(ValueError, match="says nothing of float32, in which our systems run here"):
+        ceilings.of_run(tmp_path, {"float32", "int8"}, given)
 
 
 def test_those_of_another_machine_are_refused(tmp_path):
