@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedModel
 
 from medusa_apar.events import Drafted, StepFinished, StepStarted
 from medusa_apar.events.recording import Recording
-from medusa_apar.runtimes.cpu.weights import GROUP_INPUTS, PANEL, up
+from medusa_apar.runtimes.cpu.layers import family_of, layers_of
+from medusa_apar.runtimes.cpu.weights import GROUP_INPUTS, INPUTS, PANEL, up
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a stored weight
 FLOAT = 4
@@ -67,40 +68,45 @@ class Shapes:
     heads: int
     kv_heads: int
     head_dim: int
-    hidden: int
-    biases: int  # float32, of all layers and the unembedding
+    vectors: int  # float32 numbers of all biases and norms
 
     @classmethod
     def of(cls, model: PreTrainedModel, kind: str) -> Shapes:
-        decoder: Any = model.model
-        layers, output = decoder.layers[: model.config.num_hidden_layers], model.get_output_embeddings()
-        attention, mlp = layers[0].self_attn, layers[0].mlp
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        joined = sum(linear.out_features for linear in qkv)
-        hidden, wide = mlp.gate_proj.in_features, mlp.gate_proj.out_features
-        biases = len(layers) * up(joined, PANEL) if any(linear.bias is not None for linear in qkv) else 0
+        family, output = family_of(model), model.get_output_embeddings()
+        if family is None:
+            raise ValueError(f"{type(model).__name__} is none of the models that the compiled step knows.")
+        layers = layers_of(model, family)
+        parts, decoder = layers[0], cast(Any, model).model
+        joined = (parts.qkv, (parts.output,), parts.gate_up, (parts.down,))
+        matrices = tuple((sum(each.out_features for each in linears), linears[0].in_features) for linears in joined)
+        biased = [
+            up(outputs, PANEL)
+            for linears, (outputs, _) in zip(joined, matrices, strict=True)
+            if any(linear.bias is not None for linear in linears)
+        ]
+        biases = len(layers) * sum(biased)
         if getattr(output, "bias", None) is not None:
             biases += up(output.out_features, PANEL)
+        norms = [decoder.norm, *(norm for parts in layers for norm in parts.all_norms)]
         return cls(
             kind,
             len(layers),
-            ((joined, hidden), (hidden, attention.o_proj.in_features), (2 * wide, hidden), (hidden, wide)),
+            matrices,
             tuple(output.weight.shape),
             model.config.num_attention_heads,
             model.config.num_key_value_heads,
-            attention.head_dim,
-            hidden,
-            biases,
+            parts.attention.head_dim,
+            biases + sum(norm.weight.numel() for norm in norms),
         )
 
     @property
     def weight_bytes(self) -> int:
         """Of everything that a step reads whatever its rows: matrices with their scales, biases and norms."""
         matrices = sum(map(self._matrix_bytes, self.matrices)) * self.layers + self._matrix_bytes(self.unembedding)
-        return matrices + FLOAT * (self.biases + self.hidden * (2 * self.layers + 1))
+        return matrices + FLOAT * self.vectors
 
     def _matrix_bytes(self, shape: tuple[int, int]) -> int:
-        outputs, inputs = up(shape[0], PANEL), up(shape[1], GROUP_INPUTS if self.kind == "int8" else 1)
+        outputs, inputs = up(shape[0], PANEL), up(shape[1], INPUTS[self.kind])
         scales = outputs * inputs // GROUP_INPUTS if self.kind == "int8" else 0
         return outputs * inputs * BYTES[self.kind] + FLOAT * scales
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
 
 import medusa_apar
 from medusa_apar.eval.roofline import Counts, Shapes
@@ -24,11 +24,11 @@ def chatting(tokenizer):
     return tokenizer
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config])  # the second has biases
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Phi3Config])  # biases; layers that are fused
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_shapes_give_the_bytes_that_were_packed(config, kind, monkeypatch):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**SIZES, **HEADS)).eval()
+    model = AutoModelForCausalLM.from_config(config(**SIZES, **HEADS, pad_token_id=0)).eval()
     model = model.bfloat16() if kind == "bfloat16" else model
     quantize = kind if kind == "int8" else None
     apar = medusa_apar.attach(model, quantize=quantize, runtime="cpu", tokenizer=chatting(tiny_tokenizer()))
@@ -42,8 +42,8 @@ def test_shapes_give_the_bytes_that_were_packed(config, kind, monkeypatch):
     monkeypatch.setattr(type(apar.runtime), "step", watched)
     output = apar.generate(**encode(apar.tokenizer, "abcd"), max_new_tokens=4, return_dict_in_generate=True)
     packed, shapes = apar.runtime._packed, Shapes.of(model, kind)
-    matrices = [matrix for _, four, _ in packed.layers for matrix in four] + [packed.unembedding]
-    norms = [norm for two, _, _ in packed.layers for norm in two] + [packed.norm]
+    matrices = [matrix for layer in packed.layers for matrix in layer.matrices] + [packed.unembedding]
+    norms = [norm for layer in packed.layers for norm in layer.norms] + [packed.norm]
     assert shapes.weight_bytes == nbytes(*norms) + sum(nbytes(m.panels, m.scales, m.bias) for m in matrices)
     assert kind != "int8" or any(m.scales is not None for m in matrices)
     stored = [*pools[0].keys.values(), *pools[0].values.values(), *pools[0].scales.values()]

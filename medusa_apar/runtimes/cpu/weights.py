@@ -13,7 +13,7 @@ from .library import address, floats
 PANEL = 16
 GROUP_INPUTS = 64
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
-_INPUTS = {"float32": 1, "bfloat16": 32, "int8": GROUP_INPUTS}  # what inputs are padded to a multiple of
+INPUTS = {"float32": 1, "bfloat16": 32, "int8": GROUP_INPUTS}  # what inputs are padded to a multiple of
 _TOGETHER = {"float32": 1, "bfloat16": 2, "int8": 4}  # inputs of an output side by side
 
 
@@ -26,7 +26,7 @@ class PackedMatrix:
 
     def __init__(self, weight: Tensor, kind: str, bias: Tensor | None = None) -> None:
         self.outputs, self.inputs = weight.shape
-        outputs, inputs = up(self.outputs, PANEL), up(self.inputs, _INPUTS[kind])
+        outputs, inputs = up(self.outputs, PANEL), up(self.inputs, INPUTS[kind])
         whole = floats(outputs, inputs).zero_()
         whole[: self.outputs, : self.inputs] = weight.detach().float()
         self.kind = kind
