@@ -8,5 +8,6 @@ recipe.py             what transformers' processors do to logits, as operations 
 scoring.py            what plain decoding says of a given text
 verify_result.py      what verification says of a thread
 control_processor.py  the fork rule as a logits processor of transformers
+penalties.py          presence and frequency penalties as a logits processor of transformers
 processor_state.py    which logits processors keep state between calls
 """

@@ -1,7 +1,7 @@
 """What a request's processors do to logits, as a list of operations that compiled code knows.
 
-transformers' own processors are read by exact type, since a subclass may do anything. A request with any other
-processor has no recipe: Python asks its processors, path by path.
+Processors of transformers, and our own, are read by exact type, since a subclass may do anything. A request with any
+other processor has no recipe: Python asks its processors, path by path.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor
 from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.fork_rule import ForkRule
 
+from .penalties import PresenceFrequencyLogitsProcessor
+
 _MAX_LENGTH = 2**31 - 1  # that compiled code can hold
 
 
 class Operation(NamedTuple):
-    """One step from logits to scores; `runtimes/cpu/choose.h` says what the numbers mean for each kind."""
+    """One step from logits to scores; `runtimes/cpu/scores.h` says what the numbers mean for each kind."""
 
     kind: str
     value: float = 0.0
@@ -48,7 +50,7 @@ class Recipe:
 class Choices(NamedTuple):
     """The rows of a step that recipes choose for.
 
-    recipes: the requests'. rows: int64 [N, 9], a `choose.h` Choice each. paths: int64, the tokens that they read.
+    recipes: the requests'. rows: int64 [N, 9], a `scores.h` Choice each. paths: int64, the tokens that they read.
     """
 
     recipes: list[Recipe]
@@ -77,7 +79,7 @@ def recipe_of(
             return None
         if found is not None:
             operations.append(found)
-    reads_path = any(operation.kind == "repetition" for operation in operations)
+    reads_path = any(operation.kind in ("repetition", "presence_frequency") for operation in operations)
     return Recipe(tuple(operations), seed, reads_path, max((max(o.ids, default=0) for o in operations), default=0))
 
 
@@ -112,7 +114,7 @@ def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[boo
 
 
 def _operation(processor: Any, row: int) -> Operation | None:
-    """What a processor of transformers does; None where that is nothing compiled code knows."""
+    """What a processor does; None where that is nothing compiled code knows."""
     read = _READERS.get(type(processor))
     if read is None or getattr(processor, "filter_value", -math.inf) != -math.inf:
         return None
@@ -142,6 +144,9 @@ def _bias(processor: Any, row: int) -> Operation | None:
 
 _READERS: dict[type, Any] = {
     transformers.RepetitionPenaltyLogitsProcessor: _repetition,
+    PresenceFrequencyLogitsProcessor: lambda p, row: Operation(
+        "presence_frequency", p.frequency_penalty, p.prompt_length, values=(p.presence_penalty,)
+    ),
     transformers.SequenceBiasLogitsProcessor: _bias,
     transformers.MinLengthLogitsProcessor: lambda p, row: Operation(
         "min_length", length=p.min_length, ids=_ids(p.eos_token_id)

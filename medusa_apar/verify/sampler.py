@@ -23,6 +23,7 @@ from medusa_apar.threads.fork_policy import fork_point
 from medusa_apar.threads.request import Request, RequestOptions, TokenLogprobs
 from medusa_apar.triton_kernels.reference import likeliest, sample
 
+from .penalties import PresenceFrequencyLogitsProcessor
 from .processor_state import StateWatch, name_of
 from .recipe import Recipe, recipe_of
 
@@ -41,12 +42,16 @@ _WARPERS = _exactly("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "E
 # Those that ignore `input_ids`: all rows of a request go through them at once.
 _PATH_FREE = _WARPERS | _exactly("InfNanRemove", "SuppressTokens")
 # Those that treat every row of a batch by itself: one row is enough to show them.
-_BY_ROW = _PATH_FREE | _exactly(
-    *("NoRepeatNGram", "NoBadWords", "SequenceBias", "MinLength", "MinNewTokensLength"),
-    *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty"),
-    *("SuppressTokensAtBegin", "PrefixConstrained"),
+_BY_ROW = (
+    _PATH_FREE
+    | {PresenceFrequencyLogitsProcessor}
+    | _exactly(
+        *("NoRepeatNGram", "NoBadWords", "SequenceBias", "MinLength", "MinNewTokensLength"),
+        *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty"),
+        *("SuppressTokensAtBegin", "PrefixConstrained"),
+    )
 )
-# None of transformers' own that are known here keeps anything between calls.
+# None of those that are known here keeps anything between calls.
 _STATELESS = _BY_ROW | _exactly("RepetitionPenalty", "EncoderRepetitionPenalty", "EncoderNoRepeatNGram")
 _NO_IDS = cast(torch.LongTensor, torch.zeros(0, 0, dtype=torch.long, device="cpu"))
 
@@ -63,11 +68,9 @@ class Sampler:
         self._row = row
         self.options, self.rule, self.seed, self.typical = options, options.rule, options.seed, options.typical
         processors = list(options.processors)
-        behind = len(processors)
-        while behind and type(processors[behind - 1]) in _WARPERS:
-            behind -= 1
-        self.before: list[LogitsProcessor] = cast(Any, processors[:behind])
-        self.warpers: list[LogitsProcessor] = cast(Any, processors[behind:])
+        before = num_before(processors)
+        self.before: list[LogitsProcessor] = cast(Any, processors[:before])
+        self.warpers: list[LogitsProcessor] = cast(Any, processors[before:])
         self.watch = StateWatch(own_part(p) for p in self.before if may_keep_state(p))
         kept = options.scores or options.logits or options.logprobs is not None
         free = options.fork_if is None and not kept
@@ -212,6 +215,14 @@ class Sampler:
     def choice(self, scores: torch.Tensor, key: int, position: int) -> int:
         """The token that processed scores [vocab] choose; -1 where nothing is possible."""
         return likeliest(scores) if self.seed is None else sample(scores, self.seed, key, position)
+
+
+def num_before(processors: Sequence[Callable]) -> int:
+    """How many of a request's processors come before the bans: all but the warpers at their end."""
+    behind = len(processors)
+    while behind and type(processors[behind - 1]) in _WARPERS:
+        behind -= 1
+    return behind
 
 
 def _applied(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, request: Request) -> torch.Tensor:

@@ -23,6 +23,7 @@ from medusa_apar.threads.fork_policy import ControlTokenForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
+from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 from medusa_apar.verify.tail import StepOutput, Tail
 from tests.support.models import CHILD, CONTROL, FORK
 from tests.support.verifying import drafted_forks, request_of, segment_of, verified_on_host
@@ -58,6 +59,7 @@ MODES = {
         "seed": 8,
         "processors": [RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7)],
     },
+    "penalised by counts": lambda: {"processors": [PresenceFrequencyLogitsProcessor(4, 0.7, 0.4)]},
     "penalised, typical": lambda: {
         **{"seed": 8, "typical": TypicalAcceptance(0.05, 0.3)},
         **{"processors": [RepetitionPenaltyLogitsProcessor(1.2)]},

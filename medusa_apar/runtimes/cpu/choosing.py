@@ -14,9 +14,9 @@ from medusa_apar.verify.recipe import Choices, Recipe
 from . import library
 from .library import address
 
-# In the order of `choose.h`.
+# In the order of `scores.h`.
 _KINDS = (
-    *("repetition", "bias", "min_length", "suppress", "bans"),
+    *("repetition", "presence_frequency", "bias", "min_length", "suppress", "bans"),
     *("temperature", "top_k", "top_p", "min_p", "typical"),
 )
 _made: weakref.WeakKeyDictionary[Recipe, tuple[Any, list[Any]]] = weakref.WeakKeyDictionary()

@@ -54,4 +54,35 @@ inline float sum_of_exponentials(const float* x, int width, float largest) {
     return total;
 }
 
+// The greatest of scores; NaN is none.
+inline float peak(const float* s, int size) {
+    int i = 0;
+    vf peaks = splat(-INFINITY);
+    for (; i + LANES <= size; i += LANES) {
+        const vf v = load(s + i);
+        peaks = v > peaks ? v : peaks;
+    }
+    float most = largest(peaks);
+    for (; i < size; i++)
+        if (s[i] > most) most = s[i];
+    return most;
+}
+
+// The sum of e^(score - most) over scores that are not NaN.
+inline double mass(const float* s, int size, float most) {
+    double total = 0;
+    int i = 0;
+    for (; i + LANES <= size;) {  // in parts, so that floats are exact enough
+        vf part = {};
+        for (const int end = std::min(size / LANES * LANES, i + 64 * LANES); i < end; i += LANES) {
+            const vf v = load(s + i), e = exp(v - most);
+            part += v > splat(-INFINITY) ? e : vf{};
+        }
+        total += sum(part);
+    }
+    for (; i < size; i++)
+        if (s[i] > -INFINITY) total += std::exp(s[i] - most);
+    return total;
+}
+
 }  // namespace mapar

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from medusa_apar.runtimes.cpu.choosing import choose
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels.reference import likeliest, noisy
+from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 from medusa_apar.verify.recipe import Choices, recipe_of
 
 FORK, CHILD = 3, 4
@@ -25,6 +26,9 @@ def before(draw):
     made = [
         transformers.RepetitionPenaltyLogitsProcessor(draw(st.sampled_from([0.7, 1.3, 4.0]))),
         transformers.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=draw(st.integers(0, 9))),
+        PresenceFrequencyLogitsProcessor(
+            draw(st.integers(0, 9)), draw(st.sampled_from([0.0, 1.3, -2.0])), draw(st.sampled_from([0.0, 0.3, -0.1]))
+        ),
         transformers.SequenceBiasLogitsProcessor({(5,): -3.0, (2,): 4.5, (0,): 1.25}),
         transformers.MinLengthLogitsProcessor(draw(st.integers(0, 9)), EOS),
         transformers.MinNewTokensLengthLogitsProcessor(5, draw(st.integers(0, 4)), EOS),
