@@ -18,6 +18,7 @@ from torch import Tensor
 from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.fork_rule import ForkRule
 
+from .logprobs import Top
 from .penalties import PresenceFrequencyLogitsProcessor
 
 _MAX_LENGTH = 2**31 - 1  # that compiled code can hold
@@ -59,8 +60,13 @@ class Choices(NamedTuple):
 
 
 class Chooser(Protocol):
-    def __call__(self, logits: Tensor, choices: Choices) -> list[int]:
+    """A runtime's compiled code for the host, all rows of a step in one call."""
+
+    def choose(self, logits: Tensor, choices: Choices) -> list[int]:
         """The token that each row chooses from `logits` [M, vocab], -1 where nothing is possible."""
+
+    def top(self, logits: Tensor, rows: np.ndarray, count: int) -> Top:
+        """As `logprobs.TopOfRows`; of equals the lowest id first."""
 
 
 def recipe_of(

@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor
 
 from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.fork_policy import fork_point
-from medusa_apar.threads.request import Request, RequestOptions, TokenLogprobs
+from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.triton_kernels.reference import likeliest, sample
 
 from .penalties import PresenceFrequencyLogitsProcessor
@@ -148,12 +148,6 @@ class Sampler:
             scores = self._warped(shown, [token])
             token = self.choice(scores, key, end)
         return scores, token
-
-    def logprobs(self, row: torch.Tensor, token: int) -> TokenLogprobs:
-        """Log-probabilities at a token, from the model's logits [vocab]."""
-        log_probs = row.float().log_softmax(-1)
-        values, ids = log_probs.topk(min(self.options.logprobs or 0, len(log_probs)))
-        return TokenLogprobs(float(log_probs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def impossible(self, path: list[int], logits: torch.Tensor, request: Request, fork_banned: bool) -> ValueError:
         """What to say where no token can be chosen: whose fault it is, found by asking one after the other again."""

@@ -39,7 +39,7 @@ class Tail:
     Args:
         verify: `triton_kernels.verify.verify` or its reference; None where the host verifies all.
         argmax: the runtime's, [M, vocab] -> long [M].
-        choose: the runtime's `Chooser`, for what the host verifies; None where it has none.
+        chooser: the runtime's, for what the host verifies; None where it has none.
         drafting: what the heads draft on the device behind the verification; None for nothing.
         depth: most draft nodes that a thread can accept.
 
@@ -51,11 +51,11 @@ class Tail:
         forest: Forest,
         verify: Callable[..., Verified] | None,
         argmax: Callable[[Tensor], Tensor],
-        choose: Chooser | None,
+        chooser: Chooser | None,
         drafting: Drafting | None,
         depth: int,
     ) -> None:
-        self._forest, self._argmax, self._choose = forest, argmax, choose
+        self._forest, self._argmax, self._chooser = forest, argmax, chooser
         self.device: DeviceVerify | None = None
         scoring = any(segment.request.options.score_from is not None for segment in forest.verified)
         if verify is not None and not scoring and any(segment.request.sampler.path_free for segment in forest.verified):
@@ -80,7 +80,7 @@ class Tail:
             if results[place] is None
         ]
         chosen = [(first, segment) for _, first, segment in here if segment.request.options.score_from is None]
-        host = HostVerify(chosen, output.logits, self._argmax, self._choose)
+        host = HostVerify(chosen, output.logits, self._argmax, self._chooser)
         for place, first, segment in here:
             if segment.request.error is not None:
                 continue

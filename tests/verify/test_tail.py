@@ -18,7 +18,7 @@ from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.runtimes.cpu.choosing import choose as compiled
+from medusa_apar.runtimes.cpu.choosing import CompiledChooser
 from medusa_apar.threads.fork_policy import ControlTokenForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels import reference
@@ -112,13 +112,21 @@ def segments_of(request, members):
     return segments
 
 
-def run(groups, logits, verify, choose=None):
+def run(groups, logits, verify, chooser=None):
     """A step of these segments, request by request, with such logits of their rows."""
     forest = Forest(groups, SlotLedger(KVPool()), torch.device("cpu"))
     assert len(logits) == len(forest.verified_rows)
-    tail, logits = Tail(forest, verify, argmax, choose, None, DEPTH), logits.clone()
+    tail, logits = Tail(forest, verify, argmax, chooser, None, DEPTH), logits.clone()
     chosen = None if tail.device is None else tail.device.run(logits, logits, tail.device.inputs())
     return tail, tail.read(StepOutput(logits, logits, chosen))
+
+
+def same_logprobs(ours, expected):
+    """To 1e-5, and the same ids."""
+    pairs = zip(ours.top, expected.top, strict=True)
+    return ours.logprob == pytest.approx(expected.logprob, abs=1e-5) and all(
+        a == b and mine == pytest.approx(theirs, abs=1e-5) for (a, mine), (b, theirs) in pairs
+    )
 
 
 def same(ours, expected, first):
@@ -126,7 +134,8 @@ def same(ours, expected, first):
     kept = [(ours.scores, expected.scores), (ours.logits, expected.logits)]
     return (
         (ours.tokens, ours.nodes, ours.row - first) == (expected.tokens, expected.nodes, expected.row)
-        and ours.logprobs == expected.logprobs
+        and len(ours.logprobs) == len(expected.logprobs)
+        and all(map(same_logprobs, ours.logprobs, expected.logprobs))
         and all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in kept)
         # A launch chooses for every drafted child, the host for those whose [Fork] was accepted.
         and expected.children.keys() == {fork for fork in ours.children if fork in ours.nodes}
@@ -138,11 +147,11 @@ def same(ours, expected, first):
 @given(st.lists(parts(), min_size=1, max_size=6), st.sampled_from(["python", "compiled", "launch"]))
 def test_each_is_verified_as_it_is_alone(drawn, where):
     """Whatever else is in the forest: what one does, raises or keeps is nothing to the others. Python chooses alone."""
-    on_host, choose = where != "launch", compiled if where == "compiled" else None
+    on_host, chooser = where != "launch", CompiledChooser() if where == "compiled" else None
     requests = [request_in(mode) for mode, _ in drawn]
     groups = [segments_of(request, members) for request, (_, members) in zip(requests, drawn, strict=True)]
     logits = torch.cat([rows for _, members in drawn for _, rows in members])
-    tail, results = run(groups, logits, None if on_host else reference.verify, choose)
+    tail, results = run(groups, logits, None if on_host else reference.verify, chooser)
     free = {request.sampler.path_free for request in requests}
     assert (tail.device is not None) == (not on_host and True in free)
 

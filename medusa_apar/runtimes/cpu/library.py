@@ -180,7 +180,7 @@ def _open(path: Path) -> ctypes.CDLL:
     opened.mapar_hydra.restype = c_int
     opened.mapar_choose.argtypes = (POINTER(Choices), c_int)
     opened.mapar_choose.restype = None
-    opened.mapar_top.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)
+    opened.mapar_top.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)
     opened.mapar_top.restype = None
     opened.mapar_sums.argtypes = (POINTER(Span), c_int, c_int, c_void_p, c_int)
     opened.mapar_sums.restype = None

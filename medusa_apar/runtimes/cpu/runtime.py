@@ -28,7 +28,7 @@ from medusa_apar.verify.recipe import Chooser
 from medusa_apar.verify.tail import StepOutput, Tail
 
 from . import known, library
-from .choosing import choose
+from .choosing import CompiledChooser
 from .library import address, floats
 from .weight_fingerprint import WeightFingerprint
 from .weights import GROUP_INPUTS, KINDS, PackedMatrix, argmax, interleaved, joined, up
@@ -203,8 +203,8 @@ class CpuRuntime:
         return argmax(logits)
 
     @property
-    def choose(self) -> Chooser:
-        return choose
+    def chooser(self) -> Chooser:
+        return CompiledChooser()
 
 
 class _Packed:

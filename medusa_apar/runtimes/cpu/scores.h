@@ -175,7 +175,7 @@ class Scores {
     }
 
     float kth_largest(int k) {
-        if (k <= 128) {
+        if (k <= MOST_INSERTED) {
             found_.resize(k), found_values_.resize(k);
             top(scores(), size_, k, found_.data(), found_values_.data());
             return found_values_[k - 1];

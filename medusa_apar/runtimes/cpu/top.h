@@ -1,6 +1,8 @@
 // The largest of many logits, and the logarithm that turns them into probabilities.
 #pragma once
 
+#include <vector>
+
 #include "matrix.h"
 
 namespace mapar {
@@ -19,6 +21,8 @@ inline bool any_above(vf v, float limit) {
 #endif
 }
 
+constexpr int MOST_INSERTED = 128;
+
 inline void insert(float value, int64_t index, int count, int64_t* indices, float* values) {
     int place = count - 1;
     for (; place > 0 && values[place - 1] < value; place--) {
@@ -29,9 +33,22 @@ inline void insert(float value, int64_t index, int count, int64_t* indices, floa
     indices[place] = index;
 }
 
+// By sorting, where so many are asked for that each one's place among them would be long to find.
+inline void sorted_top(const float* x, int width, int count, int64_t* indices, float* values) {
+    std::vector<int32_t> order;
+    for (int i = 0; i < width; i++)
+        if (x[i] > -INFINITY) order.push_back(i);
+    const int found = std::min<int>(count, order.size());
+    std::partial_sort(order.begin(), order.begin() + found, order.end(),
+                      [&](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; });
+    for (int i = 0; i < found; i++) indices[i] = order[i], values[i] = x[order[i]];
+}
+
+// The largest, the first of equals first; behind what is above -inf come index 0 and -inf. NaN is above nothing.
 inline void top(const float* x, int width, int count, int64_t* indices, float* values) {
     std::fill(values, values + count, -INFINITY);
     std::fill(indices, indices + count, 0);
+    if (count > MOST_INSERTED) return sorted_top(x, width, count, indices, values);
     int i = 0;
     for (; i + 4 * LANES <= width; i += 4 * LANES) {  // most stretches hold nothing new: one comparison tells
         // Each vector by itself: the larger of a number and a NaN may be the NaN, which is above nothing.
@@ -68,7 +85,7 @@ inline float peak(const float* s, int size) {
     return most;
 }
 
-// The sum of e^(score - most) over scores that are not NaN.
+// The sum of e^(score - most) over scores that are not NaN, most being the greatest.
 inline double mass(const float* s, int size, float most) {
     double total = 0;
     int i = 0;
@@ -83,6 +100,11 @@ inline double mass(const float* s, int size, float most) {
     for (; i < size; i++)
         if (s[i] > -INFINITY) total += std::exp(s[i] - most);
     return total;
+}
+
+// The logarithm of the sum of all exponentials of scores that are not NaN, most being the greatest.
+inline double log_sum(const float* s, int size, float most) {
+    return most > -INFINITY && most < INFINITY ? most + std::log(mass(s, size, most)) : most;
 }
 
 }  // namespace mapar
