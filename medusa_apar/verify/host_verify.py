@@ -13,7 +13,7 @@ from torch import Tensor
 
 from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.request import Request
-from medusa_apar.triton_kernels.reference import likeliest, likeliest_path, walk
+from medusa_apar.triton_kernels.reference import deepest_path, likeliest, likeliest_path, walk
 
 from .logprobs import RowLogprobs, top
 from .recipe import Chooser, choices_of
@@ -74,9 +74,13 @@ class HostVerify:
         # By row, what it chooses, of requests that have nothing to be asked in Python.
         self._chosen = dict(enumerate(greedy(logits, argmax))) if plain else {}
         self._settled = {first for first, segment in segments if segment.request.sampler.plain}
+        self._judged: dict[int, tuple[float, float]] = {}  # by row, log-probability and entropy of `Chosen`
         if chooser is not None and by_recipe:
             choices = choices_of(by_recipe, self._bans)
-            self._chosen.update(zip(choices.rows[:, 0].tolist(), chooser.choose(logits, choices), strict=True))
+            rows, chosen = choices.rows[:, 0].tolist(), chooser.choose(logits, choices)
+            self._chosen.update(zip(rows, chosen.tokens, strict=True))
+            if any(recipe.judged for recipe in choices.recipes):
+                self._judged = dict(zip(rows, zip(chosen.log_probs, chosen.entropies, strict=True), strict=True))
             self._settled.update(first for first, _ in by_recipe)
 
     def __call__(self, first: int, segment: Segment) -> VerifyResult:
@@ -89,20 +93,11 @@ class HostVerify:
         drafted = segment.draft_tree.parents[: segment.num_candidates].tolist()
         parents = [-1, *(parent + 1 for parent in drafted)]
         ids, size = [segment.extend_tokens[-1], *segment.draft_tokens], 1 + len(drafted)
-        if sampler.typical is None or sampler.seed is None:
-            accepted = walk(0, size, choose, ids, parents, len(drafted))
-            last = accepted[-1] if accepted else 0
+        if sampler.by_thresholds:
+            accepted = self._judge(first, choose, ids, parents, len(drafted))
         else:
-
-            @cache
-            def scores(row: int) -> Tensor:
-                return choose.scored(row, ids, parents)
-
-            accepted = likeliest_path(0, size, scores, ids, parents, len(drafted), sampler.typical)
-            last = accepted[-1] if accepted else 0
-            for row, token in zip((0, *accepted), [ids[row] for row in accepted], strict=False):
-                choose.took(row, token, scores(row))
-            choose.again(last, scores(last))
+            accepted = walk(0, size, choose, ids, parents, len(drafted))
+        last = accepted[-1] if accepted else 0
         nodes = [row - 1 for row in accepted]
         result = VerifyResult(choose.tokens, nodes, first + last, choose.scores, choose.logits, choose.logprobs)
         for fork, child in segment.forks.items():
@@ -113,6 +108,31 @@ class HostVerify:
                 row = first + 1 + child
                 result.children[fork] = VerifyResult(begun.tokens, [], row, begun.scores, begun.logits, begun.logprobs)
         return result
+
+    def _judge(self, first: int, choose: _Choices, ids: list[int], parents: list[int], depth: int) -> list[int]:
+        """Takes the tokens of the rows that typical acceptance keeps, and the last one's choice; returns those rows."""
+        typical, size = choose._sampler.typical, 1 + depth
+        if first in self._settled:
+
+            def judge(row: int) -> tuple[float, float]:
+                return self._judged[first + row][0], typical.limit(self._judged[first + parents[row]][1])
+
+            accepted = deepest_path(0, size, judge, parents, depth)
+            for row in accepted:
+                choose.took(parents[row], ids[row], None)
+            choose(accepted[-1] if accepted else 0)
+            return accepted
+
+        @cache
+        def scores(row: int) -> Tensor:
+            return choose.scored(row, ids, parents)
+
+        accepted = likeliest_path(0, size, scores, ids, parents, depth, typical)
+        for row in accepted:
+            choose.took(parents[row], ids[row], scores(parents[row]))
+        last = accepted[-1] if accepted else 0
+        choose.again(last, scores(last))
+        return accepted
 
 
 class _Choices:

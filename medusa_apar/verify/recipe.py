@@ -39,13 +39,15 @@ class Recipe:
     """How one request's tokens come out of logits.
 
     seed: None for the likeliest token. reads_path: whether an operation looks at the tokens of the path. max_id: the
-    greatest token id that one names; where the model has no such token, transformers says what is wrong.
+    greatest token id that one names; where the model has no such token, transformers says what is wrong. judged:
+    whether `Chosen` is to tell of draft tokens.
     """
 
     operations: tuple[Operation, ...]
     seed: int | None
     reads_path: bool
     max_id: int
+    judged: bool = False
 
 
 class Choices(NamedTuple):
@@ -59,23 +61,41 @@ class Choices(NamedTuple):
     paths: np.ndarray
 
 
+class Chosen(NamedTuple):
+    """What rows choose; and of judged recipes' rows, what typical acceptance goes by.
+
+    tokens: -1 where nothing is possible. log_probs: of the row's own draft token in its parent's distribution.
+    entropies: of the row's distribution, in nats. Both are of processed scores, and say nothing of other recipes' rows,
+    of rows without a parent and of rows without children.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    entropies: list[float]
+
+
 class Chooser(Protocol):
     """A runtime's compiled code for the host, all rows of a step in one call."""
 
-    def choose(self, logits: Tensor, choices: Choices) -> list[int]:
-        """The token that each row chooses from `logits` [M, vocab], -1 where nothing is possible."""
+    def choose(self, logits: Tensor, choices: Choices) -> Chosen:
+        """What rows choose from `logits` [M, vocab], in the order of `choices`."""
 
     def top(self, logits: Tensor, rows: np.ndarray, count: int) -> Top:
         """As `logprobs.TopOfRows`; of equals the lowest id first."""
 
 
 def recipe_of(
-    processors: Sequence[Any], num_before: int, rule: ForkRule | None, seed: int | None, row: int = 0
+    processors: Sequence[Any],
+    num_before: int,
+    rule: ForkRule | None,
+    seed: int | None,
+    row: int = 0,
+    judged: bool = False,
 ) -> Recipe | None:
     """The recipe of a request's processors, of which so many come before the bans of control tokens.
 
     It has their parameters as they are now: a processor that is changed later is not read again. row: the request's
-    place in its batch, for what a processor holds by row.
+    place in its batch, for what a processor holds by row. judged: as of `Recipe`.
     """
     operations: list[Operation] = []
     for place, processor in enumerate([*processors[:num_before], None, *processors[num_before:]]):
@@ -86,7 +106,8 @@ def recipe_of(
         if found is not None:
             operations.append(found)
     reads_path = any(operation.kind in ("repetition", "presence_frequency") for operation in operations)
-    return Recipe(tuple(operations), seed, reads_path, max((max(o.ids, default=0) for o in operations), default=0))
+    max_id = max((max(operation.ids, default=0) for operation in operations), default=0)
+    return Recipe(tuple(operations), seed, reads_path, max_id, judged)
 
 
 def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[bool]]) -> Choices:

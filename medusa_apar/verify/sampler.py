@@ -81,10 +81,15 @@ class Sampler:
     def recipe(self) -> Recipe | None:
         """What compiled code chooses by; None where Python has to be asked. Made when a runtime first asks for it: to
         read a processor's ids may take a copy from a device."""
-        thresholds = self.typical is not None and self.seed is not None
-        if self.options.fork_if is not None or self.options.scores or thresholds:
+        if self.options.fork_if is not None or self.options.scores:
             return None
-        return recipe_of([*self.before, *self.warpers], len(self.before), self.rule, self.seed, self._row)
+        processors = [*self.before, *self.warpers]
+        return recipe_of(processors, len(self.before), self.rule, self.seed, self._row, self.by_thresholds)
+
+    @property
+    def by_thresholds(self) -> bool:
+        """Whether drafts are accepted by their probability; greedy decoding is exact in either case."""
+        return self.typical is not None and self.seed is not None
 
     def fork_bans(self, segment: Segment) -> list[bool]:
         """For the segment's root and each of its draft nodes, whether `[Fork]` may not be chosen there."""

@@ -171,6 +171,28 @@ def test_each_is_verified_as_it_is_alone(drawn, where):
     assert next(results, None) is None
 
 
+def test_compiled_code_is_asked_once_for_all(monkeypatch):
+    """And torch for no row of a whole distribution."""
+    asked = []
+
+    class Counting(CompiledChooser):
+        def choose(self, logits, choices):
+            asked.append(("choose", len(choices.rows)))
+            return super().choose(logits, choices)
+
+        def top(self, logits, rows, count):
+            asked.append(("top", len(rows), count))
+            return super().top(logits, rows, count)
+
+    monkeypatch.setattr("medusa_apar.verify.sampler.Sampler._warped", None)
+    modes = ["logprobs kept", "sampled", "typical", "penalised by counts", "logprobs kept, typical", "greedy"]
+    tree = DraftTree.likeliest(3)
+    groups = [[segment_of(request_in(mode), None, tree, [9, 10, 11])] for mode in modes]
+    logits = torch.randn(4 * len(modes), VOCAB, generator=torch.Generator().manual_seed(2))
+    _, results = run(groups, logits, None, Counting())
+    assert None not in results and asked == [("top", 8, 3), ("choose", 16)]
+
+
 def test_a_launch_takes_all_modes_but_those_that_need_the_host():
     """Or the test above might never have had them together."""
     modes = [mode for mode in MODES if mode not in FAILURES]

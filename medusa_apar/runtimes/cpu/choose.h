@@ -70,6 +70,28 @@ inline int64_t sampled(const Scores& all, uint64_t seed, uint64_t thread, uint64
     return best.token;
 }
 
+// What `reference.likeliest_path` goes by: the entropy of a row's distribution, and what it gives the tokens drafted behind
+// it. A score of infinity makes all of it NaN, and nothing is accepted.
+inline void judge(const Choices& all, int i, const Scores& scores) {
+    const auto behind = [&](auto use) {  // a segment's rows are side by side, parents before children
+        for (int j = i + 1; j < all.count && all.rows[j].recipe == all.rows[i].recipe; j++)
+            if (all.rows[j].parent == i) use(j);
+    };
+    bool any = false;
+    behind([&](int) { any = true; });
+    if (!any) return;
+    const float* s = scores.scores();
+    const float most = peak(s, scores.size());
+    const Mass mass = masses<true>(s, scores.size(), most);
+    const double log_total = std::log(mass.total);
+    all.entropies[i] = most < INFINITY ? log_total - mass.spread / mass.total : NAN;
+    behind([&](int j) {
+        const int place = scores.place(all.rows[j].token);
+        const bool possible = place >= 0 && s[place] > -INFINITY;
+        all.log_probs[j] = !(most < INFINITY) ? NAN : possible ? (double)s[place] - most - log_total : -INFINITY;
+    });
+}
+
 // In a parallel region: rows go to whichever thread is free, since some take ten times as long as others.
 inline void choose(const Choices& all) {
     static thread_local std::vector<float> dense;
@@ -80,6 +102,7 @@ inline void choose(const Choices& all) {
         const Choice& row = all.rows[i];
         const Recipe& recipe = all.recipes[row.recipe];
         scores.make(row);
+        if (recipe.judged) judge(all, i, scores);
         all.tokens[i] = recipe.sampled ? sampled(scores, recipe.seed, row.key, row.position) : likeliest(scores);
     }
 }

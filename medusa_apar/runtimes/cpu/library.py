@@ -92,7 +92,10 @@ class Operation(ctypes.Structure):
 
 
 class Recipe(ctypes.Structure):
-    _fields_ = (("count", c_int32), ("sampled", c_int32), ("seed", c_uint64), ("operations", POINTER(Operation)))
+    _fields_ = (
+        *(("count", c_int32), ("sampled", c_int32), ("judged", c_int32)),
+        *(("seed", c_uint64), ("operations", POINTER(Operation))),
+    )
 
 
 class Choice(ctypes.Structure):
@@ -106,6 +109,7 @@ class Choices(ctypes.Structure):
     _fields_ = (
         *(("count", c_int32), ("vocabulary", c_int32), ("rows", c_void_p), ("recipes", POINTER(Recipe))),
         *(("paths", c_void_p), ("logits", c_void_p), ("tokens", c_void_p)),
+        *(("log_probs", c_void_p), ("entropies", c_void_p)),
     )
 
 

@@ -34,9 +34,9 @@ struct Operation {
     const float* values;
 };
 
-// What one request makes of logits.
+// What one request makes of logits. judged: its draft tokens are accepted by their probability, see `judge`.
 struct Recipe {
-    int32_t count, sampled;
+    int32_t count, sampled, judged;
     uint64_t seed;
     const Operation* operations;
 };
@@ -59,6 +59,9 @@ struct Choices {
     const int64_t* paths;
     const float* logits;  // [rows][vocabulary]
     int64_t* tokens;      // [count], -1 where nothing is possible
+    // Of judged recipes' rows, [count]: the log-probability of the draft token behind its parent, and the entropy of a
+    // row that has draft tokens behind it.
+    double *log_probs, *entropies;
 };
 
 // One row's: all of the vocabulary, or a list of the tokens that are left, in ascending order.
@@ -77,6 +80,13 @@ class Scores {
     int size() const { return size_; }
     const float* scores() const { return listed_ ? values_.data() : copied_ ? dense_.data() : logits_; }
     int64_t id(int i) const { return listed_ ? ids_[i] : i; }
+    // Where among them a token is, -1 where it is impossible already.
+    int place(int64_t token) const {
+        if (token < 0 || token >= all_.vocabulary) return -1;
+        if (!listed_) return (int)token;
+        const auto found = std::lower_bound(ids_.begin(), ids_.end(), (int32_t)token);
+        return found != ids_.end() && *found == token ? (int)(found - ids_.begin()) : -1;
+    }
 
    private:
     float* own() {  // scores to be written to
@@ -87,11 +97,8 @@ class Scores {
     }
     // Where a token's score is, or null where it is impossible already.
     float* at(int64_t token) {
-        if (token < 0 || token >= all_.vocabulary) return nullptr;
-        float* s = own();
-        if (!listed_) return s + token;
-        const auto found = std::lower_bound(ids_.begin(), ids_.end(), (int32_t)token);
-        return found != ids_.end() && *found == token ? s + (found - ids_.begin()) : nullptr;
+        const int found = place(token);
+        return found < 0 ? nullptr : own() + found;
     }
     void ban(int64_t token) {
         if (float* score = at(token)) *score = -INFINITY;

@@ -85,22 +85,32 @@ inline float peak(const float* s, int size) {
     return most;
 }
 
-// The sum of e^(score - most) over scores that are not NaN, most being the greatest.
-inline double mass(const float* s, int size, float most) {
-    double total = 0;
+// Sums over scores that are not NaN, most being the greatest: of e^x, x = score - most, and of x e^x where it is asked.
+struct Mass {
+    double total = 0, spread = 0;
+};
+template <bool SPREAD>
+inline Mass masses(const float* s, int size, float most) {
+    Mass all;
     int i = 0;
     for (; i + LANES <= size;) {  // in parts, so that floats are exact enough
-        vf part = {};
+        vf part = {}, spread = {};
         for (const int end = std::min(size / LANES * LANES, i + 64 * LANES); i < end; i += LANES) {
-            const vf v = load(s + i), e = exp(v - most);
-            part += v > splat(-INFINITY) ? e : vf{};
+            const vf v = load(s + i), x = v - most, e = v > splat(-INFINITY) ? exp(x) : vf{};
+            part += e;
+            if constexpr (SPREAD) spread += v > splat(-INFINITY) ? x * e : vf{};
         }
-        total += sum(part);
+        all.total += sum(part);
+        if constexpr (SPREAD) all.spread += sum(spread);
     }
     for (; i < size; i++)
-        if (s[i] > -INFINITY) total += std::exp(s[i] - most);
-    return total;
+        if (s[i] > -INFINITY) {
+            const float x = s[i] - most, e = std::exp(x);
+            all.total += e, all.spread += (double)x * e;
+        }
+    return all;
 }
+inline double mass(const float* s, int size, float most) { return masses<false>(s, size, most).total; }
 
 // The logarithm of the sum of all exponentials of scores that are not NaN, most being the greatest.
 inline double log_sum(const float* s, int size, float most) {

@@ -98,7 +98,7 @@ def test_tokens_are_those_of_transformers_processors(data):
         row(1, other, start=len(path), **own[3]),
     ]
     paths = [path, [*path, tokens[0]], [*path, *tokens], other]
-    chosen = choose(logits, Choices([recipe], np.array(rows), np.array([*path, *other])))
+    chosen = choose(logits, Choices([recipe], np.array(rows), np.array([*path, *other]))).tokens
     for i, token in enumerate(chosen):
         scores = scores_of([*first, *last], len(first), paths[i], logits[rows[i][0]], banned[i])
         final = scores if sampled is None else noisy(scores, sampled, keys[i], positions[i])
@@ -111,7 +111,7 @@ def test_pure_noise_is_the_references(seed, scale, width):
     logits = torch.randn(2, width, generator=torch.Generator().manual_seed(seed)) * scale
     recipe = recipe_of([], 0, None, seed)
     rows = [row(i, [], key=seed * 77, position=seed + i) for i in range(2)]
-    chosen = choose(logits, Choices([recipe], np.array(rows), np.zeros(0, dtype=np.int64)))
+    chosen = choose(logits, Choices([recipe], np.array(rows), np.zeros(0, dtype=np.int64))).tokens
     assert chosen == [likeliest(noisy(logits[i], seed, seed * 77, seed + i)) for i in range(2)]
 
 
@@ -121,7 +121,7 @@ def test_samples_follow_the_distribution():
     processors = [transformers.TemperatureLogitsWarper(0.8), transformers.TopPLogitsWarper(0.9)]
     recipe = recipe_of(processors, 0, None, 11)
     rows = np.array([row(i, [], position=i) for i in range(len(logits))])
-    chosen = choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64)))
+    chosen = choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64))).tokens
     expected = logits[:1]
     for processor in processors:
         expected = processor(None, expected)
@@ -137,7 +137,7 @@ def test_what_is_impossible_is_said_and_nan_is_nothing():
         for processors in ([], [transformers.TopPLogitsWarper(0.5)], [transformers.TopKLogitsWarper(3)]):
             recipe = recipe_of(processors, 0, None, seed)
             rows = np.array([row(i, []) for i in range(3)])
-            assert choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64))) == [-1, -1, 40]
+            assert choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64))).tokens == [-1, -1, 40]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -152,7 +152,7 @@ def test_equals_of_the_last_that_stays_stay(seed):
     ):
         recipe = recipe_of([warper], 0, None, 5)
         rows = np.array([row(i, [], position=i) for i in range(600)])
-        chosen = choose(logits.repeat(600, 1), Choices([recipe], rows, np.zeros(0, dtype=np.int64)))
+        chosen = choose(logits.repeat(600, 1), Choices([recipe], rows, np.zeros(0, dtype=np.int64))).tokens
         left = warper(None, logits)[0]
         for place, token in enumerate(chosen):
             assert token == likeliest(noisy(left, 5, 9, place))
@@ -162,10 +162,10 @@ def test_numbers_beyond_compiled_codes_are_taken_as_the_largest():
     logits, nothing = torch.randn(1, 40), np.zeros(0, dtype=np.int64)
     for processor in (transformers.TopKLogitsWarper(2**31), transformers.TopKLogitsWarper(2**40)):
         recipe = recipe_of([processor], 0, None, None)
-        assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)) == [int(logits.argmax())]
+        assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)).tokens == [int(logits.argmax())]
     best = int(logits.argmax())
     recipe = recipe_of([transformers.MinLengthLogitsProcessor(2**33, torch.tensor(best))], 1, None, None)
-    assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)) != [best]
+    assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)).tokens != [best]
 
 
 def test_what_compiled_code_does_not_know_has_no_recipe():
