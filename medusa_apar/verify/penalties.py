@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from transformers import LogitsProcessor
+
+Counts = TypeVar("Counts", np.ndarray, torch.Tensor)
+
+
+def costs(counts: Counts, presence_penalty: float, frequency_penalty: float) -> Counts:
+    """What tokens lose that stand somewhere so often, float64; to be rounded to a score's type once."""
+    frequency, presence = (float(np.float32(penalty)) for penalty in (frequency_penalty, presence_penalty))
+    return frequency * counts + presence * (counts > 0)
 
 
 class PresenceFrequencyLogitsProcessor(LogitsProcessor):
@@ -34,5 +44,4 @@ class PresenceFrequencyLogitsProcessor(LogitsProcessor):
         # float64, and rounded once: compiled code gets the same bits.
         counts = torch.zeros(len(scores), vocab + 1, dtype=torch.float64, device=scores.device)
         counts = counts.scatter_add_(1, written, torch.ones_like(written, dtype=torch.float64))[:, :vocab]
-        frequency, presence = (float(np.float32(p)) for p in (self.frequency_penalty, self.presence_penalty))
-        return scores - (frequency * counts + presence * (counts > 0)).to(scores.dtype)
+        return scores - costs(counts, self.presence_penalty, self.frequency_penalty).to(scores.dtype)

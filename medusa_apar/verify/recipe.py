@@ -140,6 +140,15 @@ def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[boo
     return Choices(recipes, np.concatenate(rows), np.concatenate(paths))
 
 
+def path_operation(processor: Any, row: int) -> Operation | None:
+    """What a processor does that looks at the path alone, for a batch's row; None of any other."""
+    if type(processor) not in PATH_PROCESSORS:
+        return None
+    found: Operation = _READERS[type(processor)](processor, row)
+    ids = tuple(id for id in found.ids if id >= 0)  # transformers bans none that is no token's
+    return found._replace(length=max(0, min(found.length, _MAX_LENGTH)), ids=ids)
+
+
 def _operation(processor: Any, row: int) -> Operation | None:
     """What a processor does; None where that is nothing compiled code knows."""
     read = _READERS.get(type(processor))
@@ -187,4 +196,11 @@ _READERS: dict[type, Any] = {
     transformers.TopPLogitsWarper: lambda p, row: Operation("top_p", p.top_p, p.min_tokens_to_keep),
     transformers.MinPLogitsWarper: lambda p, row: Operation("min_p", p.min_p) if p.min_tokens_to_keep == 1 else None,
     transformers.TypicalLogitsWarper: lambda p, row: Operation("typical", p.mass, p.min_tokens_to_keep),
+}
+# Those that `path_changes.py` can do.
+PATH_PROCESSORS = {
+    transformers.RepetitionPenaltyLogitsProcessor,
+    PresenceFrequencyLogitsProcessor,
+    transformers.MinLengthLogitsProcessor,
+    transformers.MinNewTokensLengthLogitsProcessor,
 }

@@ -23,9 +23,10 @@ from medusa_apar.threads.fork_policy import fork_point
 from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.triton_kernels.reference import likeliest, sample
 
+from .path_changes import PathChange
 from .penalties import PresenceFrequencyLogitsProcessor
 from .processor_state import StateWatch, name_of
-from .recipe import Recipe, recipe_of
+from .recipe import PATH_PROCESSORS, Operation, Recipe, path_operation, recipe_of
 
 
 def _exactly(*names: str) -> frozenset[type]:
@@ -60,8 +61,8 @@ class Sampler:
     """Chooses one request's tokens; `row` is the request's place in its batch.
 
     before, warpers: its processors, divided into those before and those behind the bans. plain: whether a token is the
-    likeliest that is not banned, and nothing else is asked. path_free: whether a path's tokens change nothing of its
-    scores, so that a kernel can choose.
+    likeliest that is not banned, and nothing else is asked. on_device: whether its scores can be made from what is
+    known before the forward pass, so that a kernel can choose.
     """
 
     def __init__(self, options: RequestOptions, row: int = 0) -> None:
@@ -74,7 +75,7 @@ class Sampler:
         self.watch = StateWatch(own_part(p) for p in self.before if may_keep_state(p))
         kept = options.scores or options.logits or options.logprobs is not None
         free = options.fork_if is None and not kept
-        self.path_free = free and all(type(processor) in _PATH_FREE for processor in processors)
+        self.on_device = free and all(is_path_free(p) or type(p) in PATH_PROCESSORS for p in processors)
         self.plain = options.seed is None and not processors and not options.scores and options.fork_if is None
 
     @cached_property
@@ -85,6 +86,19 @@ class Sampler:
             return None
         processors = [*self.before, *self.warpers]
         return recipe_of(processors, len(self.before), self.rule, self.seed, self._row, self.by_thresholds)
+
+    @cached_property
+    def path_operations(self) -> list[Operation | None]:
+        """Of each processor before the bans, what it does that looks at the path. To read one may wait for a device."""
+        return [path_operation(processor, self._row) for processor in self.before]
+
+    def path_changes(self, segment: Segment) -> list[PathChange | None]:
+        """What `path_operations` change in a segment's rows. `on_device` only."""
+        if not any(self.path_operations):
+            return [None] * len(self.before)
+        path, nodes = segment.request.path(segment.thread), len(segment.draft_tokens)
+        drafts = segment.draft_tokens, segment.draft_tree.parents[:nodes].tolist()
+        return [operation and PathChange.of(operation, path, *drafts) for operation in self.path_operations]
 
     @property
     def by_thresholds(self) -> bool:
@@ -104,11 +118,19 @@ class Sampler:
             return []
         return [self.rule.child_id, self.rule.fork_id] if fork_banned else [self.rule.child_id]
 
-    def process(self, logits: torch.Tensor, fork_bans: Sequence[bool]) -> torch.Tensor:
-        """The scores of rows whatever their paths: `logits` [rows, vocab] -> float32, alike. `path_free` only."""
+    def process(
+        self,
+        logits: torch.Tensor,
+        fork_bans: Sequence[bool],
+        changes: Sequence[Callable[[torch.Tensor], torch.Tensor] | None],
+    ) -> torch.Tensor:
+        """The scores of a segment's rows: `logits` [rows, vocab] -> float32, alike. `on_device` only.
+
+        changes: of each processor before the bans, what does to scores in its place what it would; None: it does so.
+        """
         scores = logits.float()
-        for processor in self.before:
-            scores = processor(_NO_IDS, cast(torch.FloatTensor, scores))
+        for processor, change in zip(self.before, changes, strict=True):
+            scores = change(scores) if change is not None else processor(_NO_IDS, cast(torch.FloatTensor, scores))
         if self.rule is not None:
             scores[:, self.rule.child_id] = -math.inf
             rows = [row for row, banned in enumerate(fork_bans) if banned]
@@ -214,6 +236,13 @@ class Sampler:
     def choice(self, scores: torch.Tensor, key: int, position: int) -> int:
         """The token that processed scores [vocab] choose; -1 where nothing is possible."""
         return likeliest(scores) if self.seed is None else sample(scores, self.seed, key, position)
+
+
+def is_path_free(processor: Callable) -> bool:
+    """Whether a processor makes the same of scores whatever the path."""
+    if type(processor) is transformers.SequenceBiasLogitsProcessor:
+        return all(len(sequence) == 1 for sequence in dict(processor.sequence_bias))
+    return type(processor) in _PATH_FREE
 
 
 def num_before(processors: Sequence[Callable]) -> int:

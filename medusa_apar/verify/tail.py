@@ -1,7 +1,8 @@
 """What happens behind a step's forward pass: verification, and drafting where both stay on the device.
 
 A kernel verifies all threads that it can in one launch, whatever their seeds and temperatures. The host verifies the
-others, each for itself: those whose scores depend on their path, or are to be kept. Without a kernel it verifies all.
+others, each for itself: those whose processors have to be asked path by path, or whose scores are to be kept. Without a
+kernel it verifies all.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Tail:
         self._forest, self._argmax, self._chooser = forest, argmax, chooser
         self.device: DeviceVerify | None = None
         scoring = any(segment.request.options.score_from is not None for segment in forest.verified)
-        if verify is not None and not scoring and any(segment.request.sampler.path_free for segment in forest.verified):
+        if verify is not None and not scoring and any(segment.request.sampler.on_device for segment in forest.verified):
             self.device = DeviceVerify.of(verify, forest, depth, drafting)
 
     @property

@@ -7,11 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from medusa_apar.drafting.draft_tree import DraftTree
@@ -60,6 +65,17 @@ MODES = {
         "processors": [RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7)],
     },
     "penalised by counts": lambda: {"processors": [PresenceFrequencyLogitsProcessor(4, 0.7, 0.4)]},
+    "biased, held off": lambda: {
+        **{"seed": 7, "rule": ForkRule.of(CONTROL)},
+        "processors": [
+            MinLengthLogitsProcessor(6, torch.tensor([-1, 7, 9]), device="cpu"),
+            SequenceBiasLogitsProcessor({(8,): 2.5, (10,): -1.0}),
+            MinNewTokensLengthLogitsProcessor(4, 2, torch.tensor([10, 99]), device="cpu"),
+            PresenceFrequencyLogitsProcessor(6, -0.5, 0.3),
+            MinPLogitsWarper(0.05),
+            TypicalLogitsWarper(0.9),
+        ],
+    },
     "penalised, typical": lambda: {
         **{"seed": 8, "typical": TypicalAcceptance(0.05, 0.3)},
         **{"processors": [RepetitionPenaltyLogitsProcessor(1.2)]},
@@ -71,10 +87,16 @@ MODES = {
     "asked": lambda: {"fork_if": lambda point: point.forks > 0},
     "no control tokens": lambda: {"rule": None},
     "no control tokens, warped": lambda: {"rule": None, "seed": 6, "processors": [TemperatureLogitsWarper(0.8)]},
+    "biased to nothing": lambda: {"processors": [SequenceBiasLogitsProcessor({(99,): 1.0})]},
     "broken": lambda: {"processors": [breaks]},
     "impossible": lambda: {"processors": [impossible]},
 }
-FAILURES = {"broken": "this one breaks", "impossible": "impossible left no token"}
+FAILURES = {
+    "biased to nothing": "the following tokens were being biased: [99]",
+    "broken": "this one breaks",
+    "impossible": "impossible left no token",
+}
+ON_HOST = {"scores kept", "logits kept, sampled", "logprobs kept", "logprobs kept, typical", "asked"}
 
 
 def request_in(mode):
@@ -152,7 +174,7 @@ def test_each_is_verified_as_it_is_alone(drawn, where):
     groups = [segments_of(request, members) for request, (_, members) in zip(requests, drawn, strict=True)]
     logits = torch.cat([rows for _, members in drawn for _, rows in members])
     tail, results = run(groups, logits, None if on_host else reference.verify, chooser)
-    free = {request.sampler.path_free for request in requests}
+    free = {request.sampler.on_device for request in requests}
     assert (tail.device is not None) == (not on_host and True in free)
 
     first, results = 0, iter(results)
@@ -196,7 +218,8 @@ def test_compiled_code_is_asked_once_for_all(monkeypatch):
 def test_a_launch_takes_all_modes_but_those_that_need_the_host():
     """Or the test above might never have had them together."""
     modes = [mode for mode in MODES if mode not in FAILURES]
-    for some, taken in ((modes, modes[:9]), (modes[-2:], modes[-2:])):
+    unruled = [mode for mode in modes if "no control tokens" in mode]
+    for some, taken in ((modes, [mode for mode in modes if mode not in {*ON_HOST, *unruled}]), (unruled, unruled)):
         requests = [request_in(mode) for mode in some]
         logits = torch.randn(len(some), VOCAB, generator=torch.Generator().manual_seed(2))
         logits[:, [FORK, CHILD]] += 2.0
