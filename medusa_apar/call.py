@@ -115,19 +115,21 @@ def _request_options(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -
         options,
         max_new_tokens=first_limit(ends.max_new_tokens, asked.regenerate_below),
         eos_ids=ends.eos_ids,
-        processors=_processors(prepared, asked),
+        processors=_processors(apar, prepared, asked),
         scores=prepared.returns_dict and bool(config.output_scores),
         logits=prepared.returns_dict and bool(config.output_logits),
     )
     return options, ends
 
 
-def _processors(prepared: Prepared, asked: CallOptions) -> list[Callable]:
+def _processors(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> list[Callable]:
     """What transformers has prepared, with the call's penalties behind the user's own processors."""
     processors: list[Callable] = list(prepared.processors)
     penalties = asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0
     if any(penalties):
-        ours = PresenceFrequencyLogitsProcessor(prepared.input_ids.shape[1], *penalties)
+        control = apar.control_token_ids
+        free_ids = () if control is None else control.ids
+        ours = PresenceFrequencyLogitsProcessor(prepared.input_ids.shape[1], *penalties, free_ids)
         processors.insert(num_before(processors), ours)
     return processors
 

@@ -22,6 +22,7 @@ from medusa_apar.engine.admission import check_ids
 from medusa_apar.engine.stopping import CriteriaStop
 from medusa_apar.events import Consumer
 from medusa_apar.events.reporter import Reporter
+from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_mode, fork_policy
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions
@@ -81,13 +82,13 @@ class Sampling:
             if not fits:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {said}.")
 
-    def processors(self, prompt_length: int) -> list[LogitsProcessor]:
+    def processors(self, prompt_length: int, control: ControlTokens | None = None) -> list[LogitsProcessor]:
         """transformers' own, in the order in which its `generate` applies them, and ours where its user's come."""
         penalty, hot = self.repetition_penalty != 1.0, self.temperature > 0
-        penalties = self.presence_penalty, self.frequency_penalty
+        penalties, control_ids = (self.presence_penalty, self.frequency_penalty), () if control is None else control.ids
         chosen = (
             (penalty, lambda: RepetitionPenaltyLogitsProcessor(self.repetition_penalty)),
-            (any(penalties), lambda: PresenceFrequencyLogitsProcessor(prompt_length, *penalties)),
+            (any(penalties), lambda: PresenceFrequencyLogitsProcessor(prompt_length, *penalties, control_ids)),
             (hot and self.temperature != 1.0, lambda: TemperatureLogitsWarper(self.temperature)),
             (hot and self.top_k > 0, lambda: TopKLogitsWarper(self.top_k)),
             (hot and self.top_p < 1.0, lambda: TopPLogitsWarper(self.top_p)),
@@ -146,7 +147,7 @@ def engine_request(
         shared,
         eos_ids=frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos]),
         stop=CriteriaStop(criteria, "cpu") if criteria else None,
-        processors=sampling.processors(len(prompt_ids)),
+        processors=sampling.processors(len(prompt_ids), apar.control_token_ids),
         watcher=None if asked.events is None else Reporter(asked.events, keep=False),
         **options,
     )

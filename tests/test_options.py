@@ -211,7 +211,9 @@ def test_honoured(model, name, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("more", [{}, {"do_sample": True, "top_k": 1, "logits_processor": [other]}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"do_sample": True, "top_k": 1, "logits_processor": [other]}], ids=["greedy", "sampled"]
+)
 def test_penalties_are_honoured(model, way, more):
     """They come behind the caller's own processors, and before the warpers of sampling."""
     options, own = plain(model, more), medusa_apar.PresenceFrequencyLogitsProcessor(6, **PENALTIES)

@@ -47,10 +47,12 @@ class PathChange:
             short = [row for row, drafted in enumerate(above) if len(path) + len(drafted) < operation.length]
             pairs = [(row, token, 1) for row in short for token in operation.ids]
         else:
-            shared, counts = np.unique(np.array(path[operation.length :], dtype=np.int64), return_counts=True)
+            held = np.array(path[operation.length :], dtype=np.int64)
+            shared, counts = np.unique(held[~np.isin(held, operation.ids)], return_counts=True)
             known = dict(zip(shared.tolist(), counts.tolist(), strict=True))
             for row, drafted in enumerate(above):
-                own = Counter(drafted[max(0, operation.length - len(path)) :])
+                behind = drafted[max(0, operation.length - len(path)) :]
+                own = Counter(token for token in behind if token not in operation.ids)
                 pairs += [(row, token, count + known.get(token, 0)) for token, count in own.items()]
         table = np.array(pairs, dtype=np.int64).reshape(-1, 3)
         lost = np.concatenate([counts, table[:, 2]]).astype(np.float64)

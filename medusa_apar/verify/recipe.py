@@ -181,7 +181,7 @@ def _bias(processor: Any, row: int) -> Operation | None:
 _READERS: dict[type, Any] = {
     transformers.RepetitionPenaltyLogitsProcessor: _repetition,
     PresenceFrequencyLogitsProcessor: lambda p, row: Operation(
-        "presence_frequency", p.frequency_penalty, p.prompt_length, values=(p.presence_penalty,)
+        "presence_frequency", p.frequency_penalty, p.prompt_length, p.free_ids, (p.presence_penalty,)
     ),
     transformers.SequenceBiasLogitsProcessor: _bias,
     transformers.MinLengthLogitsProcessor: lambda p, row: Operation(

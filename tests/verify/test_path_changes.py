@@ -27,7 +27,7 @@ def processors(draw):
                 RepetitionPenaltyLogitsProcessor(penalty),
                 RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=length),
                 RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=padding),
-                PresenceFrequencyLogitsProcessor(length, penalty, -0.3),
+                PresenceFrequencyLogitsProcessor(length, penalty, -0.3, (1, 4)),
                 PresenceFrequencyLogitsProcessor(length, 0.0, penalty),
                 MinLengthLogitsProcessor(length, torch.tensor([-1, 3, 10]), device="cpu"),
                 MinNewTokensLengthLogitsProcessor(length, 2, torch.tensor([0, 8]), device="cpu"),

@@ -20,14 +20,14 @@ penalties = st.floats(-2, 2, width=32)
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 11), max_size=20), st.integers(0, 25), penalties, penalties)
-def test_it_is_openais_definition(path, prompt_length, presence, frequency):
+@given(st.lists(st.integers(0, 11), max_size=20), st.integers(0, 25), penalties, penalties, st.booleans())
+def test_it_is_openais_definition(path, prompt_length, presence, frequency, free):
     """Of tokens behind the prompt alone; one that the model cannot write (11) costs nothing."""
     logits = torch.randn(1, 11, generator=torch.Generator().manual_seed(len(path)))
-    process = PresenceFrequencyLogitsProcessor(prompt_length, presence, frequency)
+    process = PresenceFrequencyLogitsProcessor(prompt_length, presence, frequency, (3, 11) if free else ())
     before, scores = logits.clone(), process(torch.tensor([path], dtype=torch.long), logits)
     for token in range(11):
-        count = path[prompt_length:].count(token)
+        count = 0 if free and token == 3 else path[prompt_length:].count(token)
         expected = float(logits[0, token]) - frequency * count - presence * (count > 0)
         assert float(scores[0, token]) == pytest.approx(expected, abs=1e-5)
     assert torch.equal(logits, before) and scores.dtype == logits.dtype
@@ -47,7 +47,7 @@ def test_threads_count_what_their_own_path_holds(options, runtime):
     out = drafted.generate(**inputs, **asked)
     assert torch.equal(out.sequences, first.sequences) and max(out.stats.accepted_lengths) > 1
     for tree in out.paragraph_tree:
-        own = PresenceFrequencyLogitsProcessor(tree.trunk.num_forced, 0.8, 0.5)
+        own = PresenceFrequencyLogitsProcessor(tree.trunk.num_forced, 0.8, 0.5, CONTROL.ids)
         rule = ControlTokensLogitsProcessor(CONTROL, tree.trunk.num_forced)
         spec = LogitsProcessorList([own, rule, *([TemperatureLogitsWarper(0.3)] if "seed" in options else [])])
         assert_chosen_tokens_are_the_models(model, [tree], options.get("seed"), spec)

@@ -15,7 +15,7 @@ enum OperationKind : int32_t {
     REPETITION = 0,  // value: scores of tokens on the path, but for `length` first ones, are divided by it, or multiplied
                      // where they are negative
     PRESENCE_FREQUENCY,  // value: taken from the scores of tokens on the path, but for `length` first ones, as often as they
-                         // stand there; and values[0] once
+                         // stand there; and values[0] once; count ids cost nothing
     BIAS,            // ids, values: are added
     MIN_LENGTH,      // count ids are impossible while the path is shorter than `length`
     SUPPRESS,        // count ids are impossible
@@ -121,12 +121,12 @@ class Scores {
     void apply(const Operation& o, const Choice& row) {
         switch (o.kind) {
             case REPETITION:
-                penalise(row, o.length,
+                penalise(row, o,
                          [&](float score, int) { return score < 0 ? score * o.value : score / o.value; });
                 break;
             case PRESENCE_FREQUENCY:
                 // The product of a float and a count is exact in float64: no machine can round it otherwise.
-                penalise(row, o.length, [&](float score, int count) {
+                penalise(row, o, [&](float score, int count) {
                     return score - (float)((double)o.value * count + (double)o.values[0]);
                 });
                 break;
@@ -168,11 +168,15 @@ class Scores {
         }
     }
 
-    // What `use` makes of the score of each token on a row's path without its first ones, which stands there so often.
+    // What `use` makes of the score of each token on a row's path without its first ones, which stands there so often;
+    // not of the operation's ids.
     template <class Use>
-    void penalise(const Choice& row, int64_t first, Use use) {
+    void penalise(const Choice& row, const Operation& o, Use use) {
         held_.clear();
-        along_path(row, first, [&](int64_t token) { held_.push_back(token); });
+        const int64_t* end = o.ids + o.count;
+        along_path(row, o.length, [&](int64_t token) {
+            if (std::find(o.ids, end, token) == end) held_.push_back(token);
+        });
         std::sort(held_.begin(), held_.end());
         for (auto token = held_.begin(); token != held_.end();) {
             const auto behind = std::upper_bound(token, held_.end(), *token);

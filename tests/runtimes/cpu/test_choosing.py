@@ -30,7 +30,8 @@ def before(draw):
         transformers.RepetitionPenaltyLogitsProcessor(draw(st.sampled_from([0.7, 1.3, 4.0]))),
         transformers.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=draw(st.integers(0, 9))),
         PresenceFrequencyLogitsProcessor(
-            draw(st.integers(0, 9)), draw(st.sampled_from([0.0, 1.3, -2.0])), draw(st.sampled_from([0.0, 0.3, -0.1]))
+            *(draw(st.integers(0, 9)), draw(st.sampled_from([0.0, 1.3, -2.0]))),
+            *(draw(st.sampled_from([0.0, 0.3, -0.1])), draw(st.sampled_from([(), (2, 5, 999)]))),
         ),
         transformers.SequenceBiasLogitsProcessor({(5,): -3.0, (2,): 4.5, (0,): 1.25}),
         transformers.MinLengthLogitsProcessor(draw(st.integers(0, 9)), EOS),
