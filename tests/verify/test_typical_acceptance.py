@@ -96,7 +96,7 @@ PROCESSORS = {
 @settings(deadline=None, max_examples=150)
 @given(drafts(), st.sampled_from([(0.09, 0.3), (0.3, 1.0), (0.02, 0.1), (0.0, 0.0)]), st.sampled_from(list(PROCESSORS)))
 def test_compiled_code_accepts_what_the_reference_does(drawn, thresholds, name):
-    """Left out is what a change of both thresholds by 1e-5 of theirs would change: none of these in a thousand."""
+    """Left out is what a change of both thresholds by 1e-5 of theirs would change."""
     tree, tokens, logits = drawn
 
     def result(change=1.0, chooser=None):
