@@ -18,7 +18,7 @@ from . import library
 from .layers import Family, LayerNumbers, LayerParts, family_of, layers_of, numbers_of, rotary_kinds
 from .library import floats
 from .weight_fingerprint import WeightFingerprint
-from .weights import PackedMatrix, interleaved, joined
+from .weights import PackedMatrix, Source, interleaved, joined
 
 
 def weights_of(model: PreTrainedModel) -> list[Tensor]:
@@ -33,6 +33,7 @@ class Packs:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.kinds: dict[str, PackedModel] = {}
+        self.make: Callable[[str], PackedModel] | None = None  # while the model is loaded: see `pack_files.loading`
 
 
 _packs: weakref.WeakKeyDictionary[PreTrainedModel, Packs] = weakref.WeakKeyDictionary()
@@ -52,7 +53,6 @@ class PackedLayer(NamedTuple):
     numbers: LayerNumbers
 
 
-Source = Callable[[], tuple[Tensor, Tensor | None]]  # makes weight [outputs, inputs] and bias of a matrix when called
 PARTS = ("qkv", "output", "gate_up", "down")  # a layer's matrices, as step.cpp's Layer has them
 
 
@@ -65,11 +65,6 @@ def matrices_of(model: Any, family: Family) -> dict[str, Source]:
         for name, source in zip(PARTS, (*made, partial(_plain, parts.down)), strict=True):
             found[f"layers.{index}.{name}"] = source
     return found
-
-
-def _packed(source: Source, kind: str) -> PackedMatrix:
-    weight, bias = source()
-    return PackedMatrix(weight, kind, bias)
 
 
 def _plain(linear: Any) -> tuple[Tensor, Tensor | None]:
@@ -92,16 +87,23 @@ def _gate_up(parts: LayerParts) -> tuple[Tensor, Tensor | None]:
 class PackedModel:
     """A model's weights as compiled code reads them.
 
-    stored: gives its matrices by name where they were packed before.
+    matrix: gives one by its name and its source, where it is not just packed.
+    fingerprint: of the weights as they were before any of them was read.
     """
 
-    def __init__(self, model: Any, kind: str, stored: Callable[[str], PackedMatrix] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        kind: str,
+        matrix: Callable[[str, Source], PackedMatrix] | None = None,
+        fingerprint: WeightFingerprint | None = None,
+    ) -> None:
         family = family_of(model)
         assert family is not None
         config, decoder = model.config, model.model
         self.kind = kind
         # Before any of it is copied:
-        self.numbers, self._fingerprint = numbers_of(model, family), WeightFingerprint(weights_of(model))
+        self.numbers, self._fingerprint = numbers_of(model, family), fingerprint or WeightFingerprint(weights_of(model))
         self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
         self.heads = library.Heads(
             *(config.num_attention_heads, config.num_key_value_heads, decoder.layers[0].self_attn.head_dim),
@@ -110,7 +112,7 @@ class PackedModel:
         self._centred = family.centred
         self.norm = self._vector(decoder.norm)
         matrices = {
-            name: _packed(source, kind) if stored is None else stored(name)
+            name: PackedMatrix.of(source, kind) if matrix is None else matrix(name, source)
             for name, source in matrices_of(model, family).items()
         }
         self.unembedding = matrices["unembedding"]

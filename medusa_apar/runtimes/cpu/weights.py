@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from .library import address, floats
 PANEL = 16
 GROUP_INPUTS = 64
 _BLOCK = 16 * PANEL  # outputs that are laid out at once
+Source = Callable[[], tuple[Tensor, Tensor | None]]  # makes a matrix's weight [outputs, inputs] and bias when called
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
@@ -25,6 +26,11 @@ class PackedMatrix:
 
     def __init__(self, weight: Tensor, kind: str, bias: Tensor | None = None) -> None:
         self._take(kind, weight.shape[0], weight.shape[1], laid_out(weight, kind, bias))
+
+    @classmethod
+    def of(cls, source: Source, kind: str) -> PackedMatrix:
+        weight, bias = source()
+        return cls(weight, kind, bias)
 
     @classmethod
     def of_stored(cls, kind: str, outputs: int, inputs: int, stored: Mapping[str, Tensor]) -> PackedMatrix:
