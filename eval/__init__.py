@@ -12,7 +12,11 @@
     prompts.py         prompt sets, by name or file
     check.py           whether every thread's tokens are what the model itself would have written
     statistics.py      medians of repeats, and what chance could do to a ratio
+    bench_tables.py    a run's tables
     bench_plots.py     a run's pictures
+    comparison.py      ours against every other system, and question by question against the best of its own parts
+    roofline.py        what forward passes read and multiply, from a model's shapes
+    ceilings.py        what this machine can read and multiply at most
     speculation.py     what each part of speculation brings, from a run's results
     profile.py         where a step's time goes
     judge.py           what a language model thinks of the answers

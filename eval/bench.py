@@ -7,47 +7,49 @@ of nothing but these lines, and only where every system has answered the same pr
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
-
-import psutil
 
 from medusa_apar.finetune.corpus import repeated_share
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, machine, write_text
 from medusa_apar.models.chat import encode
 
+from .bench_tables import table
+from .ceilings import BUSY, Ceilings, others_share
 from .loops import LOOPS, looping_share
-from .plan import Plan, open_results
+from .plan import Plan
 from .prompts import Prompt
 from .runs import Runs
 from .statistics import median_of, ratio_of_totals, speed_ratio
-from .systems import System
+from .systems import System, seeded
 
 SUMMARY, TABLE = "summary.json", "table.md"
 WARM_UP_TOKENS = 16
-BUSY = 20.0  # per cent of the machine that others may use before it is said
-COLUMNS = (
-    *("system", "weights", "tokens/s", "times the tokens/s", "times as soon done", "s per answer", "first token, s"),
-    *("tokens per answer", "tokens per step", "rows per step", "threads", "slots", "repeated 4-grams", "ended"),
+# Of a prompt's repeats the mean is taken.
+COUNTED = (
+    *("tokens", "steps", "rows", "threads", "peak_threads", "peak_slots", "undrafted_steps", "repeated_4grams"),
+    *("forward_seconds", "read_bytes", "macs"),
 )
 
 
-def others_share() -> float:
-    """Per cent of all cores that are busy while this process only waits, over half a second."""
-    return psutil.cpu_percent(interval=0.5)
-
-
 def run(
-    job: Job, apar: MedusaApar, systems: Sequence[System], prompts: Sequence[Prompt], plan: Plan, repeats: int
-) -> Runs:
-    """Answers what `job.folder` does not hold yet, the systems taking turns at every prompt."""
-    results = open_results(job.folder, plan)
+    job: Job,
+    results: Runs,
+    apar: MedusaApar,
+    systems: Sequence[System],
+    prompts: Sequence[Prompt],
+    plan: Plan,
+    repeats: int,
+) -> None:
+    """Answers what `results` do not hold yet, the systems taking turns at every prompt."""
     wanted = [(p, n, s) for n in range(repeats) for p in prompts for s in systems]
     todo = [(p, n, s) for p, n, s in wanted if (s.name, p.id, n) not in results]
     if not todo:
-        return results
+        return
     busy = others_share()
     inputs = {p.id: encode(apar.tokenizer, p.text) for p, _, _ in todo}
     device = apar.model.device
@@ -55,11 +57,12 @@ def run(
         first = {name: tensor.to(device) for name, tensor in inputs[todo[0][0].id].items()}
         # On a GPU kernels are compiled and graphs captured for every size of step that an answer comes to.
         tokens = plan.max_new_tokens if device.type == "cuda" else min(WARM_UP_TOKENS, plan.max_new_tokens)
-        system.answer(first, tokens)
+        system.answer(first, tokens, seeded(plan.sampling, "warm-up", 0))
     with job.bar("answering", len(wanted), len(wanted) - len(todo)) as bar:
         for prompt, number, system in todo:
             given = {name: tensor.to(device) for name, tensor in inputs[prompt.id].items()}
-            answer = system.answer(given, plan.max_new_tokens)
+            sampling = seeded(plan.sampling, prompt.id, number)
+            answer = system.answer(given, plan.max_new_tokens, sampling)
             tokenizer: Any = apar.tokenizer
             shown = [token for token in answer.ids if token not in tokenizer.all_special_ids]
             results.add(
@@ -71,6 +74,7 @@ def run(
                         "prompt": prompt.id,
                         "category": prompt.category,
                         "repeat": number,
+                        "seed": sampling.seed,
                         "tokens": len(answer.ids),
                         "looping": round(looping_share(shown), 3),
                         "repeated_4grams": round(repeated_share(shown), 3) if len(shown) >= 4 else None,
@@ -89,7 +93,6 @@ def run(
         job.say(
             f"warning: other processes took {max(busy, after):.0f} % of the machine, so the times are not to be trusted"
         )
-    return results
 
 
 # ---- what follows from the lines
@@ -97,14 +100,47 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class Median:
-    """A system's answer to a prompt: tokens, the median time of its repeats."""
+    """A system's answer to a prompt: of one text, greedily repeated, the median of its times; of sampled texts, as many
+    as repeats, the mean of everything."""
 
     prompt: str
     category: str
-    tokens: int
+    tokens: float
     seconds: float
     first_token_seconds: float
-    row: dict[str, Any]  # of the first repeat
+    stopped: float  # share of the repeats that ended by themselves
+    row: dict[str, Any]  # of the first repeat, its counts those of all: means, `looping` the most, drafts added up
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]]) -> Median:
+        """All repeats of a prompt by one system."""
+        typical = fmean if is_sampled(rows) else median_of
+        row = _together(rows) if len(rows) > 1 else rows[0]
+        return cls(
+            prompt=row["prompt"],
+            category=row["category"],
+            tokens=row["tokens"],
+            seconds=typical([row["seconds"] for row in rows]),
+            first_token_seconds=typical([row["first_token_seconds"] for row in rows]),
+            stopped=fmean(row["finish"] == "stop" for row in rows),
+            row=row,
+        )
+
+
+def is_sampled(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether repeats of a prompt are other texts; earlier versions were greedy."""
+    return any(row.get("seed") is not None for row in rows)
+
+
+def _together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    found = dict(rows[0]) | {"looping": max(row["looping"] for row in rows)}
+    for name in COUNTED:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        found |= {name: fmean(values)} if values else {}
+    for name in ("drafted", "accepted"):
+        if name in found:
+            found[name] = dict(sum((Counter(row[name]) for row in rows), Counter()))
+    return found
 
 
 def medians(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[Median]]:
@@ -130,20 +166,7 @@ def medians(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, l
             raise ValueError(f"{name} and {first} did not answer the same prompts ({sorted(missing)[0]} differs)")
     if not by[first]:
         raise ValueError(f"there are no results of {', '.join(names)}")
-    return {
-        name: [
-            Median(
-                prompt,
-                by[name][prompt][0]["category"],
-                by[name][prompt][0]["tokens"],
-                median_of([row["seconds"] for row in by[name][prompt]]),
-                median_of([row["first_token_seconds"] for row in by[name][prompt]]),
-                by[name][prompt][0],
-            )
-            for prompt in by[first]
-        ]
-        for name in names
-    }
+    return {name: [Median.of(by[name][prompt]) for prompt in by[first]] for name in names}
 
 
 def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -158,6 +181,8 @@ def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
     parts = {"all": set(order), "no loops": set(order) - loops}
     parts |= {c: {p for p in order if categories[p] == c} for c in dict.fromkeys(categories.values()) if c}
     summary: dict[str, Any] = {"systems": list(names), "prompts": len(order), "looping": sorted(loops), "parts": {}}
+    summary["sampled"] = is_sampled(rows)
+    summary["repeats"] = 1 + max(row["repeat"] for row in rows if row["system"] in names)
     for what in ("weights", "software"):  # of earlier versions' lines nobody knows
         summary[what] = {name: found[name][0].row.get(what, "") for name in names}
     for part, chosen in parts.items():
@@ -165,12 +190,12 @@ def summarise(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
             continue
         base = [m for m in found[names[0]] if m.prompt in chosen]
         summary["parts"][part] = {
-            name: _figures([m for m in found[name] if m.prompt in chosen], base) for name in names
+            name: _figures([m for m in found[name] if m.prompt in chosen], base, summary["sampled"]) for name in names
         } | {"prompts": len(chosen)}
     return summary
 
 
-def _figures(answers: list[Median], base: list[Median]) -> dict[str, Any]:
+def _figures(answers: list[Median], base: list[Median], sampled: bool) -> dict[str, Any]:
     tokens, seconds = [m.tokens for m in answers], [m.seconds for m in answers]
     steps = [m.row["steps"] for m in answers]
     slots = [m.row["peak_slots"] for m in answers]
@@ -182,7 +207,8 @@ def _figures(answers: list[Median], base: list[Median]) -> dict[str, Any]:
         "times_the_speed": asdict(
             speed_ratio([(m.tokens, m.seconds) for m in answers], [(m.tokens, m.seconds) for m in base])
         ),
-        "times_the_answer": asdict(ratio_of_totals([m.seconds for m in base], seconds)),
+        # Sampled answers are other texts, of other lengths: sooner done says nothing.
+        "times_the_answer": None if sampled else asdict(ratio_of_totals([m.seconds for m in base], seconds)),
         "seconds_per_answer": sum(seconds) / count,
         "first_token_seconds": median_of([m.first_token_seconds for m in answers]),
         "tokens_per_answer": sum(tokens) / count,
@@ -191,66 +217,31 @@ def _figures(answers: list[Median], base: list[Median]) -> dict[str, Any]:
         "threads": sum(m.row["threads"] for m in answers) / count,
         "peak_slots": None if None in slots else sum(slots) / count,
         "repeated_4grams": sum(repeated) / len(repeated) if repeated else None,
-        "stopped": sum(m.row["finish"] == "stop" for m in answers) / count,
+        "stopped": sum(m.stopped for m in answers) / count,
         "looping": sum(m.row["looping"] > LOOPS for m in answers),
+        "forward": _forward([m.row for m in answers]),
     }
 
 
-def table(summary: dict[str, Any], plan: Plan) -> str:
-    """The summary as Markdown; every number with what it was measured on."""
-    first = summary["systems"][0]
-    lines = [
-        f"{plan.model}, {plan.device}, {plan.threads} threads, our runtime {plan.runtime}; greedy, at most "
-        f"{plan.max_new_tokens} new tokens; {summary['prompts']} prompts, {len(summary['looping'])} of which loop in "
-        f"some system. Speeds are totals over prompts (95 % bootstrap interval), times are against {first}.",
-        *_engines(summary),
-        "",
-    ]
-    for part, figures in summary["parts"].items():
-        lines += [
-            f"**{part}** ({figures['prompts']} prompts)",
-            "",
-            f"| {' | '.join(COLUMNS)} |",
-            "|---" * len(COLUMNS) + "|",
-        ]
-        for name in summary["systems"]:
-            f = figures[name]
-            cells = [
-                name,
-                summary["weights"][name] or plan.dtype,
-                _interval(f["tokens_per_second"], 1),
-                _interval(f["times_the_speed"], 2),
-                _interval(f["times_the_answer"], 2),
-                f"{f['seconds_per_answer']:.2f}",
-                f"{f['first_token_seconds']:.2f}",
-                f"{f['tokens_per_answer']:.0f}",
-                _number(f["tokens_per_step"], 2),
-                _number(f["rows_per_step"], 1),
-                f"{f['threads']:.1f}",
-                _number(f["peak_slots"], 0),
-                "-" if f["repeated_4grams"] is None else f"{f['repeated_4grams']:.0%}",
-                f"{f['stopped']:.0%}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+def _forward(rows: list[dict[str, Any]]) -> dict[str, float] | None:
+    """GB and GMAC a second in forward passes, and seconds of one; None of what is not the compiled CPU runtime's."""
+    if any(row.get("forward_seconds") is None for row in rows):
+        return None
+    seconds = sum(row["forward_seconds"] for row in rows)
+    return {
+        "seconds_per_step": seconds / sum(row["steps"] for row in rows),
+        "gb_per_second": sum(row["read_bytes"] for row in rows) / 1e9 / seconds,
+        "gmac_per_second": sum(row["macs"] for row in rows) / 1e9 / seconds,
+    }
 
 
-def _engines(summary: dict[str, Any]) -> list[str]:
-    known = [f"{name}: {software}" for name, software in summary["software"].items() if software]
-    return ["", f"Engines: {'; '.join(known)}."] if known else []
+def write(
+    job: Job, results: Runs, names: Sequence[str], plan: Plan, repeats: int, ceilings: Ceilings | None = None
+) -> dict[str, Any]:
+    """summary.json and table.md of the first so many repeats of each answer, report.json of the run.
 
-
-def _interval(value: dict[str, float], digits: int) -> str:
-    return f"{value['value']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def write(job: Job, results: Runs, names: Sequence[str], plan: Plan, repeats: int) -> dict[str, Any]:
-    """summary.json and table.md of the first so many repeats of each answer, report.json of the run."""
+    ceilings: of the machine, beside what systems on the compiled CPU runtime have reached.
+    """
     try:
         summary = summarise([row for row in results.rows.values() if row["repeat"] < repeats], names)
     except (KeyError, TypeError, AttributeError) as error:
@@ -258,5 +249,5 @@ def write(job: Job, results: Runs, names: Sequence[str], plan: Plan, repeats: in
     job.report(**asdict(plan), systems=list(names), repeats=repeats)
     whole = {"plan": asdict(plan), **machine(), **summary}
     write_text(job.folder / SUMMARY, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
-    write_text(job.folder / TABLE, table(summary, plan))
+    write_text(job.folder / TABLE, table(summary, plan, ceilings))
     return whole

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from medusa_apar.requests import Sampling
+
 PATIENCE = 20.0  # seconds for a worker to end by itself once its input is closed
 
 
@@ -43,12 +45,15 @@ class Worker:
             self.close()
             raise
 
-    def ask(self, ids: list[int], limit: int) -> dict[str, Any]:
+    def ask(self, ids: list[int], limit: int, sampling: Sampling) -> dict[str, Any]:
         """The worker's `ids`, `seconds` and `first_token_seconds`."""
+        asked: dict[str, Any] = {"ids": ids, "limit": limit, "sampling": None}
+        if sampling.temperature:
+            asked["sampling"] = {name: getattr(sampling, name) for name in ("temperature", "top_p", "seed")}
         stdin = self._process.stdin
         assert stdin is not None
         with suppress(OSError):  # if it died since its last answer, reading says so
-            stdin.write(json.dumps({"ids": ids, "limit": limit}) + "\n")
+            stdin.write(json.dumps(asked) + "\n")
             stdin.flush()
         return self._read("answering")
 

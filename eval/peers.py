@@ -1,8 +1,9 @@
 """Other engines as systems of the benchmark: each in an environment and a process of its own.
 
-A peer gets the very prompt ids, end tokens and limit of our own systems, answers greedily, keeps no prompt's cache for
-the next one, and takes its time itself, around the call. Its process starts with its first answer and idles while other
-systems are timed.
+A peer gets the very prompt ids, end tokens and limit of our own systems, keeps no prompt's cache for the next one, and
+takes its time itself, around the call. It answers greedily, or samples at the same temperature and top-p and with the
+same seed, of which its own generator makes another text. Its process starts with its first answer and idles while
+other systems are timed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from medusa_apar.generate import MedusaApar
 from medusa_apar.loading import heads_name
 from medusa_apar.models import hub
 from medusa_apar.models.sources import locate
+from medusa_apar.requests import Sampling
 
 from . import peer_files
 from .peer_files import WORKERS, Environment
 from .peer_worker import Worker
-from .systems import Answer, System
+from .systems import UNTUNED, Answer, System
 
 CONTEXT = 4096  # tokens, at most: room is taken for all of them
 
@@ -62,6 +64,7 @@ class Peer:
     weights: str  # how they are stored, and whose they are if not the tuned model's
     files: Callable[[MedusaApar, str, Path], dict[str, Path]]  # (apar, its name, the peer's Python) -> paths by name
     base_only: bool = False  # answers with the embedded base model
+    samples: bool = True  # at a temperature and a top-p, as others do
     preload: str = ""  # library of the environment that the engine asks to be loaded first
 
 
@@ -89,10 +92,10 @@ def _medusa(apar: MedusaApar, model: str, python: Path) -> dict[str, Path]:
 
 PEERS = {
     "llama.cpp-q4_1": Peer(
-        "llama.cpp on the untuned base's own GGUF file", LLAMA, "llama_worker.py", "Q4_1, untuned base", _gguf, True
+        "llama.cpp on the untuned base's own GGUF file", LLAMA, "llama_worker.py", f"Q4_1, {UNTUNED}", _gguf, True
     ),
     "llama.cpp-q8_0": Peer(
-        "the same, requantised", LLAMA, "llama_worker.py", "Q8_0 from Q4_1, untuned base", _requantised, True
+        "the same, requantised", LLAMA, "llama_worker.py", f"Q8_0 from Q4_1, {UNTUNED}", _requantised, True
     ),
     "vllm": Peer(
         "vLLM for CPUs, control tokens suppressed",
@@ -111,6 +114,7 @@ PEERS = {
         "medusa_worker.py",
         "float32",
         _medusa,
+        samples=False,  # it accepts by a rule of its own at a temperature, and begins with the likeliest token
     ),
 }
 
@@ -168,10 +172,10 @@ class Engine:
         command = [str(python), "-E", str(WORKERS / self.peer.worker), json.dumps(settings)]
         return Worker(self.name, command, self.log, variables)
 
-    def answer(self, inputs: dict[str, torch.Tensor], limit: int) -> Answer:
+    def answer(self, inputs: dict[str, torch.Tensor], limit: int, sampling: Sampling) -> Answer:
         if self.worker is None:
             self.worker = self.start()
-        found = self.worker.ask(inputs["input_ids"][0].tolist(), limit)
+        found = self.worker.ask(inputs["input_ids"][0].tolist(), limit, sampling)
         ids = found["ids"]
         finish = "stop" if ids and ids[-1] in self.eos else "length"
         return Answer(ids, found["seconds"], found["first_token_seconds"], finish)

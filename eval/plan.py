@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from medusa_apar.generate import MedusaApar
 from medusa_apar.job import machine, write_text
 from medusa_apar.json_files import json_object
 from medusa_apar.models.fingerprint import fingerprint
+from medusa_apar.requests import Sampling
 
 from .prompts import Prompt, digest
 from .runs import Runs
@@ -34,17 +35,34 @@ class Plan:
     prompts: str  # digest of ids and texts
     max_new_tokens: int
     budget: int | None = None  # rows of every forest of ours; None: what pays
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, top_p=self.top_p)
+
+    @property
+    def decoding(self) -> str:
+        """How tokens are chosen, in words."""
+        if not self.temperature:
+            return "greedy"
+        return f"sampled at temperature {self.temperature:g}, top-p {self.top_p:g}, a seed for each question and repeat"
+
+
+DEFAULTS = {field.name: field.default for field in fields(Plan) if field.default is not MISSING}
 
 
 def open_results(folder: Path, plan: Plan) -> Runs:
     """results.jsonl by (system, prompt, repeat); ValueError where the folder holds results of another plan."""
     settings = folder / SETTINGS
     if settings.exists():
-        before = json_object(settings)
+        # What an earlier version did not write was as it is by default.
+        before = dict.fromkeys(asdict(plan)) | DEFAULTS | json_object(settings)
         for name, value in asdict(plan).items():
-            if before.get(name) != value:
+            if before[name] != value:
                 raise ValueError(
-                    f"{folder} holds results with another {name} ({before.get(name)}, now {value}), which must "
+                    f"{folder} holds results with another {name} ({before[name]}, now {value}), which must "
                     "not be compared: give another --out"
                 )
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +70,11 @@ def open_results(folder: Path, plan: Plan) -> Runs:
     return Runs(folder / RESULTS, ("system", "prompt", "repeat"))
 
 
-def plan_of(apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens: int) -> Plan:
+def plan_of(
+    apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens: int, sampling: Sampling | None = None
+) -> Plan:
+    """sampling: temperature and top-p; None decodes greedily."""
+    sampling = Sampling() if sampling is None else sampling
     device = apar.model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
     dtype = str(apar.model.dtype).removeprefix("torch.")
@@ -65,5 +87,6 @@ def plan_of(apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens:
     runtime = f"{'cpu' if facts.backend == 'cpu' else 'torch'}, {facts.kind}"
     threads = torch.get_num_threads()
     return Plan(
-        model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens, apar.options.budget
+        *(model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens, apar.options.budget),
+        *(sampling.temperature, sampling.top_p),
     )

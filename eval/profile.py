@@ -21,11 +21,13 @@ from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, write_text
 from medusa_apar.models.chat import encode
+from medusa_apar.requests import Sampling
 from medusa_apar.runtimes.cpu import library
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from medusa_apar.runtimes.measure import StepTimer, finish
 
 from .prompts import Prompt
+from .systems import chosen_by, seeded
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SLOTS, REPEATS = 512, 15
@@ -33,19 +35,31 @@ WARM_UP_TOKENS = 16
 MAX_PROMPTS = 10
 
 
-def attribution(apar: MedusaApar, prompts: Sequence[Prompt], max_new_tokens: int, fork: bool = True) -> dict[str, Any]:
-    """Seconds by phase over the prompts' answers, their sum as a share of all, steps and rows."""
+def attribution(
+    apar: MedusaApar,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    fork: bool = True,
+    sampling: Sampling | None = None,
+) -> dict[str, Any]:
+    """Seconds by phase over the prompts' answers, their sum as a share of all, steps and rows.
+
+    sampling: temperature and top-p; None decodes greedily.
+    """
+    sampling = Sampling() if sampling is None else sampling
     runtime = apar.runtime
     phases: dict[str, float] = {}
     inside: dict[str, float] = {}
     steps = rows = 0
     whole = 0.0
-    options: dict[str, Any] = {"do_sample": False, "fork": fork, "return_dict_in_generate": True}
+    options: dict[str, Any] = {"fork": fork, "return_dict_in_generate": True, **chosen_by(sampling)}
     if isinstance(runtime, CpuRuntime):
         apar = copy.copy(apar)  # its clocks run, and nobody else's
         apar.runtime = runtime = runtime.profiled()
     for number, prompt in enumerate([prompts[0], *prompts]):
         inputs = encode(apar.tokenizer, prompt.text)
+        if sampling.temperature:
+            options["seed"] = seeded(sampling, prompt.id, 0).seed
         if isinstance(runtime, CpuRuntime):
             runtime.seconds = library.Seconds()
         started = time.perf_counter()
@@ -108,9 +122,9 @@ def least(run: Callable[[], float], repeats: int) -> float:
     return min(run() for _ in range(repeats))
 
 
-def run(job: Job, apar: MedusaApar, asked: Sequence[Prompt], max_new_tokens: int) -> None:
+def run(job: Job, apar: MedusaApar, asked: Sequence[Prompt], max_new_tokens: int, sampling: Sampling) -> None:
     """profile.md and profile.json in the job's folder; the table is printed too."""
-    found = attribution(apar, asked[:MAX_PROMPTS], max_new_tokens)
+    found = attribution(apar, asked[:MAX_PROMPTS], max_new_tokens, sampling=sampling)
     costs = curve(apar)
     text = table(found, costs, apar.runtime.facts.kind)
     write_text(job.folder / "profile.md", text)

@@ -77,13 +77,17 @@ def by_prompt(found: dict[str, list[Median]], ours: str, plain: str) -> list[tup
     return sorted(ratios, key=lambda entry: -entry[1])
 
 
-def sentence(ratios: list[tuple[str, float]], ours: str, plain: str) -> str:
+def sentence(ratios: list[tuple[str, float]], ours: str, *plain: str, unit: str = "") -> str:
+    """How many prompts are slower under `ours` than under `plain`, or the best of several; `unit`: of what ratios are,
+    if not of whole answers."""
     slower = [prompt for prompt, ratio in ratios if ratio > 1 + SLOWER]
     worst, ratio = ratios[0]
     which = f"{len(slower)} of {len(ratios)} prompts ({', '.join(slower)})" if slower else "No prompt"
+    others = ", ".join(f"`{name}`" for name in plain)
     return (
-        f"{which} took more than {SLOWER:.0%} longer with `{ours}` than with `{plain}`; the worst is {worst}, at "
-        f"{ratio:.2f} of its time, the median {ratios[len(ratios) // 2][1]:.2f}."
+        f"{which} took more than {SLOWER:.0%} longer{unit} with `{ours}` than with "
+        f"{'the best of ' if len(plain) > 1 else ''}{others}; the worst is {worst}, at {ratio:.2f} of its time, the "
+        f"median {ratios[len(ratios) // 2][1]:.2f}."
     )
 
 

@@ -1,18 +1,19 @@
-"""What the benchmark compares: every way to have the same tuned model answer a prompt greedily, timed alike.
+"""What the benchmark compares: every way to have the same tuned model answer a prompt, timed alike.
 
-All systems of one run share the prompt ids and the limit, our own also the model's weights and dtype; what another one
-runs on (`peers.py`) is said beside its figures. Time runs from the call to its return,
+All systems of one run share the prompt ids, the limit and how tokens are chosen, our own also the model's weights and
+dtype; what another one runs on (`peers.py`) is said beside its figures. Time runs from the call to its return,
 prefill included, and to the moment the first visible token could have been shown.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,9 @@ from transformers import CompileConfig, PreTrainedModel
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.events.recording import Recording
 from medusa_apar.generate import MedusaApar
+from medusa_apar.requests import Sampling
+
+from .roofline import Counts, Shapes
 
 LOOKUP_TOKENS = 10  # drafted by transformers' prompt lookup, its documentation's own choice
 BACKEND = "inductor"  # of torch.compile, its default
@@ -45,6 +49,10 @@ class Answer:
     drafted: dict[str, int] = field(default_factory=dict)  # nodes by who proposed them, and those that were right
     accepted: dict[str, int] = field(default_factory=dict)
     undrafted_steps: int = 0  # in which the heads were not asked, since they did not pay
+    # Of the compiled CPU runtime, None elsewhere: seconds in forward passes, and what those read and multiplied.
+    forward_seconds: float | None = None
+    read_bytes: int | None = None
+    macs: int | None = None
 
 
 class Clock:
@@ -71,16 +79,21 @@ class System:
     name: str
     about: str
     apar: MedusaApar  # with the heads that it uses
-    answer: Callable[[dict[str, torch.Tensor], int], Answer]  # inputs of one prompt, most new tokens
+    # Inputs of one prompt, most new tokens, how they are chosen.
+    answer: Callable[[dict[str, torch.Tensor], int, Sampling], Answer]
     weights: str  # how they are stored: "float32", "Q4_1", and whose they are if not the tuned model's
     software: str = ""  # engine and version, where it is not ours
     close: Callable[[], None] = lambda: None  # after the last answer
+    shapes: Shapes | None = None  # of a model that the compiled CPU runtime runs
 
 
+BASE = "base"
+UNTUNED = "untuned base"  # in the weights of whoever answers with it
 NAMES = {
     "hf": "transformers' generate, control tokens suppressed",
     "hf-pld": f"the same with prompt lookup of {LOOKUP_TOKENS} tokens",
     "hf-compiled": "the same, compiled: a static cache and torch.compile of every step but the prompt's",
+    "base": "the untuned base model in our engine, without threads and heads",
     "ours-ar": "our engine without threads and heads",
     "threads": "our engine with threads",
     "heads": "our engine with heads",
@@ -104,10 +117,11 @@ NAMES |= {
 }
 
 
-def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
+def make(name: str, apar: MedusaApar, longest: int = 0, untuned: MedusaApar | None = None) -> System:
     """A system on the model, heads and control tokens of `apar`; ValueError for one that these cannot be.
 
     `longest`: most tokens of a prompt and its answer, for systems that set memory aside before they are asked.
+    `untuned`: the base model without the tuning of `apar`'s, which `base` answers with.
     """
     if name not in NAMES:
         raise ValueError(f"system {name!r} is none of {', '.join(NAMES)}")
@@ -117,6 +131,8 @@ def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
         raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
     if heads and apar.heads is None:
         raise ValueError(f"{name} needs draft heads, and this model has none")
+    if name == BASE and untuned is None:
+        raise ValueError(f"{name} needs the base model that this one was tuned from")
     weights = str(apar.model.dtype).removeprefix("torch.")
     if name.startswith("hf"):
         model, more = _compiled(apar.model, longest) if name == "hf-compiled" else (apar.model, {})
@@ -124,23 +140,51 @@ def make(name: str, apar: MedusaApar, longest: int = 0) -> System:
             more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
         software = f"transformers {transformers.__version__}"
         return System(name, NAMES[name], apar, partial(_transformers, apar, model, more), weights, software)
-    ours = apar if heads else apar.without_heads()
+    whose = apar if untuned is None or name != BASE else untuned
+    ours = whose if heads else whose.without_heads()
     if parts:
         ours = ours.speculating(SPECULATIONS[name])
     elif name == "ngrams":
         ours = ours.speculating(Speculation())
-    answer = partial(_ours, ours, threads)
-    return System(name, NAMES[name], ours, answer, apar.runtime.facts.kind)
+    facts = ours.runtime.facts
+    shapes = Shapes.of(ours.model, facts.kind) if facts.backend == "cpu" else None
+    weights = f"{facts.kind}, {UNTUNED}" if name == BASE else facts.kind
+    return System(name, NAMES[name], ours, partial(_ours, ours, threads, shapes), weights, shapes=shapes)
 
 
-def _ours(apar: MedusaApar, fork: bool, inputs: dict[str, torch.Tensor], limit: int) -> Answer:
-    options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "fork": fork}
+def seeded(sampling: Sampling, prompt: str, repeat: int) -> Sampling:
+    """The same with a seed of its own for each repeat of a prompt, equal for all systems: 31 bits, which every engine
+    takes. Greedy decoding has none."""
+    if not sampling.temperature:
+        return sampling
+    digest = hashlib.sha256(f"{prompt}\n{repeat}".encode()).digest()
+    return replace(sampling, seed=int.from_bytes(digest[:4], "big") >> 1)
+
+
+def chosen_by(sampling: Sampling) -> dict[str, Any]:
+    """Temperature and top-p, and nothing else, as `generate` takes them."""
+    if not sampling.temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+
+
+def _ours(
+    apar: MedusaApar,
+    fork: bool,
+    shapes: Shapes | None,
+    inputs: dict[str, torch.Tensor],
+    limit: int,
+    sampling: Sampling,
+) -> Answer:
+    options: dict[str, Any] = {"max_new_tokens": limit, "fork": fork, **chosen_by(sampling)}
+    if sampling.seed is not None:
+        options["seed"] = sampling.seed
     clock = Clock()
     output = apar.generate(**{**inputs, **options}, streamer=clock, return_dict_in_generate=True)
     seconds = time.perf_counter() - clock.started
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     tree, stats = output.paragraph_tree[0], output.stats
-    return Answer(
+    answer = Answer(
         ids=ids,
         seconds=seconds,
         first_token_seconds=seconds if clock.first is None else clock.first,
@@ -155,6 +199,11 @@ def _ours(apar: MedusaApar, fork: bool, inputs: dict[str, torch.Tensor], limit: 
         accepted=dict(stats.accepted),
         undrafted_steps=stats.undrafted_steps,
     )
+    if shapes is not None:
+        counts = Counts.of(output.recording)
+        answer.forward_seconds = stats.phase_seconds["forward"]
+        answer.read_bytes, answer.macs = shapes.read_bytes(counts), shapes.macs(counts)
+    return answer
 
 
 def _spans(recording: Recording) -> list[list[int]]:
@@ -178,11 +227,18 @@ def _compiled(model: PreTrainedModel, longest: int) -> tuple[PreTrainedModel, di
 
 
 def _transformers(
-    apar: MedusaApar, model: Any, more: dict[str, Any], inputs: dict[str, torch.Tensor], limit: int
+    apar: MedusaApar,
+    model: Any,
+    more: dict[str, Any],
+    inputs: dict[str, torch.Tensor],
+    limit: int,
+    sampling: Sampling,
 ) -> Answer:
-    options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, **more}
+    options: dict[str, Any] = {"max_new_tokens": limit, **chosen_by(sampling), **more}
     if control := apar.control_token_ids:
         options["suppress_tokens"] = [control.fork_id, control.child_id]
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
     clock = Clock()
     sequences = model.generate(**inputs, **options, streamer=clock)
     seconds = time.perf_counter() - clock.started

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import medusa_apar
 from medusa_apar import loading
 from medusa_apar.commands import cli
+from medusa_apar.eval import ceilings
 from medusa_apar.eval.peers import PEERS
 from medusa_apar.heads import HydraHeads
 from tests.support.folders import forking_folder
@@ -73,6 +74,7 @@ def folder(load, tiny, tmp_path, monkeypatch):
     (tmp_path / "tiny").symlink_to(tiny)
     monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(medusa_apar, "load", load)
+    monkeypatch.setattr(ceilings, "measure", lambda kinds: ceilings.Ceilings(1.0, {kind: {1: 1.0} for kind in kinds}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""llama.cpp through its C interface: decode, take the likeliest token, decode that."""
+"""llama.cpp through its C interface: decode, take the likeliest token or a sampled one, decode that."""
 
 import ctypes
 import time
@@ -17,11 +17,29 @@ def start(settings):
     params.n_ctx = params.n_batch = settings["context"]
     params.n_threads = params.n_threads_batch = settings["threads"]
     context = lc.llama_init_from_model(model, params)
-    sampler = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
-    lc.llama_sampler_chain_add(sampler, lc.llama_sampler_init_greedy())
     eos = set(settings["eos"])
 
-    def answer(ids, limit):
+    def sampler_of(sampling):
+        chain = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
+        parts = [lc.llama_sampler_init_greedy()]
+        if sampling:  # the temperature first, as transformers has it
+            parts = [
+                lc.llama_sampler_init_temp(sampling["temperature"]),
+                lc.llama_sampler_init_top_p(sampling["top_p"], 1),
+                lc.llama_sampler_init_dist(sampling["seed"]),
+            ]
+        for part in parts:
+            lc.llama_sampler_chain_add(chain, part)
+        return chain
+
+    def answer(ids, limit, sampling):
+        sampler = sampler_of(sampling)
+        try:
+            return generate(ids, limit, sampler)
+        finally:
+            lc.llama_sampler_free(sampler)
+
+    def generate(ids, limit, sampler):
         found, first, started = [], None, time.perf_counter()
         lc.llama_memory_clear(lc.llama_get_memory(context), True)
         given = (lc.llama_token * len(ids))(*ids)

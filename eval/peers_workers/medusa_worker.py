@@ -40,7 +40,8 @@ def start(settings):
         raise ValueError(f"{settings['heads']} has other parts than residual blocks: {wrong}")
     Ids.eos_token_id = settings["eos"][0]
 
-    def answer(ids, limit):
+    def answer(ids, limit, sampling):
+        assert sampling is None, "eval/peers.py says that it is greedy"
         given, shown, first = torch.tensor([ids]), torch.tensor([]), None
         started = time.perf_counter()
         for step in model.medusa_generate(given, temperature=0.0, max_steps=limit, medusa_choices=CHOICES):

@@ -19,8 +19,11 @@ def start(settings):
     )
     eos = set(settings["eos"])
 
-    def answer(ids, limit):
+    def answer(ids, limit, sampling):
         config = openvino_genai.GenerationConfig(max_new_tokens=limit, do_sample=False, stop_token_ids=eos)
+        if sampling:
+            config.do_sample, config.rng_seed = True, sampling["seed"]
+            config.temperature, config.top_p = sampling["temperature"], sampling["top_p"]
         config.include_stop_str_in_output = True  # else an end token counts for nothing
         given = numpy.array([ids], numpy.int64)
         started = time.perf_counter()

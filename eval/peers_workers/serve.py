@@ -1,9 +1,10 @@
 """The protocol of every worker: JSON lines, one question in, one answer out.
 
 A worker is a script that the peer's own Python runs as `SCRIPT SETTINGS`, SETTINGS being JSON. It writes
-`{"ready": {...}}` once it can answer, then for each `{"ids": [...], "limit": n}` on standard input an answer with
-`ids` (an end token included), `seconds` and `first_token_seconds`. It ends with its input. Nothing of medusa_apar is
-imported here: it is not installed where this runs.
+`{"ready": {...}}` once it can answer, then for each `{"ids": [...], "limit": n, "sampling": ...}` on standard input an
+answer with `ids` (an end token included), `seconds` and `first_token_seconds`. `sampling` is null for greedy decoding,
+else it has `temperature`, `top_p` and `seed`. It ends with its input. Nothing of medusa_apar is imported here: it is
+not installed where this runs.
 """
 
 import json
@@ -17,7 +18,7 @@ SETTLE = 0.3  # seconds
 
 
 def serve(start):
-    """`start(settings)` returns what to tell of itself, and `answer(ids, limit) -> (ids, seconds, first)`."""
+    """`start(settings)` returns what to tell of itself, and `answer(ids, limit, sampling) -> (ids, seconds, first)`."""
     protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints, even from C, belongs to the log
 
@@ -29,6 +30,6 @@ def serve(start):
     say({"ready": about})
     for line in sys.stdin:
         asked = json.loads(line)
-        ids, seconds, first = answer(asked["ids"], asked["limit"])
+        ids, seconds, first = answer(asked["ids"], asked["limit"], asked["sampling"])
         time.sleep(SETTLE)
         say({"ids": ids, "seconds": seconds, "first_token_seconds": seconds if first is None else first})

@@ -34,9 +34,9 @@ def start(settings):
     )
     numbers = count()
 
-    def answer(ids, limit):
+    def answer(ids, limit, sampling):
         options = SamplingParams(
-            temperature=0.0,
+            **(sampling or {"temperature": 0.0}),
             max_tokens=limit,
             stop_token_ids=settings["eos"],
             detokenize=False,

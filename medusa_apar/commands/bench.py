@@ -3,8 +3,9 @@
   hf        transformers' generate, its control tokens suppressed     hf-pld   the same with prompt lookup
   hf-compiled  the same with a static cache and torch.compile (needs a C++ compiler; compiling takes a minute or more)
   ours-ar   our engine without threads and heads                     threads  heads  ours (both)
+  base      the same with the untuned base model: the answers that its users have today
 
-  static    Medusa's draft trees, one for all threads            siblings  threads that guess without heads
+  static    Medusa's draft trees, one for all threads            ngrams  threads that guess without heads
   budget  budget+weighted  budget+forks  budget+ngrams: parts of `ours`, to see what each brings
 
 Other engines take part when they are named, each in an environment of its own under the cache folder, made the first
@@ -13,12 +14,22 @@ time (from PyPI; llama.cpp is compiled):
   llama.cpp-q4_1  llama.cpp-q8_0   the untuned base model     vllm  in bfloat16     openvino  in int8
   medusa-llm                       Medusa's own decoder in float32, with the model's Medusa heads
 
-The systems take turns at every prompt, so that the machine's drift hits all alike; each is warmed up, greedy, and has
-the same limit; the table says which weights it has. DIR gets results.jsonl (every answer: tokens, seconds, time to the
-first token, steps, threads, slots, text), summary.json, table.md, plots and logs; the same command started again goes
-on where it stopped. Answers that loop are counted apart, since loops flatter drafting. --check then proves on this
+The systems take turns at every prompt, so that the machine's drift hits all alike; each is warmed up and has the same
+limit; the table says which weights it has. DIR gets results.jsonl (every answer: tokens, seconds, time to the first
+token, steps, threads, slots, text), summary.json, table.md, plots and logs; the same command started again goes on
+where it stopped. Answers that loop are counted apart, since loops flatter drafting. --check then proves on this
 machine, thread by thread, that the timed answers of `ours` (else `threads`) are what the model itself would write, and
 says where a tie in low precision fell the other way.
+
+Answers are greedy, or sampled with --temperature and --top-p, a seed for each question and repeat; then they differ in
+length from system to system, and tokens per second are what is compared. medusa-llm and --check are greedy only.
+
+comparison.md has `ours` against every other system, on all questions and without loops, and the questions on which it
+is slower than the best of its own parts; --repeat 3 tells those from a busy moment.
+
+Beside our systems on the compiled CPU runtime stand the bytes and products a second that their forward passes came to,
+and the machine's ceilings: those of --ceilings (`python -m medusa_apar.eval.ceilings FILE` measures them), else
+measured in a few seconds at the start, and kept as DIR/ceilings.json.
 
 --profile answers some prompts once more with `ours` and writes profile.md: what a step's time goes into, and what a
 forward pass costs by its rows.
@@ -34,12 +45,15 @@ losses against that system, in both orders.
   medusa-apar bench --prompts vicuna --limit 10 --systems hf ours --out results --check
   medusa-apar bench --out results --judge http://localhost:8000/v1 --judge-against hf
   medusa-apar bench --systems hf ours llama.cpp-q4_1 openvino --quantize int8 --out results
+  medusa-apar bench --temperature 0.7 --top-p 0.9 --systems hf base ours-ar threads heads ours --out sampled
 """
 
 from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from medusa_apar.arguments import MAX_THREADS, number, out_folder
 
@@ -57,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
     add("--repeat", type=number(int, 1), default=1, metavar="N", help="times of every answer (default: %(default)s)")
+    add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="sample; 0 is greedy (default)")
+    add("--top-p", type=number(float, 0, 1, open_low=True), default=1.0, metavar="P",
+        help="sample among the likeliest tokens that have this probability together (default: among all)")  # fmt: skip
     add("--model", default="smollm2-135m", help="name, folder, GGUF file or Hub id (default: %(default)s)")
     add("--heads", default="auto", metavar="NAME|DIR", help="draft heads (default: those that come with the model)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
@@ -64,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runtime", choices=("auto", "torch", "cpu"), default="auto", help="of our systems (default: %(default)s)")
     add("--budget", type=number(int, 1), metavar="N", help="rows of every forest of ours (default: what pays)")
     add("--threads", type=number(int, 1, MAX_THREADS), metavar="N", help="CPU threads for torch")
+    add("--ceilings", type=Path, metavar="FILE", help="this machine's, as medusa_apar.eval.ceilings measured them")
     add("--check", action="store_true", help="prove the answers exact afterwards")
     add("--profile", action="store_true", help="say where a step's time goes, and what a step costs by its rows")
     add("--kernels", action="store_true", help="check and time the GPU kernels instead")
@@ -73,11 +91,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from medusa_apar.eval import bench, check, judge, judge_files, peers, profile, prompts, systems
-    from medusa_apar.eval.plan import plan_of
+    from medusa_apar.eval import (
+        bench,
+        ceilings,
+        check,
+        comparison,
+        judge,
+        judge_files,
+        peers,
+        profile,
+        prompts,
+        systems,
+    )
+    from medusa_apar.eval.plan import open_results, plan_of
     from medusa_apar.job import Job, quiet, slow
     from medusa_apar.loading import load
     from medusa_apar.models.chat import encode
+    from medusa_apar.requests import Sampling
 
     if args.kernels:
         from medusa_apar.eval import kernels
@@ -85,18 +115,8 @@ def run(args: argparse.Namespace) -> int:
         kernels.run(args.out)
         print((args.out / "kernels.md").read_text(encoding="utf-8"))
         return 0
-    for name in args.systems:
-        if name not in (known := [*systems.NAMES, *peers.PEERS]):
-            raise ValueError(f"system {name!r} is none of {', '.join(known)}")
-    if len(set(args.systems)) < len(args.systems):
-        raise ValueError(f"--systems names one twice: {' '.join(args.systems)}")
-    if args.check and "ours" not in args.systems and "threads" not in args.systems:
-        raise ValueError("--check proves the answers of `ours` or `threads`: name one of them in --systems")
+    _check_arguments(args)
     asked = prompts.read(args.prompts, args.limit)
-    if not args.judge and (args.judge_model or args.judge_against):
-        raise ValueError("--judge-model and --judge-against need --judge, the endpoint to ask")
-    if args.judge_against and args.judge_against not in args.systems:
-        raise ValueError(f"--judge-against {args.judge_against} is none of --systems {' '.join(args.systems)}")
     judging = judge.Judge(args.judge, args.judge_model, args.prompts) if args.judge else None
 
     import torch
@@ -104,11 +124,15 @@ def run(args: argparse.Namespace) -> int:
     quiet()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.ceilings:
+        ceilings.read(args.ceilings)
     heads = None if args.heads == "none" else args.heads
-    options = {"quantize": args.quantize, "runtime": args.runtime, "budget": args.budget}
+    options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize, "runtime": args.runtime}
     options["trust_remote_code"] = args.trust_remote_code
+    with_base = _has_base(args)
     with slow(f"loading {args.model}"):
-        apar = load(args.model, heads=heads, dtype=args.dtype, **options)
+        apar = load(args.model, heads=heads, budget=args.budget, **options)
+        untuned = load(args.model, heads=None, apar=None, speculation="off", **options) if with_base else None
     longest = max(len(encode(apar.tokenizer, p.text)["input_ids"][0]) for p in asked) + args.max_new_tokens
     if longest > peers.CONTEXT and set(args.systems) & set(peers.PEERS):
         raise ValueError(
@@ -116,30 +140,75 @@ def run(args: argparse.Namespace) -> int:
             "lower --max-new-tokens or leave them out"
         )
     made = [
-        peers.make(name, apar, args.model, args.out) if name in peers.PEERS else systems.make(name, apar, longest)
+        peers.make(name, apar, args.model, args.out)
+        if name in peers.PEERS
+        else systems.make(name, apar, longest, untuned)
         for name in args.systems
     ]
     checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
     if args.check:
         check.check_greedy(apar)
-    plan = plan_of(apar, args.model, asked, args.max_new_tokens)
+    kinds = {system.shapes.kind for system in made if system.shapes}
+    if args.ceilings and not kinds:
+        raise ValueError("--ceilings is for the compiled CPU runtime, and none of these systems runs in it")
+    plan = plan_of(apar, args.model, asked, args.max_new_tokens, Sampling(args.temperature, top_p=args.top_p))
     with Job(args.out, "bench", vars(args)) as job, ExitStack() as stack:
         for system in made:
             stack.callback(system.close)
-        results = bench.run(job, apar, made, asked, plan, args.repeat)
-        summary = bench.write(job, results, args.systems, plan, args.repeat)
+        results = open_results(args.out, plan)
+        most = ceilings.of_run(args.out, kinds, args.ceilings) if kinds else None
+        bench.run(job, results, apar, made, asked, plan, args.repeat)
+        summary = bench.write(job, results, args.systems, plan, args.repeat, most)
         _plot(job, results, summary)
         judge_files.write(job, results, asked, args.systems, args.prompts)
         if judging:
             judge.run(job, judging, results, asked, args.systems, args.judge_against)
         print((args.out / bench.TABLE).read_text(encoding="utf-8"))
+        if comparison.OURS in args.systems and len(args.systems) > 1:
+            print(comparison.write(args.out, results, args.systems, args.repeat))
         if args.profile:
-            profile.run(job, apar, asked, args.max_new_tokens)
+            profile.run(job, apar, asked, args.max_new_tokens, plan.sampling)
         if args.check:
             found = check.check(job, checked, results, asked, args.max_new_tokens)
             print(check.sentence(found))
             return 0 if not found["wrong"] else 1
     return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """ValueError, in one sentence and before anything is loaded, for what cannot be asked together."""
+    from medusa_apar.eval import peers, systems
+
+    for name in args.systems:
+        if name not in (known := [*systems.NAMES, *peers.PEERS]):
+            raise ValueError(f"system {name!r} is none of {', '.join(known)}")
+    if len(set(args.systems)) < len(args.systems):
+        raise ValueError(f"--systems names one twice: {' '.join(args.systems)}")
+    if args.check and "ours" not in args.systems and "threads" not in args.systems:
+        raise ValueError("--check proves the answers of `ours` or `threads`: name one of them in --systems")
+    if args.top_p < 1 and not args.temperature:
+        raise ValueError(f"--top-p {args.top_p:g} needs a --temperature above 0: answers are greedy without one")
+    if args.check and args.temperature:
+        raise ValueError("--check proves greedy answers, and a sampled one is not the model's likeliest: leave one out")
+    for name in args.systems:
+        if args.temperature and name in peers.PEERS and not peers.PEERS[name].samples:
+            raise ValueError(f"{name} samples by a rule of its own: leave it out, or --temperature")
+    if not args.judge and (args.judge_model or args.judge_against):
+        raise ValueError("--judge-model and --judge-against need --judge, the endpoint to ask")
+    if args.judge_against and args.judge_against not in args.systems:
+        raise ValueError(f"--judge-against {args.judge_against} is none of --systems {' '.join(args.systems)}")
+
+
+def _has_base(args: argparse.Namespace) -> bool:
+    """Whether `base` takes part. ValueError where nothing is known of what the model was before it was tuned."""
+    from medusa_apar.eval.systems import BASE
+    from medusa_apar.models.sources import locate
+
+    if BASE not in args.systems:
+        return False
+    if locate(args.model).adapter is None:
+        raise ValueError(f"{BASE} needs a model tuned by an adapter, and {args.model} has none: leave it out")
+    return True
 
 
 def _plot(job, results, summary) -> None:

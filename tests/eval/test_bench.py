@@ -9,15 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
-from medusa_apar.commands.cli import main
-from medusa_apar.eval import bench, check, prompts, statistics, systems
+from medusa_apar.eval import bench, ceilings, check, prompts, statistics, systems
+from medusa_apar.eval.ceilings import Ceilings
 from medusa_apar.eval.plan import open_results
-from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
 from medusa_apar.models.chat import encode
-from tests.support.benchmarks import PLAN, lines, row
+from tests.support.benchmarks import PLAN, asked_folder, command, lines, read_rows, row
 from tests.support.folders import forking_folder
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -161,30 +159,13 @@ def test_speed_is_of_totals_and_medians_and_loops_stand_apart():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model that forks, with heads beside it."""
-    root = tmp_path_factory.mktemp("bench")
-    forking_folder(root / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(root / "model")
-    MedusaHeads.random(loaded, num_heads=2).save_pretrained(root / "heads")
-    asked = lines(
-        root / "p.jsonl", *({"id": n, "category": "xy"[n % 2], "prompt": "ask " + "abc"[n]} for n in range(3))
-    )
-    return SimpleNamespace(root=root, model=str(root / "model"), heads=str(root / "heads"), prompts=asked)
-
-
-def command(folder, out, *more):
-    model = ["--model", folder.model, "--heads", folder.heads, "--prompts", folder.prompts, "--max-new-tokens", "20"]
-    return main(["bench", *model, "--out", str(out), *map(str, more)])
-
-
-def read_rows(out):
-    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return asked_folder(tmp_path_factory.mktemp("bench"))
 
 
 def test_the_command_times_every_system_in_turns(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(systems, "BACKEND", "eager")  # traced, but not compiled: that takes a C++ compiler
-    names = list(systems.NAMES)
+    names = [name for name in systems.NAMES if name != systems.BASE]
     assert command(folder, out, "--systems", *names, "--repeat", 2, "--check") == 0
     shown = capsys.readouterr().out
     assert "**all** (3 prompts)" in shown and "| hf | float32 |" in shown and "Engines: hf: transformers " in shown
@@ -244,6 +225,10 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(folder, tmp_path, c
         (["--systems", "hf", "--check"], "--check proves the answers of `ours` or `threads`"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl is no file and none of default"),
         (["--systems", "heads", "--heads", "none"], "heads needs draft heads, and this model has none"),
+        (["--systems", "hf", "base"], "base needs a model tuned by an adapter, and"),
+        (["--top-p", "0.9"], "--top-p 0.9 needs a --temperature above 0"),
+        (["--temperature", "1", "--check"], "--check proves greedy answers"),
+        (["--ceilings", "nowhere.json"], "nowhere.json"),
     ],
 )
 def test_bad_input_is_one_sentence(folder, tmp_path, capsys, more, says):
@@ -253,12 +238,29 @@ def test_bad_input_is_one_sentence(folder, tmp_path, capsys, more, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_ceilings_are_of_compiled_systems(folder, tmp_path, capsys):
+    ceilings.write(tmp_path / "ceilings.json", Ceilings(10.0, {"float32": {1: 50.0}}))
+    assert command(folder, tmp_path / "out", "--systems", "hf", "--ceilings", tmp_path / "ceilings.json") == 2
+    assert "--ceilings is for the compiled CPU runtime" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_quantised_answers_are_said_checked_and_never_mixed(folder, tmp_path, capsys):
     forking_folder(tmp_path / "model", "wide_llama")
     wide, out = SimpleNamespace(model=str(tmp_path / "model"), heads="none", prompts=folder.prompts), tmp_path / "out"
     asked = ("--systems", "hf", "threads", "--limit", 2)
-    assert command(wide, out, *asked, "--quantize", "int8", "--check", "--profile") == 0
+    told = Ceilings(10.0, {"int8": {1: 50.0, 64: 400.0}})
+    ceilings.write(tmp_path / "ceilings.json", told)
+    given = ("--quantize", "int8", "--ceilings", tmp_path / "ceilings.json")
+    assert command(wide, out, *asked, *given, "--check", "--profile") == 0
     shown = capsys.readouterr().out
+    assert "the cores read 10.0 GB/s from memory" in shown and "multiply 50, 400 GMAC/s in int8 at 1, 64 rows" in shown
+    assert ceilings.read(out / "ceilings.json") == told
+    rows = [row for row in read_rows(out) if row["system"] == "threads"]
+    achieved = sum(row["read_bytes"] for row in rows) / 1e9 / sum(row["forward_seconds"] for row in rows)
+    share = next(line for line in shown.splitlines() if line.startswith("| threads |") and line.count("|") == 8)
+    assert share.split(" | ")[3:5] == [f"{achieved:.1f}", f"{achieved / 10:.0%}"]
+    assert all(0 < row["forward_seconds"] < row["seconds"] for row in rows)
     assert "our runtime cpu, int8" in shown and "| threads | int8 |" in shown and "| hf | float32 |" in shown
     assert "are what the rounded weights choose for each thread alone" in shown
     assert "| forward: attention |" in (out / "profile.md").read_text() and (out / "profile.json").is_file()

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from medusa_apar.commands.cli import main
-from medusa_apar.eval import bench, peer_files, peers, systems
+from medusa_apar.eval import bench, bench_tables, peer_files, peers, systems
 from medusa_apar.eval.peer_worker import Worker
 from medusa_apar.loading import load
+from medusa_apar.requests import Sampling
 from tests.support.benchmarks import PLAN, lines, row
 from tests.support.folders import forking_folder
 
@@ -26,8 +27,8 @@ asked, most = 0, 99
 def start(settings):
     print("noise of a library")
     os.system("echo noise of a child")
-    def answer(ids, limit):
-        print("more noise")
+    def answer(ids, limit, sampling):
+        print("more noise", sampling)
         global asked
         asked += 1
         if asked > most:
@@ -35,6 +36,8 @@ def start(settings):
         started = time.perf_counter()
         time.sleep(0.01)
         found = ids[::-1][: limit - 1] + settings["eos"]
+        if sampling:
+            found[0] = sampling["seed"] % 1000 if sampling["temperature"] == 0.5 and sampling["top_p"] == 0.75 else 0
         return found, time.perf_counter() - started, None
     return {{"threads": settings["threads"], "omp": os.environ["OMP_NUM_THREADS"]}}, answer
 serve.serve(start)
@@ -96,10 +99,21 @@ def test_a_worker_gets_the_threads_and_ends_with_its_input(fake, tmp_path):
     command = [sys.executable, "-E", str(fake), settings]
     worker = Worker("fake", command, tmp_path / "log", {"OMP_NUM_THREADS": "3"})
     assert worker.about == {"threads": 3, "omp": "3"}
-    assert worker.ask([5, 6, 7], 3)["ids"] == [7, 6, 2]
+    assert worker.ask([5, 6, 7], 3, Sampling())["ids"] == [7, 6, 2]
+    assert worker.ask([5, 6, 7], 3, Sampling(0.5, top_p=0.75, seed=2017))["ids"] == [17, 6, 2]
     worker.close()
     assert worker._process.returncode == 0
     worker.close()  # once more does no harm
+
+
+def test_a_peer_samples_with_the_seed_of_question_and_repeat(folder, fake, tmp_path):
+    out = tmp_path / "out"
+    sampled = ["--temperature", 0.5, "--top-p", 0.75, "--repeat", 2, "--max-new-tokens", 9]
+    assert command(folder, out, "--systems", "ours-ar", "fake", *sampled) == 0
+    seeds = {(r["prompt"], r["repeat"]): r["seed"] for r in rows(out) if r["system"] == "ours-ar"}
+    assert len(set(seeds.values())) == 4 and all(0 <= seed < 2**31 for seed in seeds.values())
+    told = {(r["prompt"], r["repeat"]): r["ids"][0] for r in rows(out) if r["system"] == "fake"}
+    assert told == {which: seed % 1000 for which, seed in seeds.items()}
 
 
 # ---- what stops
@@ -139,6 +153,10 @@ def test_a_worker_that_cannot_start_is_one_sentence(tmp_path, script, says):
         (["llama.cpp-q4_1"], "llama.cpp-q4_1 answers with smollm2-135m, and this model is built on"),
         (["medusa-llm"], "medusa-llm needs Medusa heads that come with the model"),
         (["medusa-llm", "--dtype", "bfloat16"], "medusa-llm runs Llamas in float32, and this is a"),
+        (
+            ["medusa-llm", "--temperature", "1"],
+            "medusa-llm samples by a rule of its own: leave it out, or --temperature",
+        ),
     ],
 )
 def test_what_cannot_stand_beside_ours_is_refused(folder, tmp_path, capsys, arguments, says):
@@ -204,10 +222,10 @@ def test_the_merged_model_is_the_one_our_systems_run(folder, tmp_path, monkeypat
 def test_weights_stand_beside_every_system():
     found = [row("a", "1") | {"weights": "float32", "software": ""}]
     found += [row("b", "1") | {"weights": "Q4_1, untuned base", "software": "llama-cpp-python 1.0"}]
-    text = bench.table(bench.summarise(found, ["a", "b"]), PLAN)
+    text = bench_tables.table(bench.summarise(found, ["a", "b"]), PLAN)
     assert "| a | float32 |" in text and "| b | Q4_1, untuned base |" in text
     assert "Engines: b: llama-cpp-python 1.0." in text
-    older = bench.table(bench.summarise([row("a", "1")], ["a"]), PLAN)
+    older = bench_tables.table(bench.summarise([row("a", "1")], ["a"]), PLAN)
     assert "| a | float32 |" in older and "Engines" not in older
 
 

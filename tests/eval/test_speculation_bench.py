@@ -12,6 +12,7 @@ def line(system, prompt, seconds, steps, looping=0.0, **more):
     return {
         "system": system, "prompt": prompt, "repeat": 0, "category": "", "weights": "int8", "tokens": 100,
         "seconds": seconds, "first_token_seconds": 0.1, "steps": steps, "rows": 5 * steps, "looping": looping,
+        "finish": "stop",
         "drafted": drafted, "accepted": {"heads": steps, "ngrams": 0, "forks": 0}, **more,
     }  # fmt: skip
 

@@ -13,6 +13,7 @@ step.cpp       the step
 matrix.h       products of few rows with a matrix
 int8.h         such products of int8
 amx.h          the same in tiles, for many rows
+bf16.h         such products of bfloat16
 vectors.h      vectors of floats and of int32
 product.h      whole layers, shared by the threads
 attention.h    attention of rows over their paths

@@ -52,7 +52,7 @@ struct Draft {
         sums.resize(most * width), next.resize(most * width), x.resize((size_t)most * h.hidden);
         y.resize(most * widest);
         const size_t padded = std::max(h.inputs, h.hidden) / GROUP_INPUTS + 1;
-        steps.resize(most * padded * GROUP_INPUTS), groups.resize(most * padded);
+        steps.resize(most * padded * GROUP_INPUTS * sizeof(float)), groups.resize(most * padded);
         best.resize((size_t)most * ranks), found.resize((size_t)most * ranks);
         drafted.resize(most), drafted_next.resize(most);
         reach.resize(most), reach_next.resize(most), row.resize(most), row_next.resize(most), from.resize(most);
@@ -81,7 +81,7 @@ inline void embed(const Hydra& h, int64_t token, float* out) {
 inline void product(Draft& d, const Matrix& m, const float* x, int stride, int inputs, int rows, float* y, int y_stride,
                     int outputs, Barrier& barrier) {
     const Quantised act{d.steps.data(), d.groups.data()};
-    if (m.kind == INT8) {
+    if (m.kind != FLOAT32) {
         const Share mine = share(rows);
         for (int r = mine.first; r < mine.last; r++)
             prepare(m, x + (size_t)r * stride, inputs, r, act);

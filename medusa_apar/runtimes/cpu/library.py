@@ -26,7 +26,19 @@ from medusa_apar.models import hub
 FOLDER = Path(__file__).parent
 SOURCES = (
     *("step.cpp", "weight_fingerprint.h", "hydra.h", "float_cache.h", "step_cache.h", "attention.h"),
-    *("int16.h", "product.h", "team.h", "top.h", "choose.h", "panel16.h", "matrix.h", "vectors.h", "int8.h", "amx.h"),
+    *(
+        "int16.h",
+        "product.h",
+        "team.h",
+        "top.h",
+        "choose.h",
+        "panel16.h",
+        "matrix.h",
+        "vectors.h",
+        "int8.h",
+        "amx.h",
+        "bf16.h",
+    ),
 )
 TABLES = 2  # of rotary embeddings, in a step
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")

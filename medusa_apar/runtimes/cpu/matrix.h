@@ -4,11 +4,11 @@
 // and whatever thread takes them, so a row's bits are the same alone and among others.
 //
 //   float32   panel[k][16]           activations float32
-//   bfloat16  panel[k][16]           widened in registers: activations and sums stay float32
+//   bfloat16  panel[k / 2][16][2]    activations bfloat16 too: see bf16.h
 //   int8      panel[k / 4][16][4]    activations int8 too: see int8.h
 #pragma once
 
-#include "amx.h"
+#include "bf16.h"
 #include "int8.h"
 #include "vectors.h"
 
@@ -17,17 +17,17 @@
 namespace mapar {
 
 constexpr int PARTS = PANEL / LANES;
-constexpr int FLOAT_ROWS = LANES == 16 ? 12 : 6;  // that float32 and bfloat16 take at a time
+constexpr int FLOAT_ROWS = LANES == 16 ? 12 : 6;  // that float32 takes at a time
 #ifdef MAPAR_AMX
 constexpr int ROW_TILE = AMX_ROWS;
 #else
-constexpr int ROW_TILE = std::max(FLOAT_ROWS, MAX_ROWS);
+constexpr int ROW_TILE = std::max({FLOAT_ROWS, MAX_ROWS, HALF_ROWS});
 #endif
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
 struct Matrix {
-    int32_t kind, outputs, inputs;  // outputs a multiple of 16, int8 inputs of GROUP_INPUTS: padded with zeros
+    int32_t kind, outputs, inputs;  // padded with zeros: outputs to 16, inputs in int8 to 64, in bfloat16 to 32
     const void* panels;
     const float* scales;  // int8: [panel][group][16]
     const float* bias;    // per output, or null
@@ -38,29 +38,19 @@ struct Rows {
     const float* floats;
     int stride;
     Int8Rows ints;
+    HalfRows halves;
 };
 
-inline vf widen(const float* p) { return load(p); }
-inline vf widen(const uint16_t* p) {  // bfloat16
-    typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
-    typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
-    vh half;
-    std::memcpy(&half, p, sizeof half);
-    vu bits = __builtin_convertvector(half, vu) << 16;
-    vf v;
-    std::memcpy(&v, &bits, sizeof v);
-    return v;
-}
-
-template <int R, class Weight>
-__attribute__((noinline)) void panel_float(const Weight* w, const Rows& x, int first, int inputs,
-                                           float (*out)[PANEL]) {
+// R rows of one panel's outputs; `out` holds R rows of 16.
+template <int R>
+__attribute__((noinline)) void panel_float(const Matrix& m, int index, const Rows& x, int first, float (*out)[PANEL]) {
+    const float* w = (const float*)m.panels + (size_t)index * PANEL * m.inputs;
     vf sums[R][PARTS] = {};
     const float* row[R];
     for (int r = 0; r < R; r++) row[r] = x.floats + (size_t)(first + r) * x.stride;
-    for (int k = 0; k < inputs; k++, w += PANEL) {
+    for (int k = 0; k < m.inputs; k++, w += PANEL) {
         vf weight[PARTS];
-        for (int p = 0; p < PARTS; p++) weight[p] = widen(w + p * LANES);
+        for (int p = 0; p < PARTS; p++) weight[p] = load(w + p * LANES);
         for (int r = 0; r < R; r++)
             for (int p = 0; p < PARTS; p++) sums[r][p] += weight[p] * row[r][k];
     }
@@ -68,27 +58,18 @@ __attribute__((noinline)) void panel_float(const Weight* w, const Rows& x, int f
         for (int p = 0; p < PARTS; p++) store(out[r] + p * LANES, sums[r][p]);
 }
 
-// R rows of one panel's outputs; `out` holds R rows of 16.
-template <int R>
-inline void panel(const Matrix& m, int index, const Rows& x, int first, float (*out)[PANEL]) {
-    const size_t start = (size_t)index * PANEL * m.inputs;
-    if (m.kind == BFLOAT16)
-        panel_float<R>((const uint16_t*)m.panels + start, x, first, m.inputs, out);
-    else
-        panel_float<R>((const float*)m.panels + start, x, first, m.inputs, out);
-}
-
 template <int R>
 inline void panel_of(int rows, const Matrix& m, int index, const Rows& x, int first, float (*out)[PANEL]) {
     if (rows == R)
-        panel<R>(m, index, x, first, out);
+        panel_float<R>(m, index, x, first, out);
     else if constexpr (R > 1)
         panel_of<R - 1>(rows, m, index, x, first, out);
 }
 
 // How many rows a tile takes at most.
 inline int row_tile(const Matrix& m, int rows) {
-    if (m.kind != INT8) return FLOAT_ROWS;
+    if (m.kind == FLOAT32) return FLOAT_ROWS;
+    if (m.kind == BFLOAT16) return half_rows();
 #ifdef MAPAR_AMX
     if (rows >= AMX_LEAST && amx_allowed()) return AMX_ROWS;
 #endif
@@ -114,7 +95,10 @@ inline void tiles(const Matrix& m, int index, const Rows& x, int rows, Use use) 
     for (int t = 0; t < count; t++) {  // of sizes as equal as can be: a tile of one row costs as much as one of four
         const int first = (int64_t)rows * t / count, size = (int64_t)rows * (t + 1) / count - first;
         alignas(64) float tile[P][ROW_TILE][PANEL];
-        if (m.kind == INT8)
+        if (m.kind == BFLOAT16)
+            multiply_bf16<P>((const uint16_t*)m.panels + (size_t)index * PANEL * m.inputs, m.inputs, x.halves, first,
+                             size, tile[0][0], ROW_TILE * PANEL);
+        else if (m.kind == INT8)
             int8_tile<P>(m, index, x, first, size, most, tile[0][0]);
         else
             for (int p = 0; p < P; p++) panel_of<FLOAT_ROWS>(size, m, index + p, x, first, tile[p]);

@@ -6,26 +6,36 @@
 
 namespace mapar {
 
-// Where rows are quantised to: steps [rows][inputs] and groups [rows][inputs / 64], for the matrix that reads them next.
+// Where rows are rounded to for the matrix that reads them next. int8: steps [rows][inputs], groups [rows][inputs / 64];
+// bfloat16: Half [rows][inputs] in the place of `steps`, which has four bytes for each.
 struct Quantised {
     int8_t* steps;
     Group* groups;
 };
 
-// The matrix's view of rows that lie in `floats`; int8 ones are quantised first, by `prepare`.
+// The matrix's view of rows that lie in `floats`; but for float32 `prepare` rounds them first.
 inline Rows rows_for(const Matrix& m, const float* floats, int stride, const Quantised& q) {
-    return {floats, stride, {q.steps, q.groups, m.inputs}};
+    return {floats, stride, {q.steps, q.groups, m.inputs}, {(const Half*)q.steps, m.inputs}};
 }
 
 inline void prepare(const Matrix& m, const float* x, int width, int row, const Quantised& q) {
-    if (m.kind != INT8) return;
+    if (m.kind == FLOAT32) return;
     const size_t first = (size_t)row * m.inputs;
+    if (m.kind == BFLOAT16) return quantise_bf16(x, width, m.inputs, (Half*)q.steps + first);
     quantise_int8(x, width, m.inputs, q.steps + first, q.groups + first / GROUP_INPUTS);
 }
 
 // LANES elements of an embedding table in float32 or bfloat16.
 inline vf embedded(const void* table, int kind, size_t place) {
-    return kind == BFLOAT16 ? widen((const uint16_t*)table + place) : load((const float*)table + place);
+    if (kind == FLOAT32) return load((const float*)table + place);
+    typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+    typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+    vh half;
+    std::memcpy(&half, (const uint16_t*)table + place, sizeof half);
+    const vu bits = __builtin_convertvector(half, vu) << 16;
+    vf v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
 }
 
 // What makes a row's mean square 1.

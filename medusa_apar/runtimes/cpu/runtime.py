@@ -1,9 +1,9 @@
 """A forward pass over a forest in compiled code, for the families of `layers.py`, in float32, bfloat16 or int8 weights.
 
-Activations and every sum of a float are float32, and so is the KV pool. With int8 weights activations are int8 steps
-where they meet a matrix (`int8.h`), and the pool holds int16 steps, a scale for each slot and KV head
-(`step_cache.h`). A row's logits depend on its path alone, bit by bit: not on the other rows, the batch, the slots or
-what was drafted (DESIGN promises 1 and 5, without the usual "but for ties").
+Sums of floats are float32, and so is the KV pool. With bfloat16 weights activations are rounded to bfloat16 where they
+meet a matrix (`bf16.h`). With int8 weights they are int8 steps there (`int8.h`), and the pool holds int16 steps, with a
+scale for each slot and KV head (`step_cache.h`). A row's logits depend on its path alone, bit by bit: not on the other
+rows, the batch, the slots or what was drafted (DESIGN promises 1 and 5, without the usual "but for ties").
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class _Scratch:
         padded = up(wide, GROUP_INPUTS)
         return (
             *(verified * self._vocabulary, rows * self.packed.hidden, rows * narrow),
-            *(rows * wide, rows * padded // 4, 2 * rows * padded // GROUP_INPUTS),
+            *(rows * wide, rows * padded, 2 * rows * padded // GROUP_INPUTS),
         )
 
     def buffers(self, rows: int, verified: int) -> tuple[Tensor, ...]:

@@ -61,7 +61,7 @@ struct Step {
     float* logits;                 // [verified][outputs]
     float* x;                      // scratch: [rows][hidden], the residual stream
     float *qkv, *wide;             // scratch: [rows][(heads + 2 kv_heads) * head_dim], [rows][max(all widths)]
-    Quantised act;                 // scratch: int8 inputs, [rows][padded widest input]
+    Quantised act;                 // scratch: rounded inputs, four bytes for each of [rows][padded widest input]
     double* seconds;               // per phase, added to; or null
 };
 
@@ -236,7 +236,7 @@ struct LayerPass {
     }
 
     void quantise_for(const Matrix& next, const float* x, int count) {
-        if (next.kind != INT8) return;
+        if (next.kind == FLOAT32) return;
         for (int r = rows.first; r < rows.last; r++) prepare(next, x + (size_t)r * count, count, r, s.act);
         barrier.wait();
     }

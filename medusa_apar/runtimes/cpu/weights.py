@@ -15,6 +15,8 @@ GROUP_INPUTS = 64
 _BLOCK = 16 * PANEL  # outputs that are laid out at once
 Source = Callable[[], tuple[Tensor, Tensor | None]]  # makes a matrix's weight [outputs, inputs] and bias when called
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
+INPUTS = {"float32": 1, "bfloat16": 32, "int8": GROUP_INPUTS}  # what inputs are padded to a multiple of
+_TOGETHER = {"float32": 1, "bfloat16": 2, "int8": 4}  # inputs of an output side by side
 
 
 class PackedMatrix:
@@ -42,7 +44,7 @@ class PackedMatrix:
     def _take(self, kind: str, outputs: int, inputs: int, stored: Mapping[str, Tensor]) -> None:
         self.kind, self.outputs, self.inputs, self.stored = kind, outputs, inputs, dict(stored)
         self.panels, self.scales, self.bias = (self.stored.get(name) for name in ("panels", "scales", "bias"))
-        outputs, inputs = up(outputs, PANEL), up(inputs, GROUP_INPUTS if kind == "int8" else 1)
+        outputs, inputs = up(outputs, PANEL), up(inputs, INPUTS[kind])
         dtype = torch.int8 if kind == "int8" else getattr(torch, kind)
         if self.panels is None or (self.scales is None) == (kind == "int8"):
             raise ValueError(f"a matrix in {kind} is not made of {' and '.join(self.stored)}.")
@@ -65,16 +67,12 @@ class PackedMatrix:
         """float32 [..., inputs] -> [..., outputs]; a row's bits do not depend on the other rows."""
         rows = x.reshape(-1, self.inputs).float().contiguous()
         count, inputs = len(rows), self.struct.inputs
-        out, steps, groups = floats(count, self.outputs), None, None
-        if self.kind == "int8":
-            steps = torch.empty(count, inputs, dtype=torch.int8, device="cpu")
-            groups = floats(count, inputs // GROUP_INPUTS, 2)
+        out, steps, groups = floats(count, self.outputs), floats(count, inputs), floats(count, inputs // 32 + 1)
         library.library().mapar_linear(
             self.struct,
             *(address(rows, torch.float32, count * self.inputs), count, self.inputs),
             *(address(out, torch.float32, count * self.outputs), self.outputs),
-            None if steps is None else address(steps, torch.int8, count * inputs),
-            None if groups is None else address(groups, torch.float32, count * inputs // GROUP_INPUTS * 2),
+            *(address(steps, torch.float32, count * inputs), address(groups, torch.float32, count * (inputs // 32))),
             torch.get_num_threads(),
         )
         return out.view(*x.shape[:-1], self.outputs)
@@ -98,19 +96,20 @@ def laid_out(weight: Tensor, kind: str, bias: Tensor | None = None) -> dict[str,
 
 def _panels(rows: Tensor, kind: str) -> dict[str, Tensor]:
     """Some outputs' weights [outputs, inputs], laid out: tensors [panels, ...], which no other output has a part in."""
-    outputs, inputs = up(len(rows), PANEL), up(rows.shape[1], GROUP_INPUTS if kind == "int8" else 1)
+    outputs, inputs = up(len(rows), PANEL), up(rows.shape[1], INPUTS[kind])
     whole = floats(outputs, inputs).zero_()
     whole[: len(rows), : rows.shape[1]] = rows.float()
-    if kind != "int8":
-        return {"panels": whole.to(getattr(torch, kind)).view(-1, PANEL, inputs).transpose(1, 2)}
-    groups = hadamard(whole.view(outputs, -1, GROUP_INPUTS))
-    scales = groups.abs().amax(-1) / 127
-    # Zero groups keep a scale of zero and divide by one.
-    steps = (groups / scales.where(scales > 0, 1.0)[..., None]).round().to(torch.int8)
-    return {
-        "panels": steps.view(-1, PANEL, inputs // 4, 4).transpose(1, 2),
-        "scales": scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2),
-    }
+    found = {}
+    if kind == "int8":
+        groups = hadamard(whole.view(outputs, -1, GROUP_INPUTS))
+        scales = groups.abs().amax(-1) / 127
+        # Zero groups keep a scale of zero and divide by one.
+        steps = (groups / scales.where(scales > 0, 1.0)[..., None]).round().to(torch.int8)
+        found["scales"] = scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2)
+    else:
+        steps = whole.to(getattr(torch, kind))
+    found["panels"] = steps.view(-1, PANEL, inputs // _TOGETHER[kind], _TOGETHER[kind]).transpose(1, 2)
+    return found
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ def test_products_are_those_of_the_stored_weight(shape, kind, bias, seed):
     x, weight, b = operands(*shape, seed, bias)
     packed = PackedMatrix(weight, kind, b)
     read = rounded(x) if kind == "int8" else nn.functional.pad(x, (0, packed.struct.inputs - x.shape[1]))
+    read = read.bfloat16() if kind == "bfloat16" else read
     expected = (read.double() @ packed.dense().double().T + (0 if b is None else b)).float()
     torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-6 * float(x.abs().max()) * shape[2] ** 0.5 * 4)
 
@@ -111,7 +112,17 @@ def test_zero_and_extreme_rows(kind):
     x = torch.zeros(3, 64)
     x[1, :16] = 1e30
     x[2, :16] = 1e-30
-    torch.testing.assert_close(packed(x), x[:, :16] * (weight[:, :16].diag()), rtol=1e-4, atol=0)
+    rtol = 2**-8 if kind == "bfloat16" else 1e-4
+    torch.testing.assert_close(packed(x), x[:, :16] * (weight[:, :16].diag()), rtol=rtol, atol=0)
+
+
+def test_activations_are_rounded_to_bfloat16_as_torch_does():
+    """Among them every tie between two neighbours, of which the even one counts."""
+    bits = torch.arange(0x3F800000, 0x3F900000, 0x2000, dtype=torch.int32)[:128].view(2, 64)
+    x = torch.cat([bits.view(torch.float32), torch.randn(50, 64, generator=torch.Generator().manual_seed(5)) * 1e5])
+    assert torch.equal(PackedMatrix(torch.eye(64), "bfloat16")(x), x.bfloat16().float())
+    x[1, 3] = torch.nan
+    assert PackedMatrix(torch.eye(64), "bfloat16")(x)[1, 3].isnan()
 
 
 def test_int8_sums_do_not_leave_int32():
@@ -161,6 +172,7 @@ MACHINES = {
     "alderlake": {"avx2", "fma", "avx_vnni"},
     "skylake-avx512": {"avx512f", "avx512bw"},
     "cascadelake": {"avx512f", "avx512bw", "avx512_vnni"},
+    "cooperlake": {"avx512f", "avx512bw", "avx512_vnni", "avx512_bf16"},
     "sapphirerapids": {"amx_int8", "avx512_vnni", "avx512_fp16"},
 }
 
@@ -181,7 +193,7 @@ def product_of(machine):
 def product(machine, packed, x):
     rows, inputs = len(x), packed.struct.inputs
     y = torch.empty(rows, packed.outputs)
-    steps, groups = torch.empty(rows, inputs, dtype=torch.int8), torch.empty(rows, inputs // 64, 2)
+    steps, groups = torch.empty(rows, inputs), torch.empty(rows, inputs // 32 + 1)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y, steps, groups)]
     product_of(machine)(
         *(ctypes.byref(packed.struct), pointers[0], rows, x.shape[1], pointers[1], packed.outputs, *pointers[2:])
@@ -202,6 +214,19 @@ def test_every_instruction_set_has_the_same_sums(machine):
             torch.testing.assert_close(product(machine, packed, x), expected, rtol=1e-5, atol=1e-4)
         else:
             assert torch.equal(product(machine, packed, x), expected)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_instruction_set_multiplies_bfloat16_row_by_row(machine):
+    if product_of(machine) is None:
+        pytest.skip(f"this processor is no {machine}")
+    for rows in (1, 3, 13, 33):
+        x, weight, bias = operands(rows, 88, 200, rows, True)
+        packed = PackedMatrix(weight, "bfloat16", bias)
+        made = product(machine, packed, x)
+        expected = x.bfloat16().double() @ weight.bfloat16().double().T + bias
+        torch.testing.assert_close(made, expected.float(), rtol=1e-5, atol=1e-4)
+        assert torch.equal(torch.cat([product(machine, packed, row[None]) for row in x]), made)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
