@@ -155,7 +155,7 @@ class PackWriter:
     def _write(self, name: str, tensor: Tensor) -> None:
         places = [self._end, self._end + tensor.nbytes]
         self._header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": places}
-        self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         self._end = places[1]
 
     def end(self) -> None:

@@ -43,11 +43,12 @@ class PackedMatrix:
 
     def _take(self, kind: str, outputs: int, inputs: int, stored: Mapping[str, Tensor]) -> None:
         self.kind, self.outputs, self.inputs, self.stored = kind, outputs, inputs, dict(stored)
-        self.panels, self.scales, self.bias = (self.stored.get(name) for name in ("panels", "scales", "bias"))
+        panels, self.scales, self.bias = (self.stored.get(name) for name in ("panels", "scales", "bias"))
         outputs, inputs = up(outputs, PANEL), up(inputs, INPUTS[kind])
         dtype = torch.int8 if kind == "int8" else getattr(torch, kind)
-        if self.panels is None or (self.scales is None) == (kind == "int8"):
+        if panels is None or (self.scales is None) == (kind == "int8"):
             raise ValueError(f"a matrix in {kind} is not made of {' and '.join(self.stored)}.")
+        self.panels = panels
         self.struct = library.Matrix(
             *(KINDS[kind], outputs, inputs, address(self.panels, dtype, outputs * inputs)),
             None if self.scales is None else address(self.scales, torch.float32, outputs * inputs // GROUP_INPUTS),
