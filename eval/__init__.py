@@ -47,6 +47,7 @@ Kernels and host code:
     kernel_steps.py    whole forward passes on a GPU
     kernel_host.py     what a forest costs the host before kernels run
     budget_host.py     what choosing a step's nodes costs the host
+    larger.py          what a model of a billion parameters takes to start: time, and memory by kind
     linear_layers.py   linear layers on a CPU, packed and not
     gpu_exactness.py   kernels and CUDA graphs, token for token what masks give
 """

@@ -48,6 +48,7 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    keep_packed: bool | None = None,
     **attach_options: Any,
 ) -> MedusaApar:
     """A model ready to generate with parallel threads and speculative heads.
@@ -70,16 +71,22 @@ def load(
     revision: branch, tag or commit of the Hub repository `name`.
     token: of a Hub account, for what is not public; None is the one of `hf auth login`.
     trust_remote_code: whether code from the model's repository may run; never on by itself.
+    keep_packed: whether the weights as compiled code reads them are kept in the cache folder ($MEDUSA_APAR_CACHE) and
+        mapped from there by the next start. None does so where `quantize` is asked for and the model has 268 million
+        parameters or more; True needs `quantize` or `runtime="cpu"`. Packs unused the longest go when all exceed 17 GB.
     attach_options: passed to `medusa_apar.attach`: `fork` (where answers split), `speculation` (how tokens are guessed
         ahead), `max_threads` (that run in one step), `quantize="int8"`, and others that are told there.
     """
     from medusa_apar.heads import load_heads
     from medusa_apar.models.merge import merge_into
+    from medusa_apar.runtimes.cpu import pack_files
 
     from .generate import attach
 
     if device is not None and device_map is not None:
         raise ValueError("give device or device_map, not both")
+    if keep_packed and attach_options.get("quantize") is None and attach_options.get("runtime") != "cpu":
+        raise ValueError("keep_packed=True needs the CPU runtime: give quantize='int8' or runtime='cpu'")
     _check_devices(device_map)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = _dtype(dtype, device if device_map is None else _fastest(device_map))
@@ -117,7 +124,9 @@ def load(
         setattr(model.config, MODEL_ENTRY, control.as_config())
     elif hasattr(model.config, MODEL_ENTRY):
         delattr(model.config, MODEL_ENTRY)
-    attached = attach(model, heads=heads, apar=control, tokenizer=tokenizer, attention=attention, **attach_options)
+    keep = pack_files.worth_keeping(model, attach_options.get("quantize")) if keep_packed is None else keep_packed
+    with pack_files.loading(model, keep):
+        attached = attach(model, heads=heads, apar=control, tokenizer=tokenizer, attention=attention, **attach_options)
     if on_a_terminal():
         print(f"{name}: {attached!r}", file=sys.stderr)
     return attached

@@ -16,6 +16,7 @@ from medusa_apar.heads import MedusaHeads
 from medusa_apar.job import Job, quiet, slow
 from medusa_apar.loading import _check_devices, load
 from medusa_apar.models import hub
+from medusa_apar.runtimes.cpu import library, pack_files
 from medusa_apar.threads.control_tokens import ControlTokens
 from tests.support.folders import PROMPT, forking_folder, word_adapter, word_folder, word_model
 
@@ -322,3 +323,45 @@ def test_the_default_forks_and_drafts():
     assert apar.control_token_ids == ControlTokens(15, 16, max_depth=2)
     assert apar.heads is not None
     assert apar.model.get_input_embeddings().weight is apar.model.get_output_embeddings().weight
+
+
+# ---- packed weights that the next start finds
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    library.library()  # compiled before there is another cache
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "packs"
+
+
+def test_packed_weights_are_kept_where_that_is_asked_for_or_worth_it(tmp_path, cache, monkeypatch):
+    folder, call = forking_folder(tmp_path / "model", "wide_llama"), {"max_new_tokens": 20, "do_sample": False}
+    options = {"quantize": "int8", "speculation": "off"}
+    expected = load(folder, **options).generate(PROMPT, **call)
+    assert not cache.exists()
+    monkeypatch.setattr(pack_files, "WORTH", 1000)
+    load(folder, **options, keep_packed=False)
+    assert not cache.exists()
+    for keep in (None, True):
+        assert torch.equal(load(folder, **options, keep_packed=keep).generate(PROMPT, **call), expected)
+    assert len(list(cache.glob("*/packed.safetensors"))) == 1
+    load(folder, speculation="off", keep_packed=True, runtime="cpu")
+    load(folder, speculation="off")
+    assert len(list(cache.glob("*/packed.safetensors"))) == 2
+
+
+def test_what_is_attached_later_is_not_kept(tmp_path, cache):
+    """A model that is the caller's may be trained and attached again and again."""
+    model = load(forking_folder(tmp_path / "model", "wide_llama"), keep_packed=True, quantize="int8").model
+    model.lm_head.weight.data.neg_()
+    attach(model, quantize="int8")
+    assert len(list(cache.glob("*/packed.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"runtime": "torch"}])
+def test_keeping_packed_weights_needs_the_runtime_that_packs(options):
+    with pytest.raises(
+        ValueError, match="keep_packed=True needs the CPU runtime: give quantize='int8' or runtime='cpu'"
+    ):
+        load("/no/such/folder", keep_packed=True, **options)

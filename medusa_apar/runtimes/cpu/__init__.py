@@ -6,6 +6,8 @@ layers.py      what a decoder layer is, and where each family keeps its parts
 known.py       which models are computed: those that are what transformers defines
 weights.py     a model's weights in the layout of the compiled code
 weight_fingerprint.py  whether weights still are what was copied
+mapped_weights.py  weights in a mapped file: that nobody wrote to them, without reading them
+pack_files.py  packed weights on disk, mapped by the next start
 drafting.py    drafting with Hydra heads
 choosing.py    which tokens rows choose, in one call
 library.py     compiles the code once, and mirrors its structs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,10 +15,10 @@ from transformers import PreTrainedModel
 from medusa_apar.models.families import context_length
 
 from . import library
-from .layers import LayerNumbers, LayerParts, family_of, layers_of, numbers_of, rotary_kinds
+from .layers import Family, LayerNumbers, LayerParts, family_of, layers_of, numbers_of, rotary_kinds
 from .library import floats
 from .weight_fingerprint import WeightFingerprint
-from .weights import PackedMatrix, interleaved, joined
+from .weights import PackedMatrix, Source, interleaved, joined
 
 
 def weights_of(model: PreTrainedModel) -> list[Tensor]:
@@ -31,6 +33,7 @@ class Packs:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.kinds: dict[str, PackedModel] = {}
+        self.make: Callable[[str], PackedModel] | None = None  # while the model is loaded: see `pack_files.loading`
 
 
 _packs: weakref.WeakKeyDictionary[PreTrainedModel, Packs] = weakref.WeakKeyDictionary()
@@ -50,16 +53,57 @@ class PackedLayer(NamedTuple):
     numbers: LayerNumbers
 
 
-class PackedModel:
-    """A model's weights as compiled code reads them."""
+PARTS = ("qkv", "output", "gate_up", "down")  # a layer's matrices, as step.cpp's Layer has them
 
-    def __init__(self, model: Any, kind: str) -> None:
+
+def matrices_of(model: Any, family: Family) -> dict[str, Source]:
+    """Every matrix of a step by its name, "unembedding" or "layers.3.qkv", none of which is made before it is asked
+    for. What they hold depends on nothing but weights, `config` and this code: `pack_files.py` names packs by these."""
+    found: dict[str, Source] = {"unembedding": partial(_plain, model.get_output_embeddings())}
+    for index, parts in enumerate(layers_of(model, family)):
+        made = (partial(_qkv, parts), partial(_plain, parts.output), partial(_gate_up, parts))
+        for name, source in zip(PARTS, (*made, partial(_plain, parts.down)), strict=True):
+            found[f"layers.{index}.{name}"] = source
+    return found
+
+
+def _plain(linear: Any) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, getattr(linear, "bias", None)
+
+
+def _qkv(parts: LayerParts) -> tuple[Tensor, Tensor | None]:
+    return torch.cat([linear.weight.detach() for linear in parts.qkv]), joined(parts.qkv)
+
+
+def _gate_up(parts: LayerParts) -> tuple[Tensor, Tensor | None]:
+    gate_up = [linear.weight.detach() for linear in parts.gate_up]
+    gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2)
+    bias = joined(parts.gate_up)
+    if bias is not None:
+        bias = interleaved(*bias[:, None].chunk(2))[:, 0]
+    return interleaved(gate, up), bias
+
+
+class PackedModel:
+    """A model's weights as compiled code reads them.
+
+    matrix: gives one by its name and its source, where it is not just packed.
+    fingerprint: of the weights as they were before any of them was read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        kind: str,
+        matrix: Callable[[str, Source], PackedMatrix] | None = None,
+        fingerprint: WeightFingerprint | None = None,
+    ) -> None:
         family = family_of(model)
         assert family is not None
         config, decoder = model.config, model.model
         self.kind = kind
         # Before any of it is copied:
-        self.numbers, self._fingerprint = numbers_of(model, family), WeightFingerprint(weights_of(model))
+        self.numbers, self._fingerprint = numbers_of(model, family), fingerprint or WeightFingerprint(weights_of(model))
         self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
         self.heads = library.Heads(
             *(config.num_attention_heads, config.num_key_value_heads, decoder.layers[0].self_attn.head_dim),
@@ -67,9 +111,11 @@ class PackedModel:
         )
         self._centred = family.centred
         self.norm = self._vector(decoder.norm)
-        self.unembedding = PackedMatrix(
-            model.get_output_embeddings().weight, kind, getattr(model.get_output_embeddings(), "bias", None)
-        )
+        matrices = {
+            name: PackedMatrix.of(source, kind) if matrix is None else matrix(name, source)
+            for name, source in matrices_of(model, family).items()
+        }
+        self.unembedding = matrices["unembedding"]
         table = decoder.embed_tokens.weight.detach().contiguous()
         self.table = table if table.dtype == torch.bfloat16 else table.float()
         self._context = context_length(model)
@@ -78,8 +124,8 @@ class PackedModel:
         self.turned = 2 * len(getattr(self._rotary, f"{self.rotary_kinds[0]}inv_freq"))
         self._tables: list[tuple[Tensor, Tensor]] = []
         self.layers = [
-            self._layer(parts, numbers)
-            for parts, numbers in zip(layers_of(model, family), self.numbers.layers, strict=True)
+            PackedLayer(self._norms(parts), tuple(matrices[f"layers.{index}.{part}"] for part in PARTS), numbers)
+            for index, (parts, numbers) in enumerate(zip(layers_of(model, family), self.numbers.layers, strict=True))
         ]
 
     @property
@@ -109,25 +155,9 @@ class PackedModel:
             self._tables = [(cos[0].float().contiguous(), sin[0].float().contiguous()) for cos, sin in made]
         return self._tables
 
-    def _layer(self, parts: LayerParts, numbers: LayerNumbers) -> PackedLayer:
-        gate_up = [linear.weight.detach() for linear in parts.gate_up]
-        gate, up = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2)
-        bias = joined(parts.gate_up)
-        if bias is not None:
-            bias = interleaved(*bias[:, None].chunk(2))[:, 0]
-        return PackedLayer(
-            tuple(
-                None if norm is None else self._vector(norm)
-                for norm in (*parts.norms, *(parts.path_norms or (None, None)))
-            ),
-            (
-                PackedMatrix(torch.cat([linear.weight.detach() for linear in parts.qkv]), self.kind, joined(parts.qkv)),
-                PackedMatrix(parts.output.weight, self.kind, parts.output.bias),
-                PackedMatrix(interleaved(gate, up), self.kind, bias),
-                PackedMatrix(parts.down.weight, self.kind, parts.down.bias),
-            ),
-            numbers,
-        )
+    def _norms(self, parts: LayerParts) -> tuple[Tensor | None, ...]:
+        norms = (*parts.norms, *(parts.path_norms or (None, None)))
+        return tuple(None if norm is None else self._vector(norm) for norm in norms)
 
     def _vector(self, norm: nn.Module) -> Tensor:
         weight = cast(Tensor, norm.weight).detach().float().contiguous()

@@ -12,6 +12,7 @@ import ctypes
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ class CpuRuntime:
             if why is None and (packed is None or not packed.is_of(self.model, self._entirely)):
                 why = unsupported_reason(self.model)
                 if why is None:
-                    packed = packs.kinds[self.facts.kind] = PackedModel(self.model, self.facts.kind)
+                    make = packs.make or partial(PackedModel, self.model)
+                    packed = packs.kinds[self.facts.kind] = make(self.facts.kind)
             if why is None:
                 self._packed, self._entirely = packed, False
                 # A pool that holds nothing is between two calls, or an engine's that was idle: it begins anew.

@@ -4,11 +4,13 @@ torch counts what is written to a tensor, but not what is written through `.data
 weights and most weight surgery do. So the bits are summed up too. That runs at memory speed, yet the 540 MB of the 135M
 model take 65 ms (one core, 8 GB/s), too much for a short call. Each call therefore reads one sixteenth of large weights
 (7 ms), another one every time. All is read when that takes less than a fiftieth of the time since it was last done,
-which is every few seconds. Without a compiler torch does the same at 1 GB/s.
+which is every few seconds. Without a compiler torch does the same at 1 GB/s. Weights that are mapped from a file and
+were never written to are not read at all (`mapped_weights.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import library
+from .mapped_weights import MappedWeights
 
 TURNS, _LINE = 16, 8  # int64 words of a line, as in `weight_fingerprint.h`
 _SQUARE = TURNS * TURNS * _LINE  # words of TURNS stretches, behind which a turn has the same lines again
@@ -38,8 +41,8 @@ class WeightFingerprint:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         started = time.perf_counter()
         self._places = places(tensors)
+        self._mapped = MappedWeights(tensors)
         self._sums = sums(tensors)
-        self._bytes = sum(tensor.nbytes for tensor in tensors)
         self._read = time.perf_counter()  # when all was read
         self._seconds = self._read - started
         self._turn = 0
@@ -48,12 +51,26 @@ class WeightFingerprint:
         """Whether these are the tensors, with what they held. entirely: all of them is read, whatever it costs."""
         if places(tensors) != self._places:
             return False
+        unchanged = self._mapped.unchanged()
+        rows = [row for row in range(len(tensors)) if row not in unchanged]
+        left, kept = [tensors[row] for row in rows], self._sums[rows]
         now = time.perf_counter()
-        if entirely or self._bytes <= _ALWAYS or self._seconds <= _SHARE * (now - self._read):
+        everything = entirely or self._seconds <= _SHARE * (now - self._read)
+        if everything or sum(tensor.nbytes for tensor in left) <= _ALWAYS:
             self._read = now
-            return torch.equal(sums(tensors), self._sums)
+            return torch.equal(sums(left), kept)
         turn = self._turn = (self._turn + 1) % TURNS
-        return torch.equal(sums(tensors, turn)[:, turn], self._sums[:, turn])
+        return torch.equal(sums(left, turn)[:, turn], kept[:, turn])
+
+    @property
+    def name(self) -> str:
+        """The same for tensors that hold the same, wherever they lie; else another, as 16 sums of 64 bits each tell."""
+        shapes = [(dtype, tuple(shape)) for *_, dtype, _, shape, _ in self._places]
+        return hashlib.sha256(repr((shapes, self._sums.tolist())).encode()).hexdigest()
+
+    def release(self) -> None:
+        """Drops pages of weights that are mapped from a file: `MappedWeights.release` says when that may be."""
+        self._mapped.release()
 
 
 def plain(tensor: Any) -> bool:

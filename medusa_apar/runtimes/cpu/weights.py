@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from .library import address, floats
 
 PANEL = 16
 GROUP_INPUTS = 64
+_BLOCK = 16 * PANEL  # outputs that are laid out at once
+Source = Callable[[], tuple[Tensor, Tensor | None]]  # makes a matrix's weight [outputs, inputs] and bias when called
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 INPUTS = {"float32": 1, "bfloat16": 32, "int8": GROUP_INPUTS}  # what inputs are padded to a multiple of
 _TOGETHER = {"float32": 1, "bfloat16": 2, "int8": 4}  # inputs of an output side by side
@@ -25,28 +27,30 @@ class PackedMatrix:
     """
 
     def __init__(self, weight: Tensor, kind: str, bias: Tensor | None = None) -> None:
-        self.outputs, self.inputs = weight.shape
-        outputs, inputs = up(self.outputs, PANEL), up(self.inputs, INPUTS[kind])
-        whole = floats(outputs, inputs).zero_()
-        whole[: self.outputs, : self.inputs] = weight.detach().float()
-        self.kind = kind
-        self.scales: Tensor | None = None
-        if kind == "int8":
-            groups = hadamard(whole.view(outputs, -1, GROUP_INPUTS))
-            scales = groups.abs().amax(-1) / 127
-            # Zero groups keep a scale of zero and divide by one.
-            steps = (groups / scales.where(scales > 0, 1.0)[..., None]).round().to(torch.int8)
-            self.scales = scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous()
-        else:
-            steps = whole.to(getattr(torch, kind))
-        self.panels = steps.view(-1, PANEL, inputs // _TOGETHER[kind], _TOGETHER[kind]).transpose(1, 2).contiguous()
-        self.bias: Tensor | None = None
-        if bias is not None:
-            self.bias = floats(outputs).zero_()
-            self.bias[: self.outputs] = bias.detach().float()
-        stored = torch.int8 if kind == "int8" else getattr(torch, kind)
+        self._take(kind, weight.shape[0], weight.shape[1], laid_out(weight, kind, bias))
+
+    @classmethod
+    def of(cls, source: Source, kind: str) -> PackedMatrix:
+        weight, bias = source()
+        return cls(weight, kind, bias)
+
+    @classmethod
+    def of_stored(cls, kind: str, outputs: int, inputs: int, stored: Mapping[str, Tensor]) -> PackedMatrix:
+        """One whose `stored` was laid out before; ValueError where these tensors are not that."""
+        matrix = cls.__new__(cls)
+        matrix._take(kind, outputs, inputs, stored)
+        return matrix
+
+    def _take(self, kind: str, outputs: int, inputs: int, stored: Mapping[str, Tensor]) -> None:
+        self.kind, self.outputs, self.inputs, self.stored = kind, outputs, inputs, dict(stored)
+        panels, self.scales, self.bias = (self.stored.get(name) for name in ("panels", "scales", "bias"))
+        outputs, inputs = up(outputs, PANEL), up(inputs, INPUTS[kind])
+        dtype = torch.int8 if kind == "int8" else getattr(torch, kind)
+        if panels is None or (self.scales is None) == (kind == "int8"):
+            raise ValueError(f"a matrix in {kind} is not made of {' and '.join(self.stored)}.")
+        self.panels = panels
         self.struct = library.Matrix(
-            *(KINDS[kind], outputs, inputs, address(self.panels, stored, outputs * inputs)),
+            *(KINDS[kind], outputs, inputs, address(self.panels, dtype, outputs * inputs)),
             None if self.scales is None else address(self.scales, torch.float32, outputs * inputs // GROUP_INPUTS),
             None if self.bias is None else address(self.bias, torch.float32, outputs),
         )
@@ -73,6 +77,40 @@ class PackedMatrix:
             torch.get_num_threads(),
         )
         return out.view(*x.shape[:-1], self.outputs)
+
+
+def laid_out(weight: Tensor, kind: str, bias: Tensor | None = None) -> dict[str, Tensor]:
+    """What `PackedMatrix` stores of a weight [outputs, inputs] and a bias [outputs]: "panels", int8's "scales", and
+    "bias" where there is one. Made in blocks, so that little more than the result is in memory at once."""
+    found: dict[str, Tensor] = {}
+    for first in range(0, len(weight), _BLOCK):
+        for name, part in _panels(weight[first : first + _BLOCK].detach(), kind).items():
+            if name not in found:
+                panels = up(len(weight), PANEL) // PANEL
+                found[name] = torch.empty(panels, *part.shape[1:], dtype=part.dtype, device="cpu")
+            found[name][first // PANEL : first // PANEL + len(part)] = part
+    if bias is not None:
+        found["bias"] = floats(up(len(weight), PANEL)).zero_()
+        found["bias"][: len(bias)] = bias.detach().float()
+    return found
+
+
+def _panels(rows: Tensor, kind: str) -> dict[str, Tensor]:
+    """Some outputs' weights [outputs, inputs], laid out: tensors [panels, ...], which no other output has a part in."""
+    outputs, inputs = up(len(rows), PANEL), up(rows.shape[1], INPUTS[kind])
+    whole = floats(outputs, inputs).zero_()
+    whole[: len(rows), : rows.shape[1]] = rows.float()
+    found = {}
+    if kind == "int8":
+        groups = hadamard(whole.view(outputs, -1, GROUP_INPUTS))
+        scales = groups.abs().amax(-1) / 127
+        # Zero groups keep a scale of zero and divide by one.
+        steps = (groups / scales.where(scales > 0, 1.0)[..., None]).round().to(torch.int8)
+        found["scales"] = scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2)
+    else:
+        steps = whole.to(getattr(torch, kind))
+    found["panels"] = steps.view(-1, PANEL, inputs // _TOGETHER[kind], _TOGETHER[kind]).transpose(1, 2)
+    return found
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

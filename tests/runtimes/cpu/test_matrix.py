@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medusa_apar.runtimes.cpu import library
-from medusa_apar.runtimes.cpu.weights import PackedMatrix, argmax, hadamard, interleaved, rounded, top
+from medusa_apar.runtimes.cpu import library, weights
+from medusa_apar.runtimes.cpu.weights import PackedMatrix, argmax, hadamard, interleaved, laid_out, rounded, top
 
 KINDS = ("float32", "bfloat16", "int8")
 shapes = st.tuples(st.integers(1, 80), st.integers(1, 50), st.integers(1, 150))
@@ -75,6 +75,33 @@ def test_one_large_input_takes_little_from_the_others():
     step = x.abs().amax(1, keepdim=True) / 127
     untransformed = (x / step).round() * step
     assert float((rounded(x) - x).std()) < float((untransformed - x)[:, 6:].std()) / 4
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 100), st.integers(1, 150), st.sampled_from(KINDS), st.sampled_from([16, 32, 48]))
+def test_in_blocks_it_is_laid_out_as_at_once(outputs, inputs, kind, block):
+    _, weight, bias = operands(1, outputs, inputs, 3, True)
+    whole = laid_out(weight, kind, bias)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "_BLOCK", block)
+        in_blocks = laid_out(weight, kind, bias)
+    assert whole.keys() == in_blocks.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor.view(torch.uint8), in_blocks[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_laid_out_before_has_the_same_products(kind):
+    x, weight, bias = operands(5, 37, 90, 1, True)
+    packed = PackedMatrix(weight, kind, bias)
+    again = PackedMatrix.of_stored(kind, 37, 90, packed.stored)
+    assert torch.equal(again(x), packed(x))
+    for outputs, inputs in ((53, 90), (37, 130)):
+        with pytest.raises(ValueError, match="compiled code needs"):
+            PackedMatrix.of_stored(kind, outputs, inputs, packed.stored)
+    other = "float32" if kind == "int8" else "int8"
+    with pytest.raises(ValueError, match="is not made of"):
+        PackedMatrix.of_stored(other, 37, 90, packed.stored)
 
 
 @pytest.mark.parametrize("kind", KINDS)
