@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,7 +29,6 @@ from medusa_apar.models.families import unembedding_size
 from medusa_apar.threads.paragraph_tree import thread_key
 from medusa_apar.threads.request import Request, RequestOptions, Row
 from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
-from medusa_apar.verify.sampler import num_before
 
 from . import checks
 from .output import MedusaAparOutput
@@ -130,8 +129,16 @@ def _processors(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> lis
         control = apar.control_token_ids
         free_ids = () if control is None else control.ids
         ours = PresenceFrequencyLogitsProcessor(prepared.input_ids.shape[1], *penalties, free_ids)
-        processors.insert(num_before(processors), ours)
+        processors.insert(_behind_the_users(processors, prepared.config), ours)
     return processors
+
+
+def _behind_the_users(processors: Sequence[Callable], config: GenerationConfig) -> int:
+    """Where transformers has appended what the call's settings ask for: a user's own list may end in warpers too."""
+    off = {"temperature": 1.0, "top_h": None, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+    off |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+    count = sum(getattr(config, name, None) not in (None, value) for name, value in off.items())
+    return len(processors) - count * bool(config.do_sample) - (config.renormalize_logits is True)
 
 
 def _run(engine: Engine, columns: TextColumns, streamer: EndedOnce | None) -> None:

@@ -46,8 +46,9 @@ _REFUSED_FIELDS = {
     "is_assistant": ((None, False), "the model decodes by itself"),
 }
 # What sampling takes, as half a sentence; transformers goes on in silence with some of what it does not.
+COLDEST = 1e-6  # divided by less, logits would leave float32, and the largest is chosen all the same
 _SAMPLING: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda value: 0 < value < math.inf, "a positive number"),
+    "temperature": (lambda value: COLDEST <= value < math.inf, f"a number from {COLDEST} on"),
     "top_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
     "min_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
     "top_h": (lambda value: 0 < value <= 1, "above 0 and at most 1"),

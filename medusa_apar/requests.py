@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from .generate import MedusaApar
 
 
+_TEMPERATURES = f"0, or from {checks.COLDEST} on"
+
+
 @dataclass(frozen=True, slots=True)
 class CallOptions:
     """What `MedusaApar.__call__` takes beside what transformers prepares; it says what each of them is."""
@@ -71,16 +74,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fits, said in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("temperature", self.temperature == 0 or checks.COLDEST <= self.temperature < float("inf"), _TEMPERATURES),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
         ):
             if not fits:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {said}.")
+        checks.check_penalties(presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty)
 
     def processors(self, prompt_length: int, control: ControlTokens | None = None) -> list[LogitsProcessor]:
         """transformers' own, in the order in which its `generate` applies them, and ours where its user's come."""

@@ -15,6 +15,8 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
     WatermarkingConfig,
 )
 
@@ -153,6 +155,7 @@ REFUSED = {
     "temperature": lambda model: SAMPLED | {"temperature": float("inf")},
     "temperature of nan": lambda model: SAMPLED | {"temperature": float("nan")},
     "temperature of 0": lambda model: SAMPLED | {"temperature": 0.0},
+    "temperature of next to nothing": lambda model: SAMPLED | {"temperature": 1e-39},
     "top_p": lambda model: SAMPLED | {"top_p": 1.5},
     "top_p of nan": lambda model: SAMPLED | {"top_p": float("nan")},
     "top_k": lambda model: SAMPLED | {"top_k": -1},
@@ -212,7 +215,15 @@ def test_honoured(model, name, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "more", [{}, {"do_sample": True, "top_k": 1, "logits_processor": [other]}], ids=["greedy", "sampled"]
+    "more",
+    [
+        {},
+        {"do_sample": True, "top_k": 1, "logits_processor": [other]},
+        {"logits_processor": [TopKLogitsWarper(2)]},
+        {"do_sample": True, "temperature": 0.5, "top_k": 1, "logits_processor": [TemperatureLogitsWarper(0.25)]},
+        {"do_sample": True, "top_k": 1, "renormalize_logits": True, "logits_processor": [TopKLogitsWarper(3)]},
+    ],
+    ids=["greedy", "sampled", "behind a warper", "between warpers", "normalised"],
 )
 def test_penalties_are_honoured(model, way, more):
     """They come behind the caller's own processors, and before the warpers of sampling."""

@@ -91,11 +91,12 @@ def test_a_text_is_encoded_by_the_tokenizer(apar):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda apar: Sampling(temperature=-1), "temperature=-1 must be 0 or more"),
-        (lambda apar: Sampling(temperature=float("nan")), "temperature=nan must be 0 or more"),
+        (lambda apar: Sampling(temperature=-1), "temperature=-1 must be 0, or from 1e-06 on"),
+        (lambda apar: Sampling(temperature=1e-39), "temperature=1e-39 must be 0, or from 1e-06 on"),
+        (lambda apar: Sampling(temperature=float("nan")), "temperature=nan must be 0, or from 1e-06 on"),
         (lambda apar: Sampling(top_p=0), "top_p=0 must be above 0"),
-        (lambda apar: Sampling(presence_penalty=2.1), "presence_penalty=2.1 must be from -2 to 2"),
-        (lambda apar: Sampling(frequency_penalty=float("nan")), "frequency_penalty=nan must be from -2 to 2"),
+        (lambda apar: Sampling(presence_penalty=2.1), "presence_penalty=2.1 is not a number from -2 to 2"),
+        (lambda apar: Sampling(frequency_penalty=float("nan")), "frequency_penalty=nan is not a number from -2 to 2"),
         (lambda apar: apar.request("a", []), "The prompt is empty"),
         (lambda apar: apar.request("a", [VOCAB]), f"the prompt holds {VOCAB}"),
         (lambda apar: apar.request("a", [7], max_new_tokens=0), "max_new_tokens is 0"),

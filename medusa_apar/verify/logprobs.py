@@ -49,7 +49,8 @@ class RowLogprobs:
     def __init__(self, logits: Tensor, rows: Sequence[int], most: int, top: TopOfRows) -> None:
         self._logits, self._place = logits, {row: place for place, row in enumerate(rows)}
         ids, values, log_sums = top(logits, np.array(rows, dtype=np.int64), max(1, min(most, logits.shape[1])))
-        log_probs = values.astype(np.float64) - log_sums[:, None]
+        with np.errstate(invalid="ignore"):  # a row in which nothing is possible
+            log_probs = values.astype(np.float64) - log_sums[:, None]
         self._ids, self._log_probs, self._log_sums = ids.tolist(), log_probs.tolist(), log_sums.tolist()
 
     def __call__(self, row: int, token: int, count: int) -> TokenLogprobs:

@@ -42,6 +42,8 @@ class PresenceFrequencyLogitsProcessor(LogitsProcessor):
                 raise ValueError(f"{name}={value!r} is no number that float32 holds.")
         if prompt_length < 0:
             raise ValueError(f"prompt_length={prompt_length!r} must be 0 or more.")
+        if min(free_ids, default=0) < 0:
+            raise ValueError(f"free_ids={free_ids!r} must be 0 or more.")
         self.prompt_length = prompt_length
         self.presence_penalty, self.frequency_penalty = presence_penalty, frequency_penalty
         self.free_ids = tuple(free_ids)

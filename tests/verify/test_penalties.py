@@ -60,6 +60,8 @@ def test_what_is_no_penalty_is_refused(name, value):
         PresenceFrequencyLogitsProcessor(3, **{name: value})
 
 
-def test_nor_is_a_negative_length():
+def test_nor_is_a_negative_length_or_token():
     with pytest.raises(ValueError, match="prompt_length=-1 must be 0 or more"):
         PresenceFrequencyLogitsProcessor(-1)
+    with pytest.raises(ValueError, match=re.escape("free_ids=(3, -1) must be 0 or more")):
+        PresenceFrequencyLogitsProcessor(0, free_ids=(3, -1))
