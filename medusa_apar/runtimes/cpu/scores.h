@@ -109,15 +109,6 @@ class Scores {
         for (const Choice* at = &row; at->parent >= 0; at = all_.rows + at->parent) length++;
         return length;
     }
-    // Calls use(token) for a row's path without its first tokens, the last one first.
-    template <class Use>
-    void along_path(const Choice& row, int64_t first, Use use) const {
-        int64_t length = length_of(row);
-        for (const Choice* at = &row; at->parent >= 0 && length > first; at = all_.rows + at->parent, length--)
-            use(at->token);
-        for (length = std::min(length, row.length); length > first; length--) use(all_.paths[row.path + length - 1]);
-    }
-
     void apply(const Operation& o, const Choice& row) {
         switch (o.kind) {
             case REPETITION:
@@ -168,20 +159,52 @@ class Scores {
         }
     }
 
+    // The tokens of a path that an operation looks at, in ascending order, and how often each stands there.
+    struct Counted {
+        const Operation* operation;
+        std::vector<std::pair<int64_t, int>> tokens;
+    };
+    // A segment's rows share their path, up to what is drafted: it is counted for the first of them that comes along.
+    const Counted& counted(const Choice& row, const Operation& o) {
+        if (row.path != counted_path_ || row.length != counted_length_) counted_.clear();
+        counted_path_ = row.path, counted_length_ = row.length;
+        for (const Counted& known : counted_)
+            if (known.operation == &o) return known;
+        held_.clear();
+        for (int64_t i = o.length; i < row.length; i++) hold(o, all_.paths[row.path + i]);
+        std::sort(held_.begin(), held_.end());
+        counted_.push_back({&o, {}});
+        for (int64_t token : held_) {
+            auto& tokens = counted_.back().tokens;
+            if (tokens.empty() || tokens.back().first != token) tokens.push_back({token, 0});
+            tokens.back().second++;
+        }
+        return counted_.back();
+    }
+    void hold(const Operation& o, int64_t token) {
+        const int64_t* end = o.ids + o.count;
+        if (std::find(o.ids, end, token) == end) held_.push_back(token);
+    }
+
     // What `use` makes of the score of each token on a row's path without its first ones, which stands there so often;
     // not of the operation's ids.
     template <class Use>
     void penalise(const Choice& row, const Operation& o, Use use) {
-        held_.clear();
-        const int64_t* end = o.ids + o.count;
-        along_path(row, o.length, [&](int64_t token) {
-            if (std::find(o.ids, end, token) == end) held_.push_back(token);
-        });
-        std::sort(held_.begin(), held_.end());
-        for (auto token = held_.begin(); token != held_.end();) {
-            const auto behind = std::upper_bound(token, held_.end(), *token);
-            if (float* score = at(*token)) *score = use(*score, (int)(behind - token));
-            token = behind;
+        const auto& tokens = counted(row, o).tokens;
+        const auto change = [&](int64_t token, int count) {
+            if (float* score = at(token)) *score = use(*score, count);
+        };
+        held_.clear();  // what is drafted of the path
+        int64_t length = length_of(row);
+        for (const Choice* at = &row; at->parent >= 0 && length > o.length; at = all_.rows + at->parent, length--)
+            hold(o, at->token);
+        for (const auto& [token, count] : tokens)
+            change(token, count + (int)std::count(held_.begin(), held_.end(), token));
+        for (auto token = held_.begin(); token != held_.end(); token++) {
+            const auto found = std::lower_bound(tokens.begin(), tokens.end(), std::make_pair(*token, 0));
+            if ((found != tokens.end() && found->first == *token) || std::find(held_.begin(), token, *token) != token)
+                continue;
+            change(*token, (int)std::count(token, held_.end(), *token));
         }
     }
 
@@ -298,6 +321,8 @@ class Scores {
     std::vector<int32_t> ids_, kept_ids_, order_;
     std::vector<float> values_, kept_values_, sorted_, found_values_;
     std::vector<int64_t> held_, found_;
+    std::vector<Counted> counted_;
+    int64_t counted_path_ = -1, counted_length_ = -1;
 };
 
 }  // namespace mapar
