@@ -51,6 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "hydra heads, three threads": {"heads": HydraHeads, "max_threads": 3},
     "sampled": {"heads": HydraHeads, "generate": {"do_sample": True, "seed": 5, "top_k": 0}},
     "sampled, top-k": {"heads": HydraHeads, "generate": {"do_sample": True, "seed": 5, "top_k": 40}},
+    "penalised": {"heads": HydraHeads, "generate": {"repetition_penalty": 1.1, "presence_penalty": 0.3}},
 }
 
 

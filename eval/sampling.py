@@ -23,6 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "top-p 0.9": {"top_p": 0.9, "top_k": 0},
     "temperature 0.7, top-p 0.9": {"temperature": 0.7, "top_p": 0.9, "top_k": 0},
     "repetition 1.1": {"do_sample": False, "repetition_penalty": 1.1},
+    "presence, frequency 0.3": {"do_sample": False, "presence_penalty": 0.3, "frequency_penalty": 0.3},
 }
 
 

@@ -28,6 +28,8 @@ from medusa_apar.events.streaming import EndedOnce, TextColumns
 from medusa_apar.models.families import unembedding_size
 from medusa_apar.threads.paragraph_tree import thread_key
 from medusa_apar.threads.request import Request, RequestOptions, Row
+from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
+from medusa_apar.verify.sampler import num_before
 
 from . import checks
 from .output import MedusaAparOutput
@@ -113,11 +115,23 @@ def _request_options(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -
         options,
         max_new_tokens=first_limit(ends.max_new_tokens, asked.regenerate_below),
         eos_ids=ends.eos_ids,
-        processors=prepared.processors,
+        processors=_processors(apar, prepared, asked),
         scores=prepared.returns_dict and bool(config.output_scores),
         logits=prepared.returns_dict and bool(config.output_logits),
     )
     return options, ends
+
+
+def _processors(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> list[Callable]:
+    """What transformers has prepared, with the call's penalties behind the user's own processors."""
+    processors: list[Callable] = list(prepared.processors)
+    penalties = asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0
+    if any(penalties):
+        control = apar.control_token_ids
+        free_ids = () if control is None else control.ids
+        ours = PresenceFrequencyLogitsProcessor(prepared.input_ids.shape[1], *penalties, free_ids)
+        processors.insert(num_before(processors), ours)
+    return processors
 
 
 def _run(engine: Engine, columns: TextColumns, streamer: EndedOnce | None) -> None:

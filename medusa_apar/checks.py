@@ -136,6 +136,13 @@ def check_sampling(*given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={asked[name]!r} is not {sentence}.")
 
 
+def check_penalties(**penalties: float | None) -> None:
+    """OpenAI's, as its API takes them."""
+    for name, value in penalties.items():
+        if value is not None and not (_is_number(value) and -2 <= value <= 2):
+            raise ValueError(f"{name}={value!r} is not a number from -2 to 2.")
+
+
 def _is_number(value: object) -> bool:
     """transformers takes some strings and truth values for numbers, and not everywhere the same."""
     return isinstance(value, Real) and not isinstance(value, bool)

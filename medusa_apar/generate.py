@@ -157,7 +157,8 @@ class MedusaApar:
         **kwargs,
     ):
         """`model.generate` with our engine: transformers' signature, and `fork`, `fork_if`, `max_threads`,
-        `max_depth`, `seed`, `events`, `rescore` and `regenerate_below` of `__call__`.
+        `max_depth`, `seed`, `events`, `rescore`, `regenerate_below`, `presence_penalty` and `frequency_penalty` of
+        `__call__`.
 
         It also serves `stop_strings` of a generation config, which the bare hook cannot: transformers drops the
         tokenizer they need. However the call ends, its streamer is told.
@@ -281,6 +282,8 @@ class MedusaApar:
         rescore: bool = False,
         regenerate_below: float | None = None,
         stop_strings: str | list[str] | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
         **model_kwargs,
     ) -> MedusaAparOutput | torch.Tensor:
         """The hook transformers calls after preparing its inputs; further arguments of `model.generate`:
@@ -307,6 +310,9 @@ class MedusaApar:
             limit, as many more as rewriting has made the answer shorter, a prefill and decoding without threads for
             every thread that is written anew, a second pass. `events` do not tell of what is rewritten.
         stop_strings: need the tokenizer, the call's own or the one given to `attach`.
+        presence_penalty, frequency_penalty: OpenAI's, from -2 to 2: what a token's score loses if it stands behind the
+            prompt on its thread's path, and what for each time it stands there. Greedy decoding heeds them too. They
+            come behind `logits_processor`, as a `PresenceFrequencyLogitsProcessor` at its end would.
 
         Raises ValueError or NotImplementedError, in one sentence and before any work, for what cannot be combined; and
         ValueError in mid-run where logits processors leave no token to choose, or keep state that threads would mix up.
@@ -318,6 +324,7 @@ class MedusaApar:
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         with ended_on_error(streamer):
             checks.check_call(self, model, input_ids, generation_config, logits_processor, model_kwargs, arguments)
+            checks.check_penalties(presence_penalty=presence_penalty, frequency_penalty=frequency_penalty)
             if not self._fits:
                 self._fit()
             return answer(
@@ -329,7 +336,7 @@ class MedusaApar:
                 ),
                 CallOptions(
                     *(fork, fork_if, max_threads, max_depth, seed, events),
-                    *(rescore, regenerate_below, stop_strings),
+                    *(rescore, regenerate_below, stop_strings, presence_penalty, frequency_penalty),
                 ),
             )
 

@@ -22,9 +22,11 @@ from medusa_apar.engine.admission import check_ids
 from medusa_apar.engine.stopping import CriteriaStop
 from medusa_apar.events import Consumer
 from medusa_apar.events.reporter import Reporter
+from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_mode, fork_policy
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions
+from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 
 from . import checks
 
@@ -45,13 +47,17 @@ class CallOptions:
     rescore: bool = False
     regenerate_below: float | None = None
     stop_strings: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How a request of an engine chooses tokens, in vLLM's words and with its defaults but for the temperature.
 
-    temperature: 0 decodes greedily, and the others are not used then. top_k: 0 keeps all tokens.
+    temperature: 0 decodes greedily, and top_k, top_p and min_p are not used then. top_k: 0 keeps all tokens.
+    presence_penalty, frequency_penalty: OpenAI's, from -2 to 2, of what was generated alone:
+        `PresenceFrequencyLogitsProcessor` has them.
     """
 
     temperature: float = 0.0
@@ -60,6 +66,8 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         for name, fits, said in (
@@ -68,15 +76,19 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
         ):
             if not fits:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {said}.")
 
-    def processors(self) -> list[LogitsProcessor]:
-        """transformers' own, in the order in which its `generate` applies them."""
+    def processors(self, prompt_length: int, control: ControlTokens | None = None) -> list[LogitsProcessor]:
+        """transformers' own, in the order in which its `generate` applies them, and ours where its user's come."""
         penalty, hot = self.repetition_penalty != 1.0, self.temperature > 0
+        penalties, control_ids = (self.presence_penalty, self.frequency_penalty), () if control is None else control.ids
         chosen = (
             (penalty, lambda: RepetitionPenaltyLogitsProcessor(self.repetition_penalty)),
+            (any(penalties), lambda: PresenceFrequencyLogitsProcessor(prompt_length, *penalties, control_ids)),
             (hot and self.temperature != 1.0, lambda: TemperatureLogitsWarper(self.temperature)),
             (hot and self.top_k > 0, lambda: TopKLogitsWarper(self.top_k)),
             (hot and self.top_p < 1.0, lambda: TopPLogitsWarper(self.top_p)),
@@ -135,7 +147,7 @@ def engine_request(
         shared,
         eos_ids=frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos]),
         stop=CriteriaStop(criteria, "cpu") if criteria else None,
-        processors=sampling.processors(),
+        processors=sampling.processors(len(prompt_ids), apar.control_token_ids),
         watcher=None if asked.events is None else Reporter(asked.events, keep=False),
         **options,
     )

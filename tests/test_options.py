@@ -163,6 +163,8 @@ REFUSED = {
     "eta_cutoff": lambda model: SAMPLED | {"eta_cutoff": -1.0},
     "temperature of a truth": lambda model: SAMPLED | {"temperature": True},
 }
+# Our own of which plain transformers has a processor.
+PENALTIES = {"presence_penalty": 1.5, "frequency_penalty": 0.25}
 FOLDER = str(Path(medusa_apar.__file__).parent)
 WAYS = {
     "generate of the hook": lambda model, **options: medusa_apar.attach(model, _heads(model)).generate(**options),
@@ -206,6 +208,26 @@ def test_honoured(model, name, way):
     actual = WAYS[way](model, **options)
     assert torch.equal(actual, expected)
     assert not torch.equal(expected, model.generate(**plain(model, {})))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "more", [{}, {"do_sample": True, "top_k": 1, "logits_processor": [other]}], ids=["greedy", "sampled"]
+)
+def test_penalties_are_honoured(model, way, more):
+    """They come behind the caller's own processors, and before the warpers of sampling."""
+    options, own = plain(model, more), medusa_apar.PresenceFrequencyLogitsProcessor(6, **PENALTIES)
+    expected = model.generate(**options | {"logits_processor": [*more.get("logits_processor", []), own]})
+    assert torch.equal(WAYS[way](model, **options, **PENALTIES), expected)
+    assert not torch.equal(expected, model.generate(**options))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [2.5, float("nan"), True, "1"], ids=str)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_beyond_the_apis_are_refused(model, name, value, way):
+    with pytest.raises(ValueError, match=f"^{name}={re.escape(repr(value))} is not a number from -2 to 2"):
+        WAYS[way](model, **plain(model, {name: value}))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,5 +1,7 @@
 """Requests of a hook's own engine are answered as its `generate` answers rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,17 +34,18 @@ def answered(apar, *requests, **options):
     [
         (Sampling(), {}),
         (Sampling(repetition_penalty=1.3), {"repetition_penalty": 1.3}),
+        (Sampling(presence_penalty=0.8, frequency_penalty=0.3), {"presence_penalty": 0.8, "frequency_penalty": 0.3}),
         (None, {"fork": "off"}),
         (None, {"max_threads": 1, "max_depth": 1}),
         (None, {"stop_strings": ["d"]}),
         (None, {"fork_if": lambda point: point.forks < 1}),
     ],
-    ids=["greedy", "penalised", "no forks", "few threads", "stop strings", "fork_if"],
+    ids=["greedy", "penalised", "penalised by counts", "no forks", "few threads", "stop strings", "fork_if"],
 )
 def test_the_text_is_generates_own(apar, sampling, generate):
     inputs = prompts(3, 6, seed=2)
     rows = apar.generate(**inputs, max_new_tokens=30, do_sample=False, **generate)[:, 6:].tolist()
-    asked = {name: value for name, value in generate.items() if name != "repetition_penalty"}
+    asked = {name: value for name, value in generate.items() if not name.endswith("_penalty")}
     requests = [
         apar.request(str(row), ids, max_new_tokens=30, sampling=sampling, **asked)
         for row, ids in enumerate(inputs["input_ids"].tolist())
@@ -58,12 +61,17 @@ def test_warpers_are_those_of_transformers_in_its_order(apar):
         do_sample=True, temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2
     )
     theirs = apar.model._get_logits_processor(config)
-    assert [type(its) for its in sampling.processors()] == [type(its) for its in theirs]
+    ours = sampling.processors(9)
+    assert [type(its) for its in ours] == [type(its) for its in theirs]
     ids, scores = torch.randint(5, VOCAB, (1, 9)), torch.randn(1, VOCAB)
-    ours, expected = scores.clone(), scores.clone()
-    for mine, other in zip(sampling.processors(), theirs, strict=True):
-        ours, expected = mine(ids, ours), other(ids, expected)
-    assert torch.equal(ours, expected)
+    actual, expected = scores.clone(), scores.clone()
+    for mine, other in zip(ours, theirs, strict=True):
+        actual, expected = mine(ids, actual), other(ids, expected)
+    assert torch.equal(actual, expected)
+    # Ours comes where transformers has its user's: before the warpers.
+    counted = replace(sampling, presence_penalty=0.5).processors(9)
+    theirs = apar.model._get_logits_processor(config, logits_processor=[counted[1]])
+    assert counted[1].prompt_length == 9 and [type(its) for its in counted] == [type(its) for its in theirs]
 
 
 def test_a_seed_names_the_sample_whatever_runs_beside_it(apar):
@@ -86,6 +94,8 @@ def test_a_text_is_encoded_by_the_tokenizer(apar):
         (lambda apar: Sampling(temperature=-1), "temperature=-1 must be 0 or more"),
         (lambda apar: Sampling(temperature=float("nan")), "temperature=nan must be 0 or more"),
         (lambda apar: Sampling(top_p=0), "top_p=0 must be above 0"),
+        (lambda apar: Sampling(presence_penalty=2.1), "presence_penalty=2.1 must be from -2 to 2"),
+        (lambda apar: Sampling(frequency_penalty=float("nan")), "frequency_penalty=nan must be from -2 to 2"),
         (lambda apar: apar.request("a", []), "The prompt is empty"),
         (lambda apar: apar.request("a", [VOCAB]), f"the prompt holds {VOCAB}"),
         (lambda apar: apar.request("a", [7], max_new_tokens=0), "max_new_tokens is 0"),

@@ -232,6 +232,9 @@ class TypicalAcceptance(NamedTuple):
     epsilon: float = 0.09
     delta: float = 0.3
 
+    def limit(self, entropy: float) -> float:
+        return min(self.delta * math.exp(-entropy), self.epsilon)
+
 
 @dataclass(frozen=True, slots=True)
 class Verified:
@@ -389,19 +392,29 @@ def likeliest_path(
     @cache
     def distribution(row: int) -> tuple[torch.Tensor, float]:
         log_probs = _possible(scores(row).double()).log_softmax(-1)
-        entropy = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum()
-        return log_probs, float((typical.delta * (-entropy).exp()).clamp(max=typical.epsilon))
+        return log_probs, typical.limit(float(-torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum()))
 
+    def judge(row: int) -> tuple[float, float]:
+        log_probs, limit = distribution(parents[row])
+        return float(log_probs[ids[row]]) if 0 <= ids[row] < len(log_probs) else -math.inf, limit
+
+    return deepest_path(first, stop, judge, parents, depth)
+
+
+def deepest_path(
+    first: int, stop: int, judge: Callable[[int], tuple[float, float]], parents: Sequence[int], depth: int
+) -> list[int]:
+    """`likeliest_path`, from a draft node's log-probability behind its parent and the limit that its probability has to
+    be above. `judge` is called once a node, and for those alone whose parent is accepted.
+    """
     paths = {first: (0, 0.0)}  # length and log-probability of the path to each accepted row
     for row in range(first + 1, stop):
         length, path_log_prob = paths.get(parents[row], (depth, 0.0))
         if length == depth:
             continue
-        log_probs, limit = distribution(parents[row])
-        if 0 <= ids[row] < len(log_probs):
-            log_prob = float(log_probs[ids[row]])
-            if math.exp(log_prob) > limit:
-                paths[row] = length + 1, path_log_prob + log_prob
+        log_prob, limit = judge(row)
+        if math.exp(log_prob) > limit:
+            paths[row] = length + 1, path_log_prob + log_prob
     row = max(paths, key=paths.__getitem__)  # of equals the lowest row
     path: list[int] = []
     while row != first:

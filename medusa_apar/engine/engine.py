@@ -182,8 +182,8 @@ class Engine:
         with phase("forest"):
             forest = Forest(segments, self.ledger, self.device)
             drafting = self.speculator.begin(self.scheduler.load(), len(forest.verified))
-            verify, argmax, choose = self.runtime.verify, self.runtime.argmax, self.runtime.choose
-            tail = Tail(forest, verify, argmax, choose, drafting, self.speculator.max_depth)
+            verify, argmax, chooser = self.runtime.verify, self.runtime.argmax, self.runtime.chooser
+            tail = Tail(forest, verify, argmax, chooser, drafting, self.speculator.max_depth)
         self.reporters.planned(forest, self.ledger.pool.in_use)
         with phase("forward"), forest.undone_on_error():
             output = self.runtime.step(forest, self.ledger.pool, self.aux_layers, tail)

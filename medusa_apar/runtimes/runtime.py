@@ -78,8 +78,8 @@ class Runtime(Protocol):
         """[M, vocab] -> long [M]."""
 
     @property
-    def choose(self) -> Chooser | None:
-        """What chooses tokens on the host for requests with recipes; None where Python does."""
+    def chooser(self) -> Chooser | None:
+        """Compiled code that chooses tokens on the host; None where Python and torch do."""
 
     @property
     def verify(self) -> Callable[..., Verified] | None:

@@ -39,7 +39,7 @@ class TorchRuntime:
         kind = str(model.dtype).removeprefix("torch.")
         self.model, self.facts = model, RuntimeFacts(kind, backend, graphs, MAX_NODES if kernels else None, kernels)
         self._packed = PackedLinears(model)
-        self._write = self.verify = self.choose = None
+        self._write = self.verify = self.chooser = None
         if kernels:
             from medusa_apar.triton_kernels.store import store_kv
             from medusa_apar.triton_kernels.verify import verify

@@ -38,6 +38,10 @@ class ControlTokens:
         if self.max_depth < 0:
             raise ValueError(f"max_depth is {self.max_depth}, must be 0 or more.")
 
+    @property
+    def ids(self) -> tuple[int, int]:
+        return self.fork_id, self.child_id
+
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ControlTokens:
         """Reads `apar_config.json`, else what the model's `config.json` keeps of it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from medusa_apar.drafting.speculator import Drafting
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.triton_kernels.reference import Noise, Verified
 
+from .path_changes import PathChange
 from .verify_result import VerifyResult
 
 
@@ -45,7 +47,8 @@ class DeviceVerify:
         np.ndarray, ...
     ]  # int64 [T]: seeds, keys, whether sampled; then epsilon and delta as bits of float64
     positions: np.ndarray  # int64 [M]
-    processed: list[tuple[int, Segment]]  # segments whose logits go through processors, each with its first row
+    # Segments whose logits go through processors, each with its first row and what those do that look at its path.
+    processed: list[tuple[int, Segment, list[PathChange | None]]]
 
     @classmethod
     def of(cls, verify: Callable[..., Verified], forest: Forest, depth: int, drafting: Drafting | None) -> DeviceVerify:
@@ -56,7 +59,7 @@ class DeviceVerify:
         sampled: list[int] = []
         limits: list[tuple[float, float]] = []
         tokens, parents, positions, bans = [], [], [], []
-        processed: list[tuple[int, Segment]] = []
+        processed: list[tuple[int, Segment, list[PathChange | None]]] = []
         served: list[bool] = []
         rules = [segment.request.options.rule for segment in forest.verified]
         control = next(((rule.fork_id, rule.child_id) for rule in rules if rule is not None), None)
@@ -74,14 +77,14 @@ class DeviceVerify:
             members = 1 + len(segment.forks)
             sizes += [1 + segment.num_candidates, *([1] * len(segment.forks))]
             keys += [segment.thread.key, *(segment.child_key(fork) for fork in segment.forks)]
-            device = sampler.path_free and not unruled[len(served)]
+            device = sampler.on_device and not unruled[len(served)]
             served.append(device)
             seeds += [(sampler.seed or 0) & (2**64 - 1)] * members
             sampled += [int(device and sampler.seed is not None)] * members
             typical = sampler.typical if device and sampler.seed is not None else None
             limits += [(-1.0, 0.0) if typical is None else (typical.epsilon, typical.delta)] * members
             if device and sampler.options.processors:
-                processed.append((first, segment))
+                processed.append((first, segment, sampler.path_changes(segment)))
             first += 1 + drafted
         first_rows = np.cumsum([0, *sizes])
         rows = np.array(tokens, dtype=np.int64), np.concatenate(parents), np.array(bans, dtype=np.int64)
@@ -110,6 +113,7 @@ class DeviceVerify:
             parts += [*self.threads[:3], self.positions]
         if self.modes.typical:
             parts += self.threads[3:]
+        parts += [change.words for change in self._changes()]
         sizes = self._sizes(queries, threads)
         return torch.from_numpy(np.concatenate([_grown(*pair) for pair in zip(parts, sizes, strict=True)]))
 
@@ -120,7 +124,10 @@ class DeviceVerify:
             sizes += [threads, threads, threads, queries]
         if self.modes.typical:
             sizes += [threads, threads]
-        return [size + size % 2 for size in sizes]
+        return [*(size + size % 2 for size in sizes), *(len(change.words) for change in self._changes())]
+
+    def _changes(self) -> list[PathChange]:
+        return [change for _, _, changes in self.processed for change in changes if change is not None]
 
     def run(self, logits: Tensor, hidden: Tensor, inputs: Tensor, threads: int | None = None) -> Tensor:
         """logits [M, vocab], hidden [M, input_size] and `inputs` on their device -> int32 for `read`, [T, *]."""
@@ -128,11 +135,16 @@ class DeviceVerify:
         threads = self.num_threads if threads is None else threads
         tokens, parents, bans, first_rows, *others = inputs.split(self._sizes(queries, threads))
         if self.processed:
+            count = len(self._changes())
+            others, words = others[: len(others) - count], iter(others[len(others) - count :])
             logits = logits.to(torch.float32, copy=True)  # the model's own tell whose fault an impossible token is
-            for first, segment in self.processed:
-                sampler, size = segment.request.sampler, 1 + len(segment.draft_tokens)
-                own = slice(first, first + size)
-                logits[own] = sampler.process(logits[own], sampler.fork_bans(segment))
+            for first, segment, changes in self.processed:
+                sampler, own = segment.request.sampler, slice(first, first + 1 + len(segment.draft_tokens))
+                ways = [change and partial(change, words=next(words)) for change in changes]
+                try:
+                    logits[own] = sampler.process(logits[own], sampler.fork_bans(segment), ways)
+                except ValueError as error:  # of a bias of tokens that there are not; it ends this request alone
+                    segment.request.error = error
         noise = typical = None
         if self.modes.noise:
             seeds, keys, sampled, positions, *others = others
@@ -188,4 +200,4 @@ class DeviceVerify:
 
 def _grown(array: np.ndarray, length: int) -> np.ndarray:
     """Filled up with its last entry: for `first_rows` that is a thread without rows, elsewhere nobody looks."""
-    return np.concatenate([array, np.full(length - len(array), array[-1])])
+    return array if len(array) == length else np.concatenate([array, np.full(length - len(array), array[-1])])

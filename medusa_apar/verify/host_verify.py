@@ -13,8 +13,9 @@ from torch import Tensor
 
 from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.request import Request
-from medusa_apar.triton_kernels.reference import likeliest, likeliest_path, walk
+from medusa_apar.triton_kernels.reference import deepest_path, likeliest, likeliest_path, walk
 
+from .logprobs import RowLogprobs, top
 from .recipe import Chooser, choices_of
 from .sampler import Sampler
 from .verify_result import VerifyResult
@@ -26,7 +27,7 @@ class HostVerify:
     Args:
         segments: each with the place of its first verified row among the M.
         argmax: the runtime's, [M, vocab] -> long [M].
-        choose: the runtime's, for requests with recipes; None where every such request is asked in Python.
+        chooser: the runtime's; None where Python and torch do all of it.
     """
 
     def __init__(
@@ -34,27 +35,33 @@ class HostVerify:
         segments: Sequence[tuple[int, Segment]],
         logits: Tensor,
         argmax: Callable[[Tensor], Tensor],
-        choose: Chooser | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
         self._logits = logits
         by_recipe: list[tuple[int, Segment]] = []
         self._bans: dict[int, list[bool]] = {}
         self._raw: dict[int, Tensor] = {}  # by first row: the segment's rows before bans, where they are kept
+        told: list[int] = []  # rows whose log-probabilities are
         banned: list[int] = []  # rows that may not choose [Fork]
         control: list[int] = []  # rows that may not choose [Child]
         rule = None
         for first, segment in segments:
             sampler: Sampler = segment.request.sampler
             bans = self._bans[first] = sampler.fork_bans(segment)
-            if segment.request.options.logits or segment.request.options.logprobs is not None:
+            if segment.request.options.logits:
                 self._raw[first] = logits[first : first + len(bans)].float().clone()
-            recipe = None if choose is None or sampler.plain else sampler.recipe
+            if segment.request.options.logprobs is not None:
+                told += range(first, first + len(bans))
+            recipe = None if chooser is None or sampler.plain else sampler.recipe
             if recipe is not None and recipe.max_id < logits.shape[1]:
                 by_recipe.append((first, segment))
             elif sampler.rule is not None and not sampler.before:  # others see the model's own logits
                 rule = sampler.rule
                 control += range(first, first + len(bans))
                 banned += [first + row for row, ban in enumerate(bans) if ban]
+        if told:  # before bans are written
+            most = max(segment.request.options.logprobs or 0 for _, segment in segments)
+            self._logprobs = RowLogprobs(logits, told, most, top if chooser is None else chooser.top)
         if rule is not None:
             # Through numpy where it can be: between two steps, when nothing is in the cache, torch takes 0.1 ms for it.
             numpy = logits.device.type == "cpu" and logits.dtype == torch.float32
@@ -67,9 +74,13 @@ class HostVerify:
         # By row, what it chooses, of requests that have nothing to be asked in Python.
         self._chosen = dict(enumerate(greedy(logits, argmax))) if plain else {}
         self._settled = {first for first, segment in segments if segment.request.sampler.plain}
-        if choose is not None and by_recipe:
+        self._judged: dict[int, tuple[float, float]] = {}  # by row, log-probability and entropy of `Chosen`
+        if chooser is not None and by_recipe:
             choices = choices_of(by_recipe, self._bans)
-            self._chosen.update(zip(choices.rows[:, 0].tolist(), choose(logits, choices), strict=True))
+            rows, chosen = choices.rows[:, 0].tolist(), chooser.choose(logits, choices)
+            self._chosen.update(zip(rows, chosen.tokens, strict=True))
+            if any(recipe.judged for recipe in choices.recipes):
+                self._judged = dict(zip(rows, zip(chosen.log_probs, chosen.entropies, strict=True), strict=True))
             self._settled.update(first for first, _ in by_recipe)
 
     def __call__(self, first: int, segment: Segment) -> VerifyResult:
@@ -82,20 +93,11 @@ class HostVerify:
         drafted = segment.draft_tree.parents[: segment.num_candidates].tolist()
         parents = [-1, *(parent + 1 for parent in drafted)]
         ids, size = [segment.extend_tokens[-1], *segment.draft_tokens], 1 + len(drafted)
-        if sampler.typical is None or sampler.seed is None:
-            accepted = walk(0, size, choose, ids, parents, len(drafted))
-            last = accepted[-1] if accepted else 0
+        if sampler.by_thresholds:
+            accepted = self._judge(first, choose, ids, parents, len(drafted))
         else:
-
-            @cache
-            def scores(row: int) -> Tensor:
-                return choose.scored(row, ids, parents)
-
-            accepted = likeliest_path(0, size, scores, ids, parents, len(drafted), sampler.typical)
-            last = accepted[-1] if accepted else 0
-            for row, token in zip((0, *accepted), [ids[row] for row in accepted], strict=False):
-                choose.took(row, token, scores(row))
-            choose.again(last, scores(last))
+            accepted = walk(0, size, choose, ids, parents, len(drafted))
+        last = accepted[-1] if accepted else 0
         nodes = [row - 1 for row in accepted]
         result = VerifyResult(choose.tokens, nodes, first + last, choose.scores, choose.logits, choose.logprobs)
         for fork, child in segment.forks.items():
@@ -106,6 +108,31 @@ class HostVerify:
                 row = first + 1 + child
                 result.children[fork] = VerifyResult(begun.tokens, [], row, begun.scores, begun.logits, begun.logprobs)
         return result
+
+    def _judge(self, first: int, choose: _Choices, ids: list[int], parents: list[int], depth: int) -> list[int]:
+        """Takes the tokens of the rows that typical acceptance keeps, and the last one's choice; returns those rows."""
+        typical, size = choose._sampler.typical, 1 + depth
+        if first in self._settled:
+
+            def judge(row: int) -> tuple[float, float]:
+                return self._judged[first + row][0], typical.limit(self._judged[first + parents[row]][1])
+
+            accepted = deepest_path(0, size, judge, parents, depth)
+            for row in accepted:
+                choose.took(parents[row], ids[row], None)
+            choose(accepted[-1] if accepted else 0)
+            return accepted
+
+        @cache
+        def scores(row: int) -> Tensor:
+            return choose.scored(row, ids, parents)
+
+        accepted = likeliest_path(0, size, scores, ids, parents, depth, typical)
+        for row in accepted:
+            choose.took(parents[row], ids[row], scores(parents[row]))
+        last = accepted[-1] if accepted else 0
+        choose.again(last, scores(last))
+        return accepted
 
 
 class _Choices:
@@ -182,7 +209,7 @@ class _Choices:
         if options.logits:
             self.logits.append(self._host._raw[self._first][row].clone())
         if options.logprobs is not None:
-            self.logprobs.append(sampler.logprobs(self._host._raw[self._first][row], token))
+            self.logprobs.append(self._host._logprobs(self._first + row, token, options.logprobs))
         self.tokens.append(token)
 
 

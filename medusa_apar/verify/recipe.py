@@ -1,7 +1,7 @@
 """What a request's processors do to logits, as a list of operations that compiled code knows.
 
-transformers' own processors are read by exact type, since a subclass may do anything. A request with any other
-processor has no recipe: Python asks its processors, path by path.
+Processors of transformers, and our own, are read by exact type, since a subclass may do anything. A request with any
+other processor has no recipe: Python asks its processors, path by path.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from torch import Tensor
 from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.fork_rule import ForkRule
 
+from .logprobs import Top
+from .penalties import PresenceFrequencyLogitsProcessor
+
 _MAX_LENGTH = 2**31 - 1  # that compiled code can hold
 
 
 class Operation(NamedTuple):
-    """One step from logits to scores; `runtimes/cpu/choose.h` says what the numbers mean for each kind."""
+    """One step from logits to scores; `runtimes/cpu/scores.h` says what the numbers mean for each kind."""
 
     kind: str
     value: float = 0.0
@@ -36,19 +39,21 @@ class Recipe:
     """How one request's tokens come out of logits.
 
     seed: None for the likeliest token. reads_path: whether an operation looks at the tokens of the path. max_id: the
-    greatest token id that one names; where the model has no such token, transformers says what is wrong.
+    greatest token id that one names; where the model has no such token, transformers says what is wrong. judged:
+    whether `Chosen` is to tell of draft tokens.
     """
 
     operations: tuple[Operation, ...]
     seed: int | None
     reads_path: bool
     max_id: int
+    judged: bool = False
 
 
 class Choices(NamedTuple):
     """The rows of a step that recipes choose for.
 
-    recipes: the requests'. rows: int64 [N, 9], a `choose.h` Choice each. paths: int64, the tokens that they read.
+    recipes: the requests'. rows: int64 [N, 9], a `scores.h` Choice each. paths: int64, the tokens that they read.
     """
 
     recipes: list[Recipe]
@@ -56,18 +61,41 @@ class Choices(NamedTuple):
     paths: np.ndarray
 
 
+class Chosen(NamedTuple):
+    """What rows choose; and of judged recipes' rows, what typical acceptance goes by.
+
+    tokens: -1 where nothing is possible. log_probs: of the row's own draft token in its parent's distribution.
+    entropies: of the row's distribution, in nats. Both are of processed scores, and say nothing of other recipes' rows,
+    of rows without a parent and of rows without children.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    entropies: list[float]
+
+
 class Chooser(Protocol):
-    def __call__(self, logits: Tensor, choices: Choices) -> list[int]:
-        """The token that each row chooses from `logits` [M, vocab], -1 where nothing is possible."""
+    """A runtime's compiled code for the host, all rows of a step in one call."""
+
+    def choose(self, logits: Tensor, choices: Choices) -> Chosen:
+        """What rows choose from `logits` [M, vocab], in the order of `choices`."""
+
+    def top(self, logits: Tensor, rows: np.ndarray, count: int) -> Top:
+        """As `logprobs.TopOfRows`; of equals the lowest id first."""
 
 
 def recipe_of(
-    processors: Sequence[Any], num_before: int, rule: ForkRule | None, seed: int | None, row: int = 0
+    processors: Sequence[Any],
+    num_before: int,
+    rule: ForkRule | None,
+    seed: int | None,
+    row: int = 0,
+    judged: bool = False,
 ) -> Recipe | None:
     """The recipe of a request's processors, of which so many come before the bans of control tokens.
 
     It has their parameters as they are now: a processor that is changed later is not read again. row: the request's
-    place in its batch, for what a processor holds by row.
+    place in its batch, for what a processor holds by row. judged: as of `Recipe`.
     """
     operations: list[Operation] = []
     for place, processor in enumerate([*processors[:num_before], None, *processors[num_before:]]):
@@ -77,8 +105,9 @@ def recipe_of(
             return None
         if found is not None:
             operations.append(found)
-    reads_path = any(operation.kind == "repetition" for operation in operations)
-    return Recipe(tuple(operations), seed, reads_path, max((max(o.ids, default=0) for o in operations), default=0))
+    reads_path = any(operation.kind in ("repetition", "presence_frequency") for operation in operations)
+    max_id = max((max(operation.ids, default=0) for operation in operations), default=0)
+    return Recipe(tuple(operations), seed, reads_path, max_id, judged)
 
 
 def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[bool]]) -> Choices:
@@ -111,8 +140,17 @@ def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[boo
     return Choices(recipes, np.concatenate(rows), np.concatenate(paths))
 
 
+def path_operation(processor: Any, row: int) -> Operation | None:
+    """What a processor does that looks at the path alone, for a batch's row; None of any other."""
+    if type(processor) not in PATH_PROCESSORS:
+        return None
+    found: Operation = _READERS[type(processor)](processor, row)
+    ids = tuple(id for id in found.ids if id >= 0)  # transformers bans none that is no token's
+    return found._replace(length=max(0, min(found.length, _MAX_LENGTH)), ids=ids)
+
+
 def _operation(processor: Any, row: int) -> Operation | None:
-    """What a processor of transformers does; None where that is nothing compiled code knows."""
+    """What a processor does; None where that is nothing compiled code knows."""
     read = _READERS.get(type(processor))
     if read is None or getattr(processor, "filter_value", -math.inf) != -math.inf:
         return None
@@ -142,6 +180,9 @@ def _bias(processor: Any, row: int) -> Operation | None:
 
 _READERS: dict[type, Any] = {
     transformers.RepetitionPenaltyLogitsProcessor: _repetition,
+    PresenceFrequencyLogitsProcessor: lambda p, row: Operation(
+        "presence_frequency", p.frequency_penalty, p.prompt_length, p.free_ids, (p.presence_penalty,)
+    ),
     transformers.SequenceBiasLogitsProcessor: _bias,
     transformers.MinLengthLogitsProcessor: lambda p, row: Operation(
         "min_length", length=p.min_length, ids=_ids(p.eos_token_id)
@@ -155,4 +196,11 @@ _READERS: dict[type, Any] = {
     transformers.TopPLogitsWarper: lambda p, row: Operation("top_p", p.top_p, p.min_tokens_to_keep),
     transformers.MinPLogitsWarper: lambda p, row: Operation("min_p", p.min_p) if p.min_tokens_to_keep == 1 else None,
     transformers.TypicalLogitsWarper: lambda p, row: Operation("typical", p.mass, p.min_tokens_to_keep),
+}
+# Those that `path_changes.py` can do.
+PATH_PROCESSORS = {
+    transformers.RepetitionPenaltyLogitsProcessor,
+    PresenceFrequencyLogitsProcessor,
+    transformers.MinLengthLogitsProcessor,
+    transformers.MinNewTokensLengthLogitsProcessor,
 }

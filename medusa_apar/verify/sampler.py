@@ -20,11 +20,13 @@ from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor
 
 from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.fork_policy import fork_point
-from medusa_apar.threads.request import Request, RequestOptions, TokenLogprobs
+from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.triton_kernels.reference import likeliest, sample
 
+from .path_changes import PathChange
+from .penalties import PresenceFrequencyLogitsProcessor
 from .processor_state import StateWatch, name_of
-from .recipe import Recipe, recipe_of
+from .recipe import PATH_PROCESSORS, Operation, Recipe, path_operation, recipe_of
 
 
 def _exactly(*names: str) -> frozenset[type]:
@@ -41,12 +43,16 @@ _WARPERS = _exactly("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "E
 # Those that ignore `input_ids`: all rows of a request go through them at once.
 _PATH_FREE = _WARPERS | _exactly("InfNanRemove", "SuppressTokens")
 # Those that treat every row of a batch by itself: one row is enough to show them.
-_BY_ROW = _PATH_FREE | _exactly(
-    *("NoRepeatNGram", "NoBadWords", "SequenceBias", "MinLength", "MinNewTokensLength"),
-    *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty"),
-    *("SuppressTokensAtBegin", "PrefixConstrained"),
+_BY_ROW = (
+    _PATH_FREE
+    | {PresenceFrequencyLogitsProcessor}
+    | _exactly(
+        *("NoRepeatNGram", "NoBadWords", "SequenceBias", "MinLength", "MinNewTokensLength"),
+        *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty"),
+        *("SuppressTokensAtBegin", "PrefixConstrained"),
+    )
 )
-# None of transformers' own that are known here keeps anything between calls.
+# None of those that are known here keeps anything between calls.
 _STATELESS = _BY_ROW | _exactly("RepetitionPenalty", "EncoderRepetitionPenalty", "EncoderNoRepeatNGram")
 _NO_IDS = cast(torch.LongTensor, torch.zeros(0, 0, dtype=torch.long, device="cpu"))
 
@@ -55,33 +61,49 @@ class Sampler:
     """Chooses one request's tokens; `row` is the request's place in its batch.
 
     before, warpers: its processors, divided into those before and those behind the bans. plain: whether a token is the
-    likeliest that is not banned, and nothing else is asked. path_free: whether a path's tokens change nothing of its
-    scores, so that a kernel can choose.
+    likeliest that is not banned, and nothing else is asked. on_device: whether its scores can be made from what is
+    known before the forward pass, so that a kernel can choose.
     """
 
     def __init__(self, options: RequestOptions, row: int = 0) -> None:
         self._row = row
         self.options, self.rule, self.seed, self.typical = options, options.rule, options.seed, options.typical
         processors = list(options.processors)
-        behind = len(processors)
-        while behind and type(processors[behind - 1]) in _WARPERS:
-            behind -= 1
-        self.before: list[LogitsProcessor] = cast(Any, processors[:behind])
-        self.warpers: list[LogitsProcessor] = cast(Any, processors[behind:])
+        before = num_before(processors)
+        self.before: list[LogitsProcessor] = cast(Any, processors[:before])
+        self.warpers: list[LogitsProcessor] = cast(Any, processors[before:])
         self.watch = StateWatch(own_part(p) for p in self.before if may_keep_state(p))
         kept = options.scores or options.logits or options.logprobs is not None
         free = options.fork_if is None and not kept
-        self.path_free = free and all(type(processor) in _PATH_FREE for processor in processors)
+        self.on_device = free and all(is_path_free(p) or type(p) in PATH_PROCESSORS for p in processors)
         self.plain = options.seed is None and not processors and not options.scores and options.fork_if is None
 
     @cached_property
     def recipe(self) -> Recipe | None:
         """What compiled code chooses by; None where Python has to be asked. Made when a runtime first asks for it: to
         read a processor's ids may take a copy from a device."""
-        thresholds = self.typical is not None and self.seed is not None
-        if self.options.fork_if is not None or self.options.scores or thresholds:
+        if self.options.fork_if is not None or self.options.scores:
             return None
-        return recipe_of([*self.before, *self.warpers], len(self.before), self.rule, self.seed, self._row)
+        processors = [*self.before, *self.warpers]
+        return recipe_of(processors, len(self.before), self.rule, self.seed, self._row, self.by_thresholds)
+
+    @cached_property
+    def path_operations(self) -> list[Operation | None]:
+        """Of each processor before the bans, what it does that looks at the path. To read one may wait for a device."""
+        return [path_operation(processor, self._row) for processor in self.before]
+
+    def path_changes(self, segment: Segment) -> list[PathChange | None]:
+        """What `path_operations` change in a segment's rows. `on_device` only."""
+        if not any(self.path_operations):
+            return [None] * len(self.before)
+        path, nodes = segment.request.path(segment.thread), len(segment.draft_tokens)
+        drafts = segment.draft_tokens, segment.draft_tree.parents[:nodes].tolist()
+        return [operation and PathChange.of(operation, path, *drafts) for operation in self.path_operations]
+
+    @property
+    def by_thresholds(self) -> bool:
+        """Whether drafts are accepted by their probability; greedy decoding is exact in either case."""
+        return self.typical is not None and self.seed is not None
 
     def fork_bans(self, segment: Segment) -> list[bool]:
         """For the segment's root and each of its draft nodes, whether `[Fork]` may not be chosen there."""
@@ -96,11 +118,19 @@ class Sampler:
             return []
         return [self.rule.child_id, self.rule.fork_id] if fork_banned else [self.rule.child_id]
 
-    def process(self, logits: torch.Tensor, fork_bans: Sequence[bool]) -> torch.Tensor:
-        """The scores of rows whatever their paths: `logits` [rows, vocab] -> float32, alike. `path_free` only."""
+    def process(
+        self,
+        logits: torch.Tensor,
+        fork_bans: Sequence[bool],
+        changes: Sequence[Callable[[torch.Tensor], torch.Tensor] | None],
+    ) -> torch.Tensor:
+        """The scores of a segment's rows: `logits` [rows, vocab] -> float32, alike. `on_device` only.
+
+        changes: of each processor before the bans, what does to scores in its place what it would; None: it does so.
+        """
         scores = logits.float()
-        for processor in self.before:
-            scores = processor(_NO_IDS, cast(torch.FloatTensor, scores))
+        for processor, change in zip(self.before, changes, strict=True):
+            scores = change(scores) if change is not None else processor(_NO_IDS, cast(torch.FloatTensor, scores))
         if self.rule is not None:
             scores[:, self.rule.child_id] = -math.inf
             rows = [row for row, banned in enumerate(fork_bans) if banned]
@@ -145,12 +175,6 @@ class Sampler:
             scores = self._warped(shown, [token])
             token = self.choice(scores, key, end)
         return scores, token
-
-    def logprobs(self, row: torch.Tensor, token: int) -> TokenLogprobs:
-        """Log-probabilities at a token, from the model's logits [vocab]."""
-        log_probs = row.float().log_softmax(-1)
-        values, ids = log_probs.topk(min(self.options.logprobs or 0, len(log_probs)))
-        return TokenLogprobs(float(log_probs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def impossible(self, path: list[int], logits: torch.Tensor, request: Request, fork_banned: bool) -> ValueError:
         """What to say where no token can be chosen: whose fault it is, found by asking one after the other again."""
@@ -212,6 +236,21 @@ class Sampler:
     def choice(self, scores: torch.Tensor, key: int, position: int) -> int:
         """The token that processed scores [vocab] choose; -1 where nothing is possible."""
         return likeliest(scores) if self.seed is None else sample(scores, self.seed, key, position)
+
+
+def is_path_free(processor: Callable) -> bool:
+    """Whether a processor makes the same of scores whatever the path."""
+    if type(processor) is transformers.SequenceBiasLogitsProcessor:
+        return all(len(sequence) == 1 for sequence in dict(processor.sequence_bias))
+    return type(processor) in _PATH_FREE
+
+
+def num_before(processors: Sequence[Callable]) -> int:
+    """How many of a request's processors come before the bans: all but the warpers at their end."""
+    behind = len(processors)
+    while behind and type(processors[behind - 1]) in _WARPERS:
+        behind -= 1
+    return behind
 
 
 def _applied(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, request: Request) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """What happens behind a step's forward pass: verification, and drafting where both stay on the device.
 
 A kernel verifies all threads that it can in one launch, whatever their seeds and temperatures. The host verifies the
-others, each for itself: those whose scores depend on their path, or are to be kept. Without a kernel it verifies all.
+others, each for itself: those whose processors have to be asked path by path, or whose scores are to be kept. Without a
+kernel it verifies all.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Tail:
     Args:
         verify: `triton_kernels.verify.verify` or its reference; None where the host verifies all.
         argmax: the runtime's, [M, vocab] -> long [M].
-        choose: the runtime's `Chooser`, for what the host verifies; None where it has none.
+        chooser: the runtime's, for what the host verifies; None where it has none.
         drafting: what the heads draft on the device behind the verification; None for nothing.
         depth: most draft nodes that a thread can accept.
 
@@ -51,14 +52,14 @@ class Tail:
         forest: Forest,
         verify: Callable[..., Verified] | None,
         argmax: Callable[[Tensor], Tensor],
-        choose: Chooser | None,
+        chooser: Chooser | None,
         drafting: Drafting | None,
         depth: int,
     ) -> None:
-        self._forest, self._argmax, self._choose = forest, argmax, choose
+        self._forest, self._argmax, self._chooser = forest, argmax, chooser
         self.device: DeviceVerify | None = None
         scoring = any(segment.request.options.score_from is not None for segment in forest.verified)
-        if verify is not None and not scoring and any(segment.request.sampler.path_free for segment in forest.verified):
+        if verify is not None and not scoring and any(segment.request.sampler.on_device for segment in forest.verified):
             self.device = DeviceVerify.of(verify, forest, depth, drafting)
 
     @property
@@ -80,7 +81,7 @@ class Tail:
             if results[place] is None
         ]
         chosen = [(first, segment) for _, first, segment in here if segment.request.options.score_from is None]
-        host = HostVerify(chosen, output.logits, self._argmax, self._choose)
+        host = HostVerify(chosen, output.logits, self._argmax, self._chooser)
         for place, first, segment in here:
             if segment.request.error is not None:
                 continue

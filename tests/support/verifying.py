@@ -14,6 +14,7 @@ from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.verify.host_verify import HostVerify
+from medusa_apar.verify.recipe import Chooser
 from medusa_apar.verify.sampler import Sampler
 from medusa_apar.verify.verify_result import VerifyResult
 from tests.support.models import CHILD, FORK
@@ -58,8 +59,10 @@ def first_rows(segments: Sequence[Segment]) -> list[int]:
     return [0, *accumulate(segment.scored + len(segment.draft_tokens) for segment in segments)][:-1]
 
 
-def verified_on_host(segments: Sequence[Segment], logits: torch.Tensor) -> list[VerifyResult]:
+def verified_on_host(
+    segments: Sequence[Segment], logits: torch.Tensor, chooser: Chooser | None = None
+) -> list[VerifyResult]:
     """logits [M, vocab], of all the segments' rows; they stay as they are."""
     places = list(zip(first_rows(segments), segments, strict=True))
-    verify = HostVerify(places, logits.clone(), partial(torch.argmax, dim=-1))
+    verify = HostVerify(places, logits.clone(), partial(torch.argmax, dim=-1), chooser)
     return [verify(first, segment) for first, segment in places]

@@ -7,22 +7,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.runtimes.cpu.choosing import choose as compiled
+from medusa_apar.runtimes.cpu.choosing import CompiledChooser
 from medusa_apar.threads.fork_policy import ControlTokenForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
+from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 from medusa_apar.verify.tail import StepOutput, Tail
 from tests.support.models import CHILD, CONTROL, FORK
 from tests.support.verifying import drafted_forks, request_of, segment_of, verified_on_host
@@ -58,6 +64,18 @@ MODES = {
         "seed": 8,
         "processors": [RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7)],
     },
+    "penalised by counts": lambda: {"processors": [PresenceFrequencyLogitsProcessor(4, 0.7, 0.4)]},
+    "biased, held off": lambda: {
+        **{"seed": 7, "rule": ForkRule.of(CONTROL)},
+        "processors": [
+            MinLengthLogitsProcessor(6, torch.tensor([-1, 7, 9]), device="cpu"),
+            SequenceBiasLogitsProcessor({(8,): 2.5, (10,): -1.0}),
+            MinNewTokensLengthLogitsProcessor(4, 2, torch.tensor([10, 99]), device="cpu"),
+            PresenceFrequencyLogitsProcessor(6, -0.5, 0.3),
+            MinPLogitsWarper(0.05),
+            TypicalLogitsWarper(0.9),
+        ],
+    },
     "penalised, typical": lambda: {
         **{"seed": 8, "typical": TypicalAcceptance(0.05, 0.3)},
         **{"processors": [RepetitionPenaltyLogitsProcessor(1.2)]},
@@ -69,10 +87,16 @@ MODES = {
     "asked": lambda: {"fork_if": lambda point: point.forks > 0},
     "no control tokens": lambda: {"rule": None},
     "no control tokens, warped": lambda: {"rule": None, "seed": 6, "processors": [TemperatureLogitsWarper(0.8)]},
+    "biased to nothing": lambda: {"processors": [SequenceBiasLogitsProcessor({(99,): 1.0})]},
     "broken": lambda: {"processors": [breaks]},
     "impossible": lambda: {"processors": [impossible]},
 }
-FAILURES = {"broken": "this one breaks", "impossible": "impossible left no token"}
+FAILURES = {
+    "biased to nothing": "the following tokens were being biased: [99]",
+    "broken": "this one breaks",
+    "impossible": "impossible left no token",
+}
+ON_HOST = {"scores kept", "logits kept, sampled", "logprobs kept", "logprobs kept, typical", "asked"}
 
 
 def request_in(mode):
@@ -110,13 +134,21 @@ def segments_of(request, members):
     return segments
 
 
-def run(groups, logits, verify, choose=None):
+def run(groups, logits, verify, chooser=None):
     """A step of these segments, request by request, with such logits of their rows."""
     forest = Forest(groups, SlotLedger(KVPool()), torch.device("cpu"))
     assert len(logits) == len(forest.verified_rows)
-    tail, logits = Tail(forest, verify, argmax, choose, None, DEPTH), logits.clone()
+    tail, logits = Tail(forest, verify, argmax, chooser, None, DEPTH), logits.clone()
     chosen = None if tail.device is None else tail.device.run(logits, logits, tail.device.inputs())
     return tail, tail.read(StepOutput(logits, logits, chosen))
+
+
+def same_logprobs(ours, expected):
+    """To 1e-5, and the same ids."""
+    pairs = zip(ours.top, expected.top, strict=True)
+    return ours.logprob == pytest.approx(expected.logprob, abs=1e-5) and all(
+        a == b and mine == pytest.approx(theirs, abs=1e-5) for (a, mine), (b, theirs) in pairs
+    )
 
 
 def same(ours, expected, first):
@@ -124,7 +156,8 @@ def same(ours, expected, first):
     kept = [(ours.scores, expected.scores), (ours.logits, expected.logits)]
     return (
         (ours.tokens, ours.nodes, ours.row - first) == (expected.tokens, expected.nodes, expected.row)
-        and ours.logprobs == expected.logprobs
+        and len(ours.logprobs) == len(expected.logprobs)
+        and all(map(same_logprobs, ours.logprobs, expected.logprobs))
         and all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in kept)
         # A launch chooses for every drafted child, the host for those whose [Fork] was accepted.
         and expected.children.keys() == {fork for fork in ours.children if fork in ours.nodes}
@@ -136,12 +169,12 @@ def same(ours, expected, first):
 @given(st.lists(parts(), min_size=1, max_size=6), st.sampled_from(["python", "compiled", "launch"]))
 def test_each_is_verified_as_it_is_alone(drawn, where):
     """Whatever else is in the forest: what one does, raises or keeps is nothing to the others. Python chooses alone."""
-    on_host, choose = where != "launch", compiled if where == "compiled" else None
+    on_host, chooser = where != "launch", CompiledChooser() if where == "compiled" else None
     requests = [request_in(mode) for mode, _ in drawn]
     groups = [segments_of(request, members) for request, (_, members) in zip(requests, drawn, strict=True)]
     logits = torch.cat([rows for _, members in drawn for _, rows in members])
-    tail, results = run(groups, logits, None if on_host else reference.verify, choose)
-    free = {request.sampler.path_free for request in requests}
+    tail, results = run(groups, logits, None if on_host else reference.verify, chooser)
+    free = {request.sampler.on_device for request in requests}
     assert (tail.device is not None) == (not on_host and True in free)
 
     first, results = 0, iter(results)
@@ -160,10 +193,33 @@ def test_each_is_verified_as_it_is_alone(drawn, where):
     assert next(results, None) is None
 
 
+def test_compiled_code_is_asked_once_for_all(monkeypatch):
+    """And torch for no row of a whole distribution."""
+    asked = []
+
+    class Counting(CompiledChooser):
+        def choose(self, logits, choices):
+            asked.append(("choose", len(choices.rows)))
+            return super().choose(logits, choices)
+
+        def top(self, logits, rows, count):
+            asked.append(("top", len(rows), count))
+            return super().top(logits, rows, count)
+
+    monkeypatch.setattr("medusa_apar.verify.sampler.Sampler._warped", None)
+    modes = ["logprobs kept", "sampled", "typical", "penalised by counts", "logprobs kept, typical", "greedy"]
+    tree = DraftTree.likeliest(3)
+    groups = [[segment_of(request_in(mode), None, tree, [9, 10, 11])] for mode in modes]
+    logits = torch.randn(4 * len(modes), VOCAB, generator=torch.Generator().manual_seed(2))
+    _, results = run(groups, logits, None, Counting())
+    assert None not in results and asked == [("top", 8, 3), ("choose", 16)]
+
+
 def test_a_launch_takes_all_modes_but_those_that_need_the_host():
     """Or the test above might never have had them together."""
     modes = [mode for mode in MODES if mode not in FAILURES]
-    for some, taken in ((modes, modes[:9]), (modes[-2:], modes[-2:])):
+    unruled = [mode for mode in modes if "no control tokens" in mode]
+    for some, taken in ((modes, [mode for mode in modes if mode not in {*ON_HOST, *unruled}]), (unruled, unruled)):
         requests = [request_in(mode) for mode in some]
         logits = torch.randn(len(some), VOCAB, generator=torch.Generator().manual_seed(2))
         logits[:, [FORK, CHILD]] += 2.0

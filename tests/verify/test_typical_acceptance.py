@@ -4,16 +4,23 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import medusa_apar
-from medusa_apar import DraftTree, TypicalAcceptance
+from medusa_apar import DraftTree, PresenceFrequencyLogitsProcessor, TypicalAcceptance
 from medusa_apar.engine.commit import commit
 from medusa_apar.heads import MedusaHeads
+from medusa_apar.runtimes.cpu.choosing import CompiledChooser
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import sample
 from medusa_apar.verify.control_processor import ControlTokensLogitsProcessor
+from medusa_apar.verify.recipe import choices_of
 from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, FORK, forking_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
@@ -75,6 +82,72 @@ def test_accepts_what_medusa_llm_accepts(drawn, thresholds, temperature):
     assert result.tokens[:-1] == [ids[row] for row in expected]
     assert result.row == (expected[-1] if expected else 0)
     assert result.tokens[-1] == sample(logits[result.row] / temperature, 9, 5, 3 + len(expected))
+
+
+PROCESSORS = {
+    "none": [],
+    "hot": [TemperatureLogitsWarper(1.7)],
+    "cold": [TemperatureLogitsWarper(0.6), TopKLogitsWarper(9)],
+    "few": [TopPLogitsWarper(0.8)],
+    "penalised": [RepetitionPenaltyLogitsProcessor(1.4), PresenceFrequencyLogitsProcessor(3, 0.4, 0.2)],
+}
+
+
+@settings(deadline=None, max_examples=150)
+@given(drafts(), st.sampled_from([(0.09, 0.3), (0.3, 1.0), (0.02, 0.1), (0.0, 0.0)]), st.sampled_from(list(PROCESSORS)))
+def test_compiled_code_accepts_what_the_reference_does(drawn, thresholds, name):
+    """Left out is what a change of both thresholds by 1e-5 of theirs would change."""
+    tree, tokens, logits = drawn
+
+    def result(change=1.0, chooser=None):
+        typical = TypicalAcceptance(*(value * change for value in thresholds))
+        request = request_of([1, 2, 3], 5, seed=9, typical=typical, processors=PROCESSORS[name])
+        assert request.sampler.recipe.judged
+        (its,) = verified_on_host([segment_of(request, None, tree, tokens)], logits, chooser)
+        return its.tokens, its.nodes, its.row
+
+    expected = result()
+    assume(expected == result(1 - 1e-5) == result(1 + 1e-5))
+    assert result(chooser=CompiledChooser()) == expected
+
+
+@pytest.mark.parametrize("width", [7, 300, 49152])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_compiled_code_says_of_drafts_is_float64s(name, width):
+    """Log-probabilities and entropies of processed scores, to 1e-6; a token that was dropped is impossible."""
+    generator = torch.Generator().manual_seed(width)
+    logits = 3 * torch.randn(5, width, generator=generator)
+    tokens = torch.randint(width, (4,), generator=generator).tolist()
+    tokens[1] = int(logits[0].argmax())
+    request = request_of([1, 2, 3], 5, seed=9, typical=LENIENT, processors=PROCESSORS[name])
+    segment = segment_of(request, None, DraftTree([(0,), (1,), (0, 0), (0, 0, 0)]), tokens)
+    choices = choices_of([(0, segment)], {0: [False] * 5})
+    chosen = CompiledChooser().choose(logits, choices)
+    paths = {0: [1, 2, 3], 1: [1, 2, 3, tokens[0]], 3: [1, 2, 3, tokens[0], tokens[2]]}
+    for row, parent in ((1, 0), (2, 0), (3, 1), (4, 3)):
+        scores = request.sampler.processed(paths[parent], logits[parent].clone(), request, []).double()
+        log_probs = scores.log_softmax(-1)
+        chances = log_probs.exp()
+        assert chosen.log_probs[row] == pytest.approx(float(log_probs[tokens[row - 1]]), abs=1e-6)
+        entropy = -float(torch.special.xlogy(chances, chances).sum())
+        assert chosen.entropies[parent] == pytest.approx(entropy, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
+def test_compiled_code_accepts_nothing_behind_a_row_without_numbers(value):
+    """Nor does the reference; what such a row chooses is another matter."""
+    logits = torch.zeros(2, 20)
+    logits[0, :2] = value
+    if value != float("inf"):
+        logits[0] = value
+    for chooser in (None, CompiledChooser()):
+        request = request_of([1, 2, 3], 5, seed=9, typical=ANYTHING)
+        segment = segment_of(request, None, DraftTree([(0,)]), [1])
+        if value == float("inf"):
+            assert verified_on_host([segment], logits, chooser)[0].nodes == []
+        else:
+            with pytest.raises(ValueError, match="the model left no token"):
+                verified_on_host([segment], logits, chooser)
 
 
 @pytest.mark.parametrize("warp", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)

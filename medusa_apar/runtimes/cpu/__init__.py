@@ -24,7 +24,9 @@ float_cache.h  keys and values as floats
 int16.h        products of int16
 panel16.h      such products with a tile that several rows share
 hydra.h        Hydra heads over a draft tree
-choose.h       which token a row chooses: processors, noise
+choose.h       which token a row chooses
+scores.h       what processors make of its logits
+noise.h        the noise of its choice
 top.h          the largest of many logits
 weight_fingerprint.h  sums over the bits of weights
 team.h         threads that share a step

@@ -6,38 +6,50 @@ import threading
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_apar.verify.recipe import Choices, Recipe
+from medusa_apar.verify.logprobs import Top
+from medusa_apar.verify.recipe import Choices, Chosen, Recipe
 
 from . import library
 from .library import address
+from .weights import top_of_rows
 
-# In the order of `choose.h`.
+# In the order of `scores.h`.
 _KINDS = (
-    *("repetition", "bias", "min_length", "suppress", "bans"),
+    *("repetition", "presence_frequency", "bias", "min_length", "suppress", "bans"),
     *("temperature", "top_k", "top_p", "min_p", "typical"),
 )
 _made: weakref.WeakKeyDictionary[Recipe, tuple[Any, list[Any]]] = weakref.WeakKeyDictionary()
 _made_lock = threading.Lock()
 
 
-def choose(logits: Tensor, choices: Choices) -> list[int]:
-    """As `verify.recipe.Chooser`; float32 logits."""
-    count, vocabulary = len(choices.rows), logits.shape[1]
-    recipes = (library.Recipe * len(choices.recipes))(*map(_struct, choices.recipes))
-    rows, paths = torch.from_numpy(choices.rows), torch.from_numpy(choices.paths)
-    tokens = torch.empty(count, dtype=torch.long, device="cpu")
-    library.library().mapar_choose(
-        library.Choices(
-            *(count, vocabulary, address(rows, torch.long, rows.numel()), recipes),
-            *(address(paths, torch.long, len(paths)), address(logits, torch.float32, logits.numel())),
-            address(tokens, torch.long, count),
-        ),
-        torch.get_num_threads(),
-    )
-    return tokens.tolist()
+class CompiledChooser:
+    """`verify.recipe.Chooser`, for float32 logits."""
+
+    def choose(self, logits: Tensor, choices: Choices) -> Chosen:
+        count, vocabulary = len(choices.rows), logits.shape[1]
+        recipes = (library.Recipe * len(choices.recipes))(*map(_struct, choices.recipes))
+        rows, paths = torch.from_numpy(choices.rows), torch.from_numpy(choices.paths)
+        tokens = torch.empty(count, dtype=torch.long, device="cpu")
+        judged = torch.full((2, count), -torch.inf, dtype=torch.float64, device="cpu")
+        library.library().mapar_choose(
+            library.Choices(
+                *(count, vocabulary, address(rows, torch.long, rows.numel()), recipes),
+                *(address(paths, torch.long, len(paths)), address(logits, torch.float32, logits.numel())),
+                address(tokens, torch.long, count),
+                *(address(part, torch.float64, count) for part in judged),
+            ),
+            torch.get_num_threads(),
+        )
+        return Chosen(tokens.tolist(), *judged.tolist())
+
+    def top(self, logits: Tensor, rows: np.ndarray, count: int) -> Top:
+        assert rows.min() >= 0 and rows.max() < len(logits)
+        values, ids, log_sums = top_of_rows(logits, torch.from_numpy(rows), count)
+        return Top(ids.numpy(), values.numpy(), log_sums.numpy())
 
 
 def _struct(recipe: Recipe) -> Any:
@@ -63,4 +75,4 @@ def _packed(recipe: Recipe) -> tuple[Any, list[Any]]:
         )
     held.append(operations)
     seed = (recipe.seed or 0) & (2**64 - 1)
-    return library.Recipe(len(recipe.operations), recipe.seed is not None, seed, operations), held
+    return library.Recipe(len(recipe.operations), recipe.seed is not None, recipe.judged, seed, operations), held

@@ -24,22 +24,7 @@ from torch import Tensor
 from medusa_apar.models import hub
 
 FOLDER = Path(__file__).parent
-SOURCES = (
-    *("step.cpp", "weight_fingerprint.h", "hydra.h", "float_cache.h", "step_cache.h", "attention.h"),
-    *(
-        "int16.h",
-        "product.h",
-        "team.h",
-        "top.h",
-        "choose.h",
-        "panel16.h",
-        "matrix.h",
-        "vectors.h",
-        "int8.h",
-        "amx.h",
-        "bf16.h",
-    ),
-)
+SOURCES = tuple(sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h")))
 TABLES = 2  # of rotary embeddings, in a step
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 PHASES = ("norm", "qkv", "attention", "output", "gate_up", "down", "unembedding")
@@ -109,7 +94,10 @@ class Operation(ctypes.Structure):
 
 
 class Recipe(ctypes.Structure):
-    _fields_ = (("count", c_int32), ("sampled", c_int32), ("seed", c_uint64), ("operations", POINTER(Operation)))
+    _fields_ = (
+        *(("count", c_int32), ("sampled", c_int32), ("judged", c_int32)),
+        *(("seed", c_uint64), ("operations", POINTER(Operation))),
+    )
 
 
 class Choice(ctypes.Structure):
@@ -123,6 +111,7 @@ class Choices(ctypes.Structure):
     _fields_ = (
         *(("count", c_int32), ("vocabulary", c_int32), ("rows", c_void_p), ("recipes", POINTER(Recipe))),
         *(("paths", c_void_p), ("logits", c_void_p), ("tokens", c_void_p)),
+        *(("log_probs", c_void_p), ("entropies", c_void_p)),
     )
 
 
@@ -197,7 +186,7 @@ def _open(path: Path) -> ctypes.CDLL:
     opened.mapar_hydra.restype = c_int
     opened.mapar_choose.argtypes = (POINTER(Choices), c_int)
     opened.mapar_choose.restype = None
-    opened.mapar_top.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)
+    opened.mapar_top.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)
     opened.mapar_top.restype = None
     opened.mapar_sums.argtypes = (POINTER(Span), c_int, c_int, c_void_p, c_int)
     opened.mapar_sums.restype = None

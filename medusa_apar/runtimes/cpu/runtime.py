@@ -27,7 +27,7 @@ from medusa_apar.verify.recipe import Chooser
 from medusa_apar.verify.tail import StepOutput, Tail
 
 from . import known, library
-from .choosing import choose
+from .choosing import CompiledChooser
 from .library import address, floats
 from .packed_model import PackedModel, packs_of, weights_of
 from .weights import GROUP_INPUTS, KINDS, argmax, up
@@ -172,8 +172,8 @@ class CpuRuntime:
         return argmax(logits)
 
     @property
-    def choose(self) -> Chooser:
-        return choose
+    def chooser(self) -> Chooser:
+        return CompiledChooser()
 
 
 class _Scratch:

@@ -353,19 +353,18 @@ EXPORTED void mapar_linear(const Matrix* matrix, const float* x, int rows, int w
     }
 }
 
-// The `count` largest of each row, largest first and the first of equals first: indices and values [rows][count]; and
-// the logarithm of the sum of all exponentials, [rows], unless that is null.
-EXPORTED void mapar_top(const float* x, int rows, int width, int count, int64_t* indices, float* values, float* sums,
-                        int threads) {
+// The `count` largest of each row, as of `top`: indices and values [rows][count]; and the logarithm of the sum of all
+// exponentials, [rows], unless that is null. places: of the rows among x, null for the first ones.
+EXPORTED void mapar_top(const float* x, const int64_t* places, int rows, int width, int count, int64_t* indices,
+                        float* values, double* sums, int threads) {
 // Never fewer than before but one: OpenMP would end the surplus threads and make them anew at the next step.
 #pragma omp parallel num_threads(rows > 1 ? threads : 1)
     {
         const Share mine = share(rows);
         for (int r = mine.first; r < mine.last; r++) {
-            const float* row = x + (size_t)r * width;
-            float* best = values + (size_t)r * count;
-            top(row, width, count, indices + (size_t)r * count, best);
-            if (sums) sums[r] = best[0] + std::log(sum_of_exponentials(row, width, best[0]));
+            const float* row = x + (size_t)(places ? places[r] : r) * width;
+            top(row, width, count, indices + (size_t)r * count, values + (size_t)r * count);
+            if (sums) sums[r] = log_sum(row, width, values[(size_t)r * count]);
         }
     }
 }

@@ -1,6 +1,8 @@
 // The largest of many logits, and the logarithm that turns them into probabilities.
 #pragma once
 
+#include <vector>
+
 #include "matrix.h"
 
 namespace mapar {
@@ -19,6 +21,8 @@ inline bool any_above(vf v, float limit) {
 #endif
 }
 
+constexpr int MOST_INSERTED = 128;
+
 inline void insert(float value, int64_t index, int count, int64_t* indices, float* values) {
     int place = count - 1;
     for (; place > 0 && values[place - 1] < value; place--) {
@@ -29,9 +33,22 @@ inline void insert(float value, int64_t index, int count, int64_t* indices, floa
     indices[place] = index;
 }
 
+// By sorting, where so many are asked for that each one's place among them would be long to find.
+inline void sorted_top(const float* x, int width, int count, int64_t* indices, float* values) {
+    std::vector<int32_t> order;
+    for (int i = 0; i < width; i++)
+        if (x[i] > -INFINITY) order.push_back(i);
+    const int found = std::min<int>(count, order.size());
+    std::partial_sort(order.begin(), order.begin() + found, order.end(),
+                      [&](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; });
+    for (int i = 0; i < found; i++) indices[i] = order[i], values[i] = x[order[i]];
+}
+
+// The largest, the first of equals first; behind what is above -inf come index 0 and -inf. NaN is above nothing.
 inline void top(const float* x, int width, int count, int64_t* indices, float* values) {
     std::fill(values, values + count, -INFINITY);
     std::fill(indices, indices + count, 0);
+    if (count > MOST_INSERTED) return sorted_top(x, width, count, indices, values);
     int i = 0;
     for (; i + 4 * LANES <= width; i += 4 * LANES) {  // most stretches hold nothing new: one comparison tells
         // Each vector by itself: the larger of a number and a NaN may be the NaN, which is above nothing.
@@ -52,6 +69,52 @@ inline float sum_of_exponentials(const float* x, int width, float largest) {
     float total = sum(sums);
     for (; i < width; i++) total += std::exp(x[i] - largest);
     return total;
+}
+
+// The greatest of scores; NaN is none.
+inline float peak(const float* s, int size) {
+    int i = 0;
+    vf peaks = splat(-INFINITY);
+    for (; i + LANES <= size; i += LANES) {
+        const vf v = load(s + i);
+        peaks = v > peaks ? v : peaks;
+    }
+    float most = largest(peaks);
+    for (; i < size; i++)
+        if (s[i] > most) most = s[i];
+    return most;
+}
+
+// Sums over scores that are not NaN, most being the greatest: of e^x, x = score - most, and of x e^x where it is asked.
+struct Mass {
+    double total = 0, spread = 0;
+};
+template <bool SPREAD>
+inline Mass masses(const float* s, int size, float most) {
+    Mass all;
+    int i = 0;
+    for (; i + LANES <= size;) {  // in parts, so that floats are exact enough
+        vf part = {}, spread = {};
+        for (const int end = std::min(size / LANES * LANES, i + 64 * LANES); i < end; i += LANES) {
+            const vf v = load(s + i), x = v - most, e = v > splat(-INFINITY) ? exp(x) : vf{};
+            part += e;
+            if constexpr (SPREAD) spread += v > splat(-INFINITY) ? x * e : vf{};
+        }
+        all.total += sum(part);
+        if constexpr (SPREAD) all.spread += sum(spread);
+    }
+    for (; i < size; i++)
+        if (s[i] > -INFINITY) {
+            const float x = s[i] - most, e = std::exp(x);
+            all.total += e, all.spread += (double)x * e;
+        }
+    return all;
+}
+inline double mass(const float* s, int size, float most) { return masses<false>(s, size, most).total; }
+
+// The logarithm of the sum of all exponentials of scores that are not NaN, most being the greatest.
+inline double log_sum(const float* s, int size, float most) {
+    return most > -INFINITY && most < INFINITY ? most + std::log(mass(s, size, most)) : most;
 }
 
 }  // namespace mapar

@@ -118,27 +118,32 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     first; among equals the lower index."""
     rows = logits.reshape(-1, logits.shape[-1]).contiguous()
     assert 0 < count <= rows.shape[1]
-    sums = floats(len(rows), 1)
-    values, indices = _top(rows, count, sums)
+    values, indices, sums = top_of_rows(rows, None, count)
     shape = (*logits.shape[:-1], count)
-    return (values - sums).view(shape), indices.view(shape)
+    return (values - sums[:, None]).float().view(shape), indices.view(shape)
 
 
 def argmax(logits: Tensor) -> Tensor:
     """The index [rows] of the largest of float32 logits [rows, width]; among equals the lower one."""
-    return _top(logits.contiguous(), 1)[1].view(-1)
+    return top_of_rows(logits.contiguous(), None, 1, summed=False)[1].view(-1)
 
 
-def _top(rows: Tensor, count: int, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """values and indices [rows, count]; `sums` [rows] takes the logarithms of the sums of all exponentials."""
-    size, width = rows.shape
+def top_of_rows(
+    logits: Tensor, places: Tensor | None, count: int, summed: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """values float32 and indices [rows, count] of float32 logits [*, width], and float64 [rows], if `summed`, the
+    logarithms of the sums of all exponentials. places: int64 [rows], which rows; None for all."""
+    size, width = len(logits) if places is None else len(places), logits.shape[1]
     values, indices = floats(size, count), torch.empty(size, count, dtype=torch.long, device="cpu")
+    sums = torch.empty(size if summed else 0, dtype=torch.float64, device="cpu")
     library.library().mapar_top(
-        *(address(rows, torch.float32, size * width), size, width, count),
+        address(logits, torch.float32, logits.numel()),
+        None if places is None else address(places, torch.long, size),
+        *(size, width, count),
         *(address(indices, torch.long, size * count), address(values, torch.float32, size * count)),
-        *(None if sums is None else address(sums, torch.float32, size), torch.get_num_threads()),
+        *(address(sums, torch.float64, size) if summed else None, torch.get_num_threads()),
     )
-    return values, indices
+    return values, indices, sums
 
 
 def interleaved(first: Tensor, second: Tensor) -> Tensor:

@@ -9,14 +9,18 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.runtimes.cpu.choosing import choose
+from medusa_apar.runtimes.cpu.choosing import CompiledChooser
+from medusa_apar.runtimes.cpu.weights import argmax
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels.reference import likeliest, noisy
+from medusa_apar.verify import logprobs
+from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 from medusa_apar.verify.recipe import Choices, recipe_of
 
 FORK, CHILD = 3, 4
 RULE = ForkRule(FORK, CHILD, 2, True)
 EOS = [0, 7]
+choose, top = CompiledChooser().choose, CompiledChooser().top
 
 
 @st.composite
@@ -25,6 +29,10 @@ def before(draw):
     made = [
         transformers.RepetitionPenaltyLogitsProcessor(draw(st.sampled_from([0.7, 1.3, 4.0]))),
         transformers.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=draw(st.integers(0, 9))),
+        PresenceFrequencyLogitsProcessor(
+            *(draw(st.integers(0, 9)), draw(st.sampled_from([0.0, 1.3, -2.0]))),
+            *(draw(st.sampled_from([0.0, 0.3, -0.1])), draw(st.sampled_from([(), (2, 5, 999)]))),
+        ),
         transformers.SequenceBiasLogitsProcessor({(5,): -3.0, (2,): 4.5, (0,): 1.25}),
         transformers.MinLengthLogitsProcessor(draw(st.integers(0, 9)), EOS),
         transformers.MinNewTokensLengthLogitsProcessor(5, draw(st.integers(0, 4)), EOS),
@@ -91,7 +99,7 @@ def test_tokens_are_those_of_transformers_processors(data):
         row(1, other, start=len(path), **own[3]),
     ]
     paths = [path, [*path, tokens[0]], [*path, *tokens], other]
-    chosen = choose(logits, Choices([recipe], np.array(rows), np.array([*path, *other])))
+    chosen = choose(logits, Choices([recipe], np.array(rows), np.array([*path, *other]))).tokens
     for i, token in enumerate(chosen):
         scores = scores_of([*first, *last], len(first), paths[i], logits[rows[i][0]], banned[i])
         final = scores if sampled is None else noisy(scores, sampled, keys[i], positions[i])
@@ -104,7 +112,7 @@ def test_pure_noise_is_the_references(seed, scale, width):
     logits = torch.randn(2, width, generator=torch.Generator().manual_seed(seed)) * scale
     recipe = recipe_of([], 0, None, seed)
     rows = [row(i, [], key=seed * 77, position=seed + i) for i in range(2)]
-    chosen = choose(logits, Choices([recipe], np.array(rows), np.zeros(0, dtype=np.int64)))
+    chosen = choose(logits, Choices([recipe], np.array(rows), np.zeros(0, dtype=np.int64))).tokens
     assert chosen == [likeliest(noisy(logits[i], seed, seed * 77, seed + i)) for i in range(2)]
 
 
@@ -114,7 +122,7 @@ def test_samples_follow_the_distribution():
     processors = [transformers.TemperatureLogitsWarper(0.8), transformers.TopPLogitsWarper(0.9)]
     recipe = recipe_of(processors, 0, None, 11)
     rows = np.array([row(i, [], position=i) for i in range(len(logits))])
-    chosen = choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64)))
+    chosen = choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64))).tokens
     expected = logits[:1]
     for processor in processors:
         expected = processor(None, expected)
@@ -130,7 +138,7 @@ def test_what_is_impossible_is_said_and_nan_is_nothing():
         for processors in ([], [transformers.TopPLogitsWarper(0.5)], [transformers.TopKLogitsWarper(3)]):
             recipe = recipe_of(processors, 0, None, seed)
             rows = np.array([row(i, []) for i in range(3)])
-            assert choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64))) == [-1, -1, 40]
+            assert choose(logits, Choices([recipe], rows, np.zeros(0, dtype=np.int64))).tokens == [-1, -1, 40]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -145,7 +153,7 @@ def test_equals_of_the_last_that_stays_stay(seed):
     ):
         recipe = recipe_of([warper], 0, None, 5)
         rows = np.array([row(i, [], position=i) for i in range(600)])
-        chosen = choose(logits.repeat(600, 1), Choices([recipe], rows, np.zeros(0, dtype=np.int64)))
+        chosen = choose(logits.repeat(600, 1), Choices([recipe], rows, np.zeros(0, dtype=np.int64))).tokens
         left = warper(None, logits)[0]
         for place, token in enumerate(chosen):
             assert token == likeliest(noisy(left, 5, 9, place))
@@ -155,10 +163,10 @@ def test_numbers_beyond_compiled_codes_are_taken_as_the_largest():
     logits, nothing = torch.randn(1, 40), np.zeros(0, dtype=np.int64)
     for processor in (transformers.TopKLogitsWarper(2**31), transformers.TopKLogitsWarper(2**40)):
         recipe = recipe_of([processor], 0, None, None)
-        assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)) == [int(logits.argmax())]
+        assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)).tokens == [int(logits.argmax())]
     best = int(logits.argmax())
     recipe = recipe_of([transformers.MinLengthLogitsProcessor(2**33, torch.tensor(best))], 1, None, None)
-    assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)) != [best]
+    assert choose(logits, Choices([recipe], np.array([row(0, [])]), nothing)).tokens != [best]
 
 
 def test_what_compiled_code_does_not_know_has_no_recipe():
@@ -174,3 +182,52 @@ def test_what_compiled_code_does_not_know_has_no_recipe():
         transformers.MinPLogitsWarper(0.5, min_tokens_to_keep=2),
     ):
         assert recipe_of([processor], 1, None, None) is None
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_top_is_a_sort_and_the_first_of_equals(data):
+    draw = data.draw
+    width, seed = draw(st.sampled_from([1, 7, 33, 300, 5003])), draw(st.integers(0, 999))
+    count = min(draw(st.sampled_from([1, 2, 20, 128, 129, 5003])), width)
+    logits = torch.randn(4, width, generator=torch.Generator().manual_seed(seed)) * 5
+    if draw(st.booleans()):
+        logits = logits.round()
+    for value in draw(st.lists(st.sampled_from([math.nan, -math.inf]), max_size=2)):
+        logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.4] = value
+    rows = np.array(draw(st.lists(st.integers(0, 3), min_size=1, max_size=6)))
+    found = top(logits, rows, count)
+    own = logits[torch.from_numpy(rows)].nan_to_num(nan=-math.inf, neginf=-math.inf)
+    values, ids = own.sort(dim=-1, descending=True, stable=True)
+    possible = values[:, :count] > -math.inf
+    assert np.array_equal(found.values, values[:, :count])
+    assert torch.equal(torch.from_numpy(found.ids)[possible], ids[:, :count][possible])
+    assert found.log_sums == pytest.approx(own.double().logsumexp(-1).numpy(), abs=1e-6)
+    assert np.array_equal(argmax(own), top(own, np.arange(len(own)), 1).ids[:, 0])
+    likeliest_of = logprobs.top(logits, rows, count)
+    assert np.array_equal(likeliest_of.values, found.values) and likeliest_of.log_sums == pytest.approx(found.log_sums)
+
+
+@pytest.mark.parametrize("scale", [0.05, 3.0, 30.0])
+def test_log_probabilities_are_torchs_over_a_whole_vocabulary(scale):
+    """To 1e-5, and the same ids; whatever is banned in the rows later."""
+    logits = torch.randn(3, 49152, generator=torch.Generator().manual_seed(1)) * scale
+    expected, told = logits.log_softmax(-1), logprobs.RowLogprobs(logits, [2, 0], 20, top)
+    kept = logits.clone()
+    logits[:, FORK] = -math.inf
+    for row in (0, 2):
+        values, ids = kept[row].topk(20)
+        for token in (int(ids[0]), 77, 40_000):
+            its = told(row, token, 20)
+            assert its.logprob == pytest.approx(float(expected[row, token]), abs=1e-5)
+            assert [id for id, _ in its.top] == ids.tolist()
+            assert [value for _, value in its.top] == pytest.approx(expected[row, ids].tolist(), abs=1e-5)
+        assert told(row, 77, 0).top == () and len(told(row, 77, 3).top) == 3
+
+
+def test_impossible_tokens_are_not_among_the_likeliest():
+    logits = torch.full((1, 40), -math.inf)
+    logits[0, [5, 9]], logits[0, 3] = torch.tensor([1.0, 2.0]), math.nan
+    for way in (top, logprobs.top):
+        told = logprobs.RowLogprobs(logits, [0], 6, way)(0, 9, 6)
+        assert [id for id, _ in told.top] == [9, 5] and told.logprob == pytest.approx(-math.log1p(math.exp(-1)))

@@ -108,11 +108,11 @@ def test_compiled_code_chooses_what_python_chooses(sampling, heads, monkeypatch)
     call = {"do_sample": True, "seed": 5, "repetition_penalty": 1.2, "max_new_tokens": 40} | sampling
     if not call["do_sample"]:
         del call["seed"]
-    inputs, asked, choose = prompts(3, 9, ragged=True), [], apar.runtime.choose
-    monkeypatch.setattr(CpuRuntime, "choose", lambda _, *rows: asked.append(rows) or choose(*rows))
+    inputs, asked, chooser = prompts(3, 9, ragged=True), [], apar.runtime.chooser
+    monkeypatch.setattr(CpuRuntime, "chooser", property(lambda _: asked.append(1) or chooser))
     ours = apar.generate(**inputs, return_dict_in_generate=True, **call)
     assert asked and ours.stats.forks > 1 and (not heads or ours.stats.drafted["heads"] > 0)
-    monkeypatch.setattr(CpuRuntime, "choose", None)
+    monkeypatch.setattr(CpuRuntime, "chooser", None)
     assert torch.equal(apar.generate(**inputs, **call), ours.sequences)
 
 

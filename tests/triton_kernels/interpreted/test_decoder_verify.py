@@ -24,6 +24,10 @@ SERVED = [
     {"do_sample": False, "fork": False},
     {"do_sample": True, "seed": 5, "top_k": 0},
     {"do_sample": True, "seed": 9, "top_k": 20, "top_p": 0.9, "temperature": 0.7},
+    {
+        **{"do_sample": False, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        **{"min_new_tokens": 6, "sequence_bias": [[[7], 1.0]]},
+    },
 ]
 
 
@@ -47,9 +51,9 @@ def test_the_kernel_chooses_the_same_tokens(launches, options):
     assert max(ours.stats.accepted_lengths) >= 2
 
 
-def test_what_depends_on_the_path_goes_row_by_row(launches):
+def test_what_is_asked_path_by_path_goes_row_by_row(launches):
     model = forking_model(11)
-    for options in ({"repetition_penalty": 1.3}, {"output_scores": True}):
+    for options in ({"no_repeat_ngram_size": 2}, {"output_scores": True}):
         options |= {"do_sample": False}
         assert torch.equal(run(model, **options).sequences, run(model, attention="sdpa", **options).sequences)
     assert not launches
