@@ -15,7 +15,9 @@
     bench_tables.py    a run's tables
     bench_plots.py     a run's pictures
     comparison.py      ours against every other system, and question by question against the best of its own parts
+    rows.py            what a forward pass costs by its number of rows, alone and beside other processes
     roofline.py        what forward passes read and multiply, from a model's shapes
+    tiles.py           int8 products by instruction set and rows of a tile
     ceilings.py        what this machine can read and multiply at most
     speculation.py     what each part of speculation brings, from a run's results
     profile.py         where a step's time goes

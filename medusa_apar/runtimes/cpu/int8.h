@@ -42,14 +42,14 @@ struct Int8Rows {
 
 // `COLUMNS` outputs' sums, the weights of four inputs to them, and one row's four activations.
 #if defined(__AVX512VNNI__)
-constexpr int COLUMNS = 16, MAX_ROWS = 12, VECTORS = 2;  // 24 sums of 32 registers
+constexpr int COLUMNS = 16, VECTORS = 2, BEST_ROWS = 12;  // 24 sums of 32 registers
 typedef __m512i Sums;
 typedef __m512i Quad;
 inline Quad quad(const int8_t* w) { return _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8((char)0x80)); }
 inline Sums start_of(const Group& group) { return _mm512_set1_epi32(group.start); }
 inline void dot(Sums& sums, const Quad& w, int32_t x) { sums = _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x)); }
 #elif defined(__AVXVNNI__)
-constexpr int COLUMNS = 8, MAX_ROWS = 6, VECTORS = 2;  // 12 sums of 16 registers
+constexpr int COLUMNS = 8, VECTORS = 2, BEST_ROWS = 6;  // 12 sums of 16 registers
 typedef __m256i Sums;
 typedef __m256i Quad;
 inline Quad quad(const int8_t* w) {
@@ -60,7 +60,7 @@ inline void dot(Sums& sums, const Quad& w, int32_t x) {
     sums = _mm256_dpbusd_avx_epi32(sums, w, _mm256_set1_epi32(x));
 }
 #elif defined(__AVX2__)
-constexpr int COLUMNS = 8, MAX_ROWS = 8, VECTORS = 1;
+constexpr int COLUMNS = 8, VECTORS = 1, BEST_ROWS = 8;
 typedef __m256i Sums;
 struct Quad {
     __m256i amount, weight;
@@ -76,7 +76,7 @@ inline void dot(Sums& sums, const Quad& w, int32_t x) {
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
-constexpr int COLUMNS = 8, MAX_ROWS = 8, VECTORS = 1;
+constexpr int COLUMNS = 8, VECTORS = 1, BEST_ROWS = 8;
 struct Sums {
     int32x4_t low, high;
 };
@@ -90,7 +90,7 @@ inline void dot(Sums& sums, const Quad& w, int32_t x) {
     sums = {vdotq_s32(sums.low, w.low, row), vdotq_s32(sums.high, w.high, row)};
 }
 #else
-constexpr int COLUMNS = 8, MAX_ROWS = 4, VECTORS = 1;
+constexpr int COLUMNS = 8, VECTORS = 1, BEST_ROWS = 4;
 struct Sums {
     int32_t v[COLUMNS];
 };
@@ -103,6 +103,13 @@ inline void dot(Sums& sums, const Quad& w, int32_t x) {
     for (int i = 0; i < COLUMNS; i++)
         for (int k = 0; k < 4; k++) sums.v[i] += w[4 * i + k] * row[k];
 }
+#endif
+
+// Rows that go side by side at most: `python -m medusa_apar.eval.tiles` measures others (eval/results/cpu/tiles.json).
+#ifdef MAPAR_TILE_ROWS
+constexpr int MAX_ROWS = MAPAR_TILE_ROWS;
+#else
+constexpr int MAX_ROWS = BEST_ROWS;
 #endif
 
 // Adds a group's sums to a row's outputs.
