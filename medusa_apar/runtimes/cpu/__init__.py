@@ -28,6 +28,7 @@ choose.h       which token a row chooses
 scores.h       what processors make of its logits
 noise.h        the noise of its choice
 top.h          the largest of many logits
+pack.h         weights into panels of int8
 weight_fingerprint.h  sums over the bits of weights
 team.h         threads that share a step
 """

@@ -188,6 +188,8 @@ def _open(path: Path) -> ctypes.CDLL:
     opened.mapar_choose.restype = None
     opened.mapar_top.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)
     opened.mapar_top.restype = None
+    opened.mapar_pack_int8.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_int)
+    opened.mapar_pack_int8.restype = None
     opened.mapar_sums.argtypes = (POINTER(Span), c_int, c_int, c_void_p, c_int)
     opened.mapar_sums.restype = None
     return opened

@@ -146,7 +146,7 @@ def _kernel_tells() -> bool:
             file.write(bytes(2 * mmap.PAGESIZE))
             file.flush()
             tried = mmap.mmap(file.fileno(), 2 * mmap.PAGESIZE, access=mmap.ACCESS_COPY)
-        read = torch.frombuffer(tried, dtype=torch.uint8)
+        read = torch.from_numpy(np.frombuffer(tried, dtype=np.uint8))
         first, size = address(read, torch.uint8, len(tried)), mmap.PAGESIZE
         before = int(read.sum()), _is_unwritten(first, first + 2 * size)
         read[size] = 1

@@ -35,7 +35,14 @@ logger = logging.getLogger(__name__)
 FILE = "packed.safetensors"
 WORTH = 1 << 28  # parameters of a model: what is smaller is packed in a second or two
 MOST = 1 << 34  # bytes of all packs together; those that were used least lately go
-_LAYOUT = ("weights.py", "layers.py", "packed_model.py", "pack_files.py")  # the code that decides what a pack holds
+_LAYOUT = (
+    "weights.py",
+    "layers.py",
+    "packed_model.py",
+    "pack_files.py",
+    "pack.h",
+    "vectors.h",
+)  # what decides what a pack holds
 _HEADER = 1 << 20  # bytes of the file before its tensors, far more than the names of ten thousand take
 _LINE = 64  # bytes of a cache line
 _DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}

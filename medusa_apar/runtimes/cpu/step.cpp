@@ -4,6 +4,7 @@
 #include "weight_fingerprint.h"
 #include "float_cache.h"
 #include "hydra.h"
+#include "pack.h"
 #include "product.h"
 #include "step_cache.h"
 #include "team.h"
@@ -383,6 +384,16 @@ EXPORTED int mapar_hydra(const Hydra* heads, const Tree* tree, const float* stat
         if (roots[t] < 0 || roots[t] >= heads->tokens) return 1;
     propose(*heads, *tree, states, roots, count, least, ids, log_probs, threads);
     return 0;
+}
+
+// Lays weights [outputs][inputs] out as int8 steps and their scales; kind: FLOAT32 or BFLOAT16.
+EXPORTED void mapar_pack_int8(const void* weights, int kind, int outputs, int inputs, int8_t* panels, float* scales,
+                              int threads) {
+#pragma omp parallel num_threads(threads)
+    if (kind == BFLOAT16)
+        pack_int8_panels((const uint16_t*)weights, outputs, inputs, panels, scales);
+    else
+        pack_int8_panels((const float*)weights, outputs, inputs, panels, scales);
 }
 
 // Adds to sums[count][TURNS] those of `weight_fingerprint.h`, of one turn or, with -1, of all.

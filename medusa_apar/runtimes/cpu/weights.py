@@ -81,17 +81,44 @@ class PackedMatrix:
 
 def laid_out(weight: Tensor, kind: str, bias: Tensor | None = None) -> dict[str, Tensor]:
     """What `PackedMatrix` stores of a weight [outputs, inputs] and a bias [outputs]: "panels", int8's "scales", and
-    "bias" where there is one. Made in blocks, so that little more than the result is in memory at once."""
+    "bias" where there is one. Little more than the result is in memory at once."""
+    weight = weight.detach()
+    found = _compiled(weight) if kind == "int8" else None
+    if found is None:
+        found = _in_blocks(weight, kind)
+    if bias is not None:
+        found["bias"] = floats(up(len(weight), PANEL)).zero_()
+        found["bias"][: len(bias)] = bias.detach().float()
+    return found
+
+
+def _compiled(weight: Tensor) -> dict[str, Tensor] | None:
+    """int8's panels and scales by compiled code, to the bit what torch makes of finite weights; None where there is no
+    such code, or it cannot read them as they lie there."""
+    kind = str(weight.dtype).removeprefix("torch.")
+    readable = kind in ("float32", "bfloat16") and weight.device.type == "cpu" and weight.is_contiguous()
+    if not readable or isinstance(library.outcome(), str):
+        return None
+    (outputs, inputs), groups = weight.shape, up(weight.shape[1], GROUP_INPUTS) // GROUP_INPUTS
+    panels = up(outputs, PANEL) // PANEL
+    steps = torch.empty(panels, groups * GROUP_INPUTS // 4, PANEL, 4, dtype=torch.int8, device="cpu")
+    scales = floats(panels, groups, PANEL)
+    library.library().mapar_pack_int8(
+        *(address(weight, weight.dtype, outputs * inputs), KINDS[kind], outputs, inputs),
+        address(steps, torch.int8, steps.numel()),
+        *(address(scales, torch.float32, scales.numel()), torch.get_num_threads()),
+    )
+    return {"panels": steps, "scales": scales}
+
+
+def _in_blocks(weight: Tensor, kind: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for first in range(0, len(weight), _BLOCK):
-        for name, part in _panels(weight[first : first + _BLOCK].detach(), kind).items():
+        for name, part in _panels(weight[first : first + _BLOCK], kind).items():
             if name not in found:
                 panels = up(len(weight), PANEL) // PANEL
                 found[name] = torch.empty(panels, *part.shape[1:], dtype=part.dtype, device="cpu")
             found[name][first // PANEL : first // PANEL + len(part)] = part
-    if bias is not None:
-        found["bias"] = floats(up(len(weight), PANEL)).zero_()
-        found["bias"][: len(bias)] = bias.detach().float()
     return found
 
 

@@ -152,3 +152,9 @@ def test_the_kernel_is_tried_before_it_is_believed(monkeypatch):
     assert not mapped_weights._kernel_tells.__wrapped__()
     monkeypatch.setattr(mapped_weights, "_is_unwritten", lambda start, end: False)
     assert not mapped_weights._kernel_tells.__wrapped__()
+
+
+def test_the_kernel_is_asked_whatever_the_default_device_is():
+    """The answer is kept, and another Python thread may have set one."""
+    with torch.device("meta"):
+        assert mapped_weights._kernel_tells.__wrapped__()

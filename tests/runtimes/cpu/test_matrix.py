@@ -77,17 +77,63 @@ def test_one_large_input_takes_little_from_the_others():
     assert float((rounded(x) - x).std()) < float((untransformed - x)[:, 6:].std()) / 4
 
 
+def same_bits(first, second):
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].contiguous().view(torch.uint8), second[name].contiguous().view(torch.uint8))
+        for name in first
+    )
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 100), st.integers(1, 150), st.sampled_from(KINDS), st.sampled_from([16, 32, 48]))
 def test_in_blocks_it_is_laid_out_as_at_once(outputs, inputs, kind, block):
     _, weight, bias = operands(1, outputs, inputs, 3, True)
-    whole = laid_out(weight, kind, bias)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "_BLOCK", block)
-        in_blocks = laid_out(weight, kind, bias)
-    assert whole.keys() == in_blocks.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor.view(torch.uint8), in_blocks[name].view(torch.uint8))
+        in_blocks = weights._in_blocks(weight, kind)
+    assert same_bits(in_blocks, weights._panels(weight, kind))
+    whole = laid_out(weight, kind, bias)
+    assert torch.equal(whole.pop("bias")[:outputs], bias) and same_bits(whole, in_blocks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 200),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([1, 3]),
+    st.sampled_from([1.0, 1e-30, 1e-44, 1e30]),
+    st.integers(0, 99),
+)
+def test_compiled_int8_panels_have_the_bits_of_torch(outputs, inputs, dtype, threads, scale, seed):
+    _, weight, _ = operands(1, outputs, inputs, seed)
+    weight = (weight * scale).to(dtype)
+    weight[seed % outputs] = 0
+    weight[:, : seed % 70] *= 200  # a group of its own scale
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert same_bits(laid_out(weight, "int8"), weights._in_blocks(weight, "int8"))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_that_are_not_as_compiled_code_reads_them_are_laid_out_too():
+    _, weight, _ = operands(1, 40, 130)
+    expected = laid_out(weight, "int8")
+    assert same_bits(laid_out(weight.T.contiguous().T, "int8"), expected)
+    assert same_bits(laid_out(weight.double(), "int8"), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "outcome", lambda: "no compiler")
+        assert same_bits(laid_out(weight, "int8"), expected)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_broken_weights_stay_broken(broken):
+    weight = torch.ones(20, 128)
+    weight[3, 70] = broken
+    out = PackedMatrix(weight, "int8")(torch.randn(2, 128))
+    assert not torch.isfinite(out[:, 3]).any() and torch.isfinite(out[:, [*range(3), *range(4, 20)]]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
