@@ -125,6 +125,12 @@ COMPILED = {
         pad_token_id=0,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "gemma3, two kinds": lambda: Gemma3TextConfig(
+        **{**_SIZES, "num_hidden_layers": 2},
+        sliding_window=5,
+        pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "qwen2, windows": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
 }
 

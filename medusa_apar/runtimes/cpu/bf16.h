@@ -32,7 +32,9 @@ struct HalfRows {
 inline vi rounded_bits(vf x) {
     vi bits;
     std::memcpy(&bits, &x, sizeof bits);
-    const vi up = (bits + 0x7FFF + ((bits >> 16) & 1)) & (int32_t)0xFFFF0000;
+    typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+    const vu whole = (vu)bits;  // unsigned, since what is no number may leave the range
+    const vi up = (vi)((whole + 0x7FFF + ((whole >> 16) & 1)) & 0xFFFF0000);
     return (bits & 0x7FFFFFFF) > 0x7F800000 ? bits | 0x400000 : up;
 }
 

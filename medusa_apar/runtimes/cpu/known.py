@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from .layers import ACTIVATIONS, FAMILIES, Family, eps_of, family_of, layers_of, rotary_kinds
+from .layers import ACTIVATIONS, FAMILIES, Family, eps_of, family_of, layers_of, rotary_kinds, score_cap
 
 _HELPERS = ("apply_rotary_pos_emb", "rotate_half")  # what a module's `forward` calls of its own file
 _FOLDERS = tuple(str(Path(str(package.__file__)).parent) + os.sep for package in (transformers, torch))
@@ -77,6 +77,8 @@ def _parts(model: Any, family: Family) -> Iterator[tuple[Any, ...]]:
             yield norm, f"{name}RMSNorm"
         for linear in parts.linears:
             yield linear, "Linear"
+        for dropout in parts.dropouts:
+            yield dropout, "Dropout"
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,12 +117,17 @@ def odd_scale(model: Any) -> str | None:
     family = family_of(model)
     assert family is not None
     decoder, layers = model.model, layers_of(model, family)
-    scales = {(parts.attention.scaling, getattr(parts.layer, "residual_multiplier", 1.0)) for parts in layers}
+    scales = {
+        (parts.attention.scaling, score_cap(parts.attention), getattr(parts.layer, "residual_multiplier", 1.0))
+        for parts in layers
+    }
     small = {eps_of(norm) for norm in (decoder.norm, *(norm for parts in layers for norm in parts.all_norms))}
     if len(scales) > 1 or len(small) > 1:
         return "its layers differ in how they scale"
     if len({ACTIVATIONS[type(parts.activation).__name__] for parts in layers}) > 1:
         return "its layers differ in their activation"
+    if any(module.training for parts in layers for module in (parts.attention, *parts.dropouts)):
+        return "a part of it is in training mode"
     if not all(parts.attention.is_causal for parts in layers):
         return "its rows see what comes after them"
     return None if decoder.embed_tokens.max_norm is None else "its embeddings are normalised"

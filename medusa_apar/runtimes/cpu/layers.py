@@ -16,6 +16,7 @@ class Family:
     path_norms: queries and keys are normalised: each head's, or all heads' at once, as the norms' size says.
     fused: queries, keys and values are one projection, and so are gate and up.
     centred: norms multiply by 1 + weight.
+    windows: layers that see `config.sliding_window` positions: "", "all", or "some", as `config.layer_types` says.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Family:
     path_norms: bool = False
     fused: bool = False
     centred: bool = False
+    windows: str = ""
     activation: str = "act_fn"
 
     @property
@@ -37,12 +39,19 @@ _AROUND = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layer
 FAMILIES = {
     family.name: family
     for family in (
-        *(Family("Llama"), Family("Mistral"), Family("Qwen2"), Family("Granite"), Family("SmolLM3")),
-        Family("Qwen3", path_norms=True),
+        *(Family("Llama"), Family("Granite"), Family("Mistral", windows="all")),
+        *(Family("Qwen2", windows="some"), Family("SmolLM3", windows="some")),
+        Family("Qwen3", path_norms=True, windows="some"),
         Family("Olmo2", norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"), path_norms=True),
-        Family("Phi3", fused=True, activation="activation_fn"),
-        Family("Gemma2", embedding="Gemma2TextScaledWordEmbedding", norms=_AROUND, centred=True),
-        Family(*("Gemma3", "TextModel", "Gemma3TextScaledWordEmbedding"), norms=_AROUND, path_norms=True, centred=True),
+        Family("Phi3", fused=True, windows="all", activation="activation_fn"),
+        Family("Gemma2", embedding="Gemma2TextScaledWordEmbedding", norms=_AROUND, centred=True, windows="some"),
+        Family(
+            *("Gemma3", "TextModel", "Gemma3TextScaledWordEmbedding"),
+            norms=_AROUND,
+            path_norms=True,
+            centred=True,
+            windows="some",
+        ),
     )
 }
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu"}  # by class
@@ -67,6 +76,7 @@ class LayerParts(NamedTuple):
     output: Any
     gate_up: tuple[Any, ...]
     down: Any
+    dropouts: tuple[Any, ...]  # behind attention and MLP
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -91,6 +101,7 @@ def parts_of(layer: Any, family: Family) -> LayerParts:
         of_attention["o_proj"],
         tuple(of_mlp[name] for name in (("gate_up_proj",) if family.fused else ("gate_proj", "up_proj"))),
         of_mlp["down_proj"],
+        tuple(own[name] for name in ("resid_attn_dropout", "resid_mlp_dropout") if name in own),
     )
 
 
@@ -126,11 +137,11 @@ def numbers_of(model: Any, family: Family) -> Numbers:
     first = layers[0]
     embed = decoder.embed_tokens
     scaled = getattr(embed, "embed_scale", None)
-    numbers = tuple(_layer_numbers(config, parts, index) for index, parts in enumerate(layers))
+    numbers = tuple(_layer_numbers(family, config, parts, index) for index, parts in enumerate(layers))
     kinds = rotary_kinds(decoder.rotary_emb)
     return Numbers(
         first.attention.scaling,
-        getattr(first.attention, "attn_logit_softcapping", None) or 0.0 if family.name == "Gemma2" else 0.0,
+        score_cap(first.attention) if family.name == "Gemma2" else 0.0,
         eps_of(decoder.norm),
         # In the table's own numbers, as the family's embedding multiplies them.
         float(scaled.to(embed.weight.dtype)) if scaled is not None else getattr(decoder, "embedding_multiplier", 1.0),
@@ -143,6 +154,10 @@ def numbers_of(model: Any, family: Family) -> Numbers:
     )
 
 
+def score_cap(attention: Any) -> float:
+    return getattr(attention, "attn_logit_softcapping", None) or 0.0
+
+
 def eps_of(norm: Any) -> float:
     return norm.eps if "eps" in vars(norm) else norm.variance_epsilon
 
@@ -152,10 +167,10 @@ def rotary_kinds(rotary: Any) -> list[str]:
     return [f"{kind}_" for kind in rotary.layer_types] if "layer_types" in vars(rotary) else [""]
 
 
-def _layer_numbers(config: Any, parts: LayerParts, index: int) -> LayerNumbers:
-    window = getattr(parts.attention, "sliding_window", None)
-    if window is None and type(parts.layer).__name__ in ("MistralDecoderLayer", "Phi3DecoderLayer"):
-        window = getattr(config, "sliding_window", None)
+def _layer_numbers(family: Family, config: Any, parts: LayerParts, index: int) -> LayerNumbers:
+    # As the mask is made, whatever the attention module remembers of the config.
+    slides = family.windows == "all" or (family.windows == "some" and config.layer_types[index] == "sliding_attention")
+    window = config.sliding_window if slides else None
     turned = getattr(parts.attention, "use_rope", True)
     # Gemma 3 turns local and global layers differently.
     own = type(parts.layer).__name__ == "Gemma3DecoderLayer"

@@ -144,7 +144,8 @@ class PackedModel:
     def rotary(self, needed: int) -> list[tuple[Tensor, Tensor]]:
         """For each of `rotary_kinds` cos and sin, float32 [positions, turned] of at least so many positions, from the
         model's own module."""
-        if not self._tables or len(self._tables[0][0]) < needed:
+        tables = self._tables
+        if not tables or len(tables[0][0]) < needed:
             longest = 1 << max(needed - 1, 255).bit_length()
             if self._context is not None:  # beyond, some modules turn to other frequencies, for all positions
                 longest = max(min(longest, self._context), needed)
@@ -152,8 +153,9 @@ class PackedModel:
             kinds = [[kind.removesuffix("_")] if kind else [] for kind in self.rotary_kinds]
             made = [self._rotary(floats(0), positions[None], *kind) for kind in kinds]
             assert all(table.shape == (1, longest, self.turned) for pair in made for table in pair)
-            self._tables = [(cos[0].float().contiguous(), sin[0].float().contiguous()) for cos, sin in made]
-        return self._tables
+            # What is returned is this call's own: another request may be asking for fewer positions.
+            tables = self._tables = [(cos[0].float().contiguous(), sin[0].float().contiguous()) for cos, sin in made]
+        return tables
 
     def _norms(self, parts: LayerParts) -> tuple[Tensor | None, ...]:
         norms = (*parts.norms, *(parts.path_norms or (None, None)))

@@ -45,7 +45,11 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
 
 def _unsupported_now(model: PreTrainedModel) -> str | None:
     """Those checks of `unsupported_reason` whose outcome can change while the weights stay; every call makes them."""
-    if why := known.unknown_part(model) or known.odd_scale(model):
+    if why := known.unknown_part(model):
+        return why
+    if model.training:
+        return "the model is in training mode"
+    if why := known.odd_scale(model):
         return why
     weights = weights_of(model)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
@@ -54,7 +58,7 @@ def _unsupported_now(model: PreTrainedModel) -> str | None:
         return "its weights are offloaded" if away.type == "meta" else f"the model is on {away}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"the model is in {str(model.dtype).removeprefix('torch.')}"
-    return "the model is in training mode" if model.training else None
+    return None
 
 
 class CpuRuntime:

@@ -24,6 +24,7 @@ from medusa_apar.runtimes.torch_runtime import TorchRuntime
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 from tests.support.models import CHILD, COMPILED, CONTROL, FORK, VOCAB, model_of, random_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
+from tests.support.path_logits import path_logits
 from tests.support.prompts import prompts
 
 KINDS = ("float32", "bfloat16", "int8")
@@ -114,17 +115,6 @@ def test_compiled_code_chooses_what_python_chooses(sampling, heads, monkeypatch)
     assert asked and ours.stats.forks > 1 and (not heads or ours.stats.drafted["heads"] > 0)
     monkeypatch.setattr(CpuRuntime, "chooser", None)
     assert torch.equal(apar.generate(**inputs, **call), ours.sequences)
-
-
-def path_logits(runtime, ids):
-    """[len(ids), vocab], a token a step: nothing beside it, nothing drafted."""
-    ledger, trunk = SlotLedger(KVPool()), ParagraphTree(ids).trunk
-    logits = []
-    with runtime.session():
-        for stop in range(1, len(ids) + 1):
-            forest = Forest([[Segment(trunk, stop)]], ledger, torch.device("cpu"))
-            logits.append(runtime.forward(forest, ledger.pool)[0].clone())
-    return torch.cat(logits)
 
 
 @functools.cache
