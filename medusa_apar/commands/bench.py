@@ -29,7 +29,7 @@ is slower than the best of its own parts; --repeat 3 tells those from a busy mom
 
 Beside our systems on the compiled CPU runtime stand the bytes and products a second that their forward passes came to,
 and the machine's ceilings: those of --ceilings (`python -m medusa_apar.eval.ceilings FILE` measures them), else
-measured in a few seconds at the start, and kept as DIR/ceilings.json.
+measured in a few seconds at the start, and kept as DIR/ceilings.json unless the machine was busy.
 
 --profile answers some prompts once more with `ours` and writes profile.md: what a step's time goes into, and what a
 forward pass costs by its rows.
