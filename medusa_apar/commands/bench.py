@@ -26,7 +26,7 @@ model's generation config asks for; then they differ in length from system to sy
 compared. medusa-llm and --check are greedy only.
 
 comparison.md has `ours` against every other system, on all questions and without loops, and the questions on which it
-is slower than the best of its own parts; --repeat 3 tells those from a busy moment.
+is slower than the best of its own parts; --repeat 3 tells those from a busy moment, by medians.
 
 Beside our systems on the compiled CPU runtime stand the bytes and products a second that their forward passes came to,
 and the machine's ceilings: those of --ceilings (`python -m medusa_apar.eval.ceilings FILE` measures them), else
