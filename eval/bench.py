@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -98,17 +100,28 @@ def run(
 # ---- what follows from the lines
 
 
+@contextmanager
+def results_of(path: Path) -> Iterator[None]:
+    """ValueError, in a sentence, where lines of the file have not what is made of them here."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} holds a line that is no result of ours ({error!r})") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Median:
     """A system's answer to a prompt: of one text, greedily repeated, the median of its times; of sampled texts, as many
-    as repeats, the mean of everything."""
+    as repeats, the mean of everything, in which a busy repeat counts with all its time. `rate` is always a median."""
 
     prompt: str
     category: str
     tokens: float
     seconds: float
     first_token_seconds: float
+    rate: float  # tokens per second: the median of the repeats' own
     stopped: float  # share of the repeats that ended by themselves
+    texts: list[Any]  # token ids of the repeats in order; None where nobody wrote them down
     row: dict[str, Any]  # of the first repeat, its counts those of all: means, `looping` the most, drafts added up
 
     @classmethod
@@ -122,7 +135,9 @@ class Median:
             tokens=row["tokens"],
             seconds=typical([row["seconds"] for row in rows]),
             first_token_seconds=typical([row["first_token_seconds"] for row in rows]),
+            rate=median_of([row["tokens"] / row["seconds"] for row in rows]),
             stopped=fmean(row["finish"] == "stop" for row in rows),
+            texts=[row.get("ids") for row in sorted(rows, key=lambda row: row["repeat"])],
             row=row,
         )
 
@@ -242,10 +257,8 @@ def write(
 
     ceilings: of the machine, beside what systems on the compiled CPU runtime have reached.
     """
-    try:
+    with results_of(results.path):
         summary = summarise([row for row in results.rows.values() if row["repeat"] < repeats], names)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{results.path} holds a line that is no result of ours ({error!r})") from error
     job.report(**asdict(plan), systems=list(names), repeats=repeats)
     whole = {"plan": asdict(plan), **machine(), **summary}
     write_text(job.folder / SUMMARY, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")

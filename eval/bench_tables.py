@@ -81,13 +81,20 @@ def _forward(summary: dict[str, Any], plan: Plan, ceilings: Ceilings | None) -> 
         if ceilings:
             most = ceilings.gb_per_second, ceilings.products(kind, per_step)
             reached = found["gb_per_second"], found["gmac_per_second"]
-            shares = [f"{value / ceiling:.0%}" for value, ceiling in zip(reached, most, strict=True)]
+            shares = [_share(value, ceiling) for value, ceiling in zip(reached, most, strict=True)]
         cells = [
             *(name, f"{found['seconds_per_step'] * 1e3:.2f}", _number(per_step, 1)),
             *(f"{found['gb_per_second']:.1f}", shares[0], f"{found['gmac_per_second']:.0f}", shares[1]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _share(value: float, ceiling: float | None) -> str:
+    """Of a ceiling; one that is passed is none."""
+    if ceiling is None:
+        return "-"
+    return f"{value / ceiling:.0%}{' (not to be trusted)' if value > ceiling else ''}"
 
 
 def _engines(summary: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ Reading: torch adds up a buffer of floats four times as large as the last cache,
 faster of the two, best of several passes, on as many threads as torch has. Products: this project's own, of a matrix
 of 2 MiB (`PackedMatrix`, which a core's caches hold), at several rows; the time of a call with one panel of outputs is
 taken off, so that what is left is products and no call. FILE gets both as JSON, with machine, versions, commit and
-date; `medusa-apar bench --ceilings FILE` reads it.
+date, and with what other processes took of the machine; `medusa-apar bench --ceilings FILE` reads it.
 """
 
 from __future__ import annotations
@@ -40,20 +40,39 @@ UNKNOWN_CACHE = 64 << 20  # bytes, where the system does not say
 LEAST_BUFFER = 1 << 28  # bytes
 MEMORY_SHARE = 0.25  # of what is free that the buffer may take
 READING_SECONDS, PRODUCT_SECONDS = 1.0, 0.15  # for which each is repeated
+CALL_SHARE = 0.5  # of the time of products that the call may be: past it, what is left is mostly noise
+TRIES = 3  # at a call that is less
 COLUMNS = 8192  # of the buffer as a matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """gb_per_second: sustained, from memory. gmac_per_second: by kind of weights and number of rows, from the cache."""
+    """gb_per_second: sustained, from memory. gmac_per_second: by kind of weights and number of rows, from the cache;
+    without those at which the time was mostly that of a call. others_percent: of all cores, what other processes took
+    just before or just after, whichever was more; None in files in which nobody has written it."""
 
     gb_per_second: float
     gmac_per_second: dict[str, dict[int, float]]
+    others_percent: float | None
 
-    def products(self, kind: str, rows: float) -> float:
-        """GMAC/s at so many rows, between two measured numbers in proportion."""
+    def products(self, kind: str, rows: float) -> float | None:
+        """GMAC/s at so many rows, between two measured numbers in proportion; None below all that were measured."""
         measured = self.gmac_per_second[kind]
+        if not measured or rows < min(measured):
+            return None
         return float(np.interp(rows, list(measured), list(measured.values())))
+
+    @property
+    def doubt(self) -> str | None:
+        """Why these are not to be trusted, as a sentence; None where the machine was quiet."""
+        if self.others_percent is None:
+            return "Nobody looked whether the machine was busy when that was measured: measure again."
+        if self.others_percent > BUSY:
+            return (
+                f"Other processes took {self.others_percent:.0f} % of the machine when that was measured, so it is not "
+                "to be trusted: measure again when it is quiet."
+            )
+        return None
 
 
 def others_share() -> float:
@@ -64,7 +83,9 @@ def others_share() -> float:
 def measure(kinds: Iterable[str] = KINDS) -> Ceilings:
     """A few seconds. RuntimeError, in a sentence, where the compiled code cannot be had."""
     library.library()
-    return Ceilings(reading(), {kind: products(kind) for kind in kinds})
+    before = others_share()
+    found = reading(), {kind: products(kind) for kind in kinds}
+    return Ceilings(*found, max(before, others_share()))
 
 
 def cache_bytes() -> int:
@@ -89,15 +110,17 @@ def reading() -> float:
 
 @torch.inference_mode()
 def products(kind: str) -> dict[int, float]:
-    """GMAC/s by rows."""
+    """GMAC/s by rows, without those at which a call stays the larger part of the time."""
     outputs = MATRIX // (INPUTS * BYTES[kind])
     matrix, panel = (PackedMatrix(torch.randn(count, INPUTS, device="cpu"), kind) for count in (outputs, PANEL))
     found = {}
     for rows in ROWS:
         x = torch.randn(rows, INPUTS, device="cpu")
-        whole, call = best((partial(matrix, x), partial(panel, x)), PRODUCT_SECONDS)
-        seconds = max(whole - call, whole / 4)  # a call is never most of it: there, something else ran
-        found[rows] = rows * INPUTS * (outputs - PANEL) / 1e9 / seconds
+        for _ in range(TRIES):
+            whole, call = best((partial(matrix, x), partial(panel, x)), PRODUCT_SECONDS)
+            if call <= CALL_SHARE * whole:
+                found[rows] = rows * INPUTS * (outputs - PANEL) / 1e9 / (whole - call)
+                break
     return found
 
 
@@ -128,7 +151,9 @@ def read(path: Path) -> Ceilings:
             kind: {int(rows): float(value) for rows, value in by_rows.items()}
             for kind, by_rows in found["gmac_per_second"].items()
         }
-        ceilings, cpu = Ceilings(float(found["gb_per_second"]), products), found["cpu"]
+        others = found.get("others_percent")
+        others = None if others is None else float(others)
+        ceilings, cpu = Ceilings(float(found["gb_per_second"]), products, others), found["cpu"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no file of `python -m medusa_apar.eval.ceilings` ({error!r})") from error
     if cpu != (here := machine()["cpu"]):
@@ -137,9 +162,10 @@ def read(path: Path) -> Ceilings:
 
 
 def of_run(folder: Path, kinds: Iterable[str], given: Path | None = None) -> Ceilings:
-    """A run's own, kept in its folder: a copy of the file that is given, else those that are there, else measured now.
+    """A run's own: of the file that is given, else those that its folder keeps, else measured now.
 
-    ValueError where the given file says nothing of one of the kinds.
+    The folder gets a copy of what is given, and what was measured while others left the machine alone; where they did
+    not, the next run measures again. ValueError where the given file says nothing of one of the kinds.
     """
     path, kinds = folder / FILE, sorted(kinds)
     if given is not None:
@@ -148,24 +174,29 @@ def of_run(folder: Path, kinds: Iterable[str], given: Path | None = None) -> Cei
             raise ValueError(f"{given} says nothing of {missing[0]}, in which our systems run here: measure it again")
         write_text(path, given.read_text(encoding="utf-8"))
         return ceilings
-    if path.exists() and set(kinds) <= set((kept := read(path)).gmac_per_second):
+    if path.exists() and not (kept := read(path)).doubt and set(kinds) <= set(kept.gmac_per_second):
         return kept
     measured = measure(kinds)
-    write(path, measured)
+    if not measured.doubt:
+        write(path, measured)
     return measured
 
 
 def sentence(ceilings: Ceilings, kinds: Iterable[str]) -> str:
-    """Both ceilings in words."""
+    """Both ceilings in words, and what is wrong with them."""
+    kinds = list(kinds)
     products = [
         f"multiply {', '.join(f'{value:.0f}' for value in by_rows.values())} GMAC/s in {kind} at "
         f"{', '.join(map(str, by_rows))} rows"
         for kind in kinds
         if (by_rows := ceilings.gmac_per_second.get(kind))
     ]
-    return (
-        f"Here the cores read {ceilings.gb_per_second:.1f} GB/s from memory and, from the cache, {'; '.join(products)}."
-    )
+    multiplied = f" and, from the cache, {'; '.join(products)}" if products else ""
+    said = [f"Here the cores read {ceilings.gb_per_second:.1f} GB/s from memory{multiplied}."]
+    for kind in kinds:
+        if missing := sorted(set(ROWS) - set(ceilings.gmac_per_second.get(kind, ROWS))):
+            said.append(f"In {kind} at {', '.join(map(str, missing))} rows calls took most of the time.")
+    return " ".join([*said, *([ceilings.doubt] if ceilings.doubt else [])])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,8 +214,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     write(args.file, ceilings)
     print(f"{machine()['cpu']}. {sentence(ceilings, ceilings.gmac_per_second)}")
-    if (busy := others_share()) > BUSY:
-        print(f"Other processes take {busy:.0f} % of the machine: measure again when it is quiet.")
     return 0
 
 

@@ -31,7 +31,7 @@ from medusa_apar.verify.control_processor import ban_control_tokens
 
 from .prompts import Prompt
 from .runs import Runs
-from .systems import System
+from .systems import OFF, System
 
 # Share of the largest score: some three units of a dtype's last place; in float32, what sums in another order lose.
 TIE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -51,6 +51,17 @@ def check_greedy(apar: MedusaApar) -> None:
         found.append("repetition_penalty")
     if found:
         raise ValueError(f"the model's generation config sets {found[0]}, and --check knows plain greedy decoding only")
+
+
+def check_sampled(apar: MedusaApar) -> None:
+    """ValueError where the model's generation config has what no value turns off, as `chosen_by` does all else."""
+    config: Any = apar.model.generation_config
+    for name in (*PROCESSORS, "top_h", "watermarking_config"):
+        if name not in OFF and getattr(config, name, None) not in (None, [], {}):
+            raise ValueError(
+                f"the model's generation config sets {name}, and sampled answers are chosen by temperature and top-p "
+                "alone: remove it there"
+            )
 
 
 def check(job: Job, system: System, results: Runs, prompts: Sequence[Prompt], max_new_tokens: int) -> dict[str, Any]:

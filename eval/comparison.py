@@ -5,7 +5,9 @@
 
 Writes DIR/comparison.md, as `medusa-apar bench` does itself. All figures are tokens per second: whose answers split
 are other texts than those that do not, and so are sampled ones. The best of several systems is the one that was best
-on that very question, so that chance helps it more than `ours`: three repeats or more say whether a question is slower.
+on that very question, so that chance helps it more than `ours`: three repeats or more say whether a question is slower,
+since it is judged by the median of its repeats' tokens per second. Questions to which a system wrote nothing are left
+out.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from pathlib import Path
 
 from medusa_apar.job import write_text
 
-from .bench import Median, medians
+from .bench import Median, is_sampled, medians, results_of
 from .loops import LOOPS
-from .plan import RESULTS
+from .plan import RESULTS, decoding_of
 from .runs import Runs
 from .speculation import sentence
 from .statistics import speed_ratio
@@ -32,11 +34,19 @@ ENOUGH = 3  # repeats that tell a slower question from a busy moment
 Found = dict[str, list[Median]]
 
 
-def text(found: Found, repeats: int, ours: str = OURS) -> str:
-    """Both as Markdown; ValueError where `ours` or whatever it could be compared with is missing."""
+def text(found: Found, repeats: int, ours: str = OURS, about: str = "") -> str:
+    """Both as Markdown, below a sentence `about` the answers; ValueError where `ours` or whatever it could be compared
+    with is missing."""
     if ours not in found or len(found) < 2:
         raise ValueError(f"a comparison needs answers of {ours} and of another system; there are {', '.join(found)}")
-    lines = ratios(found, ours)
+    empty = dict.fromkeys(m.prompt for answers in found.values() for m in answers if not m.rate)
+    found = {name: [m for m in answers if m.prompt not in empty] for name, answers in found.items()}
+    if not found[ours]:
+        raise ValueError("a comparison needs a question to which every system wrote something, and there is none")
+    lines = [about, ""] if about else []
+    if empty:
+        lines += [f"Left out, as a system wrote nothing: {', '.join(empty)}.", ""]
+    lines += ratios(found, ours)
     parts = [name for name in PARTS if name in found and name != ours]
     if parts:
         slower = f"{sentence(by_question(found, ours, parts), ours, *parts, unit=' a token')} {_often(repeats)}"
@@ -94,17 +104,17 @@ def _speed(answers: list[Median]) -> float:
 
 def by_question(found: Found, ours: str, parts: list[str]) -> list[tuple[str, float]]:
     """Each question with the time of a token of `ours` over that of the best of `parts`, the worst first."""
-    best = [
-        max(_speed([answer]) for answer in answers) for answers in zip(*(found[name] for name in parts), strict=True)
-    ]
-    slower = [(m.prompt, speed / _speed([m])) for m, speed in zip(found[ours], best, strict=True)]
+    best = [max(answer.rate for answer in answers) for answers in zip(*(found[name] for name in parts), strict=True)]
+    slower = [(m.prompt, speed / m.rate) for m, speed in zip(found[ours], best, strict=True)]
     return sorted(slower, key=lambda entry: -entry[1])
 
 
 def write(folder: Path, results: Runs, names: Sequence[str], repeats: int, ours: str = OURS) -> str:
     """comparison.md of the first so many repeats of each answer of these systems; returns it."""
-    found = medians([row for row in results.rows.values() if row["repeat"] < repeats], names)
-    said = text(found, repeats, ours)
+    with results_of(results.path):
+        rows = [row for row in results.rows.values() if row["repeat"] < repeats and row["system"] in names]
+        about = f"Answers are {decoding_of(folder)}." if is_sampled(rows) else ""
+        said = text(medians(rows, names), repeats, ours, about)
     write_text(folder / FILE, said)
     return said
 
@@ -119,9 +129,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results = Runs(args.folder / RESULTS, ("system", "prompt", "repeat"))
         names = list(dict.fromkeys(system for system, _, _ in results.rows))
-        repeats = 1 + max((repeat for _, _, repeat in results.rows), default=0)
+        with results_of(results.path):
+            repeats = 1 + max((repeat for _, _, repeat in results.rows), default=0)
         print(write(args.folder, results, names, repeats, args.system), end="")
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, OSError) as error:
         parser.error(f"{args.folder}: {error}")
     return 0
 

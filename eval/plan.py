@@ -45,12 +45,22 @@ class Plan:
     @property
     def decoding(self) -> str:
         """How tokens are chosen, in words."""
-        if not self.temperature:
-            return "greedy"
-        return f"sampled at temperature {self.temperature:g}, top-p {self.top_p:g}, a seed for each question and repeat"
+        return decoding(self.temperature, self.top_p)
 
 
 DEFAULTS = {field.name: field.default for field in fields(Plan) if field.default is not MISSING}
+
+
+def decoding_of(folder: Path) -> str:
+    """How the answers that a folder holds were chosen, in words, as its settings have it."""
+    found = DEFAULTS | json_object(folder / SETTINGS)
+    return decoding(found["temperature"], found["top_p"])
+
+
+def decoding(temperature: float, top_p: float) -> str:
+    if not temperature:
+        return "greedy"
+    return f"sampled at temperature {temperature:g}, top-p {top_p:g}, a seed for each question and repeat"
 
 
 def open_results(folder: Path, plan: Plan) -> Runs:

@@ -52,7 +52,7 @@ def attribution(
     inside: dict[str, float] = {}
     steps = rows = 0
     whole = 0.0
-    options: dict[str, Any] = {"fork": fork, "return_dict_in_generate": True, **chosen_by(sampling)}
+    options = {"fork": fork, "return_dict_in_generate": True, **chosen_by(sampling, apar.model.generation_config)}
     if isinstance(runtime, CpuRuntime):
         apar = copy.copy(apar)  # its clocks run, and nobody else's
         apar.runtime = runtime = runtime.profiled()

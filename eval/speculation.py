@@ -4,18 +4,19 @@
   python -m medusa_apar.eval.speculation DIR
 
 Writes DIR/speculation.md, each system against `static` (Medusa's: the same tree below every thread), and
-DIR/by_prompt.png, each prompt's time with `ours` against the same threads without drafting, system `threads`.
+DIR/by_prompt.png, each prompt's time with `ours` against the same threads without drafting, system `threads`. Two
+systems that sampled other texts are compared by neither time nor steps, as one text is longer than the other.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from medusa_apar.job import write_text
 
-from .bench import Median, medians
+from .bench import Median, is_sampled, medians, results_of
 from .loops import LOOPS
 from .plan import RESULTS
 from .runs import Runs
@@ -31,6 +32,13 @@ def read(folder: Path) -> dict[str, list[Median]]:
     return medians(rows, names)
 
 
+def other_texts(answers: list[Median], base: list[Median]) -> bool:
+    """Whether the two sampled, and not the same token ids everywhere."""
+    if not is_sampled([m.row for m in (*answers, *base)]):
+        return False
+    return any(None in a.texts or a.texts != b.texts for a, b in zip(answers, base, strict=True))
+
+
 def ablation(found: dict[str, list[Median]], against: str) -> list[str]:
     """Lines of Markdown: all prompts, and those on which no system's answer loops."""
     loops = {m.prompt for answers in found.values() for m in answers if m.row["looping"] > LOOPS}
@@ -42,14 +50,23 @@ def ablation(found: dict[str, list[Median]], against: str) -> list[str]:
         f"| system | tokens per step | rows per step | steps saved | as soon done | {' | '.join(SOURCES)} right |",
         "|---" * (5 + len(SOURCES)) + "|",
     ]
+    others = [name for name, answers in found.items() if other_texts(answers, found[against])]
     for name, answers in found.items():
         parts = [
             _figures(answers, found[against], set()),
             _figures(answers, found[against], loops) if prompts > len(loops) else ["-"] * 4,
         ]
         cells = [f"{whole} ({plain})" for whole, plain in zip(*parts, strict=True)]
+        if name in others:
+            cells[2:] = ["-", "-"]
         lines.append(f"| {name} | {' | '.join([*cells, *(_right(answers, source) for source in SOURCES)])} |")
+    if others:
+        lines += ["", f"{_named(others)} sampled other texts than `{against}`: tokens per step compare them, not time."]
     return lines
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _figures(answers: list[Median], base: list[Median], without: set[str]) -> list[str]:
@@ -83,11 +100,10 @@ def sentence(ratios: list[tuple[str, float]], ours: str, *plain: str, unit: str 
     slower = [prompt for prompt, ratio in ratios if ratio > 1 + SLOWER]
     worst, ratio = ratios[0]
     which = f"{len(slower)} of {len(ratios)} prompts ({', '.join(slower)})" if slower else "No prompt"
-    others = ", ".join(f"`{name}`" for name in plain)
     return (
         f"{which} took more than {SLOWER:.0%} longer{unit} with `{ours}` than with "
-        f"{'the best of ' if len(plain) > 1 else ''}{others}; the worst is {worst}, at {ratio:.2f} of its time, the "
-        f"median {ratios[len(ratios) // 2][1]:.2f}."
+        f"{'the best of ' if len(plain) > 1 else ''}{_named(plain)}; the worst is {worst}, at {ratio:.2f} of its "
+        f"time, the median {ratios[len(ratios) // 2][1]:.2f}."
     )
 
 
@@ -117,16 +133,21 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.folder / RESULTS).is_file():
         parser.error(f"{args.folder} holds no {RESULTS}")
     try:
-        found: dict[str, Any] = read(args.folder)
+        with results_of(args.folder / RESULTS):
+            found = read(args.folder)
+            if missing := [name for name in (args.against, args.system) if name not in found]:
+                raise ValueError(f"no answers of {missing[0]}, there are {', '.join(found)}")
+            lines = ablation(found, args.against)
     except (ValueError, IndexError) as error:
         parser.error(f"{args.folder}: {error}")
-    if missing := [name for name in (args.against, args.system) if name not in found]:
-        parser.error(f"{args.folder} has no answers of {missing[0]}: there are {', '.join(found)}")
-    lines = ablation(found, args.against)
-    if args.plain in found:
+    picture = args.folder / "by_prompt.png"
+    if args.plain in found and other_texts(found[args.system], found[args.plain]):
+        lines += ["", f"`{args.system}` sampled other texts than `{args.plain}`: no prompt tells which is sooner done."]
+        picture.unlink(missing_ok=True)
+    elif args.plain in found:
         ratios = by_prompt(found, args.system, args.plain)
         lines += ["", sentence(ratios, args.system, args.plain)]
-        plot(args.folder / "by_prompt.png", ratios, args.system, args.plain)
+        plot(picture, ratios, args.system, args.plain)
     write_text(args.folder / "speculation.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     return 0

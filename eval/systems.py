@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.events.recording import Recording
@@ -30,6 +30,12 @@ from .roofline import Counts, Shapes
 
 LOOKUP_TOKENS = 10  # drafted by transformers' prompt lookup, its documentation's own choice
 BACKEND = "inductor"  # of torch.compile, its default
+# Fields of a generation config that change how tokens are sampled, and the values at which they do nothing.
+OFF = {
+    **{"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "guidance_scale": 1.0},
+    **{"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0},
+    **{"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0},
+}
 
 
 @dataclass(slots=True)
@@ -161,11 +167,14 @@ def seeded(sampling: Sampling, prompt: str, repeat: int) -> Sampling:
     return replace(sampling, seed=int.from_bytes(digest[:4], "big") >> 1)
 
 
-def chosen_by(sampling: Sampling) -> dict[str, Any]:
-    """Temperature and top-p, and nothing else, as `generate` takes them."""
+def chosen_by(sampling: Sampling, config: GenerationConfig) -> dict[str, Any]:
+    """How tokens are chosen, as `generate` takes it: greedily as the model's own config has it, or by temperature and
+    top-p and nothing else, since other engines know nothing of that config. `check.check_sampled` refuses what no value
+    turns off."""
     if not sampling.temperature:
         return {"do_sample": False}
-    return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    own = {name: off for name, off in OFF.items() if getattr(config, name, None) not in (None, off)}
+    return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, **own}
 
 
 def _ours(
@@ -176,7 +185,11 @@ def _ours(
     limit: int,
     sampling: Sampling,
 ) -> Answer:
-    options: dict[str, Any] = {"max_new_tokens": limit, "fork": fork, **chosen_by(sampling)}
+    options: dict[str, Any] = {
+        "max_new_tokens": limit,
+        "fork": fork,
+        **chosen_by(sampling, apar.model.generation_config),
+    }
     if sampling.seed is not None:
         options["seed"] = sampling.seed
     clock = Clock()
@@ -234,7 +247,7 @@ def _transformers(
     limit: int,
     sampling: Sampling,
 ) -> Answer:
-    options: dict[str, Any] = {"max_new_tokens": limit, **chosen_by(sampling), **more}
+    options: dict[str, Any] = {"max_new_tokens": limit, **chosen_by(sampling, model.generation_config), **more}
     if control := apar.control_token_ids:
         options["suppress_tokens"] = [control.fork_id, control.child_id]
     if sampling.seed is not None:

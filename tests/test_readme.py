@@ -74,7 +74,9 @@ def folder(load, tiny, tmp_path, monkeypatch):
     (tmp_path / "tiny").symlink_to(tiny)
     monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(medusa_apar, "load", load)
-    monkeypatch.setattr(ceilings, "measure", lambda kinds: ceilings.Ceilings(1.0, {kind: {1: 1.0} for kind in kinds}))
+    monkeypatch.setattr(
+        ceilings, "measure", lambda kinds: ceilings.Ceilings(1.0, {kind: {1: 1.0} for kind in kinds}, 0.0)
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -21,15 +21,16 @@ where it stopped. Answers that loop are counted apart, since loops flatter draft
 machine, thread by thread, that the timed answers of `ours` (else `threads`) are what the model itself would write, and
 says where a tie in low precision fell the other way.
 
-Answers are greedy, or sampled with --temperature and --top-p, a seed for each question and repeat; then they differ in
-length from system to system, and tokens per second are what is compared. medusa-llm and --check are greedy only.
+Answers are greedy, or sampled with --temperature and --top-p, a seed for each question and repeat, whatever else the
+model's generation config asks for; then they differ in length from system to system, and tokens per second are what is
+compared. medusa-llm and --check are greedy only.
 
 comparison.md has `ours` against every other system, on all questions and without loops, and the questions on which it
-is slower than the best of its own parts; --repeat 3 tells those from a busy moment.
+is slower than the best of its own parts; --repeat 3 tells those from a busy moment, by medians.
 
 Beside our systems on the compiled CPU runtime stand the bytes and products a second that their forward passes came to,
 and the machine's ceilings: those of --ceilings (`python -m medusa_apar.eval.ceilings FILE` measures them), else
-measured in a few seconds at the start, and kept as DIR/ceilings.json.
+measured in a few seconds at the start, and kept as DIR/ceilings.json unless the machine was busy.
 
 --profile answers some prompts once more with `ours` and writes profile.md: what a step's time goes into, and what a
 forward pass costs by its rows.
@@ -148,6 +149,9 @@ def run(args: argparse.Namespace) -> int:
     checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
     if args.check:
         check.check_greedy(apar)
+    if args.temperature:
+        for model in filter(None, (apar, untuned)):
+            check.check_sampled(model)
     kinds = {system.shapes.kind for system in made if system.shapes}
     if args.ceilings and not kinds:
         raise ValueError("--ceilings is for the compiled CPU runtime, and none of these systems runs in it")

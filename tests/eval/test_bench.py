@@ -239,7 +239,7 @@ def test_bad_input_is_one_sentence(folder, tmp_path, capsys, more, says):
 
 
 def test_ceilings_are_of_compiled_systems(folder, tmp_path, capsys):
-    ceilings.write(tmp_path / "ceilings.json", Ceilings(10.0, {"float32": {1: 50.0}}))
+    ceilings.write(tmp_path / "ceilings.json", Ceilings(10.0, {"float32": {1: 50.0}}, 0.0))
     assert command(folder, tmp_path / "out", "--systems", "hf", "--ceilings", tmp_path / "ceilings.json") == 2
     assert "--ceilings is for the compiled CPU runtime" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -249,12 +249,13 @@ def test_quantised_answers_are_said_checked_and_never_mixed(folder, tmp_path, ca
     forking_folder(tmp_path / "model", "wide_llama")
     wide, out = SimpleNamespace(model=str(tmp_path / "model"), heads="none", prompts=folder.prompts), tmp_path / "out"
     asked = ("--systems", "hf", "threads", "--limit", 2)
-    told = Ceilings(10.0, {"int8": {1: 50.0, 64: 400.0}})
+    told = Ceilings(10.0, {"int8": {1: 50.0, 64: 400.0}}, 35.0)
     ceilings.write(tmp_path / "ceilings.json", told)
     given = ("--quantize", "int8", "--ceilings", tmp_path / "ceilings.json")
     assert command(wide, out, *asked, *given, "--check", "--profile") == 0
     shown = capsys.readouterr().out
     assert "the cores read 10.0 GB/s from memory" in shown and "multiply 50, 400 GMAC/s in int8 at 1, 64 rows" in shown
+    assert "Other processes took 35 % of the machine when that was measured" in shown
     assert ceilings.read(out / "ceilings.json") == told
     rows = [row for row in read_rows(out) if row["system"] == "threads"]
     achieved = sum(row["read_bytes"] for row in rows) / 1e9 / sum(row["forward_seconds"] for row in rows)

@@ -1,13 +1,16 @@
 """The benchmark's sampled answers, and the untuned base: whose text is whose, and what may be compared."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from medusa_apar.commands.cli import main
-from medusa_apar.eval import bench
+from medusa_apar.eval import bench, systems
 from medusa_apar.loading import load
 from medusa_apar.models.chat import encode
+from medusa_apar.requests import Sampling
 from tests.support.benchmarks import asked_folder, command, lines, read_rows, row
 from tests.support.folders import word_adapter, word_folder
 
@@ -38,6 +41,31 @@ def test_sampled_answers_can_be_repeated_and_are_compared_by_their_speed(folder,
     assert "sampled at temperature 2, top-p 0.9, a seed for each question and repeat, at most 20" in shown
     assert "only tokens per second compare them" in shown and "times as soon done" not in shown
     assert "2 prompts, 2 times each" in shown
+
+
+def test_what_the_models_own_config_asks_for_is_not_sampled_by(folder):
+    """Other engines know nothing of it."""
+    apar = load(folder.model, heads=folder.heads)
+    inputs = encode(apar.tokenizer, "ask c")
+    own = {"repetition_penalty": 3.0, "top_k": 2, "min_p": 0.5, "typical_p": 0.3, "no_repeat_ngram_size": 1}
+    own |= {"epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "min_new_tokens": 20, "encoder_repetition_penalty": 9.0}
+    for name in ("hf", "hf-pld", "ours-ar", "ours"):
+        system = systems.make(name, apar)
+        found = []
+        for options in (dict.fromkeys(own), own):
+            apar.model.generation_config.update(**options)
+            found.append([system.answer(inputs, 20, Sampling(2.0, top_p=0.9, seed=seed)).ids for seed in range(3)])
+        assert found[0] == found[1] and len({tuple(ids) for ids in found[0]}) == 3, name
+
+
+def test_what_no_value_turns_off_is_refused(folder, tmp_path, capsys):
+    model = shutil.copytree(folder.model, tmp_path / "model")
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"bad_words_ids": [[7]]}))
+    asked = SimpleNamespace(model=str(model), heads=folder.heads, prompts=folder.prompts)
+    assert command(asked, tmp_path / "out", "--systems", "hf", "--temperature", 1) == 2
+    assert "generation config sets bad_words_ids, and sampled answers are chosen" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_greedy_and_sampled_answers_never_share_a_folder(folder, tmp_path, capsys):

@@ -41,8 +41,43 @@ def test_tables_and_pictures(results, capsys):
     assert (results / "by_prompt.png").stat().st_size > 1000
 
 
-def test_what_is_missing_is_said(results, tmp_path):
+def sampled(results, same):
+    """The same seeds, and other ids with `ours` in the last prompt unless they are the same."""
+    path = results / "results.jsonl"
+    rows = [json.loads(each) for each in path.read_text().splitlines()]
+    for row in rows:
+        other = not same and (row["system"], row["prompt"]) == ("ours", "c")
+        row |= {"seed": 7, "ids": [1, 2, 4 if other else 3]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_sampled_texts_are_compared_by_time_where_they_are_the_same(results):
+    speculation.main([str(results)])
+    greedy = (results / "speculation.md").read_text()
+    sampled(results, same=True)
+    speculation.main([str(results)])
+    assert (results / "speculation.md").read_text() == greedy and (results / "by_prompt.png").is_file()
+    sampled(results, same=False)
+    speculation.main([str(results)])
+    text = (results / "speculation.md").read_text()
+    ours, before = (
+        next(row for row in each.splitlines() if row.startswith("| ours |")).split(" | ") for each in (text, greedy)
+    )
+    assert ours[3:5] == ["-", "-"] and ours[:3] + ours[5:] == before[:3] + before[5:]
+    assert "| threads | 1.25 (1.25) | 5.0 (5.0) | -60% (-60%) |" in text  # which wrote the same as `static`
+    assert "`ours` sampled other texts than `static`" in text and "`ours` sampled other texts than `threads`" in text
+    assert "took more than" not in text and not (results / "by_prompt.png").exists()
+
+
+def test_what_is_missing_is_said(results, tmp_path, capsys):
     with pytest.raises(SystemExit):
         speculation.main([str(results), "--against", "medusa"])
     with pytest.raises(SystemExit):
         speculation.main([str(tmp_path / "nowhere")])
+    for name, broken in (("seconds", None), ("looping", None), ("drafted", 3)):
+        row = line("static", "a", 1.0, 5) | {name: broken}
+        lines = [{key: value for key, value in row.items() if value is not None}, line("ours", "a", 1.0, 5)]
+        (results / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        with pytest.raises(SystemExit):
+            speculation.main([str(results)])
+        assert "results.jsonl holds a line that is no result of ours" in capsys.readouterr().err
