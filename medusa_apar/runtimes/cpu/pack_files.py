@@ -1,8 +1,9 @@
 """Packed weights kept in the cache: laid out once, written piece by piece, and mapped from there by the next start.
 
-A pack is a folder named by what is in it: what the model's weights hold, sum by sum (`weight_fingerprint.py`), how they
-are laid out, and the code that does it. So weights that have changed have another name and never find it. It holds a
-safetensors file, each of whose tensors begins where a cache line does, and that file's sha256.
+A pack is a folder named by what is in it: what the model's weights hold, sum by sum (`weight_fingerprint.py`), which
+module has which of them, how they are laid out, and the code that does it. So weights that have changed have another
+name and never find it. It holds a safetensors file, each of whose tensors begins where a cache line does, and that
+file's sha256.
 """
 
 from __future__ import annotations
@@ -127,8 +128,20 @@ def _name(model: Any, kind: str, fingerprint: WeightFingerprint) -> str:
     digest = hashlib.sha256()
     for file in _LAYOUT:
         digest.update(Path(__file__).with_name(file).read_bytes())
-    digest.update(repr((kind, family, numbers_of(model, family), fingerprint.name)).encode())
+    digest.update(repr((kind, family, numbers_of(model, family), fingerprint.name, _held(model))).encode())
     return digest.hexdigest()[:32]
+
+
+def _held(model: Any) -> list[tuple[str, int]]:
+    """Under each name the place in `weights_of`, where a weight that several modules share is listed once."""
+    places = {id(weight): place for place, weight in enumerate(weights_of(model))}
+    return [
+        (f"{path}.{name}", places[id(weight)])
+        for path, module in model.named_modules(remove_duplicate=False)
+        for store in (module._parameters, module._buffers)
+        for name, weight in store.items()
+        if weight is not None
+    ]
 
 
 def intact(folder: Path, name: str, kind: str) -> bool:

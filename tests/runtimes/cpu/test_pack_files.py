@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from medusa_apar.eval.check import logits_alone
 from medusa_apar.runtimes.cpu import pack_files
@@ -16,7 +17,7 @@ from medusa_apar.runtimes.cpu.pack_files import FILE, read_pack
 from medusa_apar.runtimes.cpu.packed_model import packs_of
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from medusa_apar.runtimes.cpu.weights import PackedMatrix
-from tests.support.models import model_of
+from tests.support.models import COMPILED, model_of, random_model
 
 IDS = [5, 9, 17, 30, 44, 12, 8]
 
@@ -85,6 +86,19 @@ def test_other_weights_kinds_and_settings_never_find_a_pack(cache):
         before = found
     logits(model, "float32", keep=True)
     assert len(packs(cache)) == 6
+
+
+def test_the_same_weights_in_other_modules_are_another_pack(cache):
+    config = COMPILED["llama, no groups"]()
+    config.num_hidden_layers, config.hidden_size = 1, config.num_attention_heads * config.head_dim
+    models = [random_model(config, 2, 6.0) for _ in range(2)]
+    for model, (shared, other) in zip(models, [("k_proj", "v_proj"), ("v_proj", "k_proj")], strict=True):
+        attention = model.model.layers[0].self_attn
+        getattr(attention, other).weight = nn.Parameter(attention.o_proj.weight.detach().clone())
+        getattr(attention, shared).weight = attention.q_proj.weight
+    first, second = (logits(model, keep=True) for model in models)
+    assert torch.equal(second, logits(models[1])) and not torch.equal(second, first)
+    assert len(packs(cache)) == 2
 
 
 def test_weights_that_change_after_loading_are_noticed(cache):
