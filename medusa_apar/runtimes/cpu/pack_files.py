@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -114,6 +115,7 @@ def _kept(
         if not fingerprint.matches(weights_of(model), entirely=True):
             raise ValueError("the model's weights were changed while they were packed")
 
+    _clear_leftovers(folder.parent)
     made = hub.build_once(folder, build, lambda folder: intact(folder, name, kind))
     stored = read_pack(made / FILE, name, kind)
     with suppress(OSError):  # a cache that may only be read
@@ -212,6 +214,17 @@ def _check_room(folder: Path, model: Any) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{hub.cache_dir()} has {free / 1e6:.0f} MB free, and {needed / 1e6:.0f} MB may be needed there")
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Deletes what killed processes left half made. Only who holds a pack's lock makes some, so only they may.
+
+    The empty files of the locks stay: who waits for one that is deleted holds another than who comes next.
+    """
+    for leftover in folder.glob(".*-*"):
+        name = leftover.name[1:].rpartition("-")[0]
+        with suppress(OSError, NotImplementedError), FileLock(folder / f".{name}.lock").acquire(blocking=False):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _make_room(used: Path) -> None:

@@ -1,6 +1,7 @@
 """Packs on disk: the bits of what is packed in memory, made anew where they are damaged or another's."""
 
 import copy
+import multiprocessing
 import os
 import shutil
 import threading
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from medusa_apar.eval.check import logits_alone
+from medusa_apar.models import hub
 from medusa_apar.runtimes.cpu import pack_files
 from medusa_apar.runtimes.cpu.pack_files import FILE, read_pack
 from medusa_apar.runtimes.cpu.packed_model import packs_of
@@ -254,6 +256,23 @@ def test_the_longest_unused_go_where_there_are_too_many(cache, monkeypatch):
     monkeypatch.setattr(pack_files, "MOST", 0)
     logits(models[0], keep=True)
     assert len(packs(cache)) == 1  # the one that is in use
+
+
+def test_what_a_killed_start_left_goes_and_what_is_being_made_stays(cache):
+    def killed():
+        hub.build_once(cache / ("a" * 32), lambda scratch, new: os._exit(9))
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == 9 and list(cache.glob(".a*-*"))
+
+    def build(scratch, new):
+        logits(model_of(seed=2), keep=True)
+        assert scratch.is_dir() and not list(cache.glob(".a*-*"))
+
+    hub.build_once(cache / ("b" * 32), build)
+    assert len(packs(cache)) == 2 and not list(cache.glob(".*-*"))
 
 
 def test_large_rounded_models_are_worth_it(monkeypatch):
