@@ -228,7 +228,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _make_room(used: Path) -> None:
-    """Deletes the packs that were used least lately, until all together are as large as they may be."""
+    """Keeps the packs that were used last, as many as may be kept together, and deletes the others."""
     packs = {}
     for folder in used.parent.iterdir():
         try:
@@ -238,6 +238,7 @@ def _make_room(used: Path) -> None:
             continue
     left = MOST
     for folder, (_, size) in sorted(packs.items(), key=lambda each: (each[0] == used, each[1]), reverse=True):
-        left -= size
-        if left < 0 and folder != used:
+        if folder == used or size <= left:
+            left -= size
+        else:
             shutil.rmtree(folder, ignore_errors=True)

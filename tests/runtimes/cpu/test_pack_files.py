@@ -258,6 +258,17 @@ def test_the_longest_unused_go_where_there_are_too_many(cache, monkeypatch):
     assert len(packs(cache)) == 1  # the one that is in use
 
 
+def test_what_goes_makes_room_for_smaller_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_files, "MOST", 16)
+    for age, size in enumerate([10, 10, 5, 3, 1]):
+        folder = tmp_path / f"{age}"
+        folder.mkdir()
+        (folder / FILE).write_bytes(bytes(size))
+        os.utime(folder, (-age, -age))
+    pack_files._make_room(tmp_path / "0")
+    assert [folder.name for folder in packs(tmp_path)] == ["0", "2", "4"]
+
+
 def test_what_a_killed_start_left_goes_and_what_is_being_made_stays(cache):
     def killed():
         hub.build_once(cache / ("a" * 32), lambda scratch, new: os._exit(9))
