@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from medusa_apar.models import hub
 from medusa_apar.reading import reading
 
-from .layers import family_of, numbers_of
+from .layers import family_of, layers_of, numbers_of
 from .packed_model import PackedModel, matrices_of, packs_of, weights_of
 from .weight_fingerprint import WeightFingerprint
-from .weights import PackedMatrix
+from .weights import GROUP_INPUTS, INPUTS, PANEL, PackedMatrix, up
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ _LAYOUT = (
 )  # what decides what a pack holds
 _HEADER = 1 << 20  # bytes of the file before its tensors, far more than the names of ten thousand take
 _LINE = 64  # bytes of a cache line
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / GROUP_INPUTS}  # of a weight, with its share of a scale
 _DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
 _PIECE = 1 << 28  # bytes of a mapped model that are read before they are given back
 
@@ -105,7 +106,7 @@ def _kept(
 
     def build(scratch: Path, new: Path) -> None:
         sources = matrices_of(model, family)
-        _check_room(scratch, model)
+        _check_room(scratch, model, kind)
         with (new / FILE).open("wb") as file:
             written = PackWriter(file, name)
             for each, source in sources.items():
@@ -208,12 +209,24 @@ def read_pack(path: Path, name: str, kind: str) -> dict[str, PackedMatrix]:
     return found
 
 
-def _check_room(folder: Path, model: Any) -> None:
-    """OSError where the disk has no room for a pack, which is no larger than the model's own weights."""
-    needed = sum(parameter.nbytes for parameter in model.parameters())
-    free = shutil.disk_usage(folder).free
+def _check_room(folder: Path, model: Any, kind: str) -> None:
+    """OSError where the disk has no room for a pack of this kind."""
+    needed, free = _bytes_of_pack(model, kind), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{hub.cache_dir()} has {free / 1e6:.0f} MB free, and {needed / 1e6:.0f} MB may be needed there")
+
+
+def _bytes_of_pack(model: Any, kind: str) -> int:
+    """Of its file, or slightly more: each layer's outputs and inputs count as padded, though some are laid out
+    together. A weight that several layers share is in every one's matrix."""
+    family = family_of(model)
+    assert family is not None
+    linears = [model.get_output_embeddings(), *(each for parts in layers_of(model, family) for each in parts.linears)]
+    size = float(_HEADER)
+    for linear in linears:
+        outputs, inputs = linear.weight.shape
+        size += up(outputs, PANEL) * (up(inputs, INPUTS[kind]) * _BYTES[kind] + 4 * (linear.bias is not None))
+    return int(size)
 
 
 def _clear_leftovers(folder: Path) -> None:

@@ -223,6 +223,21 @@ def test_where_it_cannot_be_kept_it_is_packed_in_memory(cache, monkeypatch, capl
     assert "set MEDUSA_APAR_CACHE to a folder you may write to" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["llama, biases", "phi3"])
+def test_as_much_room_is_asked_for_as_a_pack_takes(name, kind, cache, monkeypatch, caplog):
+    model = model_of(name, seed=2)
+    logits(model, kind, keep=True)
+    (folder,) = packs(cache)
+    size = (folder / FILE).stat().st_size
+    for free, kept in ((size - 1, False), (size + (size - HEADER) // 50, True)):
+        shutil.rmtree(folder, ignore_errors=True)
+        monkeypatch.setattr(pack_files.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        logits(model, kind, keep=True)
+        assert bool(packs(cache)) == kept == (not caplog.text)
+        caplog.clear()
+
+
 def test_weights_that_change_while_they_are_packed_are_not_kept(cache, monkeypatch, caplog):
     model = model_of(seed=2)
     of = PackedMatrix.of
