@@ -76,7 +76,9 @@ def _packed_model(model: Any, kind: str, keep: bool) -> PackedModel:
     if keep:
         try:
             return _kept(model, kind, fingerprint, released)
-        except (OSError, ValueError) as error:
+        # MemoryError and RuntimeError: of mappings, where addresses are scarce. NotImplementedError, which is one: of
+        # locks, where there are none.
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
             logger.warning("packed weights are not kept in the cache: %s", error)
     return PackedModel(model, kind, lambda name, source: released(PackedMatrix.of(source, kind)), fingerprint)
 
@@ -148,12 +150,15 @@ def _held(model: Any) -> list[tuple[str, int]]:
 
 
 def intact(folder: Path, name: str, kind: str) -> bool:
-    """Whether a folder holds the pack of that name and kind, as it was written."""
+    """Whether a folder holds the pack of that name and kind, as it was written.
+
+    RuntimeError or MemoryError where it cannot be mapped, which is no fault of its own: it stays.
+    """
     try:
         if (folder / f"{FILE}.sha256").read_text() != hub.sha256_of(folder / FILE):
             return False
         read_pack(folder / FILE, name, kind)
-    except (OSError, ValueError):
+    except (OSError, ValueError, NotImplementedError):
         return False
     return True
 

@@ -223,6 +223,33 @@ def test_where_it_cannot_be_kept_it_is_packed_in_memory(cache, monkeypatch, capl
     assert "set MEDUSA_APAR_CACHE to a folder you may write to" in caplog.text
 
 
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory"), MemoryError("no addresses are left")])
+def test_where_a_pack_cannot_be_mapped_it_is_packed_in_memory(error, cache, monkeypatch, caplog, capfd):
+    model = model_of(seed=2)
+    expected = logits(model)
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pack_files, "safe_open", refuse)
+    for _ in range(2):  # one that was just written, and one that was there, which stays
+        assert torch.equal(logits(model, keep=True), expected)
+        assert str(error) in caplog.text and "damaged" not in capfd.readouterr().err and len(packs(cache)) == 1
+        caplog.clear()
+
+
+def test_where_nothing_can_be_locked_it_is_packed_in_memory(cache, monkeypatch, caplog):
+    model = model_of(seed=2)
+    expected = logits(model)
+
+    def refuse(*_, **__):
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr(hub.FileLock, "acquire", refuse)
+    assert torch.equal(logits(model, keep=True), expected)
+    assert "no locks here" in caplog.text and not packs(cache)
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["llama, biases", "phi3"])
 def test_as_much_room_is_asked_for_as_a_pack_takes(name, kind, cache, monkeypatch, caplog):
