@@ -32,8 +32,7 @@ class MappedWeights:
     """Those of some tensors that lie in private mappings of files none of whose pages they share was written to."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._files: list[_MappedFile] = []
-        self._indices: set[int] = set()
+        self._files: dict[_MappedFile, list[int]] = {}  # and which tensors lie there
         found: dict[_Mapping, list[int]] = {}
         mappings = _mappings() if _kernel_tells() else []
         for index, tensor in enumerate(tensors):
@@ -43,20 +42,19 @@ class MappedWeights:
         for mapping, indices in found.items():
             file = _MappedFile(mapping, [tensors[index] for index in indices])
             if file.is_unwritten():
-                self._files.append(file)
-                self._indices.update(indices)
+                self._files[file] = indices
 
     def unchanged(self) -> set[int]:
-        """Indices of tensors that certainly hold what they held when this was made; empty where any may not."""
-        return self._indices if all(file.is_unwritten() for file in self._files) else set()
+        """Indices of tensors that certainly hold what they held when this was made; of a file all or none."""
+        return {index for file, indices in self._files.items() if file.is_unwritten() for index in indices}
 
     def release(self) -> None:
         """Drops the pages of unchanged tensors from this process's memory; whoever reads them has them back.
 
         What another Python thread writes to them at this very moment may be lost: for a model that nobody else holds.
         """
-        if self.unchanged():
-            for file in self._files:
+        for file in self._files:
+            if file.is_unwritten():
                 file.release()
 
 

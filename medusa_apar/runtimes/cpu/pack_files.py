@@ -1,8 +1,9 @@
 """Packed weights kept in the cache: laid out once, written piece by piece, and mapped from there by the next start.
 
-A pack is a folder named by what is in it: what the model's weights hold, sum by sum (`weight_fingerprint.py`), how they
-are laid out, and the code that does it. So weights that have changed have another name and never find it. It holds a
-safetensors file, each of whose tensors begins where a cache line does, and that file's sha256.
+A pack is a folder named by what is in it: what the model's weights hold, sum by sum (`weight_fingerprint.py`), which
+module has which of them, how they are laid out, and the code that does it. So weights that have changed have another
+name and never find it. It holds a safetensors file, each of whose tensors begins where a cache line does, and that
+file's sha256.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,10 +27,10 @@ from transformers import PreTrainedModel
 from medusa_apar.models import hub
 from medusa_apar.reading import reading
 
-from .layers import family_of, numbers_of
+from .layers import family_of, layers_of, numbers_of
 from .packed_model import PackedModel, matrices_of, packs_of, weights_of
 from .weight_fingerprint import WeightFingerprint
-from .weights import PackedMatrix
+from .weights import GROUP_INPUTS, INPUTS, PANEL, PackedMatrix, up
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ _LAYOUT = (
 )  # what decides what a pack holds
 _HEADER = 1 << 20  # bytes of the file before its tensors, far more than the names of ten thousand take
 _LINE = 64  # bytes of a cache line
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / GROUP_INPUTS}  # of a weight, with its share of a scale
 _DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
 _PIECE = 1 << 28  # bytes of a mapped model that are read before they are given back
 
@@ -73,7 +76,9 @@ def _packed_model(model: Any, kind: str, keep: bool) -> PackedModel:
     if keep:
         try:
             return _kept(model, kind, fingerprint, released)
-        except (OSError, ValueError) as error:
+        # MemoryError and RuntimeError: of mappings, where addresses are scarce. NotImplementedError, which is one: of
+        # locks, where there are none.
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
             logger.warning("packed weights are not kept in the cache: %s", error)
     return PackedModel(model, kind, lambda name, source: released(PackedMatrix.of(source, kind)), fingerprint)
 
@@ -103,7 +108,7 @@ def _kept(
 
     def build(scratch: Path, new: Path) -> None:
         sources = matrices_of(model, family)
-        _check_room(scratch, model)
+        _check_room(scratch, model, kind)
         with (new / FILE).open("wb") as file:
             written = PackWriter(file, name)
             for each, source in sources.items():
@@ -113,6 +118,7 @@ def _kept(
         if not fingerprint.matches(weights_of(model), entirely=True):
             raise ValueError("the model's weights were changed while they were packed")
 
+    _clear_leftovers(folder.parent)
     made = hub.build_once(folder, build, lambda folder: intact(folder, name, kind))
     stored = read_pack(made / FILE, name, kind)
     with suppress(OSError):  # a cache that may only be read
@@ -127,17 +133,32 @@ def _name(model: Any, kind: str, fingerprint: WeightFingerprint) -> str:
     digest = hashlib.sha256()
     for file in _LAYOUT:
         digest.update(Path(__file__).with_name(file).read_bytes())
-    digest.update(repr((kind, family, numbers_of(model, family), fingerprint.name)).encode())
+    digest.update(repr((kind, family, numbers_of(model, family), fingerprint.name, _held(model))).encode())
     return digest.hexdigest()[:32]
 
 
+def _held(model: Any) -> list[tuple[str, int]]:
+    """Under each name the place in `weights_of`, where a weight that several modules share is listed once."""
+    places = {id(weight): place for place, weight in enumerate(weights_of(model))}
+    return [
+        (f"{path}.{name}", places[id(weight)])
+        for path, module in model.named_modules(remove_duplicate=False)
+        for store in (module._parameters, module._buffers)
+        for name, weight in store.items()
+        if weight is not None
+    ]
+
+
 def intact(folder: Path, name: str, kind: str) -> bool:
-    """Whether a folder holds the pack of that name and kind, as it was written."""
+    """Whether a folder holds the pack of that name and kind, as it was written.
+
+    RuntimeError or MemoryError where it cannot be mapped, which is no fault of its own: it stays.
+    """
     try:
         if (folder / f"{FILE}.sha256").read_text() != hub.sha256_of(folder / FILE):
             return False
         read_pack(folder / FILE, name, kind)
-    except (OSError, ValueError):
+    except (OSError, ValueError, NotImplementedError):
         return False
     return True
 
@@ -193,16 +214,39 @@ def read_pack(path: Path, name: str, kind: str) -> dict[str, PackedMatrix]:
     return found
 
 
-def _check_room(folder: Path, model: Any) -> None:
-    """OSError where the disk has no room for a pack, which is no larger than the model's own weights."""
-    needed = sum(parameter.nbytes for parameter in model.parameters())
-    free = shutil.disk_usage(folder).free
+def _check_room(folder: Path, model: Any, kind: str) -> None:
+    """OSError where the disk has no room for a pack of this kind."""
+    needed, free = _bytes_of_pack(model, kind), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{hub.cache_dir()} has {free / 1e6:.0f} MB free, and {needed / 1e6:.0f} MB may be needed there")
 
 
+def _bytes_of_pack(model: Any, kind: str) -> int:
+    """Of its file, or slightly more: each layer's outputs and inputs count as padded, though some are laid out
+    together. A weight that several layers share is in every one's matrix."""
+    family = family_of(model)
+    assert family is not None
+    linears = [model.get_output_embeddings(), *(each for parts in layers_of(model, family) for each in parts.linears)]
+    size = float(_HEADER)
+    for linear in linears:
+        outputs, inputs = linear.weight.shape
+        size += up(outputs, PANEL) * (up(inputs, INPUTS[kind]) * _BYTES[kind] + 4 * (linear.bias is not None))
+    return int(size)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Deletes what killed processes left half made. Only who holds a pack's lock makes some, so only they may.
+
+    The empty files of the locks stay: who waits for one that is deleted holds another than who comes next.
+    """
+    for leftover in folder.glob(".*-*"):
+        name = leftover.name[1:].rpartition("-")[0]
+        with suppress(OSError, NotImplementedError), FileLock(folder / f".{name}.lock").acquire(blocking=False):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _make_room(used: Path) -> None:
-    """Deletes the packs that were used least lately, until all together are as large as they may be."""
+    """Keeps the packs that were used last, as many as may be kept together, and deletes the others."""
     packs = {}
     for folder in used.parent.iterdir():
         try:
@@ -212,6 +256,7 @@ def _make_room(used: Path) -> None:
             continue
     left = MOST
     for folder, (_, size) in sorted(packs.items(), key=lambda each: (each[0] == used, each[1]), reverse=True):
-        left -= size
-        if left < 0 and folder != used:
+        if folder == used or size <= left:
+            left -= size
+        else:
             shutil.rmtree(folder, ignore_errors=True)

@@ -108,6 +108,58 @@ def test_a_file_that_is_written_to_shows_in_its_mapping(weights, path):
     assert not kept.matches(weights)
 
 
+def write_through_data(weights, path):
+    weights[1].data[-40, 300] += 1
+
+
+def overwrite_in_place(weights, path):
+    overwrite(path)
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """More than is read in every call, in two files; all is never read for the time that has passed."""
+    monkeypatch.setattr(weight_fingerprint, "_SHARE", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    weights = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.safetensors"
+        save_file({each: torch.randn(700, 4096, generator=generator) for each in "ab"}, path)
+        with safe_open(path, framework="pt") as file:
+            weights += [file.get_tensor(each) for each in "ab"]
+    assert sum(weight.nbytes for weight in weights[:2]) > 2 * weight_fingerprint._ALWAYS
+    return weights, tmp_path / "first.safetensors"
+
+
+@pytest.mark.parametrize("change", [write_through_data, overwrite_in_place])
+@pytest.mark.parametrize("calls", [0, 1, 5])
+def test_the_next_call_sees_one_value_of_many(many, change, calls):
+    kept = WeightFingerprint(many[0])
+    assert all(kept.matches(many[0]) for _ in range(calls))
+    change(*many)
+    assert not any(kept.matches(many[0]) for _ in range(3))
+
+
+def test_what_is_no_longer_certain_is_read_once_and_then_by_turns(many, monkeypatch):
+    weights, path = many
+    weights.append(torch.randn(3_000_000))  # in no file
+    kept, of_no_file, of_two = WeightFingerprint(weights), weights[4].nbytes, sum(w.nbytes for w in weights[:2])
+    asked = []
+
+    def spied(tensors, turn=None):
+        asked.append((sum(tensor.nbytes for tensor in tensors), turn is None))
+        return sums(tensors, turn)
+
+    monkeypatch.setattr(weight_fingerprint, "sums", spied)
+    assert kept.matches(weights)
+    os.utime(path)  # it holds what it held
+    assert all(kept.matches(weights) for _ in range(3))
+    everything = of_no_file + of_two  # but the second file
+    assert asked == [(of_no_file, False), (everything, True), (everything, False), (everything, False)]
+    weights[3].data[5, 5] += 1
+    assert not kept.matches(weights)
+
+
 @pytest.mark.parametrize("gone", [True, False])
 def test_of_a_file_that_is_gone_or_another_the_weights_stay_and_are_read(weights, path, read, gone):
     kept = WeightFingerprint(weights)

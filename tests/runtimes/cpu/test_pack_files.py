@@ -1,6 +1,7 @@
 """Packs on disk: the bits of what is packed in memory, made anew where they are damaged or another's."""
 
 import copy
+import multiprocessing
 import os
 import shutil
 import threading
@@ -9,14 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from medusa_apar.eval.check import logits_alone
+from medusa_apar.models import hub
 from medusa_apar.runtimes.cpu import pack_files
 from medusa_apar.runtimes.cpu.pack_files import FILE, read_pack
 from medusa_apar.runtimes.cpu.packed_model import packs_of
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from medusa_apar.runtimes.cpu.weights import PackedMatrix
-from tests.support.models import model_of
+from tests.support.models import COMPILED, model_of, random_model
 
 IDS = [5, 9, 17, 30, 44, 12, 8]
 
@@ -85,6 +88,19 @@ def test_other_weights_kinds_and_settings_never_find_a_pack(cache):
         before = found
     logits(model, "float32", keep=True)
     assert len(packs(cache)) == 6
+
+
+def test_the_same_weights_in_other_modules_are_another_pack(cache):
+    config = COMPILED["llama, no groups"]()
+    config.num_hidden_layers, config.hidden_size = 1, config.num_attention_heads * config.head_dim
+    models = [random_model(config, 2, 6.0) for _ in range(2)]
+    for model, (shared, other) in zip(models, [("k_proj", "v_proj"), ("v_proj", "k_proj")], strict=True):
+        attention = model.model.layers[0].self_attn
+        getattr(attention, other).weight = nn.Parameter(attention.o_proj.weight.detach().clone())
+        getattr(attention, shared).weight = attention.q_proj.weight
+    first, second = (logits(model, keep=True) for model in models)
+    assert torch.equal(second, logits(models[1])) and not torch.equal(second, first)
+    assert len(packs(cache)) == 2
 
 
 def test_weights_that_change_after_loading_are_noticed(cache):
@@ -207,6 +223,48 @@ def test_where_it_cannot_be_kept_it_is_packed_in_memory(cache, monkeypatch, capl
     assert "set MEDUSA_APAR_CACHE to a folder you may write to" in caplog.text
 
 
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory"), MemoryError("no addresses are left")])
+def test_where_a_pack_cannot_be_mapped_it_is_packed_in_memory(error, cache, monkeypatch, caplog, capfd):
+    model = model_of(seed=2)
+    expected = logits(model)
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pack_files, "safe_open", refuse)
+    for _ in range(2):  # one that was just written, and one that was there, which stays
+        assert torch.equal(logits(model, keep=True), expected)
+        assert str(error) in caplog.text and "damaged" not in capfd.readouterr().err and len(packs(cache)) == 1
+        caplog.clear()
+
+
+def test_where_nothing_can_be_locked_it_is_packed_in_memory(cache, monkeypatch, caplog):
+    model = model_of(seed=2)
+    expected = logits(model)
+
+    def refuse(*_, **__):
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr(hub.FileLock, "acquire", refuse)
+    assert torch.equal(logits(model, keep=True), expected)
+    assert "no locks here" in caplog.text and not packs(cache)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["llama, biases", "phi3"])
+def test_as_much_room_is_asked_for_as_a_pack_takes(name, kind, cache, monkeypatch, caplog):
+    model = model_of(name, seed=2)
+    logits(model, kind, keep=True)
+    (folder,) = packs(cache)
+    size = (folder / FILE).stat().st_size
+    for free, kept in ((size - 1, False), (size + (size - HEADER) // 50, True)):
+        shutil.rmtree(folder, ignore_errors=True)
+        monkeypatch.setattr(pack_files.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        logits(model, kind, keep=True)
+        assert bool(packs(cache)) == kept == (not caplog.text)
+        caplog.clear()
+
+
 def test_weights_that_change_while_they_are_packed_are_not_kept(cache, monkeypatch, caplog):
     model = model_of(seed=2)
     of = PackedMatrix.of
@@ -240,6 +298,34 @@ def test_the_longest_unused_go_where_there_are_too_many(cache, monkeypatch):
     monkeypatch.setattr(pack_files, "MOST", 0)
     logits(models[0], keep=True)
     assert len(packs(cache)) == 1  # the one that is in use
+
+
+def test_what_goes_makes_room_for_smaller_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_files, "MOST", 16)
+    for age, size in enumerate([10, 10, 5, 3, 1]):
+        folder = tmp_path / f"{age}"
+        folder.mkdir()
+        (folder / FILE).write_bytes(bytes(size))
+        os.utime(folder, (-age, -age))
+    pack_files._make_room(tmp_path / "0")
+    assert [folder.name for folder in packs(tmp_path)] == ["0", "2", "4"]
+
+
+def test_what_a_killed_start_left_goes_and_what_is_being_made_stays(cache):
+    def killed():
+        hub.build_once(cache / ("a" * 32), lambda scratch, new: os._exit(9))
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == 9 and list(cache.glob(".a*-*"))
+
+    def build(scratch, new):
+        logits(model_of(seed=2), keep=True)
+        assert scratch.is_dir() and not list(cache.glob(".a*-*"))
+
+    hub.build_once(cache / ("b" * 32), build)
+    assert len(packs(cache)) == 2 and not list(cache.glob(".*-*"))
 
 
 def test_large_rounded_models_are_worth_it(monkeypatch):

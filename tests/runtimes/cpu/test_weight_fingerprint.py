@@ -1,5 +1,8 @@
 """Sums over bits: the compiled ones and their twin agree, and whatever changes a tensor changes them."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,6 +133,23 @@ def test_of_large_weights_single_values_show_when_their_turn_comes_and_when_all_
     assert not all(kept.matches([weight]) for _ in range(TURNS))
     assert not kept.matches([weight], entirely=True)
     kept._seconds = 0.0  # cheap by what time has passed
+    assert not kept.matches([weight])
+
+
+def test_a_first_read_that_was_slow_is_not_held_against_later_ones(large, monkeypatch):
+    weight, kept = large
+    clock = SimpleNamespace(now=time.perf_counter())
+
+    def slowly(tensors, *turn):
+        clock.now += 0.01
+        return sums(tensors, *turn)
+
+    monkeypatch.setattr(weight_fingerprint, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(weight_fingerprint, "sums", slowly)
+    assert kept.matches([weight], entirely=True)
+    weight.data[123, 456] += 1
+    assert kept.matches([weight])  # another turn's, and no time has passed
+    clock.now += 1
     assert not kept.matches([weight])
 
 
