@@ -17,7 +17,7 @@ T = TypeVar("T")
 MAX_REASON = 400  # characters
 # Beyond any that were trained: a key of a head file alone must not decide how much is allocated.
 MAX_HEADS, MAX_LAYERS = 32, 8
-_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")
+_OUT_OF_MEMORY = re.compile("can(?:'|no)t allocate memory|out of memory")
 
 
 @contextmanager

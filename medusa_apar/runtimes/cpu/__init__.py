@@ -31,4 +31,5 @@ top.h          the largest of many logits
 pack.h         weights into panels of int8
 weight_fingerprint.h  sums over the bits of weights
 team.h         threads that share a step
+crowd.h        how many they are while others hold the cores
 """

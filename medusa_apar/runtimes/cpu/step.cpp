@@ -1,6 +1,7 @@
 // One forward pass of a decoder over a forest, in one parallel region: what eager transformers does in some
 // thousand operators. Called through ctypes by `runtime.py`, which owns all memory; the structs are mirrored there.
 #include "choose.h"
+#include "crowd.h"
 #include "weight_fingerprint.h"
 #include "float_cache.h"
 #include "hydra.h"
@@ -303,7 +304,8 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
     for (int r = 0; r < s.rows; r++)
         if (s.tokens[r] < 0 || s.tokens[r] >= m.vocabulary) return 1;
     Barrier barrier;
-#pragma omp parallel num_threads(threads)
+    Watch watch(threads);
+#pragma omp parallel num_threads(watch.team)
     {
         Clock clock{s.seconds};
         Blocks blocks(m.heads, s.rows, s.longest);
@@ -335,6 +337,7 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
         if (m.logit_scale != 1 || m.logit_cap > 0) finish_logits(m, s, outputs);
         barrier.wait();
         clock.end(UNEMBED);
+        watch.ended();
     }
     return 0;
 }
@@ -345,7 +348,7 @@ EXPORTED void mapar_linear(const Matrix* matrix, const float* x, int rows, int w
     const Matrix& m = *matrix;
     const Quantised act{steps, groups};
     Barrier barrier;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(crowd().team_of(threads))
     {
         const Share mine = share(rows);
         for (int r = mine.first; r < mine.last; r++) prepare(m, x + (size_t)r * width, width, r, act);
@@ -359,7 +362,7 @@ EXPORTED void mapar_linear(const Matrix* matrix, const float* x, int rows, int w
 EXPORTED void mapar_top(const float* x, const int64_t* places, int rows, int width, int count, int64_t* indices,
                         float* values, double* sums, int threads) {
 // Never fewer than before but one: OpenMP would end the surplus threads and make them anew at the next step.
-#pragma omp parallel num_threads(rows > 1 ? threads : 1)
+#pragma omp parallel num_threads(rows > 1 ? crowd().team_of(threads) : 1)
     {
         const Share mine = share(rows);
         for (int r = mine.first; r < mine.last; r++) {
@@ -372,7 +375,7 @@ EXPORTED void mapar_top(const float* x, const int64_t* places, int rows, int wid
 
 // Writes the token that each row of `choices` chooses.
 EXPORTED void mapar_choose(const Choices* choices, int threads) {
-#pragma omp parallel num_threads(choices->count > 1 ? threads : 1)
+#pragma omp parallel num_threads(choices->count > 1 ? crowd().team_of(threads) : 1)
     choose(*choices);
 }
 
@@ -382,14 +385,14 @@ EXPORTED int mapar_hydra(const Hydra* heads, const Tree* tree, const float* stat
                          float least, int64_t* ids, float* log_probs, int threads) {
     for (int t = 0; t < count; t++)
         if (roots[t] < 0 || roots[t] >= heads->tokens) return 1;
-    propose(*heads, *tree, states, roots, count, least, ids, log_probs, threads);
+    propose(*heads, *tree, states, roots, count, least, ids, log_probs, crowd().team_of(threads));
     return 0;
 }
 
 // Lays weights [outputs][inputs] out as int8 steps and their scales; kind: FLOAT32 or BFLOAT16.
 EXPORTED void mapar_pack_int8(const void* weights, int kind, int outputs, int inputs, int8_t* panels, float* scales,
                               int threads) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(crowd().team_of(threads))
     if (kind == BFLOAT16)
         pack_int8_panels((const uint16_t*)weights, outputs, inputs, panels, scales);
     else
@@ -398,7 +401,7 @@ EXPORTED void mapar_pack_int8(const void* weights, int kind, int outputs, int in
 
 // Adds to sums[count][TURNS] those of `weight_fingerprint.h`, of one turn or, with -1, of all.
 EXPORTED void mapar_sums(const Span* spans, int count, int turn, uint64_t* sums, int threads) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(crowd().team_of(threads))
     for (int i = 0; i < count; i++) add_sums(spans[i], turn, sums + (size_t)i * TURNS);
 }
 }
