@@ -33,6 +33,7 @@ MACHINES = {
     "cascadelake": ("AVX-512 VNNI", {"avx512f", "avx512bw", "avx512_vnni"}),
     "sapphirerapids": ("AMX from 8 rows", {"amx_int8", "avx512_vnni", "avx512_fp16"}),
 }
+TURNS = 4  # in which all are measured, so that a busy moment harms no single one
 TILES, ROWS = (2, 4, 6, 8, 12), (1, 2, 4, 8, 12, 16, 32)
 
 
@@ -80,15 +81,19 @@ def main(argv: list[str] | None = None) -> int:
     if not names or not library.compilers():
         parser.error("this needs an x86 processor with AVX2, and a C++ compiler")
     torch.set_num_threads(1)
-    found: dict[str, dict[str, dict[int, float]]] = {}
+    found: dict[str, dict[str, dict[int, float]]] = {MACHINES[name][0]: {} for name in names}
+    for _ in range(TURNS):
+        for name in names:
+            speeds = found[MACHINES[name][0]]
+            for tile in (None, *args.tiles):
+                with compiled_for(name, tile):
+                    label, now = "its own" if tile is None else str(tile), products(ROWS, args.seconds / TURNS)
+                before = speeds.setdefault(label, now)
+                speeds[label] = {count: max(before[count], speed) for count, speed in now.items()}
     print(f"| instructions | rows of a tile | {' | '.join(map(str, ROWS))} rows |\n{'|---' * (len(ROWS) + 2)}|")
-    for name in names:
-        for tile in (None, *args.tiles):
-            with compiled_for(name, tile):
-                speeds = products(ROWS, args.seconds)
-            label = "its own" if tile is None else str(tile)
-            found.setdefault(MACHINES[name][0], {})[label] = speeds
-            print(f"| {MACHINES[name][0]} | {label} | {' | '.join(f'{speed:.0f}' for speed in speeds.values())} |")
+    for name, by_tile in found.items():
+        for label, speeds in by_tile.items():
+            print(f"| {name} | {label} | {' | '.join(f'{speed:.0f}' for speed in speeds.values())} |")
     if args.out is not None:
         write_text(args.out, json.dumps({**machine(), "gmac_per_second": found}, indent=1) + "\n")
     return 0

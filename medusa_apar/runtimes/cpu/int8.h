@@ -42,7 +42,7 @@ struct Int8Rows {
 
 // `COLUMNS` outputs' sums, the weights of four inputs to them, and one row's four activations.
 #if defined(__AVX512VNNI__)
-constexpr int COLUMNS = 16, VECTORS = 2, BEST_ROWS = 12;  // 24 sums of 32 registers
+constexpr int COLUMNS = 16, VECTORS = 2, BEST_ROWS = 8;  // 16 sums of 32 registers
 typedef __m512i Sums;
 typedef __m512i Quad;
 inline Quad quad(const int8_t* w) { return _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8((char)0x80)); }
