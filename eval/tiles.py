@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
                 speeds[label] = {count: max(before[count], speed) for count, speed in now.items()}
     print(f"| instructions | rows of a tile | {' | '.join(map(str, ROWS))} rows |\n{'|---' * (len(ROWS) + 2)}|")
     for name, by_tile in found.items():
-        for label, speeds in by_tile.items():
-            print(f"| {name} | {label} | {' | '.join(f'{speed:.0f}' for speed in speeds.values())} |")
+        for label, by_rows in by_tile.items():
+            print(f"| {name} | {label} | {' | '.join(f'{speed:.0f}' for speed in by_rows.values())} |")
     if args.out is not None:
         write_text(args.out, json.dumps({**machine(), "gmac_per_second": found}, indent=1) + "\n")
     return 0
