@@ -86,7 +86,11 @@ requests = st.tuples(
     st.integers(0, 2),
     st.booleans(),
     st.sampled_from([1, 5, LONGEST]),
+    st.fixed_dictionaries({"max_threads": st.sampled_from([None, 1, 2]), "priority": st.integers(0, 1)}),
 )
+# Before each step: how many requests join, and which one of those that joined is aborted, if any. Drawn at once, since
+# what is drawn may not depend on how many steps an engine takes.
+schedules = st.lists(st.tuples(st.integers(0, 3), st.none() | st.none() | st.none() | st.integers(0, 6)), max_size=40)
 
 
 def checked(engine, live):
@@ -121,21 +125,23 @@ def test_every_text_is_the_one_written_alone(data):
         max_requests=draw(st.sampled_from([None, 1, 3])),
     )
     todo = draw(st.lists(requests, min_size=1, max_size=7))
+    schedule = iter(draw(schedules))
     running, aborted = {}, set()
     with Engine(model, runtime, draw(st.sampled_from([None, heads])), how) as engine:
         # What answers need is learned; an engine that expects too little lets in more than the pool can hold.
         engine.scheduler._used_share = draw(st.sampled_from([1.0, 0.05]))
         while todo or engine.unfinished:
-            for _ in range(draw(st.integers(0, 3)) if engine.unfinished else 1):
+            joining, leaving = next(schedule, (1, None))
+            for _ in range(joining if engine.unfinished else 1):
                 if todo:
-                    prompt, kind, seed, fork, limit = its = todo.pop()
-                    changes = {"max_threads": draw(st.sampled_from([None, 1, 2])), "max_new_tokens": limit}
-                    changes["priority"] = draw(st.integers(0, 1))
+                    *its, changes = todo.pop()
+                    prompt, kind, seed, fork, limit = its
+                    changes = changes | {"max_new_tokens": limit}
                     request = Request(str(len(running)), PROMPTS[prompt], options(kind, seed, fork, **changes))
                     running[request.id] = request, its
                     engine.add(request)
-            if running and draw(st.integers(0, 9)) == 0:
-                named = draw(st.sampled_from(sorted(running)))
+            if running and leaving is not None:
+                named = sorted(running)[leaving % len(running)]
                 if not running[named][0].status.ended:
                     aborted.add(named)
                 engine.abort(named)
