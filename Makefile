@@ -32,7 +32,7 @@ NEWEST := .venv-newest/bin/python
 EXACTNESS := $(addprefix tests/, test_generate.py test_drop_in.py test_options.py test_checks.py \
 	test_loading.py engine verify threads/test_fork_policy.py $(addprefix models/, test_merge.py test_sources.py) \
 	heads/test_resized.py \
-	$(addprefix runtimes/, test_pick.py test_ambient.py test_changed_weights.py cpu/test_runtime.py cpu/test_known.py))
+	$(addprefix runtimes/, test_pick.py test_ambient.py test_changed_weights.py cpu/test_runtime.py cpu/test_known.py cpu/test_layers.py))
 
 # Random schedules of requests that join, leave and are aborted: as many as COUNT says, 500 of which are in the suite.
 COUNT ?= 100000

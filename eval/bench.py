@@ -31,7 +31,7 @@ from .systems import System, seeded
 
 SUMMARY, TABLE = "summary.json", "table.md"
 WARM_UP_TOKENS = 16
-# Of a prompt's repeats the mean is taken.
+# What is averaged over a prompt's repeats.
 COUNTED = (
     *("tokens", "steps", "rows", "threads", "peak_threads", "peak_slots", "undrafted_steps", "repeated_4grams"),
     *("forward_seconds", "read_bytes", "macs"),

@@ -91,7 +91,7 @@ def _forward(summary: dict[str, Any], plan: Plan, ceilings: Ceilings | None) -> 
 
 
 def _share(value: float, ceiling: float | None) -> str:
-    """Of a ceiling; one that is passed is none."""
+    """What share of a ceiling a value is, "-" where none was measured. Above 100 % the ceiling cannot be right."""
     if ceiling is None:
         return "-"
     return f"{value / ceiling:.0%}{' (not to be trusted)' if value > ceiling else ''}"

@@ -89,9 +89,9 @@ def measure(kinds: Iterable[str] = KINDS) -> Ceilings:
 
 
 def cache_bytes() -> int:
-    """Of the largest cache that a core has or shares."""
+    """The size of the largest cache that a core has or shares."""
     sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
-    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=UNKNOWN_CACHE)
+    return max((int(size[:-1]) << {"K": 10, "M": 20, "G": 30}[size[-1]] for size in sizes), default=UNKNOWN_CACHE)
 
 
 def buffer_bytes() -> int:

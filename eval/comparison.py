@@ -77,7 +77,7 @@ def ratios(found: Found, ours: str) -> list[str]:
 
 
 def _rivals(found: Found, ours: str) -> dict[str, list[str]]:
-    """By what they are called: one system, or several of which the better one counts."""
+    """What `ours` is held against, by name: one system each, or several of which the better one counts."""
     names = {member: name for name, members in TOGETHER.items() for member in members}
     rivals: dict[str, list[str]] = {}
     for name in found:

@@ -24,7 +24,7 @@ FLOAT = 4
 
 
 class Counts(NamedTuple):
-    """Of an answer's steps, the prompt's among them."""
+    """What an answer's steps came to, the prompt's among them."""
 
     steps: int
     rows: int
@@ -101,7 +101,7 @@ class Shapes:
 
     @property
     def weight_bytes(self) -> int:
-        """Of everything that a step reads whatever its rows: matrices with their scales, biases and norms."""
+        """What a step reads whatever its rows: matrices with their scales, biases and norms."""
         matrices = sum(map(self._matrix_bytes, self.matrices)) * self.layers + self._matrix_bytes(self.unembedding)
         return matrices + FLOAT * self.vectors
 
@@ -112,7 +112,7 @@ class Shapes:
 
     @property
     def slot_bytes(self) -> int:
-        """Of a slot's keys and values in all layers: int16 steps with a scale each beside int8 weights, else floats."""
+        """What a slot's keys and values take in all layers: int16 steps and scales beside int8 weights, else floats."""
         a_head = 2 * self.head_dim + FLOAT if self.kind == "int8" else FLOAT * self.head_dim
         return self.layers * self.kv_heads * 2 * a_head
 

@@ -55,7 +55,7 @@ class Answer:
     drafted: dict[str, int] = field(default_factory=dict)  # nodes by who proposed them, and those that were right
     accepted: dict[str, int] = field(default_factory=dict)
     undrafted_steps: int = 0  # in which the heads were not asked, since they did not pay
-    # Of the compiled CPU runtime, None elsewhere: seconds in forward passes, and what those read and multiplied.
+    # Seconds in forward passes, and what these read and multiplied; None but for the compiled CPU runtime.
     forward_seconds: float | None = None
     read_bytes: int | None = None
     macs: int | None = None

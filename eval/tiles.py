@@ -38,7 +38,7 @@ TILES, ROWS = (2, 4, 6, 8, 12), (1, 2, 4, 8, 12, 16, 32)
 
 
 def available() -> list[str]:
-    """Those of MACHINES whose code this processor runs."""
+    """The names in MACHINES whose code this processor runs."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.is_file() else set()
     return [name for name, (_, needed) in MACHINES.items() if needed <= flags]

@@ -124,7 +124,7 @@ class DeviceVerify:
             sizes += [threads, threads, threads, queries]
         if self.modes.typical:
             sizes += [threads, threads]
-        return [*(size + size % 2 for size in sizes), *(len(change.words) for change in self._changes())]
+        return [*(size + size % 2 for size in sizes), *(change.num_words for change in self._changes())]
 
     def _changes(self) -> list[PathChange]:
         return [change for _, _, changes in self.processed for change in changes if change is not None]

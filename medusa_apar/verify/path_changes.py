@@ -61,6 +61,10 @@ class PathChange:
         return cls(operation, shared, table[:, 0], table[:, 1], lost)
 
     @property
+    def num_words(self) -> int:
+        return len(self.shared) + len(self.rows) + len(self.tokens) + len(self.costs)
+
+    @property
     def words(self) -> np.ndarray:
         """All of it for a device, int64."""
         return np.concatenate([self.shared, self.rows, self.tokens, self.costs.view(np.int64)])

@@ -17,6 +17,7 @@ class Family:
     fused: queries, keys and values are one projection, and so are gate and up.
     centred: norms multiply by 1 + weight.
     windows: layers that see `config.sliding_window` positions: "", "all", or "some", as `config.layer_types` says.
+    caps_scores, caps_logits, divides_logits: whether the forward pass heeds what the config says of that.
     """
 
     name: str
@@ -27,6 +28,9 @@ class Family:
     fused: bool = False
     centred: bool = False
     windows: str = ""
+    caps_scores: bool = False
+    caps_logits: bool = False
+    divides_logits: bool = False
     activation: str = "act_fn"
 
     @property
@@ -39,18 +43,26 @@ _AROUND = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layer
 FAMILIES = {
     family.name: family
     for family in (
-        *(Family("Llama"), Family("Granite"), Family("Mistral", windows="all")),
+        *(Family("Llama"), Family("Granite", divides_logits=True), Family("Mistral", windows="all")),
         *(Family("Qwen2", windows="some"), Family("SmolLM3", windows="some")),
         Family("Qwen3", path_norms=True, windows="some"),
         Family("Olmo2", norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"), path_norms=True),
         Family("Phi3", fused=True, windows="all", activation="activation_fn"),
-        Family("Gemma2", embedding="Gemma2TextScaledWordEmbedding", norms=_AROUND, centred=True, windows="some"),
+        Family(
+            *("Gemma2", "Model", "Gemma2TextScaledWordEmbedding"),
+            norms=_AROUND,
+            centred=True,
+            windows="some",
+            caps_scores=True,
+            caps_logits=True,
+        ),
         Family(
             *("Gemma3", "TextModel", "Gemma3TextScaledWordEmbedding"),
             norms=_AROUND,
             path_norms=True,
             centred=True,
             windows="some",
+            caps_logits=True,
         ),
     )
 }
@@ -106,7 +118,7 @@ def parts_of(layer: Any, family: Family) -> LayerParts:
 
 
 def layers_of(model: Any, family: Family) -> list[LayerParts]:
-    """Those layers that a forward pass runs."""
+    """The layers that a forward pass runs."""
     layers = list(model._modules["model"]._modules["layers"]._modules.values())
     return [parts_of(layer, family) for layer in layers[: model.config.num_hidden_layers]]
 
@@ -137,17 +149,20 @@ def numbers_of(model: Any, family: Family) -> Numbers:
     first = layers[0]
     embed = decoder.embed_tokens
     scaled = getattr(embed, "embed_scale", None)
-    numbers = tuple(_layer_numbers(family, config, parts, index) for index, parts in enumerate(layers))
     kinds = rotary_kinds(decoder.rotary_emb)
+    numbers = tuple(
+        LayerNumbers(_window(family, config, index), _rotary(kinds, config, parts, index))
+        for index, parts in enumerate(layers)
+    )
     return Numbers(
         first.attention.scaling,
-        score_cap(first.attention) if family.name == "Gemma2" else 0.0,
+        score_cap(first.attention) if family.caps_scores else 0.0,
         eps_of(decoder.norm),
         # In the table's own numbers, as the family's embedding multiplies them.
         float(scaled.to(embed.weight.dtype)) if scaled is not None else getattr(decoder, "embedding_multiplier", 1.0),
         getattr(first.layer, "residual_multiplier", 1.0),
-        1 / config.logits_scaling if family.name == "Granite" else 1.0,
-        getattr(config, "final_logit_softcapping", None) or 0.0 if family.name.startswith("Gemma") else 0.0,
+        1 / config.logits_scaling if family.divides_logits else 1.0,
+        (config.final_logit_softcapping or 0.0) if family.caps_logits else 0.0,
         ACTIVATIONS[type(first.activation).__name__],
         tuple(getattr(decoder.rotary_emb, f"{kind}attention_scaling") for kind in kinds),
         numbers,
@@ -167,11 +182,13 @@ def rotary_kinds(rotary: Any) -> list[str]:
     return [f"{kind}_" for kind in rotary.layer_types] if "layer_types" in vars(rotary) else [""]
 
 
-def _layer_numbers(family: Family, config: Any, parts: LayerParts, index: int) -> LayerNumbers:
-    # As the mask is made, whatever the attention module remembers of the config.
+def _window(family: Family, config: Any, index: int) -> int:
+    """As the mask is made, whatever the attention module remembers of the config."""
     slides = family.windows == "all" or (family.windows == "some" and config.layer_types[index] == "sliding_attention")
-    window = config.sliding_window if slides else None
-    turned = getattr(parts.attention, "use_rope", True)
-    # Gemma 3 turns local and global layers differently.
-    own = type(parts.layer).__name__ == "Gemma3DecoderLayer"
-    return LayerNumbers(window or 0, (f"{config.layer_types[index]}_" if own else "") if turned else None)
+    return (config.sliding_window or 0) if slides else 0
+
+
+def _rotary(kinds: list[str], config: Any, parts: LayerParts, index: int) -> str | None:
+    if not getattr(parts.attention, "use_rope", True):
+        return None
+    return kinds[0] if kinds == [""] else f"{config.layer_types[index]}_"

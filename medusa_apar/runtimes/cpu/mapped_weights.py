@@ -29,7 +29,7 @@ _ENTRIES = 1 << 17  # of pagemap that are read at once: a megabyte
 
 
 class MappedWeights:
-    """Those of some tensors that lie in private mappings of files none of whose pages they share was written to."""
+    """Tensors that lie in private mappings of files, as long as no page that they touch has been written to."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._files: dict[_MappedFile, list[int]] = {}  # and which tensors lie there

@@ -222,8 +222,8 @@ def _check_room(folder: Path, model: Any, kind: str) -> None:
 
 
 def _bytes_of_pack(model: Any, kind: str) -> int:
-    """Of its file, or slightly more: each layer's outputs and inputs count as padded, though some are laid out
-    together. A weight that several layers share is in every one's matrix."""
+    """The size of a pack's file, or slightly more: each layer's outputs and inputs count as padded, though some are
+    laid out together. A weight that several layers share is in every one's matrix."""
     family = family_of(model)
     assert family is not None
     linears = [model.get_output_embeddings(), *(each for parts in layers_of(model, family) for each in parts.linears)]
