@@ -31,9 +31,10 @@ CONTEXT = 4096  # tokens, at most: room is taken for all of them
 
 LLAMA = Environment(
     "llama.cpp",
-    ("llama-cpp-python==0.3.36",),
+    ("llama-cpp-python[server]==0.3.36",),
     "it is compiled: a quarter of an hour on two cores",
     variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF"),),
+    native=True,
 )
 VLLM = Environment(
     "vllm",
