@@ -28,13 +28,15 @@ KEYS = "MEDUSA_APAR_API_KEY"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, several = parser.add_argument, {"action": "append", "default": []}
     default, count = "(default: %(default)s)", number(int, 1)
-    add("model", nargs="?", default="smollm2-135m", metavar="MODEL", help=f"name, folder, GGUF file or Hub id {default}")
+    add(
+        "model", nargs="?", default="smollm2-135m", metavar="MODEL", help=f"name, folder, GGUF file or Hub id {default}"
+    )
     add("--host", default="127.0.0.1", metavar="HOST", help=f"address to listen at; 0.0.0.0 for all {default}")
     add("--port", type=number(int, 0, 65535), default=8000, metavar="N", help=f"0 takes a free one {default}")
     add("--api-key", metavar="KEY", **several,
-        help=f"what clients have to send; may be given several times, or in ${KEYS} with commas between (default: none)")  # fmt: skip
+        help=f"what clients send; several times, or in ${KEYS} with commas between (default: none)")  # fmt: skip
     add("--cors-origin", metavar="ORIGIN", **several,
-        help="an origin whose web pages may ask; may be given several times, * is any (default: none)")  # fmt: skip
+        help="an origin whose web pages may ask; given several times, * is any (default: none)")  # fmt: skip
     add("--quantize", choices=("int8",), help="round weights and activations for the CPU runtime")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--heads", default="auto", metavar="NAME", help="draft heads; none leaves them out (default: the model's own)")

@@ -13,13 +13,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.middleware.cors import CORSMiddleware
 
 from medusa_apar import __version__
 
 from . import status_routes
 from .errors import ApiError
-from .guards import REQUEST_ID, Exchanges, Gate, KeyGuard, LengthGuard
+from .guards import REQUEST_ID, Exchanges, Gate, KeyGuard, LengthGuard, too_long
 from .service import Service
 
 
@@ -94,6 +95,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     said = {
         404: f"there is nothing at {request.url.path}",
         405: f"{request.url.path} does not take {request.method}",
-        413: "the body is longer than this server takes",
+        413: too_long(request.scope.get(MAX_BODY_SIZE_SCOPE_KEY, 0)).message,
     }.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, said, headers=error.headers).response()

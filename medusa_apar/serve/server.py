@@ -7,6 +7,8 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -29,8 +31,7 @@ def serve(service: Service, app: FastAPI | None = None) -> int:
     app: `create_app(service)` by default.
     """
     options = service.options
-    with listen(options.host, options.port) as listener:
-        _log_to_stderr(options.access_log)
+    with listen(options.host, options.port) as listener, _log_on_stderr(options.access_log):
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(f"medusa-apar serves {service.model_name} at http://{host}:{port}", flush=True)
@@ -48,7 +49,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise OSError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror  # a name's has numbers of its own
+        raise OSError(f"cannot listen at {host}:{port}: {why}") from error
 
 
 class Server(uvicorn.Server):
@@ -113,9 +115,15 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _log_to_stderr(accesses: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for each, level in ((logger, logging.INFO), (access_log, logging.INFO if accesses else logging.CRITICAL)):
-        each.handlers, each.propagate = [handler], False
-        each.setLevel(level)
+@contextmanager
+def _log_on_stderr(accesses: bool) -> Iterator[None]:
+    handler, logs = logging.StreamHandler(), [logger, access_log] if accesses else [logger]
+    for each in logs:
+        each.addHandler(handler)
+        each.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for each in logs:
+            each.removeHandler(handler)
+            each.setLevel(logging.NOTSET)
