@@ -17,17 +17,21 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from medusa_apar.arguments import MAX_THREADS, number
 from medusa_apar.threads.fork_policy import FORKS
+
+if TYPE_CHECKING:
+    from medusa_apar.generate import MedusaApar
 
 HELP = "answer over HTTP, as OpenAI's API does"
 KEYS = "MEDUSA_APAR_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, several = parser.add_argument, {"action": "append", "default": []}
-    default, count = "(default: %(default)s)", number(int, 1)
+    add, default, count = parser.add_argument, "(default: %(default)s)", number(int, 1)
+    several: dict[str, Any] = {"action": "append", "default": []}
     add(
         "model", nargs="?", default="smollm2-135m", metavar="MODEL", help=f"name, folder, GGUF file or Hub id {default}"
     )
@@ -74,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.serve.server import serve
     from medusa_apar.serve.service import Service
 
-    named = ("host", "port", "max_requests", "max_queue", "pool_slots", "max_prefill_rows", "prefix_cache")
-    named += ("max_body_bytes", "shutdown_timeout", "access_log")
+    named = [
+        *("host", "port", "max_requests", "max_queue", "pool_slots", "max_prefill_rows", "prefix_cache"),
+        *("max_body_bytes", "shutdown_timeout", "access_log"),
+    ]
     keys = [*args.api_key, *filter(None, os.environ.get(KEYS, "").split(","))]
     options = ServeOptions(
         api_keys=tuple(keys), cors_origins=tuple(args.cors_origin), **{name: getattr(args, name) for name in named}
@@ -84,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     return serve(Service(partial(load, args), args.model, options))
 
 
-def load(args: argparse.Namespace):
+def load(args: argparse.Namespace) -> MedusaApar:
     """The model; called in the thread that will run it."""
     import torch
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -51,7 +52,8 @@ class Stats:
     def copy(self) -> Stats:
         """One that counts no further."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{name: value.copy() for name, value in values.items() if isinstance(value, dict)})
+        counters: dict[str, Any] = {name: value.copy() for name, value in values.items() if isinstance(value, dict)}
+        return replace(self, **counters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -38,7 +39,7 @@ def create_app(service: Service, more: Sequence[APIRouter] = ()) -> FastAPI:
     ]
     if options.cors_origins:  # outermost: a page may read refusals too, and a preflight has no key
         shown = [REQUEST_ID, "Retry-After"]
-        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": shown}
+        allowed: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": shown}
         guards.insert(0, Middleware(CORSMiddleware, allow_origins=options.cors_origins, **allowed))
 
     @asynccontextmanager

@@ -49,7 +49,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror  # a name's has numbers of its own
+        number = error.errno or 0
+        why = os.strerror(number) if number > 0 else error.strerror  # a host name's errors have numbers of their own
         raise OSError(f"cannot listen at {host}:{port}: {why}") from error
 
 
