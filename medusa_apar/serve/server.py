@@ -22,6 +22,7 @@ from .service import Service
 logger = logging.getLogger("medusa_apar.serve")
 
 _BACKLOG = 2048
+_KEEP_ALIVE = 30  # seconds; longer than clients keep theirs, or a request would meet a connection that closes
 _LAST_SECONDS = 1  # for answers that are written out but not read, after a drain
 
 
@@ -68,6 +69,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE,
                 timeout_graceful_shutdown=_LAST_SECONDS,
             )
         )
