@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -147,6 +147,18 @@ class Engine:
     def unfinished(self) -> int:
         """How many requests have not ended."""
         return len(self._requests)
+
+    def snapshot(self) -> Stats:
+        """Counts so far, and how the engine stands between two steps; a copy."""
+        running, pool = self.scheduler.running, self.ledger.pool
+        return replace(
+            self.stats.copy(),
+            running=len(running),
+            waiting=self.scheduler.num_waiting,
+            threads=sum(len(request.live) for request in running),
+            live_slots=pool.in_use,
+            free_slots=(pool.capacity if pool.max_slots is None else pool.max_slots) - pool.in_use,
+        )
 
     def close(self) -> None:
         """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""
