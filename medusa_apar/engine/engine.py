@@ -45,7 +45,7 @@ from .admission import QueueFull
 from .commit import commit
 from .options import EngineOptions
 from .scheduler import Plan, Scheduler
-from .stats import PhaseTimer, Stats
+from .stats import Gauges, PhaseTimer, Stats
 
 
 @dataclass(slots=True)
@@ -149,6 +149,17 @@ class Engine:
     def unfinished(self) -> int:
         """How many requests have not ended."""
         return len(self._requests)
+
+    @property
+    def gauges(self) -> Gauges:
+        running, pool = self.scheduler.running, self.ledger.pool
+        return Gauges(
+            running=len(running),
+            waiting=self.scheduler.num_waiting,
+            threads=sum(len(request.live) for request in running),
+            live_slots=pool.in_use,
+            free_slots=pool.capacity - pool.in_use,
+        )
 
     def close(self) -> None:
         """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(slots=True)
@@ -40,6 +40,23 @@ class Stats:
     @property
     def tokens_per_step(self) -> float:
         return self.generated_tokens / max(self.steps, 1)
+
+    def copy(self) -> Stats:
+        """One that counts no further."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: value.copy() for name, value in values.items() if isinstance(value, dict)})
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """How an engine stands between two steps."""
+
+    running: int = 0  # requests
+    waiting: int = 0  # requests in the queue
+    threads: int = 0  # live ones of all requests that run
+    live_slots: int = 0  # KV slots that a live thread's path needs
+    cached_slots: int = 0  # kept for requests that begin alike
+    free_slots: int = 0  # of those that the pool has now
 
 
 @dataclass(frozen=True, slots=True)
