@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -57,7 +58,7 @@ AnyGeneration = TypeVar("AnyGeneration", bound=Generation)
 
 
 def router(service: Service) -> APIRouter:
-    routes, models = APIRouter(responses=_ERRORS), _Models(service)
+    routes, serving = APIRouter(responses=_ERRORS), _Serving(service)
 
     def post(path: str, schema: type[AnyBody]) -> Callable:
         """A route whose body is read by ourselves, since FastAPI tells of an error in many sentences."""
@@ -67,39 +68,38 @@ def router(service: Service) -> APIRouter:
     @post("/v1/chat/completions", ChatBody)
     async def chat_completions(http: Request) -> Response:
         body = await read(http, ChatBody)
-        return await _answer(service, http, body, ChatForm, chat, body.logprobs is True)
+        return await _answer(serving, http, body, ChatForm, chat, body.logprobs is True)
 
     @post("/v1/completions", CompletionBody)
     async def completions(http: Request) -> Response:
         body = await read(http, CompletionBody)
-        return await _answer(service, http, body, CompletionForm, completion, body.logprobs is not None)
+        return await _answer(serving, http, body, CompletionForm, completion, body.logprobs is not None)
 
     @routes.get("/v1/models")
-    async def list_models() -> Mapping[str, Any]:
-        return {"object": "list", "data": [models.card()]}
+    async def list_models() -> Response:
+        return JSONResponse({"object": "list", "data": [serving.card()]})
 
     @routes.get("/v1/models/{model:path}")
-    async def retrieve_model(model: str) -> Mapping[str, Any]:
-        models.check(model)
-        return models.card()
+    async def retrieve_model(model: str) -> Response:
+        serving.check(model)
+        return JSONResponse(serving.card())
 
     @post("/tokenize", TokenizeBody)
-    async def tokenize(http: Request) -> Mapping[str, Any]:
+    async def tokenize(http: Request) -> Response:
         body = await read(http, TokenizeBody)
-        models.check(body.model)
+        serving.check(body.model)
         ids = await _aside(http, lambda: _tokens_of(service, body))
-        names = service.apar.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-        context = context_of(service.apar)
-        return {"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": names}
+        names = serving.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        known = {"count": len(ids), "max_model_len": context_of(service.apar)}
+        return JSONResponse({**known, "tokens": ids, "token_strs": names})
 
     @post("/detokenize", DetokenizeBody)
-    async def detokenize(http: Request) -> Mapping[str, Any]:
+    async def detokenize(http: Request) -> Response:
         body = await read(http, DetokenizeBody)
-        models.check(body.model)
+        serving.check(body.model)
         check_ids(service.apar, "tokens", body.tokens)
-        tokenizer: Any = service.apar.tokenizer
-        text = await _aside(http, lambda: tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))
-        return {"prompt": text}
+        text = await _aside(http, lambda: serving.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))
+        return JSONResponse({"prompt": text})
 
     @routes.api_route("/v1/responses", methods=["GET", "POST"], include_in_schema=False)
     @routes.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
@@ -109,14 +109,22 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-class _Models:
-    """The one model there is."""
+class _Serving:
+    """The one model there is, and what its answers share."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._created = service, int(time.time())
+        self.service, self._created = service, int(time.time())
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.service.apar.tokenizer
+
+    @cached_property
+    def guesses(self) -> GuessTexts:
+        return GuessTexts(self.tokenizer)
 
     def card(self) -> dict[str, Any]:
-        name, context = self._service.model_name, context_of(self._service.apar)
+        name, context = self.service.model_name, context_of(self.service.apar)
         return {
             **{"id": name, "object": "model", "created": self._created, "owned_by": "medusa-apar"},
             **{"root": name, "parent": None, "max_model_len": context},
@@ -124,27 +132,27 @@ class _Models:
 
     def check(self, name: str | None) -> None:
         """ApiError 404 for another; None is the one there is."""
-        if name is not None and name != self._service.model_name:
-            said = f"there is no model {name[:200]!r} here, only {self._service.model_name!r}"
+        if name is not None and name != self.service.model_name:
+            said = f"there is no model {name[:200]!r} here, only {self.service.model_name!r}"
             raise ApiError(404, said, param="model", code="model_not_found")
 
 
 async def _answer(
-    service: Service,
+    serving: _Serving,
     http: Request,
     body: AnyGeneration,
     form_of: Callable[[TokenTexts, bool], Form],
     translate: Callable[[AnyGeneration, Place], Asked],
     logprobs: bool,
 ) -> Response:
-    _Models(service).check(body.model)
-    texts = TokenTexts.of(service.apar.tokenizer)
+    serving.check(body.model)
+    service, texts = serving.service, TokenTexts.of(serving.tokenizer)
     form, options = form_of(texts, logprobs), service.options
     id = service.new_id(form.prefix)
     place = Place(service.apar, id, options.pool_slots, exchange_of(http).tenant, options.max_choices)
     # A grammar that is seen for the first time is compiled.
     asked = await _aside(http, lambda: translate(body, place), body.response_format is not None)
-    answer = _Answer(service, body, form, asked, texts, id)
+    answer = _Answer(serving, body, form, asked, texts, id)
     streams = [service.run(request, http) for request in asked.requests]
     firsts = await begun(streams)
     if body.stream:
@@ -156,14 +164,13 @@ class _Answer:
     """What one HTTP request is answered with."""
 
     def __init__(
-        self, service: Service, body: Generation, form: Form, asked: Asked, texts: TokenTexts, id: str
+        self, serving: _Serving, body: Generation, form: Form, asked: Asked, texts: TokenTexts, id: str
     ) -> None:
         self._body, self._form, self._asked = body, form, asked
-        self._head = {"id": id, "created": int(time.time()), "model": service.model_name}
-        tokenizer: Any = service.apar.tokenizer
+        self._head = {"id": id, "created": int(time.time()), "model": serving.service.model_name}
         self._choices = []
         for index, request in enumerate(asked.requests):
-            writes = EventTexts(tokenizer, _guess_texts(tokenizer)) if body.events else None
+            writes = EventTexts(serving.tokenizer, serving.guesses) if body.events else None
             echo = asked.echoes[index] if asked.echoes else ""
             self._choices.append(Choice(request, asked, texts, echo, writes))
 
