@@ -14,7 +14,7 @@ from typing import Protocol
 from medusa_apar.threads.request import Request
 
 from .engine import Engine, RequestOutput
-from .stats import Gauges, Stats
+from .stats import Stats
 
 
 class AsyncEngine(Protocol):
@@ -39,10 +39,7 @@ class AsyncEngine(Protocol):
         """Aborts what is unfinished and gives everything back."""
 
     def stats(self) -> Stats:
-        """Counts so far, a copy."""
-
-    def gauges(self) -> Gauges:
-        """How it stands after its last step."""
+        """Counts so far, and how it stood after its last step; a copy."""
 
     @property
     def healthy(self) -> bool:
@@ -114,7 +111,7 @@ class ThreadedEngine:
         self._lock = threading.Lock()  # of what follows: nothing is asked of a thread that has ended
         self._broken: BaseException | None = None
         self._draining = self._ended = False
-        self._stats, self._gauges = Stats(), Gauges()
+        self._stats = Stats()
 
     async def start(self) -> ThreadedEngine:
         """Starts the thread and waits until the engine is there."""
@@ -184,9 +181,6 @@ class ThreadedEngine:
     def stats(self) -> Stats:
         return self._stats.copy()
 
-    def gauges(self) -> Gauges:
-        return self._gauges
-
     @property
     def healthy(self) -> bool:
         return self._started.done() and not self._ended and not self._draining
@@ -223,16 +217,12 @@ class ThreadedEngine:
         try:
             while self._take_calls(engine):
                 outputs = engine.step()
-                self._look(engine)
+                self._stats = engine.snapshot()
                 self._tell(outputs)
         except BaseException as error:  # a step that fails leaves nothing that could be gone on with
             self._end(engine, error)
         else:
             self._end(engine, None)
-
-    def _look(self, engine: Engine) -> None:
-        """Copies for other threads what only this one may read."""
-        self._stats, self._gauges = engine.stats.copy(), engine.gauges
 
     def _end(self, engine: Engine, error: BaseException | None) -> None:
         """Tells everybody who waits, those not yet added among them."""
@@ -248,14 +238,14 @@ class ThreadedEngine:
             call = self._calls.get()
             if call is not None:
                 call(engine)
-        self._look(engine)
+        self._stats = engine.snapshot()
         _pass(self._idle)
 
     def _take_calls(self, engine: Engine) -> bool:
         """Runs what was asked since the last step, and waits while there is nothing to do; False to end."""
         while True:
             if not engine.unfinished:
-                self._look(engine)
+                self._stats = engine.snapshot()
                 if self._draining and self._calls.empty():
                     _pass(self._idle)
             try:

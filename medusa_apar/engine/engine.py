@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ from .admission import QueueFull
 from .commit import commit
 from .options import EngineOptions
 from .scheduler import Plan, Scheduler
-from .stats import Gauges, PhaseTimer, Stats
+from .stats import PhaseTimer, Stats
 
 
 @dataclass(slots=True)
@@ -150,15 +150,16 @@ class Engine:
         """How many requests have not ended."""
         return len(self._requests)
 
-    @property
-    def gauges(self) -> Gauges:
+    def snapshot(self) -> Stats:
+        """Counts so far, and how the engine stands between two steps; a copy."""
         running, pool = self.scheduler.running, self.ledger.pool
-        return Gauges(
+        return replace(
+            self.stats.copy(),
             running=len(running),
             waiting=self.scheduler.num_waiting,
             threads=sum(len(request.live) for request in running),
             live_slots=pool.in_use,
-            free_slots=pool.capacity - pool.in_use,
+            free_slots=(pool.capacity if pool.max_slots is None else pool.max_slots) - pool.in_use,
         )
 
     def close(self) -> None:

@@ -29,6 +29,13 @@ class Stats:
     peak_threads: int = 0  # most threads in one forest
     peak_slots: int = 0  # most KV slots in use at once, draft nodes included
     final_slots: int = 0  # slots in use after the call: 0, or something leaked
+    # How the engine stood when the counts were copied (`Engine.snapshot`): requests that run, requests in the queue, live
+    # threads of those that run, and KV slots by what they hold.
+    running: int = 0
+    waiting: int = 0
+    threads: int = 0
+    live_slots: int = 0
+    free_slots: int = 0
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps
     rescore_seconds: float = 0.0  # rescore=True: passes over the reading order
@@ -45,18 +52,6 @@ class Stats:
         """One that counts no further."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return replace(self, **{name: value.copy() for name, value in values.items() if isinstance(value, dict)})
-
-
-@dataclass(frozen=True, slots=True)
-class Gauges:
-    """How an engine stands between two steps."""
-
-    running: int = 0  # requests
-    waiting: int = 0  # requests in the queue
-    threads: int = 0  # live ones of all requests that run
-    live_slots: int = 0  # KV slots that a live thread's path needs
-    cached_slots: int = 0  # kept for requests that begin alike
-    free_slots: int = 0  # of those that the pool has now
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,26 +8,24 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from medusa_apar.engine.stats import Gauges, Stats
+from medusa_apar.engine.stats import Stats
 
 PREFIX = "medusa_apar:"
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320)
-
-Look = Callable[[], tuple[Stats, Gauges]]
 
 
 class Metrics:
     """Has a registry of its own, so that two servers in one process do not meet.
 
     Args:
-        look: the engine's counts and how it stands; asked whenever the metrics are read.
+        stats: the engine's; asked whenever the metrics are read.
     """
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, look: Look) -> None:
+    def __init__(self, stats: Callable[[], Stats]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_OfEngine(look))
+        self.registry.register(_OfEngine(stats))
 
         def counter(name: str, said: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, said, labels, registry=self.registry)
@@ -93,31 +91,31 @@ class Measure:
 class _OfEngine:
     """A collector that asks the engine when it is read."""
 
-    def __init__(self, look: Look) -> None:
-        self._look = look
+    def __init__(self, stats: Callable[[], Stats]) -> None:
+        self._stats = stats
 
     def describe(self) -> list[Metric]:
         return []  # so that the engine is not asked at once
 
     def collect(self) -> Iterator[Metric]:
-        stats, now = self._look()
+        stats = self._stats()
         for name, said, value in (
-            ("num_requests_running", "Requests that run.", now.running),
-            ("num_requests_waiting", "Requests in the queue.", now.waiting),
-            ("threads_running", "Live threads of the requests that run.", now.threads),
+            ("num_requests_running", "Requests that run.", stats.running),
+            ("num_requests_waiting", "Requests in the queue.", stats.waiting),
+            ("threads_running", "Live threads of the requests that run.", stats.threads),
             ("kv_slots_peak", "Most KV slots in use at once so far.", stats.peak_slots),
         ):
             yield GaugeMetricFamily(PREFIX + name, said, value)
         slots = GaugeMetricFamily(PREFIX + "kv_slots", "KV slots by what they hold.", labels=["state"])
-        for state, value in (("live", now.live_slots), ("cached", now.cached_slots), ("free", now.free_slots)):
+        for state, value in (("live", stats.live_slots), ("cached", _of(stats, "cached_slots")), ("free", stats.free_slots)):
             slots.add_metric([state], value)
         yield slots
         for name, said, value in (
             ("forks", "Threads that were forked.", stats.forks),
             ("forward_tokens", "Rows of all forward passes, prompts and draft nodes included.", stats.forward_tokens),
             ("steps", "Forward passes.", stats.steps),
-            ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", _of(stats, "prefix_queries")),
-            ("prefix_cache_hits", "Prompt tokens found there.", _of(stats, "prefix_hits")),
+            ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", _of(stats, "prefix_cache_queries")),
+            ("prefix_cache_hits", "Prompt tokens found there.", _of(stats, "prefix_cache_hits")),
             ("spec_decode_num_draft_tokens", "Draft nodes.", stats.drafted.total()),
             ("spec_decode_num_accepted_tokens", "Draft nodes that were right.", stats.accepted.total()),
             ("num_preemptions", "Requests whose slots were all taken back.", stats.preemptions),

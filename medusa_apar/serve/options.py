@@ -22,7 +22,6 @@ class ServeOptions:
     prefix_cache: whether prompts and answers are kept for requests that begin alike.
     cors_origins: origins whose pages may ask; "*" is any.
     max_body_bytes: of a request's body; a longer one is answered with 413 before it is read.
-    max_choices: most answers of one HTTP request, its prompts times its `n`.
     shutdown_timeout: seconds that running answers have to come to their end after the first signal.
     access_log: whether each request leaves a line of JSON on standard error.
     """
@@ -37,7 +36,6 @@ class ServeOptions:
     prefix_cache: bool = True
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 << 20
-    max_choices: int = 128
     shutdown_timeout: float = 30.0
     access_log: bool = True
 
@@ -47,7 +45,7 @@ class ServeOptions:
         for key in self.api_keys:
             if not _KEY.fullmatch(key):
                 raise ValueError("an API key is empty, or holds spaces or letters beyond ASCII.")
-        for name, least in (("max_body_bytes", 1), ("max_choices", 1), ("shutdown_timeout", 0)):
+        for name, least in (("max_body_bytes", 1), ("shutdown_timeout", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be {least} or more.")
         EngineOptions(**self.engine_changes())  # says itself what cannot be

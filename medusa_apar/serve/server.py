@@ -11,6 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 import uvicorn
+from fastapi import FastAPI
 
 from .app import create_app
 from .guards import access_log
@@ -22,15 +23,18 @@ _BACKLOG = 2048
 _LAST_SECONDS = 1  # for answers that are written out but not read, after a drain
 
 
-def serve(service: Service) -> int:
-    """Serves until a signal ends it; the process's exit code. Raises what the model's loading raises."""
+def serve(service: Service, app: FastAPI | None = None) -> int:
+    """Serves until a signal ends it; the process's exit code. Raises what the model's loading raises.
+
+    app: `create_app(service)` by default.
+    """
     options = service.options
     with listen(options.host, options.port) as listener:
         _log_to_stderr(options.access_log)
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(f"medusa-apar serves {service.model_name} at http://{host}:{port}", flush=True)
-        Server(service).run([listener])
+        Server(service, app).run([listener])
     if isinstance(service.failure, Exception):
         raise service.failure
     if service.failure is not None:  # a signal came while the model was loaded, which nothing can break off
@@ -51,10 +55,10 @@ class Server(uvicorn.Server):
     """uvicorn's, but for what a signal does: the first drains the service while its socket stays open, so that whoever
     asks is told, the second ends the process."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, app: FastAPI | None = None) -> None:
         super().__init__(
             uvicorn.Config(
-                create_app(service),
+                create_app(service) if app is None else app,
                 lifespan="on",
                 ws="none",
                 log_config=None,

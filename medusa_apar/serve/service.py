@@ -42,14 +42,14 @@ class Service:
         self.options = ServeOptions() if options is None else options
         self.model_name = model_name
         self.engine: AsyncEngine = ThreadedEngine(self._make)
-        self.metrics = Metrics(lambda: (self.engine.stats(), self.engine.gauges()))
+        self.metrics = Metrics(self.engine.stats)
         self.failure: BaseException | None = None  # what ended the start
         self._load = load
         self._apar: MedusaApar | None = None
         self._ready = self._draining = self._said_broken = False
         self._settled, self._nobody = asyncio.Event(), asyncio.Event()
         self._nobody.set()
-        self._in_flight = 0
+        self.num_in_flight = 0  # HTTP requests that are answered now
 
     @property
     def apar(self) -> MedusaApar:
@@ -147,13 +147,13 @@ class Service:
     @contextmanager
     def in_flight(self) -> Iterator[None]:
         """For as long as an HTTP request is answered: a drain waits for it."""
-        self._in_flight += 1
+        self.num_in_flight += 1
         self._nobody.clear()
         try:
             yield
         finally:
-            self._in_flight -= 1
-            if not self._in_flight:
+            self.num_in_flight -= 1
+            if not self.num_in_flight:
                 self._nobody.set()
 
     async def drain(self, timeout: float | None = None) -> int:
@@ -163,7 +163,7 @@ class Service:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._nobody.wait()
-        left = self._in_flight
+        left = self.num_in_flight
         await self.engine.close()
         return left
 
