@@ -53,8 +53,7 @@ class RequestOutput:
     """What a step has brought one request.
 
     token_ids: its new readable tokens. finish_reason: "stop", "length", "aborted" or "error" once it has ended; `error`
-    is what it failed by. events: what happened, and logprobs: of each of the tokens, where the request's options ask for
-    them.
+    is what it failed by. events: what happened; logprobs: of each of the tokens, where the options ask for them.
     """
 
     request_id: str

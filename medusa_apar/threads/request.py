@@ -194,13 +194,16 @@ class Request:
             if stopped or len(self.text) >= self.max_new_tokens:
                 # A visible token that ends its thread ends the text, be it the last that the limit lets through.
                 ended = thread.finish_reason == "stop" and index == len(thread.tokens) - 1
-                self.done, self.finish_reason = True, "stop" if stopped or ended else "length"
+                self.done, self.finish_reason = True, "stop" if stopped else self._end() if ended else "length"
                 break
         else:
             if self._cursor.done:
-                cut = any(thread.finish_reason == "length" for thread in self.tree.threads)
-                self.done, self.finish_reason = True, "length" if cut else "stop"
+                self.done, self.finish_reason = True, self._end()
         self.live = [] if self.done else self.tree.live_in_reading_order()
+
+    def _end(self) -> str:
+        """Why a text ends that is read to its end."""
+        return "length" if any(thread.finish_reason == "length" for thread in self.tree.threads) else "stop"
 
     def reopen(self, max_new_tokens: int) -> None:
         """Goes on with a text that its limit had ended, as if this had been the limit all along."""
