@@ -52,6 +52,8 @@ setup(
         "train": ["accelerate>=1.0", "datasets", "matplotlib"],
         "eval": ["matplotlib"],
         "serve": ["fastapi", "uvicorn"],
+        # What answers in JSON are held to.
+        "structured": ["llguidance>=1.9"],
         # jupyterlab brings the kernel and IPython; transformers' progress bars are ipywidgets there.
         "notebooks": ["jupyterlab", "ipywidgets", "matplotlib"],
         # fschat's conversation templates (which medusa-llm brings) render prompts of Vicuna-based APAR checkpoints.
@@ -61,7 +63,10 @@ setup(
         # dependencies.
         # xdist: the suite on every core, or it would take longer than people wait for it.
         # nbclient, nbformat and ipykernel execute the notebooks in the suite, without JupyterLab's fifty packages.
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"],
+        "dev": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"),
+            "llguidance>=1.9",
+        ],
     },
     entry_points={"console_scripts": ["medusa-apar = medusa_apar.commands.cli:main"]},
     classifiers=[

@@ -49,15 +49,19 @@ class CriteriaStop:
     """transformers' stopping criteria as a `RequestOptions.stop`; one for each request.
 
     Criteria may hold something per row of the batch, so they are shown the whole batch and asked for one row.
+
+    min_tokens: they are not asked before the text has more than so many tokens.
     """
 
-    def __init__(self, criteria: Sequence[Callable], device: torch.device | str) -> None:
-        self._criteria, self._device = criteria, device
+    def __init__(self, criteria: Sequence[Callable], device: torch.device | str, min_tokens: int = 0) -> None:
+        self._criteria, self._device, self._min_tokens = criteria, device, min_tokens
         self._ids: torch.Tensor | None = None  # long [capacity]: the row, then the text
         self._known = 0  # tokens of the text that are among them
         self._scores: list[torch.Tensor] = []  # of the text, [batch, vocab] each
 
     def __call__(self, request: Request) -> bool:
+        if len(request.text) <= self._min_tokens:
+            return False
         row = request.row
         ids = self._text(request)[None].expand(row.batch_size, -1)
         scores = None
