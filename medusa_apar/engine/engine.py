@@ -123,6 +123,7 @@ class Engine:
         if most is not None and self.scheduler.num_waiting >= most + self.scheduler.free_places:
             raise QueueFull(f"{most} requests are waiting already; try again later.")
         request.sampler = self._sampler(request)
+        request.guide = request.sampler.guide
         request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         request.added, request.status = time.perf_counter(), Status.WAITING
         self._requests[request.id] = request

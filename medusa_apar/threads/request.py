@@ -35,6 +35,11 @@ class RequestOptions:
     Args:
         max_new_tokens: most visible tokens of the answer.
         eos_ids: tokens that end a thread.
+        ignore_eos: end tokens are tokens like others on a path without `[Child]`, so that the answer ends by its limit.
+            A `[Child]`'s thread ends by them all the same: they lead back to its parent, and nothing behind it could be
+            read if it went on.
+        stop_ids: tokens that end the answer where they would be read, in whichever thread; the text ends before them.
+            An end token among them does so on a path without `[Child]`, whatever `ignore_eos` says.
         stop: asked with the request after every token of its reading order; True ends the request.
         policy: where threads fork.
         rule: the fork rule, None where the model has no control tokens.
@@ -54,6 +59,8 @@ class RequestOptions:
 
     max_new_tokens: int = 256
     eos_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    stop_ids: frozenset[int] = frozenset()
     stop: Callable[[Request], bool] | None = None
     policy: NoForks = field(default_factory=NoForks)
     rule: ForkRule | None = None
@@ -171,6 +178,7 @@ class Request:
         self.arrival = 0  # number among the engine's requests
         self.added = 0.0  # time.perf_counter(); 0 before
         self.sampler: Any = None  # verify.sampler.Sampler
+        self.guide: Any = None  # verify.guides.GuideLogitsProcessor, None without one
         self.watcher: Any = options.watcher  # events.reporter.Reporter, None where nobody watches
         self.ngrams: Any = None  # drafting.ngram_index.NgramIndex, None where none is kept
         self.sent = 0  # tokens of the text that were handed out
@@ -184,10 +192,19 @@ class Request:
         ancestors = thread.ancestor_ids() + thread.tokens
         return self.row.ids + ancestors[len(self.prompt_ids) :]
 
+    def end_ids(self, thread: Thread) -> frozenset[int]:
+        """Tokens that end this thread."""
+        if self.options.ignore_eos and (thread.parent is None or thread.tokens[0] != self.tree.child_id):
+            return frozenset()
+        return self.tree.eos_ids
+
     def publish(self) -> None:
-        """Moves the finished part of the reading order on; sets `done` at the limit, where `stop` says so, or at the
-        end."""
+        """Moves the finished part of the reading order on; sets `done` at the limit, where `stop` says so, before a
+        stop token, or at the end."""
         for thread, index in self._cursor.advance():
+            if thread.tokens[index] in self.options.stop_ids:
+                self.done, self.finish_reason = True, "stop"
+                break
             self.text.append((thread, index))
             self.text_ids.append(thread.tokens[index])
             stopped = self.options.stop is not None and self.options.stop(self)
