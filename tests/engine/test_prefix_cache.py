@@ -139,8 +139,8 @@ def test_outputs_say_it_from_the_first_on():
 @pytest.mark.parametrize("name", ["cpu", "torch"])
 def test_a_chats_second_turn_finds_the_first_up_to_its_first_fork(name, fork):
     with shared(name) as engine:
-        first = run(engine, request("first", prompt(3), fork, limit=60))
-        ids = [*prompt(3), *first.text_ids, 9, 8, 7]
+        first = run(engine, request("first", prompt(1), fork, limit=60))
+        ids = [*prompt(1), *first.text_ids, 9, 8, 7]
         second = run(engine, request("second", ids, fork))
     forks = [place for place, token in enumerate(first.tree.trunk.tokens) if token == CONTROL.fork_id]
     assert fork == bool(forks)
