@@ -255,6 +255,8 @@ class ThreadedEngine:
             if call is None:
                 return False
             call(engine)
+            if not engine.unfinished:  # no step will tell what an abort has given back
+                self._stats = copy.deepcopy(engine.stats)
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
         ended = {output.request_id: output for output in outputs}

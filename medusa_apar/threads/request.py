@@ -55,6 +55,7 @@ class RequestOptions:
         watcher: a `medusa_apar.events.reporter.Reporter` that is told of them in another way, or None.
         score_from: with a number nothing is generated: the prompt's tokens from this index on are scored
             (`Request.text_scores`). At least 1.
+        cache_salt: requests find in an engine's prefix cache what others of the same salt have left there.
     """
 
     max_new_tokens: int = 256
@@ -76,6 +77,7 @@ class RequestOptions:
     events: bool = False
     watcher: Any = None
     score_from: int | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_threads", "score_from"):
@@ -113,6 +115,7 @@ class RequestStats:
 
     steps: int = 0  # in which one of its threads ran
     preemptions: int = 0  # times that all of its slots were taken back
+    cached_tokens: int = 0  # of its prompt, that came from the prefix cache
     first_token: float | None = None
     finished: float | None = None
 
