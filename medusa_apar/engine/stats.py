@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -35,8 +36,8 @@ class Stats:
     free_slots: int = 0
     prefix_cache_queries: int = 0  # prompt tokens that were looked for in the prefix cache
     prefix_cache_hits: int = 0  # of these, that were there
-    # How the engine stood when the counts were copied (`Engine.snapshot`): requests that run, requests in the queue, and
-    # live threads of those that run.
+    # How the engine stood when `Engine.snapshot` copied this: requests that run, those in the queue, and live threads
+    # of those that run.
     running: int = 0
     waiting: int = 0
     threads: int = 0
@@ -55,7 +56,8 @@ class Stats:
     def copy(self) -> Stats:
         """One that counts no further."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{name: value.copy() for name, value in values.items() if isinstance(value, dict)})
+        counters: dict[str, Any] = {name: value.copy() for name, value in values.items() if isinstance(value, dict)}
+        return replace(self, **counters)
 
 
 @dataclass(frozen=True, slots=True)
