@@ -214,6 +214,7 @@ class MedusaApar:
         logits: bool = False,
         logprobs: int | None = None,
         priority: int = 0,
+        speculation: bool = True,
     ) -> Request:
         """A request for `Engine.add`.
 
@@ -223,7 +224,7 @@ class MedusaApar:
             sampling: None decodes greedily.
             fork, fork_if, max_threads, max_depth, stop_strings: as of a call of the hook.
             events: True has them come with the engine's outputs; a consumer is called with each.
-            scores, logits, logprobs, priority: as of `RequestOptions`.
+            scores, logits, logprobs, priority, speculation: as of `RequestOptions`.
 
         Raises ValueError, in one sentence, for what cannot be.
         """
@@ -239,6 +240,7 @@ class MedusaApar:
             "logits": logits,
             "logprobs": logprobs,
             "priority": priority,
+            "speculation": speculation,
             "events": events is True,
         }
         ids = list(cast(Sequence[int], prompt))
