@@ -1,12 +1,12 @@
 // One answer on the page: lanes while it grows, then a text, and its lanes again for who wants to watch once more.
 
-import { element, rendered } from "./document.js";
+import { button, element, rendered } from "./document.js";
 import { figures, Ribbon, sentence } from "./figures.js";
 import { Lanes } from "./lanes.js";
 import { Recording } from "./recording.js";
+import { Replay } from "./replay.js";
 
 const FRAME = 50; // milliseconds between two pictures
-const REPLAY_STEP = 140; // milliseconds that a step is held when it is watched again
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 export class Answer {
@@ -49,6 +49,7 @@ export class Answer {
   // The lanes become a text. note: what else is to be said of it.
   settle(note = "") {
     this.#release();
+    this.recording.close();
     this.root.setAttribute("aria-busy", "false");
     this.ribbon.draw(this.recording);
     this.watched(this.recording);
@@ -58,7 +59,7 @@ export class Answer {
     this.#show(text);
     const said = this.recording.steps.length ? sentence(figures(this.recording)) : "";
     this.facts.textContent = [note, said].filter(Boolean).join(" · ");
-    if (this.recording.threads.length > 1) this.root.append(this.#tools(text));
+    this.root.append(this.#tools(text));
   }
 
   #release() {
@@ -94,53 +95,33 @@ export class Answer {
 
   #tools(text) {
     const tools = element("div", "tools");
+    if (navigator.clipboard) tools.append(this.#copy());
+    if (this.recording.threads.length < 2) return tools;
     const colours = tools.appendChild(button("Who wrote what", true));
     colours.addEventListener("click", () => {
-      colours.ariaPressed = String(this.root.classList.toggle("plain") === false);
+      colours.ariaPressed = String(!this.root.classList.toggle("plain"));
     });
-    const again = tools.appendChild(button("Watch again", false));
-    const label = tools.appendChild(element("label", "step", "Step "));
-    const steps = label.appendChild(element("input"));
-    Object.assign(steps, { type: "range", min: 1, max: this.recording.steps.length, value: 1 });
-    const told = label.appendChild(element("output", "", "1"));
-    label.hidden = true;
-    let timer = null;
-    const show = () => {
-      told.textContent = steps.value;
-      const lanes = new Lanes();
-      this.#draw(lanes, Recording.of(this.events, Number(steps.value), true));
-    };
-    const play = () => {
-      if (Number(steps.value) >= Number(steps.max)) return clearInterval(timer);
-      steps.value = Number(steps.value) + 1;
-      show();
-    };
-    steps.addEventListener("input", () => {
-      clearInterval(timer);
-      show();
-    });
-    again.addEventListener("click", () => {
-      const watching = again.ariaPressed !== "true";
-      again.ariaPressed = String(watching);
-      label.hidden = !watching;
-      clearInterval(timer);
-      if (watching) {
-        steps.value = 1;
-        show();
-        if (!calm.matches) timer = setInterval(play, REPLAY_STEP);
-      } else {
+    const again = {
+      draw: (lanes, recording) => this.#draw(lanes, recording),
+      ended: () => {
         this.body.replaceChildren(text);
         this.ribbon.draw(this.recording);
         this.watched(this.recording);
-      }
-    });
+      },
+      calm: calm.matches,
+    };
+    const replay = new Replay(this.events, this.recording.steps.length, again);
+    tools.append(replay.toggle, replay.label);
     return tools;
   }
-}
 
-function button(text, pressed) {
-  const made = element("button", "quiet", text);
-  made.type = "button";
-  made.ariaPressed = String(pressed);
-  return made;
+  #copy() {
+    const copy = button("Copy");
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(this.content);
+      copy.textContent = "Copied";
+      setTimeout(() => (copy.textContent = "Copy"), 1500);
+    });
+    return copy;
+  }
 }

@@ -8,6 +8,14 @@ export function element(name, className = "", text = null) {
   return made;
 }
 
+// pressed: whether it is, of one that stays so; null for others.
+export function button(text, pressed = null) {
+  const made = element("button", "quiet", text);
+  made.type = "button";
+  if (pressed !== null) made.ariaPressed = String(pressed);
+  return made;
+}
+
 const ITEM = /^( *)(?:([-*•])|(\d{1,9})[.)]) +(?=\S)/;
 const HEADING = /^(#{1,6}) +(?=\S)/;
 const FENCE = /^ *```/;

@@ -54,7 +54,7 @@ class Lane {
     this.#append(recording, thread, !changed);
     Object.assign(this, { forks: thread.children.length, finish: thread.finish });
     const guess = recording.checking && thread.drafted && thread.finish === null ? guessed(thread) : "";
-    this.guess.textContent = this.begun ? guess : guess.trimStart();
+    this.guess.textContent = this.begun ? plain(guess) : plain(guess).trimStart();
     this.root.classList.toggle("over", thread.finish !== null);
     this.count.textContent = `${thread.tokens.length}${thread.finish === null ? "" : " ✓"}`;
   }
@@ -64,7 +64,7 @@ class Lane {
     for (; this.shown < thread.tokens.length; this.shown += 1) {
       const index = thread.numForced + this.shown;
       const token = thread.tokens[this.shown];
-      let text = recording.isVisible(thread, index) ? token.text : "";
+      let text = recording.isVisible(thread, index) ? plain(token.text) : "";
       if (!this.begun) text = text.trimStart();
       this.begun ||= text !== "";
       const fresh = isNew && token.step >= recording.step - 1;
@@ -72,6 +72,11 @@ class Lane {
       if (forks.has(index)) this.settled.append(chip(forks.get(index)));
     }
   }
+}
+
+// Without the marks of what is bold once it is a text.
+function plain(text) {
+  return text.replaceAll("**", "");
 }
 
 function chip(thread) {
@@ -85,5 +90,5 @@ function head(recording, thread) {
   const before = parent.tokens.slice(0, thread.forkIndex + 1 - parent.numForced);
   const said = before.filter((_, place) => recording.isVisible(parent, parent.numForced + place));
   const text = said.map((token) => token.text).join("").trim().split("\n").at(-1);
-  return text.replaceAll("**", "").slice(-HEAD) || `thread ${thread.index}`;
+  return plain(text).slice(-HEAD) || `thread ${thread.index}`;
 }

@@ -4,7 +4,7 @@ import { Answer } from "./answer.js";
 import { element } from "./document.js";
 import { figures, number, sentence } from "./figures.js";
 import { Settings } from "./settings.js";
-import { chunks, Gone, isReady, modelName, Refused, setKey } from "./wire.js";
+import { chunks, Gone, hasKey, isReady, modelName, Refused, setKey } from "./wire.js";
 
 const RETRY = 1500; // milliseconds between two looks at a server that is gone
 const find = (selector) => document.querySelector(selector);
@@ -110,8 +110,11 @@ function notice(text) {
 }
 
 function setRunning(on) {
-  find("#send").hidden = on;
-  find("#stop").hidden = !on;
+  const [send, stop] = [find("#send"), find("#stop")];
+  const held = document.activeElement === (on ? send : stop);
+  send.hidden = on;
+  stop.hidden = !on;
+  if (held) (on ? stop : box).focus(); // or the focus would be lost with the button
 }
 
 function setServer(state, text) {
@@ -128,7 +131,7 @@ async function greet() {
     notice("");
   } catch (error) {
     if (error instanceof Gone) await waitForServer(error.message);
-    else if (error.status === 401) askForKey();
+    else if (error.status === 401) askForKey(hasKey());
     else await waitForServer("The server is not ready yet.");
   }
 }
@@ -145,7 +148,8 @@ async function waitForServer(why) {
   say("The server is back.");
 }
 
-function askForKey() {
+function askForKey(wrong = false) {
+  notice(wrong ? "That key is not the server's." : "");
   setServer("down", "locked");
   find("#key-form").hidden = false;
   find("#key").focus();

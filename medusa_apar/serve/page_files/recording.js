@@ -50,6 +50,11 @@ export class Recording {
     return this.threads.reduce((sum, thread) => sum + thread.tokens.length, 0);
   }
 
+  // The request was hung up on: nothing more will come.
+  close() {
+    for (const thread of this.live) thread.finish = "cancelled";
+  }
+
   take(event) {
     const thread = this.threads[event.thread];
     this.step = event.step;

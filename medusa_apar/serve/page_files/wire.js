@@ -18,6 +18,10 @@ export function setKey(key) {
   key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY);
 }
 
+export function hasKey() {
+  return sessionStorage.getItem(KEY) !== null;
+}
+
 function headers() {
   const key = sessionStorage.getItem(KEY);
   return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
