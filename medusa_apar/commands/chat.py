@@ -31,8 +31,8 @@ Ctrl-C stops an answer; what can be read of it is part of the conversation."""
 
 
 class Chat:
-    """On a terminal answers grow in lanes, a thread each, and then become a text. Elsewhere they are printed as they can
-    be read, and standard output has nothing but them.
+    """On a terminal answers grow in lanes, a thread each, and then become a text. Elsewhere they are printed as they
+    can be read, and standard output has nothing but them.
 
     Attributes: messages: the conversation so far. fork: where the next answers split.
     """

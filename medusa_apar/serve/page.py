@@ -1,4 +1,4 @@
-"""The page on which threads can be watched: files of our own, handed out as they are, and nothing from anywhere else."""
+"""The page on which threads can be watched: files of our own, handed out as they are, nothing from anywhere else."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def page_files() -> dict[str, File]:
 
 
 def router() -> APIRouter:
-    """`/` and `/page/NAME`. They need no key and tell nothing of the model: the page asks the API as any client does."""
+    """`/` and `/page/NAME`. They need no key and tell nothing of the model: the page asks the API as clients do."""
     routes, known = APIRouter(include_in_schema=False), page_files()
 
     def answer(request: Request, file: File | None) -> Response:

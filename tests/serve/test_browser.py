@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's browser
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "What are the key skills of a good leader?"
-KEY = "a key"
+KEY = "page-key"
 HTML = "<b>bold</b><img src=x onerror=alert(1)><script>alert(2)</script> & **so** on"
 # Notes how long each lane's text is, picture after picture.
 WATCH = """() => { window.seen = []; new MutationObserver(() => seen.push([...document.querySelectorAll(".lane")].map(
@@ -48,7 +47,8 @@ def browser():
 @pytest.fixture
 def page(browser):
     """What goes wrong on it fails the test: a policy that is broken, an error nobody catches, another host."""
-    context = browser.new_context(viewport={"width": 1200, "height": 850}, permissions=["clipboard-read", "clipboard-write"])
+    allowed = ["clipboard-read", "clipboard-write"]
+    context = browser.new_context(viewport={"width": 1200, "height": 850}, permissions=allowed)
     page, wrong = context.new_page(), []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: "Content Security Policy" in message.text and wrong.append(message.text))
@@ -88,11 +88,11 @@ def recorded(model, tokenizer, prompt_ids, control=None, **options):
 
 
 def recordings():
-    for seed in (2, 13, 24):
-        for limit in (30, 200):
-            yield tiny_tokenizer(), recorded(forking_model(seed), tiny_tokenizer(), [7, 8, 9], CONTROL, max_new_tokens=limit)
-    for ids in list_prompts(3)["input_ids"].tolist():
-        yield ListTokenizer(), recorded(list_writer(), ListTokenizer(), ids, fork="lists", max_new_tokens=150)
+    for seed, limit in ((2, 30), (13, 120), (24, 60)):
+        model, tokenizer = forking_model(seed), tiny_tokenizer()
+        yield tokenizer, recorded(model, tokenizer, [7, 8, 9], CONTROL, max_new_tokens=limit)
+    for ids in list_prompts(2)["input_ids"].tolist():
+        yield ListTokenizer(), recorded(list_writer(), ListTokenizer(), ids, fork="lists", max_new_tokens=100)
 
 
 def test_threads_are_read_as_python_reads_them(scripts):
@@ -103,9 +103,11 @@ def test_threads_are_read_as_python_reads_them(scripts):
         written, steps = [write(event) for event in events], events[-1].step
         at = sorted({1, steps // 3, steps // 2, steps - 1, steps})
         found = scripts.evaluate(
-            """async ([events, at]) => { const {Recording} = await import("/page/recording.js"); return at.map((step) => {
-            const its = Recording.of(events, step);
-            return [its.text().map(([thread, token]) => [thread.index, token.id]), its.live.length] }) }""",
+            """async ([events, at]) => {
+            const {Recording} = await import("/page/recording.js");
+            return at.map((step) => {
+              const its = Recording.of(events, step);
+              return [its.text().map(([thread, token]) => [thread.index, token.id]), its.live.length] }) }""",
             [written, at],
         )
         for step, (text, live) in zip(at, found, strict=True):
@@ -113,7 +115,7 @@ def test_threads_are_read_as_python_reads_them(scripts):
             assert text == [[thread.index, thread.tokens[index]] for thread, index in then.text()]
             assert live == sum(thread.live for thread in then.trees[0].threads)
             compared += len(text)
-    assert compared > 1000
+    assert compared > 500
 
 
 @pytest.mark.parametrize(
@@ -138,8 +140,9 @@ def test_lists_and_paragraphs_are_elements_and_all_else_is_text(scripts, text, h
 
 def test_no_text_makes_the_renderer_fail_or_lose_a_word(scripts):
     script = """async (texts) => { const {rendered} = await import("/page/document.js");
+        const runs = [{end: 3, hue: 1}, {end: 9, hue: 0}, {end: 1e9, hue: 2}];
         return texts.map((text) => { const root = document.createElement("div");
-          root.append(rendered(text, [{end: 3, hue: 1}, {end: 9, hue: 0}, {end: 1e9, hue: 2}])); return root.textContent }) }"""
+          root.append(rendered(text, runs)); return root.textContent }) }"""
     pieces = ["1. ", "- ", "  ", "\n", "**", "a", "b c", "`", "```", "12) ", "# ", "    - ", "<i>", "é", "🙂"]
     texts = ["".join(pieces[(seed * 7 + k * k * (seed + 3)) % len(pieces)] for k in range(14)) for seed in range(300)]
     for text, shown in zip(texts, scripts.evaluate(script, texts), strict=True):
@@ -152,7 +155,8 @@ def test_no_text_makes_the_renderer_fail_or_lose_a_word(scripts):
 
 @contextmanager
 def serving(port=0):
-    command = [sys.executable, "-m", "medusa_apar", "serve", "--port", str(port), "--quantize", "int8", "--api-key", KEY]
+    options = ["--port", str(port), "--quantize", "int8", "--api-key", KEY, "--no-access-log"]
+    command = [sys.executable, "-m", "medusa_apar", "serve", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         address = None
@@ -169,9 +173,14 @@ def serving(port=0):
 
 
 @pytest.fixture(scope="module")
-def server():
-    with serving() as (_, address):
-        yield address
+def served():
+    with serving() as (process, address):
+        yield process, address
+
+
+@pytest.fixture
+def server(served):
+    return served[1]
 
 
 @pytest.fixture
@@ -230,9 +239,10 @@ def test_lanes_grow_at_once_and_become_what_the_api_says(chat, server):
     assert "The answer is there" in chat.get_by_role("status").inner_text()
 
     # A second turn reads the first.
+    more = "Tell me more about the first."
     with chat.expect_request("**/v1/chat/completions") as request:
-        (again,) = asked(chat, "Tell me more about the first.", 60)
-    both = [*first, {"role": "assistant", "content": text}, {"role": "user", "content": "Tell me more about the first."}]
+        (again,) = asked(chat, more, 60)
+    both = [*first, {"role": "assistant", "content": text}, {"role": "user", "content": more}]
     assert request.value.post_data_json["messages"] == both
     assert again == content(server, both, max_tokens=60)
 
@@ -302,23 +312,19 @@ def test_nothing_is_wider_than_the_window_and_all_has_a_name(chat, width):
 
 
 @pytest.mark.real
-def test_a_server_that_goes_away_is_told_and_waited_for(page):
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
-    with serving(port) as (process, address):
-        page.goto(address)
-        unlock(page)
-        page.get_by_label("Your question").fill(QUESTION)
-        page.get_by_label("Your question").press("Enter")
-        page.locator(".lane").nth(2).wait_for()
-        process.send_signal(signal.SIGKILL)
-        page.get_by_text("This page goes on as soon as it is back.").wait_for()
-        assert page.locator(".turn .facts").inner_text().startswith("Broken off")
-        page.get_by_label("Your question").fill("Are you there?")
-        page.get_by_label("Your question").press("Enter")
-        page.locator("#server.down").wait_for()
-    with serving(port):
-        page.locator("#server.up").wait_for()
-        page.locator("#notice").wait_for(state="hidden")
-        assert asked(page, "Are you there?", 12) != [""]
+def test_a_server_that_goes_away_is_told_and_waited_for(chat, served):
+    """The last of all: the others' server is gone then."""
+    process, address = served
+    chat.get_by_label("Your question").fill(QUESTION)
+    chat.get_by_label("Your question").press("Enter")
+    chat.locator(".lane").nth(2).wait_for()
+    process.send_signal(signal.SIGKILL)
+    chat.get_by_text("This page goes on as soon as it is back.").wait_for()
+    assert chat.locator(".turn .facts").inner_text().startswith("Broken off")
+    chat.get_by_label("Your question").fill("Are you there?")
+    chat.get_by_label("Your question").press("Enter")
+    chat.locator("#server.down").wait_for()
+    with serving(address.rpartition(":")[2]):
+        chat.locator("#server.up").wait_for()
+        chat.locator("#notice").wait_for(state="hidden")
+        assert asked(chat, "Are you there?", 12) != [""]

@@ -16,7 +16,8 @@ export function figures(recording) {
 
 export function sentence({ tokens, steps, seconds, threads, perStep }) {
   const written = threads > 1 ? `, written by ${threads} threads` : "";
-  return `${tokens} tokens in ${steps} steps and ${seconds.toFixed(1)} s${written}: ${perStep.toFixed(2)} tokens a step`;
+  const took = `${tokens} tokens in ${steps} steps and ${seconds.toFixed(1)} s${written}`;
+  return `${took}: ${perStep.toFixed(2)} tokens a step`;
 }
 
 export function number(value, digits) {

@@ -91,9 +91,8 @@ class Turn {
 
 function show(column, recording) {
   const found = figures(recording);
-  const values = { rate: [found.rate, 0], perStep: [found.perStep, 2], threads: [found.threads, 0], slots: [found.slots, 0] };
-  for (const [name, [value, digits]] of Object.entries(values)) {
-    find(`#${column}-${name}`).textContent = number(value, digits);
+  for (const name of ["rate", "perStep", "threads", "slots"]) {
+    find(`#${column}-${name}`).textContent = number(found[name], name === "perStep" ? 2 : 0);
   }
 }
 
