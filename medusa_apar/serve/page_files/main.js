@@ -10,7 +10,7 @@ const RETRY = 1500; // milliseconds between two looks at a server that is gone
 const find = (selector) => document.querySelector(selector);
 const [form, box, log] = [find("#ask"), find("#question"), find("#conversation")];
 const settings = new Settings(form);
-const messages = []; // of the conversation so far, as the API takes them
+let messages = []; // of the conversation so far, as the API takes them
 let model = null;
 let running = null; // an AbortController while an answer grows
 
@@ -18,13 +18,14 @@ let running = null; // an AbortController while an answer grows
 
 async function ask(question) {
   running = new AbortController();
-  const turn = new Turn(question);
+  const turn = new Turn(question, messages);
   setRunning(true);
   say("The answer is being written.");
   try {
     model ??= await modelName();
-    const asked = [...messages, { role: "user", content: question }];
+    const asked = [...turn.messages, { role: "user", content: question }];
     const body = { model, messages: asked, stream: true, ...settings.body() };
+    if (turn.answers.length > 1) body.seed ??= Math.floor(Math.random() * 2 ** 31); // of both, as far as they go alike
     const plain = { ...body, apar: { ...body.apar, fork: "off", speculation: "off" } };
     const bodies = turn.answers.length > 1 ? [body, plain] : [body];
     const done = await Promise.allSettled(bodies.map((its, place) => follow(turn.answers[place], its)));
@@ -54,13 +55,15 @@ async function follow(answer, body) {
   }
 }
 
+// What there is of an answer, however it ended, is what later turns read.
 function keep(question, turn) {
-  messages.push({ role: "user", content: question }, { role: "assistant", content: turn.answers[0].content });
+  const content = turn.answers[0].content;
+  if (content) turn.messages.push({ role: "user", content: question }, { role: "assistant", content });
 }
 
 function explain(error, question, turn) {
-  if (turn.answers[0].content) keep(question, turn);
-  else {
+  keep(question, turn);
+  if (!turn.answers[0].content) {
     turn.root.remove();
     if (!box.value) box.value = question;
   }
@@ -72,7 +75,8 @@ function explain(error, question, turn) {
 }
 
 class Turn {
-  constructor(question) {
+  constructor(question, messages) {
+    this.messages = messages; // those of the conversation it belongs to: a new one may begin meanwhile
     find("#welcome").hidden = true;
     this.root = log.appendChild(element("section", "turn"));
     const asked = this.root.appendChild(element("h2", "question"));
@@ -207,7 +211,7 @@ find("#link").addEventListener("click", async () => {
 });
 find("#new").addEventListener("click", () => {
   running?.abort();
-  messages.length = 0;
+  messages = [];
   log.replaceChildren();
   find("#welcome").hidden = false;
   notice("");
