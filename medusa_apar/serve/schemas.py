@@ -131,13 +131,15 @@ class Apar(Body):
     """Our own fields. None is what the server was started with.
 
     fork: where the answer splits. max_threads: of the answer in one step. max_depth: at which threads fork no more.
-    acceptance: "typical" samples faster and is not exact. events: the answer tells how its threads grew.
+    acceptance: "typical" samples faster and is not exact. speculation: "off" guesses nothing ahead. events: the answer
+    tells how its threads grew.
     """
 
     fork: Annotated[Any, one_of(True, False, "auto", "off", "lists")] = None
     max_threads: AtLeastOne | None = None
     max_depth: Annotated[int, Field(ge=0, le=64)] | None = None
     acceptance: Literal["exact", "typical"] | None = None
+    speculation: Literal["auto", "off"] | None = None
     events: bool | None = None
 
 

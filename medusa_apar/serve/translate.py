@@ -158,6 +158,8 @@ def _asked(
     if body.apar and body.apar.acceptance:
         hot = sampling.get("temperature", 0) > 0
         shared["typical"] = checks.typical_acceptance(body.apar.acceptance) if hot else None
+    if body.apar and body.apar.speculation == "off":
+        shared["speculation"] = False
     salt = f"asked {body.cache_salt}" if body.cache_salt else place.tenant and f"tenant {place.tenant}"
     shared |= {"cache_salt": salt} if salt else {}
     requests = []
