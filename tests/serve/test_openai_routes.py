@@ -266,7 +266,7 @@ def test_a_stream_is_this(server):
     assert chunks[-2]["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}]
     usage = json.loads(last.removeprefix("data: "))
     assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 3
-    assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert 0 <= usage["usage"]["prompt_tokens_details"]["cached_tokens"] < usage["usage"]["prompt_tokens"]
     assert (done, empty) == ("data: [DONE]", "")
     assert "usage" not in server.chunks(CHAT, **fields | {"stream_options": {}})[0]
 
@@ -324,7 +324,8 @@ def test_the_official_client(client):
         chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == message.content
     assert chunks[-2].choices[0].finish_reason == answer.choices[0].finish_reason
-    assert chunks[-1].usage == answer.usage and chunks[-1].usage.prompt_tokens_details.cached_tokens == 0
+    assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0  # the same question again
     assert len(answer.choices[0].logprobs.content) == answer.usage.completion_tokens
     back = client.chat.completions.create(**plain | {"messages": [*QUESTION, message.model_dump(), *QUESTION]})
     assert back.usage.prompt_tokens > answer.usage.prompt_tokens
