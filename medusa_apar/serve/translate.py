@@ -188,7 +188,10 @@ def _sampling(body: Generation, apar: MedusaApar) -> dict[str, Any]:
         check_ids(apar, "logit_bias", list(asked["logit_bias"]))
     if (guide := _guide(body)) is not None:
         asked["guide"] = guide
-    return {"temperature": 1.0} | known | asked
+    whole = {"temperature": 1.0} | known | asked
+    if whole["temperature"] < checks.COLDEST:  # by so little the likeliest token is always chosen
+        whole["temperature"] = 0.0
+    return whole
 
 
 def _bias(bias: dict[str, float]) -> dict[int, float]:
