@@ -29,6 +29,7 @@ setup(
     package_data={
         "medusa_apar": ["py.typed", "custom_generate/*"],
         "medusa_apar.display": ["*.css"],
+        "medusa_apar.serve": ["page_files/*"],
         "medusa_apar.runtimes.cpu": ["*.cpp", "*.h"],
         "medusa_apar.heads": ["weights/*/*", "weights/*/*/*"],
         "medusa_apar.triton_kernels": ["resources.json"],
@@ -56,6 +57,8 @@ setup(
         "eval": ["matplotlib"],
         # fastapi 0.165 is the first that was tried; its limit of a body's length is what bounds the memory of one.
         "serve": SERVE,
+        # What answers in JSON are held to.
+        "structured": ["llguidance>=1.9"],
         # jupyterlab brings the kernel and IPython; transformers' progress bars are ipywidgets there.
         "notebooks": ["jupyterlab", "ipywidgets", "matplotlib"],
         # fschat's conversation templates (which medusa-llm brings) render prompts of Vicuna-based APAR checkpoints.
@@ -65,10 +68,10 @@ setup(
         # dependencies.
         # xdist: the suite on every core, or it would take longer than people wait for it.
         # nbclient, nbformat and ipykernel execute the notebooks in the suite, without JupyterLab's fifty packages.
-        # httpx and openai ask the server what its users would.
+        # httpx and openai ask the server what its users would, and playwright has a browser open its page.
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"),
-            *(*SERVE, "httpx", "openai"),
+            *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright"),
         ],
     },
     entry_points={"console_scripts": ["medusa-apar = medusa_apar.commands.cli:main"]},

@@ -21,7 +21,7 @@ from .budget import SECONDARY, EvenBudget, ForestBudget
 from .candidates import MAX_DEPTH, CandidateScorer, Proposal
 from .draft_tree import DraftTree
 from .drafter import Drafter
-from .ngram_index import NgramIndex, NgramMatch
+from .ngram_index import MAX_MATCH, MAX_RECALLED, NgramIndex, NgramMatch
 from .options import Speculation
 
 
@@ -38,10 +38,11 @@ class Drafting(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What the next step will run: threads at most, and requests."""
+    """What the next step will run: threads at most, and requests; whether guesses are wanted for any of these."""
 
     threads: int
     requests: int
+    speculation: bool = True
 
 
 @dataclass(slots=True)
@@ -83,8 +84,9 @@ class Speculator:
     def begin(self, load: Load, num_segments: int) -> Drafting | None:
         """Settles whether the heads draft in this step; what they would draft on the device, for so many segments."""
         self.last_draft = None
-        self._asks = self.drafter is not None and self.budget.heads_enabled()
-        self.undrafted_steps += self.drafter is not None and not self._asks
+        wanted = self.drafter is not None and load.speculation
+        self._asks = wanted and self.budget.heads_enabled()
+        self.undrafted_steps += wanted and not self._asks
         return self._drafting(load.threads, num_segments)
 
     def learn(self, result: DraftResult, thread: Thread) -> None:
@@ -125,6 +127,8 @@ class Speculator:
         """Keeps the threads for which drafts can pay in such a step. The n-gram indexes learn from all of them."""
         groups = []
         for request, group in groupby(advances, attrgetter("request")):
+            if not request.options.speculation:
+                continue
             threads = [advance.thread for advance in group]
             groups.append(threads)
             if self.ngrams:
@@ -136,8 +140,11 @@ class Speculator:
         return [advance for advance in advances if advance.thread in paying]
 
     def _matches(self, advances: Sequence[Advance]) -> dict[Thread, NgramMatch]:
-        """What followed where these threads' last tokens were written before."""
-        found = ((advance.thread, advance.request.ngrams.lookup(advance.thread)) for advance in advances)
+        """What a grammar expects behind these threads, or what followed where their last tokens were written before."""
+        found = (
+            (advance.thread, _expected(advance) or advance.request.ngrams.lookup(advance.thread))
+            for advance in advances
+        )
         return {thread: match for thread, match in found if match is not None}
 
     def _draft(
@@ -198,3 +205,10 @@ class Speculator:
             return None
         tree = self.tree.first(self.budget.nodes(roots, max(min(threads, roots), 1), self.budget.rows))
         return Drafting(self.drafter, tree) if len(tree) else None
+
+
+def _expected(advance: Advance) -> NgramMatch | None:
+    """As sure as the longest of matches."""
+    request = advance.request
+    tokens = [] if request.guide is None else request.guide.expected(request.path(advance.thread))
+    return NgramMatch(tokens[:MAX_RECALLED], MAX_MATCH) if tokens else None
