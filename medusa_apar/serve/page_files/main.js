@@ -49,8 +49,8 @@ async function follow(answer, body) {
     for await (const chunk of chunks(body, signal)) answer.take(chunk);
     answer.settle(answer.reason === "length" ? "At the limit" : "");
   } catch (error) {
-    if (signal.aborted) answer.settle("Stopped");
-    else if (answer.content) answer.settle("Broken off");
+    const ended = answer.content ? "Broken off" : "Not answered";
+    answer.settle(signal.aborted ? "Stopped" : ended);
     if (!signal.aborted) throw error;
   }
 }
