@@ -50,7 +50,8 @@ setup(
     extras_require={
         # datasets reads corpora by their Hub name, matplotlib draws what `calibrate` measures.
         "train": ["accelerate>=1.0", "datasets", "matplotlib"],
-        "eval": ["matplotlib"],
+        # httpx asks servers under load.
+        "eval": ["matplotlib", "httpx"],
         "serve": ["fastapi", "uvicorn"],
         # jupyterlab brings the kernel and IPython; transformers' progress bars are ipywidgets there.
         "notebooks": ["jupyterlab", "ipywidgets", "matplotlib"],
