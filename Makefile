@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
 TORCH_INDEX ?=
 
-.PHONY: install demo test test-newest schedules bench notebooks notebooks-run lint clean
+.PHONY: install demo serve test test-newest schedules bench notebooks notebooks-run lint clean
 
 install: $(READY)
 
@@ -22,6 +22,10 @@ $(READY): setup.py constraints.txt
 
 demo: install
 	$(BIN)/medusa-apar demo $(ARGS)
+
+# `dev` has what a server needs.
+serve: install
+	$(BIN)/medusa-apar serve --quantize int8 $(ARGS)
 
 # A process a core, a file of tests to each; ARGS="-n 0 tests/kv/test_pool.py" runs one file plainly.
 test: install

@@ -9,6 +9,9 @@ from setuptools import find_packages, setup
 
 MAPPED = {"medusa_apar.heads": "heads", "medusa_apar.triton_kernels": "triton_kernels", "medusa_apar.eval": "eval"}
 
+# FastAPI and uvicorn carry the server, prometheus-client counts for it.
+SERVE = ["fastapi>=0.165", "uvicorn", "prometheus-client"]
+
 packages = find_packages(include=["medusa_apar", "medusa_apar.*"])
 for folder in MAPPED.values():
     packages += [f"medusa_apar.{name}" for name in find_packages(include=[folder, f"{folder}.*"])]
@@ -52,7 +55,8 @@ setup(
         "train": ["accelerate>=1.0", "datasets", "matplotlib"],
         # httpx asks servers under load.
         "eval": ["matplotlib", "httpx"],
-        "serve": ["fastapi", "uvicorn"],
+        # fastapi 0.165 is the first that was tried; its limit of a body's length is what bounds the memory of one.
+        "serve": SERVE,
         # jupyterlab brings the kernel and IPython; transformers' progress bars are ipywidgets there.
         "notebooks": ["jupyterlab", "ipywidgets", "matplotlib"],
         # fschat's conversation templates (which medusa-llm brings) render prompts of Vicuna-based APAR checkpoints.
@@ -62,7 +66,11 @@ setup(
         # dependencies.
         # xdist: the suite on every core, or it would take longer than people wait for it.
         # nbclient, nbformat and ipykernel execute the notebooks in the suite, without JupyterLab's fifty packages.
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"],
+        # httpx and openai ask the server what its users would.
+        "dev": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"),
+            *(*SERVE, "httpx", "openai"),
+        ],
     },
     entry_points={"console_scripts": ["medusa-apar = medusa_apar.commands.cli:main"]},
     classifiers=[

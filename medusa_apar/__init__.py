@@ -11,6 +11,7 @@ Each folder is a room, and a room imports only from the rows below its own:
     __main__.py       `python -m medusa_apar`
     commands/         the command line: a file a subcommand
     eval/             benchmarks and checks
+    serve/            an OpenAI-compatible server over one engine
     generate.py       the drop-in: `attach`, `MedusaApar.generate`
     call.py           one call of it: rows become requests, and these its output
     requests.py       what a caller asks for, as requests of an engine

@@ -19,9 +19,10 @@ from transformers import (
 from transformers.generation import StopStringCriteria
 
 from medusa_apar.engine.admission import check_ids
-from medusa_apar.engine.stopping import CriteriaStop
+from medusa_apar.engine.stopping import TextStop
 from medusa_apar.events import Consumer
 from medusa_apar.events.reporter import Reporter
+from medusa_apar.events.texts import TextStream, TokenTexts
 from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_mode, fork_policy
 from medusa_apar.threads.fork_rule import ForkRule
@@ -136,6 +137,21 @@ def stop_string_criteria(asked: CallOptions, tokenizer: Any) -> list[Callable]:
     return [StopStringCriteria(tokenizer=tokenizer, stop_strings=asked.stop_strings)]
 
 
+def text_stop(strings: str | Sequence[str] | None, tokenizer: Any, free: int = 0) -> TextStop | None:
+    """What ends a request at stop strings, none of which ends within the first `free` tokens; None without any.
+
+    ValueError where one is empty, or there is no tokenizer to read them with.
+    """
+    stops = [strings] if isinstance(strings, str) else list(strings or ())
+    if not stops:
+        return None
+    if tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to attach.")
+    if not all(stops):
+        raise ValueError("one of the stop strings is empty.")
+    return TextStop(TextStream(TokenTexts.of(tokenizer), stops, free))
+
+
 def engine_request(
     apar: MedusaApar, id: str, prompt_ids: Sequence[int], sampling: Sampling, asked: CallOptions, **options: Any
 ) -> Request:
@@ -143,12 +159,11 @@ def engine_request(
     check_ids(apar.model, prompt_ids)
     asked = replace(asked, seed=sampling.seed)
     shared = shared_options(apar, asked, apar.tokenizer, sampling.temperature > 0)
-    criteria = stop_string_criteria(asked, apar.tokenizer)
     eos = (apar.model.generation_config or GenerationConfig()).eos_token_id
     its = replace(
         shared,
         eos_ids=frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos]),
-        stop=CriteriaStop(criteria, "cpu") if criteria else None,
+        stop=text_stop(asked.stop_strings, apar.tokenizer, getattr(sampling, "min_tokens", 0)),
         processors=sampling.processors(len(prompt_ids), apar.control_token_ids),
         watcher=None if asked.events is None else Reporter(asked.events, keep=False),
         **options,

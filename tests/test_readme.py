@@ -4,17 +4,22 @@ As it stands there, in an empty folder, with arguments behind its own that make 
 small it is runs in a notebook, with the same options among others; `ELSEWHERE` says in which.
 """
 
+import asyncio
 import functools
 import json
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import NoReturn
 
+import httpx
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -24,11 +29,13 @@ from medusa_apar.commands import cli
 from medusa_apar.eval import ceilings
 from medusa_apar.eval.peers import PEERS
 from medusa_apar.heads import HydraHeads
+from medusa_apar.serve.server import Server
 from tests.support.folders import forking_folder
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
-    page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "medusa_apar/README.md", "eval/README.md")
+    page: (ROOT / page).read_text(encoding="utf-8")
+    for page in ("README.md", "medusa_apar/README.md", "medusa_apar/serve/README.md", "eval/README.md")
 }
 BLOCKS = [(page, *block) for page in PAGES for block in re.findall(r"^```(\w+)\n(.*?)^```$", PAGES[page], re.M | re.S)]
 COMMANDS = [
@@ -46,6 +53,7 @@ SMALL = {
     "generate": ["--max-new-tokens", "8"],
     "bench": ["--max-new-tokens", "8", "--limit", "1", "--model", "tiny"],
     "doctor": [],
+    "serve": ["--port", "0"],
 }
 ELSEWHERE = dict.fromkeys(("data", "finetune", "train-heads", "calibrate"), "3_your_own_model.ipynb")
 
@@ -77,8 +85,24 @@ def folder(load, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
         ceilings, "measure", lambda kinds: ceilings.Ceilings(1.0, {kind: {1: 1.0} for kind in kinds}, 0.0)
     )
+    monkeypatch.setattr(Server, "run", answer_curls)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def answer_curls(server: Server, sockets: list[socket.socket]) -> None:
+    """Serves in a thread, where no signal comes, until what the READMEs ask has been answered."""
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)), daemon=True)
+    thread.start()
+    while server.service.state == "loading":
+        time.sleep(0.05)
+    try:
+        for words, answer in curls(f"http://127.0.0.1:{sockets[0].getsockname()[1]}"):
+            assert answer.status_code == 200, (shlex.join(words), answer.text)
+            assert answer.json()["choices"][0]["message"]["content"].strip()
+    finally:
+        server.should_exit = True
+        thread.join(60)
 
 
 def run(words: list[str]) -> None:
@@ -89,6 +113,8 @@ def run(words: list[str]) -> None:
         run_command(words[1:])
     elif program == "pip":
         run_pip(words[1:])
+    elif program == "curl":
+        assert COMMANDS.index(words) > COMMANDS.index(["make", "serve"])  # which is when it is sent
     else:
         nobody_runs(words)
 
@@ -156,6 +182,18 @@ def run_command(arguments: list[str]) -> None:
     if parsed.command == "bench":  # other engines are downloads of their own: test_peers.py has one that is not
         more = [*more, "--systems", *(name for name in parsed.systems if name not in PEERS)]
     assert cli.main([*arguments, *more]) == 0
+
+
+def curls(url: str) -> list[tuple[list[str], httpx.Response]]:
+    """What the READMEs ask of the server, asked of this one."""
+    asked = [words for words in COMMANDS if words[0] == "curl"]
+    answers = []
+    for words in asked:
+        options = dict(zip(words[2::2], words[3::2], strict=True))
+        header = dict([options["-H"].split(": ")])
+        address = words[1].replace("http://127.0.0.1:8000", url)
+        answers.append((words, httpx.post(address, headers=header, content=options["-d"], timeout=120, trust_env=False)))
+    return answers
 
 
 def commands_run_by(notebook: str) -> dict[str, set[str]]:

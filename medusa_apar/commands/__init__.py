@@ -14,17 +14,19 @@ A file's docstring is what `--help` prints. Nothing heavy is imported before `ru
     merge.py        `merge`: an adapter and its base as one model
     bench.py        `bench`: the same prompts under several systems
     bench_serve.py  its `--serve`: servers under load
+    serve.py        `serve`: answers over HTTP, as OpenAI's API does
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from . import answer, bench, calibrate, convert, data, finetune, merge, train_heads
+from . import answer, bench, calibrate, convert, data, finetune, merge, serve, train_heads
 
 SUBCOMMANDS: dict[str, ModuleType] = {
     "answer": answer,
     "bench": bench,
+    "serve": serve,
     "data": data,
     "finetune": finetune,
     "train-heads": train_heads,

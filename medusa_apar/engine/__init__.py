@@ -6,7 +6,7 @@ options.py       how an engine decodes, whatever its requests ask for
 admission.py     which requests can ever be answered
 scheduler.py     the queue, and which threads run in a step with how many draft nodes
 commit.py        what a verified segment does to threads and slots
-stopping.py      stopping criteria, limits and end tokens as transformers says them
+stopping.py      stopping criteria, limits and end tokens as transformers says them, and stop strings
 rescoring.py     a finished answer held against plain decoding, weak threads written anew
 draft_watch.py   says once where heads guess no better than chance
 stats.py         what an engine counted and measured

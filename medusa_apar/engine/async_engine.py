@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import fields
 from typing import Protocol
 
 from medusa_apar.threads.request import Request
@@ -19,12 +20,16 @@ from .stats import Stats
 class AsyncEngine(Protocol):
     """An engine that answers many requests of one event loop at once."""
 
-    def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
-        """Outputs as they come; the last has a finish reason. Closing the iterator aborts the request.
+    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs as they come: the first, which may be empty, as soon as the request is taken; the last has a finish
+        reason. Those that nobody has read yet come as one. Closing the iterator aborts the request.
 
         Raises, when it is first awaited, what `Engine.add` raises; and RuntimeError where the engine has broken or is
         closed.
         """
+
+    def abort(self, request: Request) -> None:
+        """Ends a request, whose iterator then ends with "aborted"; one that has ended stays as it is."""
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Takes no further requests and waits for those that run; False where some were left after `timeout` seconds.
@@ -34,7 +39,7 @@ class AsyncEngine(Protocol):
         """Aborts what is unfinished and gives everything back."""
 
     def stats(self) -> Stats:
-        """Counts so far, a copy."""
+        """Counts so far, and how it stood after its last step; a copy."""
 
     @property
     def healthy(self) -> bool:
@@ -42,6 +47,51 @@ class AsyncEngine(Protocol):
 
 
 Tell = Callable[[RequestOutput | Exception], None]
+
+
+class _Inbox:
+    """What one reader has not read yet, as one output: a reader that never reads costs no more than its answer."""
+
+    def __init__(self) -> None:
+        self._loop, self._filled = asyncio.get_running_loop(), asyncio.Event()
+        self._lock = threading.Lock()  # of what follows
+        self._output: RequestOutput | None = None
+        self._error: Exception | None = None
+
+    def put(self, what: RequestOutput | Exception) -> None:
+        """In the engine's thread. RuntimeError where the reader's loop is closed."""
+        with self._lock:
+            told = self._output is not None or self._error is not None
+            if isinstance(what, Exception):
+                self._error = what
+            elif self._output is None:
+                self._output = what
+            else:
+                _merge(self._output, what)
+        if not told:
+            self._loop.call_soon_threadsafe(self._filled.set)
+
+    async def take(self) -> RequestOutput:
+        """In the reader's loop. Raises what was put, once all that came before it is read."""
+        await self._filled.wait()
+        with self._lock:
+            output, self._output = self._output, None
+            if output is None:
+                assert self._error is not None
+                raise self._error
+            if self._error is None:
+                self._filled.clear()
+            return output
+
+
+def _merge(output: RequestOutput, later: RequestOutput) -> None:
+    """Makes one output of two of the same request: lists go on, of all else the later counts."""
+    for field in fields(output):
+        old, new = getattr(output, field.name), getattr(later, field.name)
+        if isinstance(old, list):
+            old += new
+        else:
+            setattr(output, field.name, new)
 
 
 class ThreadedEngine:
@@ -56,7 +106,8 @@ class ThreadedEngine:
         self._calls: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._tells: dict[Request, Tell] = {}  # of requests that the engine has; its thread alone knows them
         self._thread = threading.Thread(target=self._run, name="medusa-apar engine", daemon=True)
-        self._started, self._idle = threading.Event(), threading.Event()
+        # Waited for without a thread that waits, since the process could not end before that one.
+        self._started, self._idle, self._gone = _milestone(), _milestone(), _milestone()
         self._lock = threading.Lock()  # of what follows: nothing is asked of a thread that has ended
         self._broken: BaseException | None = None
         self._draining = self._ended = False
@@ -65,20 +116,19 @@ class ThreadedEngine:
     async def start(self) -> ThreadedEngine:
         """Starts the thread and waits until the engine is there."""
         self._thread.start()
-        await asyncio.to_thread(self._started.wait)
+        await asyncio.wrap_future(self._started)
         if self._broken is not None:
             raise self._broken
         return self
 
-    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
-        loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        inbox = _Inbox()
 
         def tell(output: RequestOutput | Exception) -> None:
             try:
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
+                inbox.put(output)
             except RuntimeError:  # the loop was closed under us: nobody waits
-                self._calls.put(lambda engine: self._abort(engine, request))
+                self.abort(request)
 
         def add(engine: Engine) -> None:
             try:
@@ -87,69 +137,88 @@ class ThreadedEngine:
                 tell(error)
             else:
                 self._tells[request] = tell
+                tell(RequestOutput(request.id))
 
         self._ask(add)
         ended = False
         try:
             while not ended:
-                output = await outputs.get()
-                ended = isinstance(output, Exception) or output.finish_reason is not None
-                if isinstance(output, Exception):
-                    raise output
+                try:
+                    output = await inbox.take()
+                except Exception:
+                    ended = True
+                    raise
+                ended = output.finish_reason is not None
                 yield output
         finally:
             if not ended:
-                self._calls.put(lambda engine: self._abort(engine, request))
+                self.abort(request)
+
+    def abort(self, request: Request) -> None:
+        self._calls.put(lambda engine: self._abort(engine, request))
 
     async def drain(self, timeout: float | None = None) -> bool:
         with self._lock:
             self._draining = True
-            if self._ended or not self._started.is_set():
-                self._idle.set()
+            if self._ended or not self._started.done():
+                _pass(self._idle)
             self._calls.put(lambda engine: None)  # it may be waiting
-        done = await asyncio.to_thread(self._idle.wait, timeout)
+        idle = asyncio.wrap_future(self._idle)
+        done, _ = await asyncio.wait([idle], timeout=timeout)
+        idle.cancel()
         await self.close()
-        return done
+        return bool(done)
 
     async def close(self) -> None:
+        """Waits for the step that runs; not for an engine that is still being made, which is closed once it is."""
         with self._lock:
             self._draining = True
         self._calls.put(None)
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        if self._started.done():
+            await asyncio.wrap_future(self._gone)
+            self._thread.join()
 
     def stats(self) -> Stats:
-        return copy.deepcopy(self._stats)
+        return self._stats.copy()
 
     @property
     def healthy(self) -> bool:
-        return self._started.is_set() and not self._ended and not self._draining
+        return self._started.done() and not self._ended and not self._draining
 
     def _ask(self, call: Callable[[Engine], None]) -> None:
         with self._lock:
             if self._broken is not None:
                 raise RuntimeError(f"the engine has broken: {self._broken}") from self._broken
-            if self._draining or self._ended or not self._started.is_set():
+            if self._draining or self._ended or not self._started.done():
                 raise RuntimeError("the engine takes no requests: it is not started, or it is closing.")
             self._calls.put(call)
 
     def _abort(self, engine: Engine, request: Request) -> None:
         """Aborts this very request: another may have its name by now."""
-        if self._tells.pop(request, None) is not None:
+        tell = self._tells.pop(request, None)
+        if tell is not None:
             engine.abort(request.id)
+            tell(RequestOutput(request.id, finish_reason="aborted"))
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            _pass(self._gone)
+
+    def _serve(self) -> None:
         try:
             engine = self._make()
         except BaseException as error:
             self._broken, self._ended = error, True
-            self._started.set()
+            _pass(self._started)
             return
-        self._started.set()
+        _pass(self._started)
         try:
             while self._take_calls(engine):
-                self._tell(engine.step())
-                self._stats = copy.deepcopy(engine.stats)
+                outputs = engine.step()
+                self._stats = engine.snapshot()
+                self._tell(outputs)
         except BaseException as error:  # a step that fails leaves nothing that could be gone on with
             self._end(engine, error)
         else:
@@ -169,14 +238,16 @@ class ThreadedEngine:
             call = self._calls.get()
             if call is not None:
                 call(engine)
-        self._stats = copy.deepcopy(engine.stats)
-        self._idle.set()
+        self._stats = engine.snapshot()
+        _pass(self._idle)
 
     def _take_calls(self, engine: Engine) -> bool:
         """Runs what was asked since the last step, and waits while there is nothing to do; False to end."""
         while True:
-            if not engine.unfinished and self._draining and self._calls.empty():
-                self._idle.set()
+            if not engine.unfinished:
+                self._stats = engine.snapshot()
+                if self._draining and self._calls.empty():
+                    _pass(self._idle)
             try:
                 call = self._calls.get(block=not engine.unfinished)
             except queue.Empty:
@@ -192,3 +263,15 @@ class ThreadedEngine:
                 if output.finish_reason is not None:
                     del self._tells[request]
                 tell(output)
+
+
+def _milestone() -> Future[None]:
+    """What a thread passes once and a coroutine may wait for; nobody's waiting can cancel it."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def _pass(milestone: Future[None]) -> None:
+    with suppress(InvalidStateError):  # passed already
+        milestone.set_result(None)

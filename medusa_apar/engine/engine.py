@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -53,7 +53,8 @@ class RequestOutput:
     """What a step has brought one request.
 
     token_ids: its new readable tokens. finish_reason: "stop", "length", "aborted" or "error" once it has ended; `error`
-    is what it failed by. events: what happened, where the request's options ask for them.
+    is what it failed by. events: what happened, and logprobs: of each of the tokens, where the request's options ask for
+    them.
     """
 
     request_id: str
@@ -61,6 +62,7 @@ class RequestOutput:
     finish_reason: str | None = None
     error: Exception | None = None
     events: list[Event] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Engine:
@@ -147,6 +149,18 @@ class Engine:
     def unfinished(self) -> int:
         """How many requests have not ended."""
         return len(self._requests)
+
+    def snapshot(self) -> Stats:
+        """Counts so far, and how the engine stands between two steps; a copy."""
+        running, pool = self.scheduler.running, self.ledger.pool
+        return replace(
+            self.stats.copy(),
+            running=len(running),
+            waiting=self.scheduler.num_waiting,
+            threads=sum(len(request.live) for request in running),
+            live_slots=pool.in_use,
+            free_slots=(pool.capacity if pool.max_slots is None else pool.max_slots) - pool.in_use,
+        )
 
     def close(self) -> None:
         """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""
@@ -274,11 +288,14 @@ class Engine:
                 self._end(request, Status.ABORTED, "aborted")
             elif request.done:
                 self._end(request, Status.FINISHED, request.finish_reason or "stop")
-            new, request.sent = request.text_ids[request.sent :], len(request.text_ids)
+            start, request.sent = request.sent, len(request.text_ids)
+            new = request.text_ids[start:]
+            told = [] if request.options.logprobs is None else request.text[start:]
+            logprobs = [request.logprobs[thread][index - thread.num_forced] for thread, index in told]
             events = request.watcher.take() if request.options.events else []
             if new or events or request.status.ended:
                 reason = request.finish_reason if request.status.ended else None
-                outputs.append(RequestOutput(request.id, new, reason, request.error, events))
+                outputs.append(RequestOutput(request.id, new, reason, request.error, events, logprobs))
         return outputs
 
     def _touched(self, plan: Plan) -> Iterator[Request]:

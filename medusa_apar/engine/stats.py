@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(slots=True)
@@ -29,6 +29,13 @@ class Stats:
     peak_threads: int = 0  # most threads in one forest
     peak_slots: int = 0  # most KV slots in use at once, draft nodes included
     final_slots: int = 0  # slots in use after the call: 0, or something leaked
+    # How the engine stood when the counts were copied (`Engine.snapshot`): requests that run, requests in the queue, live
+    # threads of those that run, and KV slots by what they hold.
+    running: int = 0
+    waiting: int = 0
+    threads: int = 0
+    live_slots: int = 0
+    free_slots: int = 0
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps
     rescore_seconds: float = 0.0  # rescore=True: passes over the reading order
@@ -40,6 +47,11 @@ class Stats:
     @property
     def tokens_per_step(self) -> float:
         return self.generated_tokens / max(self.steps, 1)
+
+    def copy(self) -> Stats:
+        """One that counts no further."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: value.copy() for name, value in values.items() if isinstance(value, dict)})
 
 
 @dataclass(frozen=True, slots=True)

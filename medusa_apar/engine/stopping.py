@@ -1,4 +1,4 @@
-"""What ends an answer, as transformers says it: stopping criteria, limits and end tokens of a call."""
+"""What ends an answer: stopping criteria, limits and end tokens of a call as transformers says them, stop strings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
+from medusa_apar.events.texts import TextStream
 from medusa_apar.threads.request import Request
 
 
@@ -80,3 +81,17 @@ class CriteriaStop:
             self._ids[before + self._known : length] = torch.tensor(new, dtype=torch.long, device=self._device)
         self._known = len(request.text_ids)
         return self._ids[:length]
+
+
+class TextStop:
+    """Stop strings as a `RequestOptions.stop`; one for each request. They end the answer at the token that brings the
+    last character of one, as a reader of the text would."""
+
+    def __init__(self, text: TextStream) -> None:
+        self._text, self._known = text, 0
+
+    def __call__(self, request: Request) -> bool:
+        for token in request.text_ids[self._known :]:
+            self._text.push(token)
+        self._known = len(request.text_ids)
+        return self._text.stopped

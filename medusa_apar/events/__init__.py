@@ -29,6 +29,7 @@ The events themselves lie here; beside them
     reporter.py   makes them of what the engine's steps do
     recording.py  adds them up to paragraph trees, and feeds them to a `TextStreamer`
     streaming.py  the reading order of a batch as columns, as transformers streams and returns it
+    texts.py      the text of an answer as its tokens come, up to its first stop string
 """
 
 from __future__ import annotations

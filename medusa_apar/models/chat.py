@@ -9,7 +9,7 @@ import torch
 
 from .sources import RELEASED_TOKENS
 
-Message = dict[str, str]  # "role": "system" | "user" | "assistant", "content"
+Message = dict[str, Any]  # "role": "system" | "user" | "assistant", "content"
 
 
 def encode(tokenizer: Any, question: str) -> dict[str, Any]:
@@ -19,14 +19,17 @@ def encode(tokenizer: Any, question: str) -> dict[str, Any]:
     return encode_messages(tokenizer, [{"role": "user", "content": question}])
 
 
-def encode_messages(tokenizer: Any, messages: list[Message]) -> dict[str, Any]:
+def encode_messages(
+    tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """`input_ids` and `attention_mask` [1, length], ready for an answer: the tokenizer's chat template, else Vicuna's
-    for released APAR models, whose tokenizers carry none, else the last message as bare text.
+    for released APAR models, whose tokenizers carry none, else the last message as bare text. tools: for a template that
+    knows them.
 
     ValueError, with the template's own words, where it refuses the conversation, and where no token comes of it.
     """
     if tokenizer.chat_template:
-        encoded = _templated(tokenizer, messages, return_tensors="pt", return_dict=True)
+        encoded = _templated(tokenizer, messages, tools=tools, return_tensors="pt", return_dict=True)
     elif set(RELEASED_TOKENS) <= set(tokenizer.get_vocab()):
         encoded = tokenizer(_vicuna(messages), return_tensors="pt")
     else:

@@ -192,7 +192,9 @@ class Request:
             self.text_ids.append(thread.tokens[index])
             stopped = self.options.stop is not None and self.options.stop(self)
             if stopped or len(self.text) >= self.max_new_tokens:
-                self.done, self.finish_reason = True, "stop" if stopped else "length"
+                # A visible token that ends its thread ends the text, be it the last that the limit lets through.
+                ended = thread.finish_reason == "stop" and index == len(thread.tokens) - 1
+                self.done, self.finish_reason = True, "stop" if stopped or ended else "length"
                 break
         else:
             if self._cursor.done:

@@ -1,12 +1,14 @@
 """The asyncio shell over an engine: streams, aborts, drains and breaks."""
 
 import asyncio
+import threading
 
 import pytest
 
 from medusa_apar.engine.async_engine import ThreadedEngine
 from medusa_apar.engine.engine import Engine
 from medusa_apar.engine.options import EngineOptions
+from medusa_apar.events import StepFinished
 from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.threads.fork_policy import ControlTokenForks
 from medusa_apar.threads.fork_rule import ForkRule
@@ -65,8 +67,8 @@ def test_an_iterator_that_is_closed_aborts_its_request_alone(parts):
         engine = await started(parts)
         other = asyncio.create_task(answer(engine, request("other", PROMPTS[1])))
         stream = engine.generate(request("gone", PROMPTS[0], 200))
-        first = await anext(stream)
-        assert first.token_ids
+        while not (await anext(stream)).token_ids:
+            pass
         await stream.aclose()
         ids, _ = await other
         again, _ = await answer(engine, request("gone", PROMPTS[0]))  # its name is free again
@@ -148,3 +150,76 @@ def test_what_the_making_of_an_engine_raises_is_raised_at_the_start():
             await ThreadedEngine(make).start()
 
     asyncio.run(run())
+
+
+def test_what_nobody_has_read_comes_as_one_output(parts):
+    """A reader that never reads costs one answer: nothing is kept for each step."""
+
+    async def run():
+        engine = await started(parts)
+        stream = engine.generate(request("slow", PROMPTS[0], events=True))
+        taken = await anext(stream)
+        while not taken.token_ids and engine.stats().running:
+            await asyncio.sleep(0.001)
+        while engine.stats().running:
+            await asyncio.sleep(0.001)
+        rest = [output async for output in stream]
+        steps = engine.stats().steps
+        await engine.close()
+        return taken, rest, steps
+
+    taken, rest, steps = asyncio.run(run())
+    assert steps > 3 > len(rest) and rest[-1].finish_reason in ("stop", "length")
+    assert [token for output in (taken, *rest) for token in output.token_ids] == written(parts, PROMPTS[0])
+    events = [event for output in (taken, *rest) for event in output.events]
+    assert sum(isinstance(event, StepFinished) for event in events) == steps
+
+
+def test_an_abort_by_another_ends_the_iterator(parts):
+    async def run():
+        engine = await started(parts)
+        its, other = request("gone", PROMPTS[0], 200), asyncio.create_task(answer(engine, request("other", PROMPTS[1])))
+        reasons = []
+        async for output in engine.generate(its):
+            engine.abort(its)
+            reasons.append(output.finish_reason)
+        ids, _ = await other
+        engine.abort(its)  # one that has ended stays as it is
+        assert await engine.drain()
+        return reasons, ids, engine.stats()
+
+    reasons, ids, stats = asyncio.run(run())
+    assert reasons[-1] == "aborted" and set(reasons[:-1]) <= {None}
+    assert ids == written(parts, PROMPTS[1]) and stats.live_slots == stats.running == stats.waiting == 0
+
+
+def test_how_the_engine_stands_is_told_while_it_runs(parts):
+    async def run():
+        engine = await started(parts, max_requests=1)
+        tasks = [asyncio.create_task(answer(engine, request(str(n), PROMPTS[n], 100))) for n in range(3)]
+        seen = []
+        while not all(task.done() for task in tasks):
+            seen.append(engine.stats())
+            await asyncio.sleep(0.001)
+        await engine.close()
+        return seen
+
+    seen = asyncio.run(run())
+    assert max(stats.waiting for stats in seen) == 2 and {stats.running for stats in seen} <= {0, 1}
+    assert max(stats.threads for stats in seen) > 1
+    assert all(stats.live_slots >= stats.threads for stats in seen if stats.steps)
+
+
+def test_an_engine_that_is_still_made_holds_nobody_up():
+    """A process that is to end does not wait for a model that loads."""
+    made = threading.Event()
+
+    async def run():
+        engine = ThreadedEngine(made.wait)
+        start = asyncio.create_task(engine.start())
+        await asyncio.sleep(0)
+        assert not engine.healthy and await engine.drain()
+        start.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    made.set()

@@ -1,0 +1,99 @@
+"""Routes and guards as one application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from medusa_apar import __version__
+
+from . import status_routes
+from .errors import ApiError
+from .guards import REQUEST_ID, Exchanges, Gate, KeyGuard, LengthGuard
+from .service import Service
+
+
+def create_app(service: Service, more: Sequence[APIRouter] = ()) -> FastAPI:
+    """The application of a service, which is started with it and closed with it.
+
+    more: routes beside the server's own.
+    """
+    options = service.options
+    guards = [
+        Middleware(Exchanges),
+        Middleware(KeyGuard, keys=options.api_keys),
+        Middleware(Gate, service=service),
+        Middleware(LengthGuard, most=options.max_body_bytes),
+    ]
+    if options.cors_origins:  # outermost: a page may read refusals too, and a preflight has no key
+        shown = [REQUEST_ID, "Retry-After"]
+        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": shown}
+        guards.insert(0, Middleware(CORSMiddleware, allow_origins=options.cors_origins, **allowed))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        start = asyncio.create_task(service.start())
+        yield
+        start.cancel()
+        with suppress(BaseException):  # `service.failure` has it
+            await start
+        await service.close()
+
+    app = FastAPI(
+        title="medusa-apar",
+        version=__version__,
+        middleware=guards,
+        lifespan=lifespan,
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        exception_handlers={
+            ApiError: _own_error,
+            RequestValidationError: _invalid,
+            HTTPException: _http_error,
+        },
+    )
+    for router in (status_routes.router(service), *_rooms(service), *more):
+        app.include_router(router)
+    return app
+
+
+def _rooms(service: Service) -> list[APIRouter]:
+    names = [name for name in ("openai_routes", "page") if find_spec(f"{__package__}.{name}")]
+    modules = [import_module(f"{__package__}.{name}") for name in names]
+    return [module.router(service) if module.__name__.endswith("routes") else module.router() for module in modules]
+
+
+async def _own_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """400 with the field that is at fault, as OpenAI has it."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    param = None if first["type"] == "json_invalid" else ".".join(place) or None
+    said = f"{param}: {first['msg']}" if param else f"the body is not what this route takes: {first['msg']}"
+    return ApiError(400, said, param=param).response()
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """What Starlette and FastAPI refuse: unknown paths, methods, bodies that are too large or no JSON."""
+    assert isinstance(error, HTTPException)
+    said = {
+        404: f"there is nothing at {request.url.path}",
+        405: f"{request.url.path} does not take {request.method}",
+        413: "the body is longer than this server takes",
+    }.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, said, headers=error.headers).response()

@@ -1,0 +1,156 @@
+"""What every request passes before its route: its id and log line, the API key, whether the server can answer now.
+
+ASGI middlewares, outermost first. They touch headers and the first message of an answer alone, so that streams flow
+through them as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+import time
+import uuid
+from datetime import UTC, datetime
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError
+from .exchange import begin, exchange_of_scope
+from .service import Service
+
+REQUEST_ID = "X-Request-Id"
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_LONGEST_PATH = 200  # characters of it that are logged
+
+access_log = logging.getLogger("medusa_apar.access")
+logger = logging.getLogger("medusa_apar.serve")
+
+
+def needs_key(path: str) -> bool:
+    """All do but /health and the page's own files."""
+    return path not in ("/", "/health") and not path.startswith("/page/")
+
+
+def answers_always(path: str) -> bool:
+    """Whether a path is answered while the model is loaded, while the server drains, and where the engine has died."""
+    return not needs_key(path) or path in ("/metrics", "/version")
+
+
+class Exchanges:
+    """Gives each request its `Exchange`, echoes its id, and logs it when it has ended: one line of JSON, without what
+    was asked or answered, keys, or a query. Whatever a route fails by becomes a 500 with a word."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get(REQUEST_ID, "")
+        exchange = begin(scope, asked if _ID.fullmatch(asked) else uuid.uuid4().hex)
+        began, status = time.perf_counter(), 499  # a client that goes before there is an answer never sees this
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = exchange.id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except Exception:
+            started = status != 499
+            status = 500
+            if started:
+                raise
+            logger.exception("request %s failed", exchange.id)
+            error = ApiError(500, "the server failed to answer this request")
+            await error.response()(scope, receive, noting)
+        finally:
+            line = {
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "id": exchange.id,
+                "method": scope["method"],
+                "path": scope["path"][:_LONGEST_PATH],
+                "status": status,
+                "ms": round(1000 * (time.perf_counter() - began), 1),
+                "prompt_tokens": exchange.prompt_tokens,
+                "answer_tokens": exchange.answer_tokens,
+            }
+            access_log.info("%s", json.dumps(line))
+
+
+class KeyGuard:
+    """401 without one of the keys, which come as `Authorization: Bearer KEY`.
+
+    Every key is compared in full, by digests of equal length: the time says nothing of how much was right.
+    """
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self.app, self._secret = app, secrets.token_bytes(32)
+        self._digests = [self._digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._digests:
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            digest = self._digest(key.strip().encode("latin-1"))
+            known = sum(hmac.compare_digest(digest, its) for its in self._digests) > 0
+            if known and scheme.lower() == "bearer":
+                exchange_of_scope(scope).tenant = digest.hex()
+            elif needs_key(scope["path"]):
+                said = "this server asks for an API key: send it as 'Authorization: Bearer KEY'"
+                error = ApiError(401, said, headers={"WWW-Authenticate": "Bearer"}, code="invalid_api_key")
+                await error.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _digest(self, key: bytes) -> bytes:
+        return hmac.digest(self._secret, key, hashlib.sha256)
+
+
+class Gate:
+    """503 while the server does not answer new requests; counts those that it does, so that a drain can wait."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or answers_always(scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        try:
+            self._service.check_answers()
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        with self._service.in_flight():
+            await self.app(scope, receive, send)
+
+
+class LengthGuard:
+    """413 for a body that is longer than this server takes by its own word; Starlette counts those that say nothing.
+
+    The rest of such a body is thrown away as it comes, since most clients read no answer before they have sent it.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self._counting, self._most = app, RequestBodyLimitMiddleware(app, most), most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        length = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
+        if length.isdecimal() and int(length) > self._most:
+            await too_long(self._most).response()(scope, receive, send)
+        else:
+            await self._counting(scope, receive, send)
+
+
+def too_long(most: int) -> ApiError:
+    return ApiError(413, f"the body is longer than the {most} bytes that this server takes")

@@ -1,0 +1,127 @@
+"""What Prometheus reads: counts and times of answers, and how the engine stands. Names are vLLM's under our prefix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from medusa_apar.engine.stats import Stats
+
+PREFIX = "medusa_apar:"
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320)
+
+
+class Metrics:
+    """Has a registry of its own, so that two servers in one process do not meet.
+
+    Args:
+        stats: the engine's; asked whenever the metrics are read.
+    """
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self, stats: Callable[[], Stats]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_OfEngine(stats))
+
+        def counter(name: str, said: str, *labels: str) -> Counter:
+            return Counter(PREFIX + name, said, labels, registry=self.registry)
+
+        def seconds(name: str, said: str) -> Histogram:
+            return Histogram(PREFIX + name, said, registry=self.registry, buckets=_SECONDS)
+
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of the prompts that were taken.")
+        self.generation_tokens = counter("generation_tokens", "Tokens of the answers.")
+        self.ended = counter("request_success", "Answers that came to an end.", "finished_reason")
+        self.first_token = seconds("time_to_first_token_seconds", "From the request to its first readable token.")
+        self.inter_token = seconds("inter_token_latency_seconds", "Between an answer's tokens; several at once share.")
+        self.whole = seconds("e2e_request_latency_seconds", "From the request to the end of its answer.")
+        self._mean_seconds = 0.0  # of late
+
+    def page(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def measure(self) -> Measure:
+        """For one answer, from now on."""
+        return Measure(self)
+
+    @property
+    def mean_seconds(self) -> float:
+        """How long answers have taken of late; 0 before the first."""
+        return self._mean_seconds
+
+    def _took(self, seconds: float) -> None:
+        self.whole.observe(seconds)
+        self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * seconds if self._mean_seconds else seconds
+
+
+class Measure:
+    """Counts and times one answer. Times are those at which its reader takes the tokens."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._began = self._last = time.perf_counter()
+        self._first = True
+
+    def taken(self, prompt_tokens: int) -> None:
+        self._metrics.prompt_tokens.inc(prompt_tokens)
+
+    def wrote(self, tokens: int) -> None:
+        if not tokens:
+            return
+        now, its = time.perf_counter(), self._metrics
+        its.generation_tokens.inc(tokens)
+        if self._first:
+            its.first_token.observe(now - self._began)
+            self._first = False
+            tokens -= 1
+        for _ in range(tokens):
+            its.inter_token.observe((now - self._last) / tokens)
+        self._last = now
+
+    def ended(self, reason: str) -> None:
+        self._metrics.ended.labels("abort" if reason == "aborted" else reason).inc()
+        self._metrics._took(time.perf_counter() - self._began)
+
+
+class _OfEngine:
+    """A collector that asks the engine when it is read."""
+
+    def __init__(self, stats: Callable[[], Stats]) -> None:
+        self._stats = stats
+
+    def describe(self) -> list[Metric]:
+        return []  # so that the engine is not asked at once
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for name, said, value in (
+            ("num_requests_running", "Requests that run.", stats.running),
+            ("num_requests_waiting", "Requests in the queue.", stats.waiting),
+            ("threads_running", "Live threads of the requests that run.", stats.threads),
+            ("kv_slots_peak", "Most KV slots in use at once so far.", stats.peak_slots),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, said, value)
+        slots = GaugeMetricFamily(PREFIX + "kv_slots", "KV slots by what they hold.", labels=["state"])
+        for state, value in (("live", stats.live_slots), ("cached", _of(stats, "cached_slots")), ("free", stats.free_slots)):
+            slots.add_metric([state], value)
+        yield slots
+        for name, said, value in (
+            ("forks", "Threads that were forked.", stats.forks),
+            ("forward_tokens", "Rows of all forward passes, prompts and draft nodes included.", stats.forward_tokens),
+            ("steps", "Forward passes.", stats.steps),
+            ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", _of(stats, "prefix_cache_queries")),
+            ("prefix_cache_hits", "Prompt tokens found there.", _of(stats, "prefix_cache_hits")),
+            ("spec_decode_num_draft_tokens", "Draft nodes.", stats.drafted.total()),
+            ("spec_decode_num_accepted_tokens", "Draft nodes that were right.", stats.accepted.total()),
+            ("num_preemptions", "Requests whose slots were all taken back.", stats.preemptions),
+        ):
+            yield CounterMetricFamily(PREFIX + name, said, value)
+
+
+def _of(stats: Stats, name: str) -> int:
+    return getattr(stats, name, 0)

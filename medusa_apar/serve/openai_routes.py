@@ -1,0 +1,254 @@
+"""OpenAI's routes: chats, completions and models, and vLLM's two for tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from medusa_apar.engine.engine import RequestOutput
+from medusa_apar.events.texts import TokenTexts
+
+from .answers import Choice, Delta, joined, usage
+from .bodies import AnyBody, inlined, read
+from .errors import ApiError
+from .event_texts import EventTexts, GuessTexts
+from .exchange import exchange_of
+from .forms import ChatForm, CompletionForm, Form
+from .schemas import ChatBody, CompletionBody, DetokenizeBody, Generation, TokenizeBody
+from .streams import EventStream, begun, merged
+from .translate import Asked, Place, chat, chat_ids, check_ids, completion, context_of, refused, text_ids
+
+if TYPE_CHECKING:
+    from .service import Service
+
+_LONG = 1 << 14  # bytes of a body whose translation would hold up all other answers
+_ERROR = {
+    "description": "What is wrong, in one sentence.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message", "type", "param", "code"],
+                        "properties": {
+                            "message": {"type": "string"},
+                            "type": {"type": "string"},
+                            "param": {"type": ["string", "null"]},
+                            "code": {"type": ["string", "null"]},
+                        },
+                    }
+                },
+            }
+        }
+    },
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 413, 429, 500, 503)}
+_NO_RESPONSES = "there is no /v1/responses here, as answers are not kept: use /v1/chat/completions"
+
+AnyGeneration = TypeVar("AnyGeneration", bound=Generation)
+
+
+def router(service: Service) -> APIRouter:
+    routes, serving = APIRouter(responses=_ERRORS), _Serving(service)
+
+    def post(path: str, schema: type[AnyBody]) -> Callable:
+        """A route whose body is read by ourselves, since FastAPI tells of an error in many sentences."""
+        content = {"application/json": {"schema": inlined(schema)}}
+        return routes.post(path, openapi_extra={"requestBody": {"required": True, "content": content}})
+
+    @post("/v1/chat/completions", ChatBody)
+    async def chat_completions(http: Request) -> Response:
+        body = await read(http, ChatBody)
+        return await _answer(serving, http, body, ChatForm, chat, body.logprobs is True)
+
+    @post("/v1/completions", CompletionBody)
+    async def completions(http: Request) -> Response:
+        body = await read(http, CompletionBody)
+        return await _answer(serving, http, body, CompletionForm, completion, body.logprobs is not None)
+
+    @routes.get("/v1/models")
+    async def list_models() -> Response:
+        return JSONResponse({"object": "list", "data": [serving.card()]})
+
+    @routes.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> Response:
+        serving.check(model)
+        return JSONResponse(serving.card())
+
+    @post("/tokenize", TokenizeBody)
+    async def tokenize(http: Request) -> Response:
+        body = await read(http, TokenizeBody)
+        serving.check(body.model)
+        ids = await _aside(http, lambda: _tokens_of(service, body))
+        names = serving.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        known = {"count": len(ids), "max_model_len": context_of(service.apar)}
+        return JSONResponse({**known, "tokens": ids, "token_strs": names})
+
+    @post("/detokenize", DetokenizeBody)
+    async def detokenize(http: Request) -> Response:
+        body = await read(http, DetokenizeBody)
+        serving.check(body.model)
+        check_ids(service.apar, "tokens", body.tokens)
+        text = await _aside(http, lambda: serving.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))
+        return JSONResponse({"prompt": text})
+
+    @routes.api_route("/v1/responses", methods=["GET", "POST"], include_in_schema=False)
+    @routes.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+    async def responses() -> Response:
+        raise ApiError(404, _NO_RESPONSES)
+
+    return routes
+
+
+class _Serving:
+    """The one model there is, and what its answers share."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self._created = service, int(time.time())
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.service.apar.tokenizer
+
+    @cached_property
+    def guesses(self) -> GuessTexts:
+        return GuessTexts(self.tokenizer)
+
+    def card(self) -> dict[str, Any]:
+        name, context = self.service.model_name, context_of(self.service.apar)
+        return {
+            **{"id": name, "object": "model", "created": self._created, "owned_by": "medusa-apar"},
+            **{"root": name, "parent": None, "max_model_len": context},
+        }
+
+    def check(self, name: str | None) -> None:
+        """ApiError 404 for another; None is the one there is."""
+        if name is not None and name != self.service.model_name:
+            said = f"there is no model {name[:200]!r} here, only {self.service.model_name!r}"
+            raise ApiError(404, said, param="model", code="model_not_found")
+
+
+async def _answer(
+    serving: _Serving,
+    http: Request,
+    body: AnyGeneration,
+    form_of: Callable[[TokenTexts, bool], Form],
+    translate: Callable[[AnyGeneration, Place], Asked],
+    logprobs: bool,
+) -> Response:
+    serving.check(body.model)
+    service, texts = serving.service, TokenTexts.of(serving.tokenizer)
+    form, options = form_of(texts, logprobs), service.options
+    id = service.new_id(form.prefix)
+    place = Place(service.apar, id, options.pool_slots, exchange_of(http).tenant, options.max_choices)
+    # A grammar that is seen for the first time is compiled.
+    asked = await _aside(http, lambda: translate(body, place), body.response_format is not None)
+    answer = _Answer(serving, body, form, asked, texts, id)
+    streams = [service.run(request, http) for request in asked.requests]
+    firsts = await begun(streams)
+    if body.stream:
+        return EventStream(answer.chunks(firsts, streams), streams)
+    return JSONResponse(await answer.whole(firsts, streams))
+
+
+class _Answer:
+    """What one HTTP request is answered with."""
+
+    def __init__(
+        self, serving: _Serving, body: Generation, form: Form, asked: Asked, texts: TokenTexts, id: str
+    ) -> None:
+        self._body, self._form, self._asked = body, form, asked
+        self._head = {"id": id, "created": int(time.time()), "model": serving.service.model_name}
+        self._choices = []
+        for index, request in enumerate(asked.requests):
+            writes = EventTexts(serving.tokenizer, serving.guesses) if body.events else None
+            echo = asked.echoes[index] if asked.echoes else ""
+            self._choices.append(Choice(request, asked, texts, echo, writes))
+
+    async def whole(
+        self, firsts: list[RequestOutput], streams: list[AsyncGenerator[RequestOutput, None]]
+    ) -> dict[str, Any]:
+        deltas: list[list[Delta]] = [[] for _ in self._choices]
+        async for index, output in merged(firsts, streams):
+            deltas[index].append(self._choices[index].take(output))
+        wholes = list(map(joined, deltas)) if deltas else self._unwritten()
+        choices = []
+        for index, whole in enumerate(wholes):
+            entry = {"index": index, **self._form.whole(whole), "finish_reason": whole.finish_reason}
+            if self._body.return_token_ids:
+                entry |= {"token_ids": whole.token_ids, "prompt_token_ids": self._prompt(index)}
+            choices.append(entry)
+        answer = {**self._head, "object": self._form.object, "choices": choices}
+        answer |= {"usage": usage(self._asked, self._choices), "system_fingerprint": None}
+        if self._body.events:
+            answer["apar"] = {"events": wholes[0].events, "stats": self._choices[0].stats()}
+        return answer
+
+    async def chunks(
+        self, firsts: list[RequestOutput], streams: list[AsyncGenerator[RequestOutput, None]]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        form, ids = self._form, self._body.return_token_ids
+        for index in range(len(self._asked.prompts) * self._asked.n):
+            if (opening := form.opening()) is not None:
+                yield self._chunk(index, opening | ({"prompt_token_ids": self._prompt(index)} if ids else {}))
+        for index, whole in enumerate(self._unwritten()):
+            yield self._chunk(index, form.part(whole))
+            yield self._chunk(index, form.end(), whole.finish_reason)
+        async for index, output in merged(firsts, streams):
+            choice = self._choices[index]
+            delta = choice.take(output)
+            if delta.text or delta.told or delta.events or (ids and delta.token_ids):
+                entry = form.part(delta) | ({"token_ids": delta.token_ids} if ids else {})
+                yield self._chunk(index, entry, events=delta.events)
+            if delta.finish_reason is not None:
+                yield self._chunk(index, form.end(), delta.finish_reason)
+        if self._body.includes_usage:
+            yield {**self._frame(), "choices": [], "usage": usage(self._asked, self._choices)}
+
+    def _chunk(
+        self, index: int, entry: dict[str, Any], reason: str | None = None, events: list[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        chunk = {**self._frame(), "choices": [{"index": index, **entry, "finish_reason": reason}]}
+        if self._body.includes_usage:
+            chunk["usage"] = None
+        if events:
+            chunk["apar"] = {"events": events}
+        elif self._body.events and reason is not None:
+            chunk["apar"] = {"events": [], "stats": self._choices[index].stats()}
+        return chunk
+
+    def _frame(self) -> dict[str, Any]:
+        return {**self._head, "object": self._form.chunk_object, "system_fingerprint": None}
+
+    def _unwritten(self) -> list[Delta]:
+        """Choices that are nothing but their prompts."""
+        return [] if self._choices else [Delta(echo, finish_reason="length") for echo in self._asked.echoes]
+
+    def _prompt(self, index: int) -> list[int]:
+        return self._asked.prompts[index // self._asked.n]
+
+
+def _tokens_of(service: Service, body: TokenizeBody) -> list[int]:
+    if body.messages is not None:
+        with refused("messages"):
+            return chat_ids(service.apar, body.messages)
+    return text_ids(service.apar, body.prompt or "", body.add_special_tokens is not False)
+
+
+_Result = TypeVar("_Result")
+
+
+async def _aside(http: Request, work: Callable[[], _Result], always: bool = False) -> _Result:
+    """Work that grows with the body, in a thread of its own where that is long."""
+    if always or len(await http.body()) > _LONG:
+        return await asyncio.to_thread(work)
+    return work()

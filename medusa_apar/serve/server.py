@@ -1,0 +1,121 @@
+"""The socket, the signals and the start-up lines: a service under uvicorn, from loading to draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+from fastapi import FastAPI
+
+from .app import create_app
+from .guards import access_log
+from .service import Service
+
+logger = logging.getLogger("medusa_apar.serve")
+
+_BACKLOG = 2048
+_LAST_SECONDS = 1  # for answers that are written out but not read, after a drain
+
+
+def serve(service: Service, app: FastAPI | None = None) -> int:
+    """Serves until a signal ends it; the process's exit code. Raises what the model's loading raises.
+
+    app: `create_app(service)` by default.
+    """
+    options = service.options
+    with listen(options.host, options.port) as listener:
+        _log_to_stderr(options.access_log)
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        print(f"medusa-apar serves {service.model_name} at http://{host}:{port}", flush=True)
+        Server(service, app).run([listener])
+    if isinstance(service.failure, Exception):
+        raise service.failure
+    if service.failure is not None:  # a signal came while the model was loaded, which nothing can break off
+        _end(0)
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections. OSError, in one sentence, where that cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but for what a signal does: the first drains the service while its socket stays open, so that whoever
+    asks is told, the second ends the process."""
+
+    def __init__(self, service: Service, app: FastAPI | None = None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(service) if app is None else app,
+                lifespan="on",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=_LAST_SECONDS,
+            )
+        )
+        self.service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._tasks.append(asyncio.create_task(self._announce()))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            _end(128 + sig)
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.drain)
+
+    def drain(self) -> None:
+        """Has the server end once what runs has ended."""
+        self._tasks.append(asyncio.get_running_loop().create_task(self._drain()))
+
+    async def _announce(self) -> None:
+        await self.service.settled()
+        if self.service.failure is not None:
+            self.should_exit = True
+        else:
+            print("ready", flush=True)
+
+    async def _drain(self) -> None:
+        timeout = self.service.options.shutdown_timeout
+        logger.info("draining for at most %g seconds; a second signal stops at once", timeout)
+        left = await self.service.drain(timeout)
+        if left:
+            logger.warning("%d requests were aborted", left)
+        self.should_exit = True
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process at once: no thread that still computes is waited for, or torn while it does."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _log_to_stderr(accesses: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for each, level in ((logger, logging.INFO), (access_log, logging.INFO if accesses else logging.CRITICAL)):
+        each.handlers, each.propagate = [handler], False
+        each.setLevel(level)

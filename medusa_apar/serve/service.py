@@ -1,0 +1,202 @@
+"""The model behind the routes, from loading to draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from starlette.requests import Request as HttpRequest
+
+from medusa_apar.engine.admission import QueueFull
+from medusa_apar.engine.async_engine import AsyncEngine, ThreadedEngine
+from medusa_apar.engine.engine import Engine, RequestOutput
+from medusa_apar.generate import MedusaApar
+from medusa_apar.threads.request import Request
+
+from .errors import ApiError
+from .exchange import exchange_of
+from .metrics import Metrics
+from .options import ServeOptions
+
+logger = logging.getLogger("medusa_apar.serve")
+
+_LONGEST_RETRY = 60  # seconds; clients of OpenAI's heed up to 120
+
+
+class Service:
+    """One model and its engine, which many HTTP requests share.
+
+    Args:
+        load: returns the model; called once, in the engine's thread.
+        model_name: by which clients know it.
+
+    Attributes: `engine`, `metrics`, `options`, `model_name`, and `apar` once it is loaded. All methods belong to the
+    event loop.
+    """
+
+    def __init__(self, load: Callable[[], MedusaApar], model_name: str, options: ServeOptions | None = None) -> None:
+        self.options = ServeOptions() if options is None else options
+        self.model_name = model_name
+        self.engine: AsyncEngine = ThreadedEngine(self._make)
+        self.metrics = Metrics(self.engine.stats)
+        self.failure: BaseException | None = None  # what ended the start
+        self._load = load
+        self._apar: MedusaApar | None = None
+        self._ready = self._draining = self._said_broken = False
+        self._settled, self._nobody = asyncio.Event(), asyncio.Event()
+        self._nobody.set()
+        self.num_in_flight = 0  # HTTP requests that are answered now
+
+    @property
+    def apar(self) -> MedusaApar:
+        if self._apar is None:
+            raise self._unavailable()
+        return self._apar
+
+    @property
+    def state(self) -> str:
+        """One of "loading", "ready", "draining", and "broken" where the engine has died."""
+        if self._draining:
+            return "draining"
+        if not self._ready and self.failure is None:
+            return "loading"
+        return "ready" if self.engine.healthy else "broken"
+
+    async def start(self) -> None:
+        """Loads, makes the engine, and has it run one step. Raises what went wrong, which `failure` keeps."""
+        try:
+            assert isinstance(self.engine, ThreadedEngine)
+            await self.engine.start()
+            first = self.apar.request("warm-up", [0], max_new_tokens=1)
+            async for output in self.engine.generate(first):
+                if output.error is not None:
+                    raise output.error
+            self._ready = True
+        except BaseException as error:
+            self.failure = error
+            raise
+        finally:
+            self._settled.set()
+
+    async def settled(self) -> None:
+        """Waits until the start has ended, well or not."""
+        await self._settled.wait()
+
+    def new_id(self, prefix: str = "") -> str:
+        """A name that no other request has."""
+        return prefix + uuid.uuid4().hex
+
+    def check_answers(self) -> None:
+        """`ApiError` where new requests are not answered now."""
+        if self.state != "ready":
+            raise self._unavailable()
+
+    async def run(
+        self, request: Request, http_request: HttpRequest | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of an engine's request for one HTTP request, whose body has been read.
+
+        The first output comes as soon as the engine has taken the request, and has no tokens as a rule: what is refused
+        is refused before it, so that a stream which waits for it can still answer with the right status. The request is
+        aborted within a step when the client goes or the iterator is closed.
+
+        Raises ApiError: 400 for what can never be answered, 429 where the queue is full, 503 where the engine has died
+        or is closed, 500 for what the request itself failed by, 499 where the client has gone.
+        """
+        exchange, measure = exchange_of(http_request), self.metrics.measure()
+        gone = asyncio.create_task(_abort_when_gone(http_request, lambda: self.engine.abort(request)))
+        outputs, taken = self.engine.generate(request), False
+        reason: str | None = None
+        try:
+            async for output in outputs:
+                if not taken:
+                    taken = True
+                    measure.taken(len(request.prompt_ids))
+                    exchange.prompt_tokens += len(request.prompt_ids)
+                measure.wrote(len(output.token_ids))
+                exchange.answer_tokens += len(output.token_ids)
+                reason = output.finish_reason
+                if reason == "error":
+                    logger.warning("%s failed: %r", request.id, output.error)
+                    raise ApiError(500, f"the request failed: {output.error}")
+                if reason == "aborted":
+                    raise ApiError(499, "the client has gone")
+                yield output
+        except QueueFull as error:
+            raise ApiError(429, str(error), headers={"Retry-After": self._retry_after()}) from error
+        except (ValueError, NotImplementedError) as error:
+            raise ApiError(400, str(error)) from error
+        except RuntimeError as error:
+            self._say_broken(error)
+            reason = "error"
+            raise self._unavailable() from error
+        except asyncio.CancelledError:
+            reason = "aborted"
+            raise
+        finally:
+            if taken:  # an iterator that is closed early has had all that its reader wanted, or has no reader any more
+                left = http_request is not None and gone.done()
+                measure.ended(reason or ("aborted" if left else "stop"))
+            gone.cancel()
+            await outputs.aclose()
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """For as long as an HTTP request is answered: a drain waits for it."""
+        self.num_in_flight += 1
+        self._nobody.clear()
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+            if not self.num_in_flight:
+                self._nobody.set()
+
+    async def drain(self, timeout: float | None = None) -> int:
+        """Answers no further request, waits for those that run, and closes the engine. How many were still running
+        after `timeout` seconds, which are aborted."""
+        self._draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._nobody.wait()
+        left = self.num_in_flight
+        await self.engine.close()
+        return left
+
+    async def close(self) -> None:
+        self._draining = True
+        await self.engine.close()
+
+    def _make(self) -> Engine:
+        self._apar = self._load()
+        return self._apar.engine(**self.options.engine_changes())
+
+    def _unavailable(self) -> ApiError:
+        said = {
+            "loading": "the model is still being loaded; try again soon",
+            "draining": "the server is shutting down",
+            "broken": "the engine has died: the server has to be started again",
+        }.get(self.state, "the engine takes no requests now")
+        return ApiError(503, said, headers={"Retry-After": "1"})
+
+    def _say_broken(self, error: RuntimeError) -> None:
+        if self.state == "broken" and not self._said_broken:
+            self._said_broken = True
+            logger.error("the engine has died", exc_info=error)
+
+    def _retry_after(self) -> str:
+        """Whole seconds in which a place may have come free."""
+        return str(min(max(math.ceil(self.metrics.mean_seconds), 1), _LONGEST_RETRY))
+
+
+async def _abort_when_gone(http_request: HttpRequest | None, abort: Callable[[], None]) -> None:
+    """Starlette ends no plain handler whose client has gone, and tells a stream only between two of its chunks."""
+    if http_request is None:
+        return
+    while (await http_request.receive())["type"] != "http.disconnect":
+        pass
+    abort()

@@ -1,0 +1,302 @@
+"""From a body to requests of the engine. What cannot be is refused here, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from medusa_apar import checks
+from medusa_apar.generate import MedusaApar
+from medusa_apar.models.chat import encode_messages
+from medusa_apar.models.families import context_length, unembedding_size
+from medusa_apar.requests import CallOptions, Sampling, engine_request, mode_of
+from medusa_apar.threads.fork_policy import fork_policy
+from medusa_apar.threads.paragraph_tree import thread_key
+from medusa_apar.threads.request import Request
+from medusa_apar.verify.guides import Guide
+
+from .errors import ApiError
+from .schemas import ChatBody, CompletionBody, Generation, Message
+
+_COMPLETION_TOKENS = 16  # of an answer whose length nobody says, as OpenAI's API has it
+_CHAT_TOKENS = 2048  # where the model does not say either how long a text can be
+# What a model's own generation config may say of answers for which the body does not.
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SET = ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "ignore_eos")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a body is answered.
+
+    id: of the answer; requests of the engine are named after it. pool_slots: of the engine, None where the pool grows.
+    tenant: whose prompts share cached beginnings.
+    """
+
+    apar: MedusaApar
+    id: str
+    pool_slots: int | None = None
+    tenant: str = ""
+    max_choices: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One HTTP request as requests of the engine.
+
+    prompts: token ids. requests: n of each prompt, in the order of their choices; none where only the prompt is wanted.
+    stops, free: as of `TextStream`. echoes: what the text of each choice begins with.
+    """
+
+    prompts: list[list[int]]
+    requests: list[Request]
+    n: int = 1
+    stops: Sequence[str] = ()
+    free: int = 0
+    logprobs: int | None = None
+    echoes: list[str] = field(default_factory=list)
+
+
+def chat(body: ChatBody, place: Place) -> Asked:
+    """ApiError 400 for what cannot be."""
+    with refused("messages"):
+        prompt = chat_ids(place.apar, body.messages, _tools(body, place.apar))
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    wanted = body.max_completion_tokens or body.max_tokens
+    name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    default = getattr(place.apar.model.generation_config, "max_new_tokens", None)
+    return _asked(body, place, [prompt], logprobs, _Length(name, wanted, default))
+
+
+def completion(body: CompletionBody, place: Place) -> Asked:
+    """ApiError 400 for what cannot be."""
+    tokenizer: Any = place.apar.tokenizer
+    with refused("prompt"):
+        prompts = [text_ids(place.apar, p) if isinstance(p, str) else list(p) for p in body.prompt]
+        for ids in prompts:
+            if not ids:
+                raise ValueError("the prompt is empty: it has no token that the model could go on from.")
+            check_ids(place.apar, "prompt", ids)
+    echoes = []
+    if body.echo:
+        texts = [
+            p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for p in body.prompt
+        ]
+        echoes = [text for text in texts for _ in range(body.n or 1)]
+    length = _Length("max_tokens", body.max_tokens, _COMPLETION_TOKENS)
+    return _asked(body, place, prompts, body.logprobs, length, echoes)
+
+
+def text_ids(apar: MedusaApar, text: str, special: bool = True) -> list[int]:
+    tokenizer: Any = apar.tokenizer
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def chat_ids(apar: MedusaApar, messages: Sequence[Message], tools: list[dict] | None = None) -> list[int]:
+    """What the chat template makes of a conversation. ValueError where it refuses that."""
+    plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    if any("tool_calls" in message for message in plain):
+        _check_knows_tools(apar, "messages")
+    return encode_messages(apar.tokenizer, plain, tools)["input_ids"][0].tolist()
+
+
+def context_of(apar: MedusaApar) -> int | None:
+    """Tokens of prompt and answer together, at most."""
+    config = apar.model.config.get_text_config(decoder=True)
+    known = (getattr(config, "max_position_embeddings", None), context_length(apar.model))
+    return min((length for length in known if length), default=None)
+
+
+def check_ids(apar: MedusaApar, name: str, ids: Sequence[int]) -> None:
+    """ApiError 400 for one that the model does not have."""
+    size = unembedding_size(apar.model)[0]
+    wrong = next((id for id in ids if not 0 <= id < size), None)
+    if wrong is not None:
+        raise ApiError(400, f"{name} holds the token id {wrong}, but the model has ids from 0 to {size - 1}.", param=name)
+
+
+@contextmanager
+def refused(param: str | None = None) -> Iterator[None]:
+    """What the layers below refuse in one sentence is the client's to read."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        named = re.match(r"(\w+)=", str(error))  # "top_p=0 must be ..."
+        raise ApiError(400, str(error), param=named[1] if named else param) from error
+
+
+class _Length(NamedTuple):
+    """Which field says how long an answer may be, what it says, and what counts where it says nothing."""
+
+    name: str
+    wanted: int | None
+    default: int | None
+
+
+def _asked(
+    body: Generation,
+    place: Place,
+    prompts: list[list[int]],
+    logprobs: int | None,
+    length: _Length,
+    echoes: Sequence[str] = (),
+) -> Asked:
+    n = body.n or 1
+    if len(prompts) * n > place.max_choices:
+        raise ApiError(
+            400, f"{len(prompts)} prompts times n={n} are more than {place.max_choices} answers of one request.", param="n"
+        )
+    options = _call_options(body, place.apar)
+    sampling = _sampling(body, place.apar)
+    limits = [_limit(place, options, len(prompt), length) for prompt in prompts]
+    shared: dict[str, Any] = {"logprobs": logprobs, "events": body.events}
+    if body.apar and body.apar.acceptance:
+        hot = sampling.get("temperature", 0) > 0
+        shared["typical"] = checks.typical_acceptance(body.apar.acceptance) if hot else None
+    salt = f"asked {body.cache_salt}" if body.cache_salt else place.tenant and f"tenant {place.tenant}"
+    shared |= {"cache_salt": salt} if salt else {}
+    requests = []
+    with refused():
+        for prompt, limit in zip(prompts, limits, strict=True):
+            for choice in range(n if limit else 0):
+                own = Sampling(**sampling, seed=_seed(body.seed, choice))
+                name = f"{place.id}-{len(requests)}"
+                requests.append(
+                    engine_request(place.apar, name, prompt, own, options, max_new_tokens=limit, **shared)
+                )
+    return Asked(prompts, requests, n, body.stop or (), body.min_tokens or 0, logprobs, list(echoes))
+
+
+def _sampling(body: Generation, apar: MedusaApar) -> dict[str, Any]:
+    """Arguments of `Sampling` but for the seed; OpenAI's defaults where neither body nor model says anything."""
+    config = apar.model.generation_config
+    known = {name: value for name in _DEFAULTS if (value := getattr(config, name, None)) is not None}
+    asked = {name: value for name in (*_SET, "temperature") if (value := getattr(body, name)) is not None}
+    if body.top_k is not None:
+        asked["top_k"] = max(body.top_k, 0)  # -1 keeps all, as vLLM has it
+    if body.stop_token_ids:
+        check_ids(apar, "stop_token_ids", body.stop_token_ids)
+        asked["stop_token_ids"] = tuple(body.stop_token_ids)
+    if body.logit_bias:
+        asked["logit_bias"] = _bias(body.logit_bias)
+        check_ids(apar, "logit_bias", list(asked["logit_bias"]))
+    if (guide := _guide(body)) is not None:
+        asked["guide"] = guide
+    return {"temperature": 1.0} | known | asked
+
+
+def _bias(bias: dict[str, float]) -> dict[int, float]:
+    wrong = next((id for id in bias if not re.fullmatch(r"-?[0-9]{1,18}", id)), None)
+    if wrong is not None:
+        raise ApiError(400, f"logit_bias names {wrong[:40]!r}, which is no token id.", param="logit_bias")
+    return {int(id): value for id, value in bias.items()}
+
+
+def _guide(body: Generation) -> Guide | None:
+    asked = body.response_format
+    if asked is None or asked.type == "text":
+        return None
+    schema = None if asked.json_schema is None else asked.json_schema.schema_
+    with refused("response_format"):
+        return Guide() if schema is None else Guide.json_schema(schema)
+
+
+def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
+    ours = body.apar
+    fork = None if ours is None else ours.fork
+    if body.response_format is not None and body.response_format.type != "text":
+        if fork not in (None, False, "off"):
+            raise ApiError(400, "apar.fork and response_format exclude each other.", param="apar.fork")
+        fork = False
+    max_threads = None if ours is None else ours.max_threads
+    if max_threads is not None and apar.max_threads is not None and max_threads > apar.max_threads:
+        raise ApiError(
+            400,
+            f"apar.max_threads is {max_threads}, but this server runs at most {apar.max_threads} threads of an answer.",
+            param="apar.max_threads",
+        )
+    max_depth = None if ours is None else ours.max_depth
+    return CallOptions(fork=fork, max_threads=max_threads, max_depth=max_depth, stop_strings=body.stop or None)
+
+
+def _limit(place: Place, options: CallOptions, prompt: int, length: _Length) -> int:
+    """Tokens of the answer, at most. ApiError 400, with the numbers, where prompt and answer cannot fit."""
+    context, slots = context_of(place.apar), place.pool_slots
+    room = _room(place, options, prompt, context)
+    wanted = (length.default or _CHAT_TOKENS if room is None else min(room, length.default or room), length.wanted)
+    limit = wanted[0] if length.wanted is None else length.wanted
+    if room is None or limit <= room > 0:
+        return limit
+    code = "context_length_exceeded"
+    if context is not None and (prompt >= context or prompt + limit > context):
+        said = f"The model's context has {context} tokens, but the prompt has {prompt}"
+        if length.wanted is not None:
+            said += f" and {length.name} asks for {limit}, {prompt + limit} together"
+        raise ApiError(400, f"{said}.", param=length.name if prompt < context else None, code=code)
+    raise ApiError(
+        400,
+        f"The server keeps {slots} tokens at most, and a prompt of {prompt} tokens leaves room for an answer of "
+        f"{max(room, 0)}, forks included.",
+        param=length.name,
+        code=code,
+    )
+
+
+def _room(place: Place, options: CallOptions, prompt: int, context: int | None) -> int | None:
+    """Most tokens of an answer behind so long a prompt; None where nothing bounds it."""
+    slots, apar = place.pool_slots, place.apar
+    most = None if context is None else context - prompt
+    if slots is None or most is not None and most <= 0:
+        return most
+    depth = apar.max_depth if options.max_depth is None else options.max_depth
+    policy = fork_policy(mode_of(apar, options), None, depth, apar.tokenizer)
+    positions = context_length(apar.model)
+
+    def needed(answer: int) -> int:
+        """As `admission.check_fits` has it."""
+        whole = prompt + answer + policy.max_invisible_tokens(answer, depth)
+        return whole if positions is None else min(whole, positions)
+
+    return bisect_right(range(1, (slots if most is None else most) + 1), slots, key=needed)
+
+
+def _seed(seed: int | None, choice: int) -> int | None:
+    """The first choice has the seed itself, so that it is what n=1 gives."""
+    if seed is None or choice == 0:
+        return seed if seed is None else seed & (2**63 - 1)
+    return thread_key(seed, choice) >> 1
+
+
+def _tools(body: ChatBody, apar: MedusaApar) -> list[dict] | None:
+    """tool_choice "none" leaves them out, as vLLM does."""
+    if not body.tools:
+        return None
+    _check_knows_tools(apar, "tools")
+    return None if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools]
+
+
+def _check_knows_tools(apar: MedusaApar, param: str) -> None:
+    if not re.search(r"\btools\b", str(getattr(apar.tokenizer, "chat_template", None))):
+        raise ApiError(400, f"{param} has tools, of which the model's chat template knows nothing.", param=param)
+
+
+def _plain(message: Message, name: str) -> dict[str, Any]:
+    """A message as chat templates take it: the arguments of calls are objects there."""
+    kept = message.model_dump(exclude_none=True, include={"role", "content", "name", "tool_calls", "tool_call_id"})
+    kept = {"content": "", **kept, "role": "system" if message.role == "developer" else message.role}
+    for index, call in enumerate(kept.get("tool_calls", ())):
+        try:
+            arguments = json.loads(call["function"]["arguments"])
+        except (json.JSONDecodeError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            param = f"{name}.tool_calls[{index}].function.arguments"
+            raise ApiError(400, f"{param} is not a JSON object.", param=param)
+        call["function"]["arguments"] = arguments
+    return kept

@@ -1,0 +1,79 @@
+"""What Prometheus reads, against what was asked and answered."""
+
+import json
+import re
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from medusa_apar.engine.stats import Stats
+from medusa_apar.serve.metrics import Metrics
+from tests.support.serving import running, sent, tiny_apar, wait_until
+
+PROMPT = [7, 8, 9, 10]
+
+
+@pytest.fixture(scope="module")
+def server():
+    apar = tiny_apar()
+    with running(lambda: apar, max_requests=1) as server:
+        yield server
+
+
+def read(server):
+    with server.client() as client:
+        page = client.get("/metrics")
+    assert page.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    samples = [sample for family in text_string_to_metric_families(page.text) for sample in family.samples]
+    return {(its.name.removeprefix("medusa_apar:"), *its.labels.values()): its.value for its in samples}
+
+
+def test_names_are_those_that_dashboards_read(server):
+    page = Metrics(Stats).page().decode()
+    assert set(re.findall(r"^# TYPE (\S+)", page, re.M)) >= {
+        f"medusa_apar:{name}"
+        for name in (
+            *("num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total"),
+            *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
+            *("request_success_total", "kv_slots", "kv_slots_peak", "prefix_cache_queries_total"),
+            *("prefix_cache_hits_total", "threads_running", "forks_total", "forward_tokens_total", "steps_total"),
+        )
+    }
+
+
+def test_tokens_times_and_ends_are_counted(server):
+    before = read(server)
+    answers = [server.ask(PROMPT, max_tokens=5).json(), server.ask(PROMPT, stream=True, max_tokens=40)]
+    ids = answers[0]["token_ids"] + sum(map(json.loads, answers[1].text.splitlines()), [])
+    server.wait_until_idle()
+    now = read(server)
+    more = {key: value - before.get(key, 0) for key, value in now.items()}
+    assert more["prompt_tokens_total",] == 2 * len(PROMPT)
+    assert more["generation_tokens_total",] == len(ids)
+    assert more["time_to_first_token_seconds_count",] == more["e2e_request_latency_seconds_count",] == 2
+    assert more["inter_token_latency_seconds_count",] == len(ids) - 2
+    assert more["e2e_request_latency_seconds_sum",] >= more["time_to_first_token_seconds_sum",] > 0
+    assert more["request_success_total", "length"] + more.get(("request_success_total", "stop"), 0) == 2
+    assert more["steps_total",] > 4 and more["forward_tokens_total",] >= len(ids) + 2 * len(PROMPT) - 2
+    assert now["kv_slots_peak",] > len(PROMPT)
+
+
+def test_what_runs_and_waits_is_told(server):
+    first = sent(server, PROMPT, max_tokens=200, pause=0.002)
+    wait_until(lambda: read(server)["num_requests_running",] == 1)
+    second = sent(server, PROMPT)
+    wait_until(lambda: read(server)["num_requests_waiting",] == 1)
+    now = read(server)
+    assert now["threads_running",] == 1 and now["kv_slots", "live"] >= len(PROMPT) and now["kv_slots", "free"] > 0
+    first.close()
+    second.close()
+    server.wait_until_idle()
+    now = read(server)
+    assert now["request_success_total", "abort"] >= 1
+    assert now["num_requests_running",] == now["num_requests_waiting",] == now["kv_slots", "live"] == 0
+
+
+def test_two_servers_count_apart():
+    one, other = Metrics(Stats), Metrics(Stats)
+    one.measure().wrote(3)
+    assert b"generation_tokens_total 3.0" in one.page() and b"generation_tokens_total 0.0" in other.page()
