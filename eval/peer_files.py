@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from medusa_apar.job import write_text
 from medusa_apar.loading import load
 from medusa_apar.models import hub
 from medusa_apar.models.fingerprint import fingerprint
+from medusa_apar.runtimes.cpu.library import processor
 
 WORKERS = Path(__file__).parent / "peers_workers"
 FINISHED = "finished.json"  # a killed installation leaves an environment without it
@@ -34,6 +37,7 @@ class Environment:
     alone: bool = False  # the engine comes without what it says it needs; the other packages are what it does
     removed: tuple[str, ...] = ()  # dependencies that are not needed and fail to import beside a CPU build of torch
     variables: tuple[tuple[str, str], ...] = ()  # for the build
+    native: bool = False  # compiled here, for this processor: another in its place makes it again
 
     @property
     def folder(self) -> Path:
@@ -46,11 +50,12 @@ class Environment:
     @property
     def contents(self) -> str:
         """For the marker: another text there means another environment."""
-        return json.dumps([self.packages, self.alone, self.removed, self.variables]) + "\n"
+        made_for = [hashlib.sha256(processor().encode()).hexdigest()] if self.native else []
+        return json.dumps([self.packages, self.alone, self.removed, self.variables, *made_for]) + "\n"
 
     @property
     def software(self) -> str:
-        return self.packages[0].replace("==", " ")
+        return re.sub(r"\[.*\]", "", self.packages[0]).replace("==", " ")
 
 
 def peers_dir() -> Path:
@@ -100,6 +105,8 @@ def install(environment: Environment) -> Path:
         engine, *others = environment.packages
         together = others if environment.alone else [engine, *others]
         variables = dict(environment.variables)
+        if environment.native:  # or pip would take the wheel that it built on another machine
+            variables["PIP_NO_CACHE_DIR"] = "1"
         run_logged([*pip, "install", *together], log, doing, variables)
         if environment.alone:
             run_logged([*pip, "install", "--no-deps", engine], log, doing, variables)
