@@ -44,6 +44,7 @@ class Asking:
     model: str
     heads: str
     quantize: str | None
+    dtype: str | None  # of ours
     cpu: str
     per_client: int
     least: int

@@ -59,6 +59,7 @@ class Serving:
     model: str = "smollm2-135m"
     heads: str = "auto"
     quantize: str | None = None
+    dtype: str | None = None
     threads: int = 1
     clients: int = 1  # at once, at most
     context: int = 2048
@@ -132,15 +133,17 @@ def base_of(url: str) -> str:
 
 
 def _ours(name: str, serving: Serving, folder: Path) -> Launch:
-    quantize = ("--quantize", serving.quantize) if serving.quantize else ()
+    options = {"--quantize": serving.quantize, "--dtype": serving.dtype}
+    rounding = [part for flag, value in options.items() if value for part in (flag, value)]
     cache = "--prefix-cache" if serving.prefix_cache else "--no-prefix-cache"
     command = (
         *(sys.executable, "-m", "medusa_apar", "serve", serving.model, "--host", HOST, "--port", "{port}"),
-        *("--heads", serving.heads, *quantize, *OURS[name], "--max-requests", str(serving.clients), cache),
+        *("--heads", serving.heads, *rounding, *OURS[name], "--max-requests", str(serving.clients), cache),
+        *("--threads", str(serving.threads), "--no-access-log"),
     )
     about = {"plain": "ours, one thread and no guesses", "both": "ours, threads and guesses"}.get(name, f"ours, {name}")
-    weights = serving.quantize or "as loaded"
-    variables = {"OMP_NUM_THREADS": str(serving.threads)}
+    weights = serving.quantize or serving.dtype or "as loaded"
+    variables = {"OMP_NUM_THREADS": str(serving.threads), "MEDUSA_APAR_API_KEY": ""}
     return Launch(name, about, weights, folder / f"{name}.log", command, variables, pooled=True)
 
 

@@ -17,7 +17,7 @@ AT_A_RATE = 64  # questions that a server has room for at once where they come a
 # What `bench` has and a server's client has not, with what it is where nobody asks for it.
 FOREIGN: dict[str, Any] = {
     "check": False, "profile": False, "kernels": False, "judge": None, "judge_model": None, "judge_against": None,
-    "ceilings": None, "budget": None, "dtype": None, "runtime": "auto", "trust_remote_code": False,
+    "ceilings": None, "budget": None, "runtime": "auto", "trust_remote_code": False,
 }  # fmt: skip
 OWN = ("clients", "rates", "url", "url_model", "may_stop", "pool_slots_sweep", "sweep_clients", "requests_per_client",
        "min_requests", "seconds", "prefix_cache", "seed")  # fmt: skip
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         args.heads,
         args.quantize,
+        args.dtype,
         torch.get_num_threads(),
         clients=max([*clients, *swept, *(AT_A_RATE for _ in args.rates or ())]),
         context=-(-(longest + limit + 128) // 256) * 256,  # a token is a byte at least, and templates add some
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     )
     asking = serve_bench.Asking(
         *(prompts.digest(asked), limit, not args.may_stop, args.temperature, args.top_p, serving.prefix_cache),
-        *(args.model, args.heads, args.quantize, machine()["cpu"]),
+        *(args.model, args.heads, args.quantize, args.dtype, machine()["cpu"]),
         *(args.requests_per_client or PER_CLIENT, args.min_requests or LEAST),
         *(args.seconds or SECONDS, args.seed or 0),
     )

@@ -14,7 +14,7 @@ from medusa_apar.job import Job
 from tests.support.benchmarks import lines
 from tests.support.stand_in import Served, StandIn
 
-ASKING = Asking("digest", 64, True, 0.0, 1.0, False, "m", "auto", "int8", "a cpu", 4, 16, 60.0, 0)
+ASKING = Asking("digest", 64, True, 0.0, 1.0, False, "m", "auto", "int8", None, "a cpu", 4, 16, 60.0, 0)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_server_that_answers_nothing_is_one_sentence(command, stand_in):
     ("options", "said"),
     [
         (["--serve", "--check"], "--check is not for --serve"),
-        (["--serve", "--dtype", "bfloat16"], "--dtype is not for --serve"),
+        (["--serve", "--runtime", "cpu"], "--runtime is not for --serve"),
         (["--serve", "--systems", "hf"], "server 'hf' is none of plain, threads, heads, both, vllm, llama.cpp-q4_1"),
         (["--serve", "--systems", "plain", "plain"], "--systems names one twice: plain plain"),
         (["--serve", "--url", "localhost:8000"], "localhost:8000 is no address of a server"),
@@ -274,15 +274,15 @@ def test_nobody_at_a_url_is_said_at_once(tmp_path):
 
 
 def test_our_servers_differ_in_forking_and_guessing_alone(tmp_path):
-    serving = Serving("a-model", "none", "int8", threads=2, clients=8)
+    serving = Serving("a-model", "none", "int8", "bfloat16", threads=2, clients=8)
     made = {its.name: its for its in serve_servers.prepare(tuple(serve_servers.OURS), serving, tmp_path, None, None)}
     commands = {name: " ".join(its.command) for name, its in made.items()}
     assert len({c.replace("--fork auto", "").replace("--fork off", "").replace("--speculation auto", "")
                 .replace("--speculation off", "") for c in commands.values()}) == 1  # fmt: skip
-    assert "serve a-model" in commands["plain"] and "--quantize int8" in commands["plain"]
+    assert "serve a-model" in commands["plain"] and "--quantize int8 --dtype bfloat16" in commands["plain"]
     assert "--fork off --speculation off" in commands["plain"]
     assert "--fork auto --speculation off" in commands["threads"]
-    assert "--max-requests 8 --no-prefix-cache" in commands["both"] and "--pool-slots" not in commands["both"]
+    assert "--max-requests 8 --no-prefix-cache --threads 2" in commands["both"] and "--pool-slots" not in commands["both"]
     assert made["both"].capped(77).command[-2:] == ("--pool-slots", "77")
     assert made["both"].variables["OMP_NUM_THREADS"] == "2"
 
