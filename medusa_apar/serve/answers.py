@@ -13,7 +13,7 @@ from typing import Any
 from medusa_apar.engine.engine import RequestOutput
 from medusa_apar.events import StepFinished, ThreadStarted
 from medusa_apar.events.texts import TextStream, TokenTexts
-from medusa_apar.threads.request import Request, TokenLogprobs
+from medusa_apar.threads.request import TokenLogprobs
 
 from .errors import ApiError
 from .event_texts import EventTexts
@@ -52,11 +52,10 @@ class Choice:
     """
 
     def __init__(
-        self, request: Request, asked: Asked, texts: TokenTexts, echo: str = "", writes_events: EventTexts | None = None
+        self, asked: Asked, texts: TokenTexts, echo: str = "", writes_events: EventTexts | None = None
     ) -> None:
-        options = request.options
         self.tokens = self.cached = 0
-        self._ends = frozenset() if options.ignore_eos else options.eos_ids
+        self._ends = asked.ends
         self._text, self._echo = TextStream(texts, asked.stops, asked.free), echo
         self._start = len(echo)
         self._events, self._steps, self._threads, self._began = writes_events, 0, 0, time.perf_counter()

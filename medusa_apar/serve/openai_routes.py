@@ -147,9 +147,9 @@ async def _answer(
 ) -> Response:
     serving.check(body.model)
     service, texts = serving.service, TokenTexts.of(serving.tokenizer)
-    form, options = form_of(texts, logprobs), service.options
+    form = form_of(texts, logprobs)
     id = service.new_id(form.prefix)
-    place = Place(service.apar, id, options.pool_slots, exchange_of(http).tenant, options.max_choices)
+    place = Place(service.apar, id, service.options.pool_slots, exchange_of(http).tenant)
     # A grammar that is seen for the first time is compiled.
     asked = await _aside(http, lambda: translate(body, place), body.response_format is not None)
     answer = _Answer(serving, body, form, asked, texts, id)
@@ -169,10 +169,10 @@ class _Answer:
         self._body, self._form, self._asked = body, form, asked
         self._head = {"id": id, "created": int(time.time()), "model": serving.service.model_name}
         self._choices = []
-        for index, request in enumerate(asked.requests):
+        for index in range(len(asked.requests)):
             writes = EventTexts(serving.tokenizer, serving.guesses) if body.events else None
             echo = asked.echoes[index] if asked.echoes else ""
-            self._choices.append(Choice(request, asked, texts, echo, writes))
+            self._choices.append(Choice(asked, texts, echo, writes))
 
     async def whole(
         self, firsts: list[RequestOutput], streams: list[AsyncGenerator[RequestOutput, None]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import Field, model_validator
 
 from .bodies import Body, Checked, Text, one_of, unsupported, whole_text
 
@@ -23,7 +23,7 @@ AtLeastOne = Annotated[int, Field(ge=1, lt=_INT64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
 TokenId = Annotated[int, Field(ge=-_INT64, lt=_INT64)]  # the model says which of them it has
-TokenIds = Annotated[list[TokenId], FailFast()]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 def _stops(value: Any) -> list[str]:
@@ -229,7 +229,7 @@ class Message(Body):
 
 
 class ChatBody(Generation):
-    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: AtLeastOne | None = None
     max_completion_tokens: AtLeastOne | None = None
     logprobs: bool | None = None
@@ -294,7 +294,7 @@ class TokenizeBody(Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1), FailFast()] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

@@ -21,7 +21,7 @@ from medusa_apar.threads.request import Request
 from medusa_apar.verify.guides import Guide
 
 from .errors import ApiError
-from .schemas import ChatBody, CompletionBody, Generation, Message
+from .schemas import MOST_CHOICES, ChatBody, CompletionBody, Generation, Message
 
 _COMPLETION_TOKENS = 16  # of an answer whose length nobody says, as OpenAI's API has it
 _CHAT_TOKENS = 2048  # where the model does not say either how long a text can be
@@ -42,7 +42,6 @@ class Place:
     id: str
     pool_slots: int | None = None
     tenant: str = ""
-    max_choices: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,8 @@ class Asked:
     """One HTTP request as requests of the engine.
 
     prompts: token ids. requests: n of each prompt, in the order of their choices; none where only the prompt is wanted.
-    stops, free: as of `TextStream`. echoes: what the text of each choice begins with.
+    stops, free: as of `TextStream`. ends: tokens that are no text where an answer ends by one. echoes: what the text of
+    each choice begins with.
     """
 
     prompts: list[list[int]]
@@ -58,7 +58,7 @@ class Asked:
     n: int = 1
     stops: Sequence[str] = ()
     free: int = 0
-    logprobs: int | None = None
+    ends: frozenset[int] = frozenset()
     echoes: list[str] = field(default_factory=list)
 
 
@@ -148,9 +148,9 @@ def _asked(
     echoes: Sequence[str] = (),
 ) -> Asked:
     n = body.n or 1
-    if len(prompts) * n > place.max_choices:
+    if len(prompts) * n > MOST_CHOICES:
         raise ApiError(
-            400, f"{len(prompts)} prompts times n={n} are more than {place.max_choices} answers of one request.", param="n"
+            400, f"{len(prompts)} prompts times n={n} are more than {MOST_CHOICES} answers of one request.", param="n"
         )
     options = _call_options(body, place.apar)
     sampling = _sampling(body, place.apar)
@@ -170,7 +170,8 @@ def _asked(
                 requests.append(
                     engine_request(place.apar, name, prompt, own, options, max_new_tokens=limit, **shared)
                 )
-    return Asked(prompts, requests, n, body.stop or (), body.min_tokens or 0, logprobs, list(echoes))
+    ends = frozenset() if body.ignore_eos or not requests else requests[0].options.eos_ids
+    return Asked(prompts, requests, n, body.stop or (), body.min_tokens or 0, ends, list(echoes))
 
 
 def _sampling(body: Generation, apar: MedusaApar) -> dict[str, Any]:

@@ -20,7 +20,7 @@ CONTEXT = 512
 
 @pytest.fixture(scope="module")
 def server():
-    with byte_server(seed=3, max_choices=6) as server:
+    with byte_server(seed=3) as server:
         yield server
 
 
@@ -44,7 +44,7 @@ CHATS = [
     ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "must be a text"),
     ({"messages": [{"role": "user", "content": "a", "mood": "good"}]}, "messages[0].mood", "is not a field"),
     ({"messages": [{"role": "user", "content": "a", "refusal": "no"}]}, "messages[0].refusal", "not supported"),
-    ({"messages": QUESTION * 200}, "messages", f"context has {CONTEXT} tokens"),
+    ({"messages": QUESTION * 200}, None, f"context has {CONTEXT} tokens"),
     ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({"max_tokens": 10**9}, "max_tokens", f"context has {CONTEXT} tokens"),
     ({"max_tokens": 10**30}, "max_tokens", "less than"),
@@ -63,7 +63,7 @@ CHATS = [
     ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
     ({"seed": 2**63}, "seed", "less than"),
     ({"n": 0}, "n", "greater than or equal to 1"),
-    ({"n": 7}, "n", "more than 6 answers"),
+    ({"n": 129}, "n", "less than or equal to 128"),
     ({"stop": ""}, "stop", "empty string"),
     ({"stop": ["a", ""]}, "stop", "empty string"),
     ({"stop": [1]}, "stop", "list of strings"),
@@ -82,7 +82,7 @@ CHATS = [
     ({"logprobs": 3}, "logprobs", "valid boolean"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-    ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
+    ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
     ({"stream": True, "stream_options": {"chunks": 3}}, "stream_options.chunks", "is not a field"),
     ({"stream": "yes"}, "stream", "valid boolean"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
@@ -101,7 +101,7 @@ CHATS = [
     ({"apar": {"max_threads": 0}}, "apar.max_threads", "greater than or equal to 1"),
     ({"apar": {"acceptance": "lax"}}, "apar.acceptance", "'typical'"),
     ({"apar": {"lanes": 3}}, "apar.lanes", "is not a field"),
-    ({"apar": {"events": True}, "n": 2}, "n", "one answer"),
+    ({"apar": {"events": True}, "n": 2}, "apar", "one answer"),
     ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
     ({"best_of": 2}, "best_of", "is not a field"),
 ]
@@ -127,7 +127,7 @@ COMPLETIONS = [
     ({"suffix": "end"}, "suffix", "''"),
     ({"logprobs": True}, "logprobs", "valid integer"),
     ({"messages": QUESTION}, "messages", "is not a field"),
-    ({"prompt": ["a"] * 7}, "n", "more than 6 answers"),
+    ({"prompt": ["a"] * 43, "n": 3}, "n", "more than 128 answers"),
 ]
 
 
@@ -215,7 +215,7 @@ def test_a_pool_without_room_is_told_with_its_numbers():
         off = {"fork": False}
         assert server.ask(COMPLETION, prompt="a" * 20, max_tokens=80, apar=off)
         server.refusal(COMPLETION, {"prompt": "a" * 20, "max_tokens": 81, "apar": off})
-        chat = server.ask(CHAT, messages=QUESTION, apar=off, ignore_eos=False)  # as long as there is room
+        chat = server.ask(CHAT, messages=QUESTION, apar=off)  # as long as there is room
         assert chat["usage"]["total_tokens"] <= 100
 
 
