@@ -25,8 +25,7 @@ from medusa_apar.loading import load
 from medusa_apar.models import hub
 from medusa_apar.models.sources import locate
 
-from . import peer_files, peers
-from .peer_files import WORKERS
+from . import llama_server, peer_files, peers
 from .serve_client import message_of
 from .systems import UNTUNED
 
@@ -43,13 +42,6 @@ READY = 600.0  # seconds for a server to load and compile what it wants to
 STOPPING = 20.0  # seconds to end by itself
 HOST = "127.0.0.1"
 MODEL_NAME = "model"  # as the peers are told to call theirs
-
-LLAMA_SERVER = peer_files.Environment(
-    "llama.cpp-server",
-    # llama.cpp's own HTTP server with its continuous batching; llama-cpp-python's server answers one request at a time.
-    ("xllamacpp==2026.10.11549",),
-    "a minute, 100 MB",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +174,17 @@ def _llama(name: str, serving: Serving, folder: Path) -> Launch:
     gguf = hub.embedded_gguf(locate(serving.model).base)
     if name == LLAMA_Q8:
         gguf = peer_files.requantised(gguf, peer_files.install(peers.LLAMA))
-    python = peer_files.install(LLAMA_SERVER)
+    context, clients, threads = serving.context * serving.clients, str(serving.clients), str(serving.threads)
+    cache = "--cache-prompt" if serving.prefix_cache else "--no-cache-prompt"
     command = (
-        *(str(python), "-E", str(WORKERS / "llama_server.py"), str(gguf), HOST, "{port}"),
-        *(str(serving.threads), str(serving.clients), str(serving.context)),
+        *(str(llama_server.llama_server()), "--model", str(gguf), "--alias", MODEL_NAME, "--host", HOST),
+        *("--port", "{port}", "--threads", threads, "--parallel", clients, "--ctx-size", str(context)),
+        *(cache, "--cache-ram", "0", "--offline", "--no-ui", "--no-slots", "--verbosity", "2"),
     )
     weights = f"Q4_1, {UNTUNED}" if name == LLAMA_Q4 else f"Q8_0 from Q4_1, {UNTUNED}"
-    body = {"cache_prompt": serving.prefix_cache}
-    variables = {"OMP_NUM_THREADS": str(serving.threads)}
+    variables = {"OMP_NUM_THREADS": threads}
     about = "llama.cpp's server on the untuned base"
-    return Launch(name, about, weights, folder / f"{name}.log", command, variables, body, LLAMA_SERVER.software)
+    return Launch(name, about, weights, folder / f"{name}.log", command, variables, software=peers.LLAMA.software)
 
 
 def _running(url: str, model: str | None, folder: Path) -> Launch:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from medusa_apar.commands.cli import main
-from medusa_apar.eval import peer_files, serve_bench, serve_servers, serve_tables
+from medusa_apar.eval import llama_server, serve_bench, serve_servers, serve_tables
 from medusa_apar.eval.serve_bench import Asking, Load, Results, kept, loads_of, measure_all, measure_pools
 from medusa_apar.eval.serve_servers import Launch, Serving, running
 from medusa_apar.job import Job
@@ -288,9 +288,10 @@ def test_our_servers_differ_in_forking_and_guessing_alone(tmp_path):
 
 
 def test_llama_has_room_for_all_clients(tmp_path, monkeypatch):
-    monkeypatch.setattr(peer_files, "install", lambda environment: tmp_path / "python")
+    monkeypatch.setattr(llama_server, "llama_server", lambda: tmp_path / "llama-server")
     monkeypatch.setattr(serve_servers.hub, "embedded_gguf", lambda name: tmp_path / "model.gguf")
     serving = Serving(threads=2, clients=8, context=512)
     (made,) = serve_servers.prepare(("llama.cpp-q4_1",), serving, tmp_path, None, None)
-    assert made.command[-5:] == ("127.0.0.1", "{port}", "2", "8", "512") and made.body == {"cache_prompt": False}
-    assert not made.pooled and made.software == "xllamacpp 2026.10.11549"
+    command = " ".join(made.command)
+    assert "--threads 2 --parallel 8 --ctx-size 4096 --no-cache-prompt" in command and command.startswith(str(tmp_path))
+    assert not made.pooled and made.software == "llama-cpp-python 0.3.36" and made.weights == "Q4_1, untuned base"
