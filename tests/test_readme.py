@@ -192,7 +192,9 @@ def curls(url: str) -> list[tuple[list[str], httpx.Response]]:
         options = dict(zip(words[2::2], words[3::2], strict=True))
         header = dict([options["-H"].split(": ")])
         address = words[1].replace("http://127.0.0.1:8000", url)
-        answers.append((words, httpx.post(address, headers=header, content=options["-d"], timeout=120, trust_env=False)))
+        answers.append(
+            (words, httpx.post(address, headers=header, content=options["-d"], timeout=120, trust_env=False))
+        )
     return answers
 
 

@@ -17,24 +17,30 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from medusa_apar.arguments import MAX_THREADS, number
 from medusa_apar.threads.fork_policy import FORKS
+
+if TYPE_CHECKING:
+    from medusa_apar.generate import MedusaApar
 
 HELP = "answer over HTTP, as OpenAI's API does"
 KEYS = "MEDUSA_APAR_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, several = parser.add_argument, {"action": "append", "default": []}
-    default, count = "(default: %(default)s)", number(int, 1)
-    add("model", nargs="?", default="smollm2-135m", metavar="MODEL", help=f"name, folder, GGUF file or Hub id {default}")
+    add, default, count = parser.add_argument, "(default: %(default)s)", number(int, 1)
+    several: dict[str, Any] = {"action": "append", "default": []}
+    add(
+        "model", nargs="?", default="smollm2-135m", metavar="MODEL", help=f"name, folder, GGUF file or Hub id {default}"
+    )
     add("--host", default="127.0.0.1", metavar="HOST", help=f"address to listen at; 0.0.0.0 for all {default}")
     add("--port", type=number(int, 0, 65535), default=8000, metavar="N", help=f"0 takes a free one {default}")
     add("--api-key", metavar="KEY", **several,
-        help=f"what clients have to send; may be given several times, or in ${KEYS} with commas between (default: none)")  # fmt: skip
+        help=f"what clients send; several times, or in ${KEYS} with commas between (default: none)")  # fmt: skip
     add("--cors-origin", metavar="ORIGIN", **several,
-        help="an origin whose web pages may ask; may be given several times, * is any (default: none)")  # fmt: skip
+        help="an origin whose web pages may ask; given several times, * is any (default: none)")  # fmt: skip
     add("--quantize", choices=("int8",), help="round weights and activations for the CPU runtime")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--heads", default="auto", metavar="NAME", help="draft heads; none leaves them out (default: the model's own)")
@@ -72,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.serve.server import serve
     from medusa_apar.serve.service import Service
 
-    named = ("host", "port", "max_requests", "max_queue", "pool_slots", "max_prefill_rows", "prefix_cache")
-    named += ("max_body_bytes", "shutdown_timeout", "access_log")
+    named = [
+        *("host", "port", "max_requests", "max_queue", "pool_slots", "max_prefill_rows", "prefix_cache"),
+        *("max_body_bytes", "shutdown_timeout", "access_log"),
+    ]
     keys = [*args.api_key, *filter(None, os.environ.get(KEYS, "").split(","))]
     options = ServeOptions(
         api_keys=tuple(keys), cors_origins=tuple(args.cors_origin), **{name: getattr(args, name) for name in named}
@@ -82,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     return serve(Service(partial(load, args), args.model, options))
 
 
-def load(args: argparse.Namespace):
+def load(args: argparse.Namespace) -> MedusaApar:
     """The model; called in the thread that will run it."""
     import torch
 

@@ -244,10 +244,8 @@ class ThreadedEngine:
     def _take_calls(self, engine: Engine) -> bool:
         """Runs what was asked since the last step, and waits while there is nothing to do; False to end."""
         while True:
-            if not engine.unfinished:
-                self._stats = engine.snapshot()
-                if self._draining and self._calls.empty():
-                    _pass(self._idle)
+            if not engine.unfinished and self._draining and self._calls.empty():
+                _pass(self._idle)
             try:
                 call = self._calls.get(block=not engine.unfinished)
             except queue.Empty:
@@ -255,6 +253,7 @@ class ThreadedEngine:
             if call is None:
                 return False
             call(engine)
+            self._stats = engine.snapshot()
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
         ended = {output.request_id: output for output in outputs}

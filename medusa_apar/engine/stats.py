@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -29,8 +30,8 @@ class Stats:
     peak_threads: int = 0  # most threads in one forest
     peak_slots: int = 0  # most KV slots in use at once, draft nodes included
     final_slots: int = 0  # slots in use after the call: 0, or something leaked
-    # How the engine stood when the counts were copied (`Engine.snapshot`): requests that run, requests in the queue, live
-    # threads of those that run, and KV slots by what they hold.
+    # How the engine stood when `Engine.snapshot` copied this: requests that run, those in the queue, live threads of
+    # those that run, and KV slots by what they hold.
     running: int = 0
     waiting: int = 0
     threads: int = 0
@@ -51,7 +52,8 @@ class Stats:
     def copy(self) -> Stats:
         """One that counts no further."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{name: value.copy() for name, value in values.items() if isinstance(value, dict)})
+        counters: dict[str, Any] = {name: value.copy() for name, value in values.items() if isinstance(value, dict)}
+        return replace(self, **counters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,21 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.middleware.cors import CORSMiddleware
 
 from medusa_apar import __version__
 
 from . import status_routes
 from .errors import ApiError
-from .guards import REQUEST_ID, Exchanges, Gate, KeyGuard, LengthGuard
+from .guards import REQUEST_ID, Exchanges, Gate, KeyGuard, LengthGuard, too_long
 from .service import Service
 
 
@@ -37,7 +39,7 @@ def create_app(service: Service, more: Sequence[APIRouter] = ()) -> FastAPI:
     ]
     if options.cors_origins:  # outermost: a page may read refusals too, and a preflight has no key
         shown = [REQUEST_ID, "Retry-After"]
-        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": shown}
+        allowed: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": shown}
         guards.insert(0, Middleware(CORSMiddleware, allow_origins=options.cors_origins, **allowed))
 
     @asynccontextmanager
@@ -94,6 +96,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     said = {
         404: f"there is nothing at {request.url.path}",
         405: f"{request.url.path} does not take {request.method}",
-        413: "the body is longer than this server takes",
+        413: too_long(request.scope.get(MAX_BODY_SIZE_SCOPE_KEY, 0)).message,
     }.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, said, headers=error.headers).response()

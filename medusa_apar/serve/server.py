@@ -7,6 +7,8 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -20,6 +22,7 @@ from .service import Service
 logger = logging.getLogger("medusa_apar.serve")
 
 _BACKLOG = 2048
+_KEEP_ALIVE = 30  # seconds; longer than clients keep theirs, or a request would meet a connection that closes
 _LAST_SECONDS = 1  # for answers that are written out but not read, after a drain
 
 
@@ -29,8 +32,7 @@ def serve(service: Service, app: FastAPI | None = None) -> int:
     app: `create_app(service)` by default.
     """
     options = service.options
-    with listen(options.host, options.port) as listener:
-        _log_to_stderr(options.access_log)
+    with listen(options.host, options.port) as listener, _log_on_stderr(options.access_log):
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(f"medusa-apar serves {service.model_name} at http://{host}:{port}", flush=True)
@@ -48,7 +50,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise OSError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+        number = error.errno or 0
+        why = os.strerror(number) if number > 0 else error.strerror  # a host name's errors have numbers of their own
+        raise OSError(f"cannot listen at {host}:{port}: {why}") from error
 
 
 class Server(uvicorn.Server):
@@ -65,6 +69,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE,
                 timeout_graceful_shutdown=_LAST_SECONDS,
             )
         )
@@ -113,9 +118,15 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _log_to_stderr(accesses: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for each, level in ((logger, logging.INFO), (access_log, logging.INFO if accesses else logging.CRITICAL)):
-        each.handlers, each.propagate = [handler], False
-        each.setLevel(level)
+@contextmanager
+def _log_on_stderr(accesses: bool) -> Iterator[None]:
+    handler, logs = logging.StreamHandler(), [logger, access_log] if accesses else [logger]
+    for each in logs:
+        each.addHandler(handler)
+        each.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for each in logs:
+            each.removeHandler(handler)
+            each.setLevel(logging.NOTSET)

@@ -67,11 +67,11 @@ class Service:
         return "ready" if self.engine.healthy else "broken"
 
     async def start(self) -> None:
-        """Loads, makes the engine, and has it run one step. Raises what went wrong, which `failure` keeps."""
+        """Loads, makes the engine, and has it run its first steps. Raises what went wrong, which `failure` keeps."""
         try:
             assert isinstance(self.engine, ThreadedEngine)
             await self.engine.start()
-            first = self.apar.request("warm-up", [0], max_new_tokens=1)
+            first = self.apar.request("warm-up", [0], max_new_tokens=4)  # so that heads are asked too
             async for output in self.engine.generate(first):
                 if output.error is not None:
                     raise output.error

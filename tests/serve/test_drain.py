@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.serving import SECONDS, running, tiny_apar, wait_until
+from tests.support.serving import PLAIN, SECONDS, running, tiny_apar, wait_until
 
 ROOT = Path(__file__).parents[2]
 PROMPT = [7, 8, 9, 10]
@@ -62,7 +62,7 @@ def test_a_first_signal_lets_what_runs_come_to_its_end(apar):
         with client.stream("POST", "/v1/tokens", json=asked) as answer:
             lines = answer.iter_lines()
             assert json.loads(next(lines)) == []
-            wait_until(lambda: server.service.engine.stats().running == 2 or server.hold.asked)
+            wait_until(lambda: server.service.num_in_flight == 2)
             server.server.handle_exit(signal.SIGTERM, None)
             wait_until(lambda: health(server) == "draining")
             refused = server.ask(PROMPT)
@@ -97,7 +97,7 @@ def test_a_process_from_its_first_line_to_its_second_signal():
         try:
             begin, url = process.stdout.readline().rsplit(maxsplit=1)
             assert begin == "medusa-apar serves tiny at"
-            with httpx.Client(base_url=url, timeout=SECONDS, trust_env=False) as client:
+            with httpx.Client(base_url=url, timeout=SECONDS, **PLAIN) as client:
                 assert client.get("/health").json() == {"status": "loading"}
                 process.stdin.write("\n")
                 process.stdin.flush()
@@ -108,7 +108,7 @@ def test_a_process_from_its_first_line_to_its_second_signal():
                     lines = answer.iter_lines()
                     assert json.loads(next(lines)) == [] and json.loads(next(lines))
                     process.send_signal(signal.SIGTERM)
-                    wait_until(lambda: httpx.get(f"{url}/health", trust_env=False).json() == {"status": "draining"})
+                    wait_until(lambda: httpx.get(f"{url}/health", **PLAIN).json() == {"status": "draining"})
                     assert json.loads(next(lines))
                     process.send_signal(signal.SIGINT)
                     with pytest.raises(httpx.RemoteProtocolError):

@@ -33,6 +33,7 @@ from medusa_apar.threads.request import Request
 from tests.support.models import CONTROL, forking_model
 from tests.support.tokenizers import tiny_tokenizer
 
+PLAIN: Any = {"trust_env": False, "verify": False}  # reading certificates is what takes a client its time
 SECONDS = 30  # longer than anything here takes: what hangs fails
 
 
@@ -112,7 +113,7 @@ class Running:
     thread: threading.Thread
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=SECONDS, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=SECONDS, **PLAIN, **options)
 
     def ask(self, prompt: list[int], **fields: Any) -> httpx.Response:
         with self.client() as client:
