@@ -1,4 +1,4 @@
-"""A campaign of faults against a real server:  python -m medusa_apar.eval.faults [--seconds 600] [--seed 0] [--out FILE]
+"""A campaign of faults against a real server:  python -m medusa_apar.eval.faults [--seconds 600] [--seed 0]
 
 Clients hang up, say half of what they wanted, read slowly or not at all, come in floods, under equal names and with
 bodies that are wrong, while others ask honest questions. Round by round a server starts with other limits (a tiny pool,
@@ -38,12 +38,20 @@ from .fault_kinds import FAULTS, GOOD, Kind, World, ask, together, whole_answer
 from .serve_client import UNLIMITED
 from .serve_metrics import LIVE, PREFIX, parse
 
-CASES = 40
-AT_ONCE = 8  # clients of each kind that keep a round busy
-ROUND = 15.0  # seconds
 ENDINGS = ("idle", "kill", "drain", "idle", "kill")
+DYING = 0.3  # seconds for which clients go on coming while a server is brought to its end
 MORE = 32 << 20  # bytes that the process may grow after its second round: allocators keep some
 MOST_WRONG = 20  # after so many the campaign stops
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """seconds: of the campaign. cases: questions that are asked. at_once: clients of each kind, good ones and bad ones."""
+
+    seconds: float = 600.0
+    round_seconds: float = 15.0
+    cases: int = 40
+    at_once: int = 8
 
 
 @dataclass
@@ -65,22 +73,33 @@ class Report:
         return rest | tables
 
 
-def campaign(apar: MedusaApar, seconds: float, seed: int, round_seconds: float = ROUND) -> Report:
-    """All of it, for so many seconds and until every way to end was taken once."""
+@dataclass(frozen=True, slots=True)
+class Round:
+    apar: MedusaApar
+    cases: list[Case]
+    options: ServeOptions
+    ending: str
+    pace: Pace
+    rng: random.Random
+    report: Report
+
+
+def campaign(apar: MedusaApar, pace: Pace, seed: int) -> Report:
+    """All of it, until its time is over and every way to end a round was taken once."""
     rng, report, began = random.Random(seed), Report(seed), time.monotonic()
-    cases = cases_of(apar, prompts.read(prompts.DEFAULT), CASES, rng)
+    cases = cases_of(apar, prompts.read(prompts.DEFAULT), pace.cases, rng)
     endings: list[str] = []
-    while (time.monotonic() - began < seconds or len(endings) < 3) and len(report.wrong) < MOST_WRONG:
+    while (time.monotonic() - began < pace.seconds or len(endings) < len(set(ENDINGS))) and len(report.wrong) < MOST_WRONG:
         ending = ENDINGS[len(endings) % len(ENDINGS)]
         options = _options(apar, cases, rng)
         try:
-            _round(apar, cases, options, ending, round_seconds, rng, report)
+            _round(Round(apar, cases, options, ending, pace, rng, report))
         except (Wrong, AssertionError) as error:
             report.wrong.append(f"round {len(endings)} ({ending}, {options}): {error}")
         endings.append(ending)
         report.memory.append(resident())
     report.rounds, report.seconds = len(endings), round(time.monotonic() - began, 1)
-    report.faults = (
+    report.faults = sum(report.events[name] for name in ("kill", "drain", *(kind.__name__ for kind in FAULTS)))
         sum(report.events[kind.__name__] for kind in FAULTS) + report.events["kill"] + report.events["drain"]
     )
     if len(report.memory) > 2 and report.memory[-1] - report.memory[1] > MORE:
@@ -90,10 +109,11 @@ def campaign(apar: MedusaApar, seconds: float, seed: int, round_seconds: float =
 
 def _options(apar: MedusaApar, cases: list[Case], rng: random.Random) -> ServeOptions:
     """Limits that hurt, but let every case be answered."""
+    least = _least_slots(apar, cases)
     return ServeOptions(
         max_requests=rng.choice([2, 4, 16]),
         max_queue=rng.choice([4, 16]),
-        pool_slots=rng.choice([None, _least_slots(apar, cases), 2 * _least_slots(apar, cases)]),
+        pool_slots=rng.choice([None, least, 2 * least]),
         prefix_cache=rng.random() < 0.5,
         max_body_bytes=1 << 16,
         shutdown_timeout=PATIENCE / 2,
@@ -110,59 +130,43 @@ def _least_slots(apar: MedusaApar, cases: list[Case]) -> int:
 
 
 def _fits(apar: MedusaApar, case: Case, slots: int) -> bool:
-    ids = case.prompt_ids
-    request = apar.request("fits", ids, max_new_tokens=case.body["max_tokens"])
+    request = apar.request("fits", case.prompt_ids, max_new_tokens=case.body["max_tokens"])
     try:
-        check_fits(apar.model, slots, [ids], request.options)
+        check_fits(apar.model, slots, [case.prompt_ids], request.options)
     except ValueError:
         return False
     return True
 
 
-def _round(
-    apar: MedusaApar,
-    cases: list[Case],
-    options: ServeOptions,
-    ending: str,
-    seconds: float,
-    rng: random.Random,
-    report: Report,
-) -> None:
-    host = Host(apar, options)
+def _round(its: Round) -> None:
+    host = Host(its.apar, its.options)
     host.start()
     try:
-        asyncio.run(_talk(host, cases, options, ending, seconds, rng, report))
+        asyncio.run(_talk(host, its))
     finally:
         host.stop()
 
 
-async def _talk(
-    host: Host,
-    cases: list[Case],
-    options: ServeOptions,
-    ending: str,
-    seconds: float,
-    rng: random.Random,
-    report: Report,
-) -> None:
-    until = asyncio.get_running_loop().time() + seconds
+async def _talk(host: Host, its: Round) -> None:
+    clock, options, report = asyncio.get_running_loop().time, its.options, its.report
     flood = (options.max_requests or 0) + (options.max_queue or 0) + 20
     async with httpx.AsyncClient(timeout=PATIENCE, limits=UNLIMITED, trust_env=False) as http:
-        world = World(host.url, host.port, http, cases, rng, flood, "", report.counts, report.events)
-        for case in cases:  # alone, before anybody disturbs: what is not known of its answer becomes known
+        world = World(host.url, host.port, http, its.cases, its.rng, flood, "", report.counts, report.events)
+        for case in its.cases:  # before anybody disturbs: what is not known of its answer becomes known
             if not case.texts:
                 await _event(world, "alone", ask(world, case, stream=False), report)
-        clients = [_client(world, kinds, report, until) for kinds in (GOOD, FAULTS) for _ in range(AT_ONCE)]
+        until = clock() + its.pace.round_seconds + (0.0 if its.ending == "idle" else DYING)
+        clients = [_client(world, kinds, report, until) for kinds in (GOOD, FAULTS) for _ in range(its.pace.at_once)]
         busy = [asyncio.create_task(client) for client in clients]
-        await asyncio.sleep(max(until - asyncio.get_running_loop().time(), 0.0))
-        if ending != "idle":
-            world.ending = ending
-            report.events[ending] += 1
-            host.kill() if ending == "kill" else host.drain()
+        await asyncio.sleep(its.pace.round_seconds)
+        if its.ending != "idle":
+            world.ending = its.ending
+            report.events[its.ending] += 1
+            host.kill() if its.ending == "kill" else host.drain()
         await asyncio.gather(*busy)
-        if ending == "kill":
+        if its.ending == "kill":
             await _is_dead(world)
-        elif ending == "idle":
+        elif its.ending == "idle":
             await _is_idle(world)
 
 
@@ -216,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, help="where the report goes as JSON")
     args = parser.parse_args(arguments)
     quiet()
-    report = campaign(load(args.model, quantize=args.quantize), args.seconds, args.seed)
+    report = campaign(load(args.model, quantize=args.quantize), Pace(args.seconds), args.seed)
     content = json.dumps({"model": args.model, "quantize": args.quantize, **machine(), **report.as_json()}, indent=1)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,13 @@ class Engine:
             threads=sum(len(request.live) for request in running),
             live_slots=pool.in_use,
             free_slots=(pool.capacity if pool.max_slots is None else pool.max_slots) - pool.in_use,
+            unfreed_slots=sum(map(self._unfreed, running)),
         )
+
+    def _unfreed(self, request: Request) -> int:
+        """Slots that a request would hold now if its threads' had stayed after their ends; a last token has none."""
+        cached = self.ledger.cached
+        return sum(len(each.tokens) - 1 if each.ended else cached(each) for each in request.tree.threads)
 
     def close(self) -> None:
         """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""

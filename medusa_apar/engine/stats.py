@@ -37,6 +37,7 @@ class Stats:
     threads: int = 0
     live_slots: int = 0
     free_slots: int = 0
+    unfreed_slots: int = 0  # that would be live, had none gone back before its request's end: what forking saves
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps
     rescore_seconds: float = 0.0  # rescore=True: passes over the reading order
