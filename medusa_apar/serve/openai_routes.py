@@ -51,7 +51,7 @@ _ERROR = {
         }
     },
 }
-_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 413, 429, 500, 503)}
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 413, 429, 500, 503), _ERROR)
 _NO_RESPONSES = "there is no /v1/responses here, as answers are not kept: use /v1/chat/completions"
 
 AnyGeneration = TypeVar("AnyGeneration", bound=Generation)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from medusa_apar import checks
+from medusa_apar.events.texts import TokenTexts
 from medusa_apar.generate import MedusaApar
 from medusa_apar.models.chat import encode_messages
 from medusa_apar.models.families import context_length, unembedding_size
@@ -84,10 +85,7 @@ def completion(body: CompletionBody, place: Place) -> Asked:
             check_ids(place.apar, "prompt", ids)
     echoes = []
     if body.echo:
-        texts = [
-            p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for p in body.prompt
-        ]
+        texts = [p if isinstance(p, str) else TokenTexts.of(tokenizer).decode(p) for p in body.prompt]
         echoes = [text for text in texts for _ in range(body.n or 1)]
     length = _Length("max_tokens", body.max_tokens, _COMPLETION_TOKENS)
     return _asked(body, place, prompts, body.logprobs, length, echoes)
@@ -118,7 +116,8 @@ def check_ids(apar: MedusaApar, name: str, ids: Sequence[int]) -> None:
     size = unembedding_size(apar.model)[0]
     wrong = next((id for id in ids if not 0 <= id < size), None)
     if wrong is not None:
-        raise ApiError(400, f"{name} holds the token id {wrong}, but the model has ids from 0 to {size - 1}.", param=name)
+        said = f"{name} holds the token id {wrong}, but the model has ids from 0 to {size - 1}."
+        raise ApiError(400, said, param=name)
 
 
 @contextmanager
@@ -167,9 +166,7 @@ def _asked(
             for choice in range(n if limit else 0):
                 own = Sampling(**sampling, seed=_seed(body.seed, choice))
                 name = f"{place.id}-{len(requests)}"
-                requests.append(
-                    engine_request(place.apar, name, prompt, own, options, max_new_tokens=limit, **shared)
-                )
+                requests.append(engine_request(place.apar, name, prompt, own, options, max_new_tokens=limit, **shared))
     ends = frozenset() if body.ignore_eos or not requests else requests[0].options.eos_ids
     return Asked(prompts, requests, n, body.stop or (), body.min_tokens or 0, ends, list(echoes))
 

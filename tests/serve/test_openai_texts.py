@@ -1,4 +1,4 @@
-"""What is answered over HTTP: the same text in one piece and streamed, greedy or sampled, up to stop strings and limits.
+"""What is answered over HTTP: the same text whole and streamed, greedy or sampled, up to stop strings and limits.
 
 Rows of the field's bugs that are looked for here: a text that a stop string cuts and ids that run on (vllm PR 47616),
 stop strings that only plain answers heed (aprender PR 2019), characters cut in streams (dynamo#12630 and others),
@@ -113,9 +113,9 @@ def test_chats_are_streamed_as_they_are(server, text, temperature, seed, stop):
 
 def test_every_limit_around_an_end_says_why(server):
     """An end token is the answer's end even where it is the last that the limit lets through."""
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         fields = {"prompt": "a", "seed": seed}
-        free, _ = both(server, COMPLETION, **fields, max_tokens=100)
+        free, _ = both(server, COMPLETION, **fields, max_tokens=60)
         length = len(free["ids"])
         for limit in range(max(length - 2, 1), length + 3 if free["reason"] == "stop" else length):
             answer, usage = both(server, COMPLETION, **fields, max_tokens=limit)
