@@ -46,7 +46,7 @@ MOST_WRONG = 20  # after so many the campaign stops
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """seconds: of the campaign. cases: questions that are asked. at_once: clients of each kind, good ones and bad ones."""
+    """seconds: of the campaign. cases: questions that are asked. at_once: clients, as many good ones as bad ones."""
 
     seconds: float = 600.0
     round_seconds: float = 15.0
@@ -89,7 +89,9 @@ def campaign(apar: MedusaApar, pace: Pace, seed: int) -> Report:
     rng, report, began = random.Random(seed), Report(seed), time.monotonic()
     cases = cases_of(apar, prompts.read(prompts.DEFAULT), pace.cases, rng)
     endings: list[str] = []
-    while (time.monotonic() - began < pace.seconds or len(endings) < len(set(ENDINGS))) and len(report.wrong) < MOST_WRONG:
+    while time.monotonic() - began < pace.seconds or len(endings) < len(set(ENDINGS)):
+        if len(report.wrong) >= MOST_WRONG:
+            break
         ending = ENDINGS[len(endings) % len(ENDINGS)]
         options = _options(apar, cases, rng)
         try:
@@ -100,8 +102,6 @@ def campaign(apar: MedusaApar, pace: Pace, seed: int) -> Report:
         report.memory.append(resident())
     report.rounds, report.seconds = len(endings), round(time.monotonic() - began, 1)
     report.faults = sum(report.events[name] for name in ("kill", "drain", *(kind.__name__ for kind in FAULTS)))
-        sum(report.events[kind.__name__] for kind in FAULTS) + report.events["kill"] + report.events["drain"]
-    )
     if len(report.memory) > 2 and report.memory[-1] - report.memory[1] > MORE:
         report.wrong.append(f"memory has grown from {report.memory[1]} to {report.memory[-1]} bytes")
     return report
