@@ -12,6 +12,7 @@ from medusa_apar.eval.serve_bench import Asking, Load, Results, kept, loads_of, 
 from medusa_apar.eval.serve_servers import Launch, Serving, running
 from medusa_apar.job import Job
 from tests.support.benchmarks import lines
+from tests.support.folders import forking_folder
 from tests.support.stand_in import Served, StandIn
 
 ASKING = Asking("digest", 64, True, 0.0, 1.0, False, "m", "auto", "int8", None, "a cpu", 4, 16, 60.0, 0)
@@ -231,19 +232,25 @@ def test_ratios_are_those_of_the_same_turn(tmp_path):
 # ---- servers
 
 
-STAND_IN = (sys.executable, "-m", "tests.support.stand_in", "{port}")
-
-
 def launch(tmp_path, *command):
     return Launch("fake", "a fake", "none", tmp_path / "fake.log", command, pooled=True)
 
 
-def test_a_server_is_started_awaited_and_stopped(tmp_path):
-    with running(launch(tmp_path, *STAND_IN)) as server:
-        assert server.model == "stand-in" and httpx.get(f"{server.url}/health").status_code == 200
+def test_our_own_server_is_started_measured_and_stopped(tmp_path, monkeypatch):
+    ports, free_port = [], serve_servers._free_port
+    monkeypatch.setattr(serve_servers, "_free_port", lambda: ports.append(free_port()) or ports[-1])
+    forking_folder(tmp_path / "model")
+    asked = lines(tmp_path / "p.jsonl", {"id": 0, "prompt": "ask a"}, {"id": 1, "prompt": "ask b"})
+    given = ["--model", tmp_path / "model", "--heads", "none", "--prompts", asked, "--systems", "threads", "--threads", 1]
+    few = ["--clients", 2, "--requests-per-client", 2, "--min-requests", 4, "--max-new-tokens", 24]
+    out = tmp_path / "out"
+    assert main(["bench", "--serve", "--out", str(out), *map(str, [*given, *few])]) == 0
+    (row,) = map(json.loads, (out / "load.jsonl").read_text().splitlines())
+    assert row["requests"] == 4 and row["errors"] == {} and row["answer_tokens"] == 24
+    assert row["peak_slots"] >= 24 and row["cached_tokens"] == 0
+    assert "ready" in (out / "threads.log").read_text()
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{server.url}/health")
-    assert "Uvicorn running" in (tmp_path / "fake.log").read_text()
+        httpx.get(f"http://127.0.0.1:{ports[0]}/health")
 
 
 @pytest.mark.parametrize(

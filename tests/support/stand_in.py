@@ -1,12 +1,8 @@
-"""A server that stands in for one with a model: streams as many tokens as it is asked for, two to a chunk.
-
-`python -m tests.support.stand_in PORT` runs it in a process of its own.
-"""
+"""A server that stands in for one with a model: streams as many tokens as it is asked for, two to a chunk."""
 
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -94,7 +90,3 @@ class Served:
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self._thread.join()
-
-
-if __name__ == "__main__":
-    uvicorn.run(StandIn().app, host="127.0.0.1", port=int(sys.argv[1]))
