@@ -109,14 +109,23 @@ class Results:
 
 
 def measure_all(
-    job: Job, results: Results, launches: Sequence[Launch], loads: Sequence[Load], turns: int, measure: Measure
+    job: Job,
+    results: Results,
+    launches: Sequence[Launch],
+    loads: Sequence[Load],
+    turns: int,
+    measure: Measure,
+    first: int = 0,
 ) -> None:
-    """Measures what the results do not hold yet. The servers take turns at every load, and no one is always first."""
+    """Measures what the results do not hold yet. The servers take turns at every load, and no one is always first.
+
+    first: which of them is, at the first load of the first turn.
+    """
     wanted = []
     for turn in range(turns):
         for place, load in enumerate(loads):
-            first = (turn + place) % len(launches)
-            wanted += [(turn, load, launch) for launch in (*launches[first:], *launches[:first])]
+            start = (first + turn + place) % len(launches)
+            wanted += [(turn, load, launch) for launch in (*launches[start:], *launches[:start])]
     done = [(turn, load, launch) for turn, load, launch in wanted if results.row(launch.name, load, turn)]
     with job.bar("settings", len(wanted), len(done)) as bar:
         for turn, load, launch in wanted:
@@ -146,9 +155,11 @@ def measure_pools(
         most = max((row.get("peak_slots") or 0.0 for row in middle.values()), default=0.0)
         pools = sorted({int(most * share) for share in POOLS} - {0}, reverse=True)
     left = list(pooled)
-    for slots in sorted(pools, reverse=True):
+    for place, slots in enumerate(sorted(pools, reverse=True)):
+        if not left:
+            break
         load = Load(clients, slots=slots)
-        measure_all(job, results, left, [load], turns, measure) if left else None
+        measure_all(job, results, left, [load], turns, measure, first=place)
         left = [launch for launch in left if kept(results, launch.name, load) >= LOST]
 
 
