@@ -75,6 +75,18 @@ def run_logged(command: list[str], log: Path, doing: str, variables: dict[str, s
         raise RuntimeError(f"{doing} failed (exit code {ran.returncode}): see {log}")
 
 
+def say(doing: str, folder: Path, takes: str, log: Path) -> None:
+    """Tells somebody who waits for what is done once."""
+    print(f"medusa-apar: {doing} into {folder}, once ({takes}; log: {log})", file=sys.stderr)
+
+
+def pip(python: Path) -> list[str]:
+    """The command that serves an environment: our own pip, or where we have none the environment's."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    return [str(python), "-m", "pip", "--disable-pip-version-check"]
+
+
 def install(environment: Environment) -> Path:
     """The environment's Python; the first call makes the environment, and one that is not whole is made again."""
     folder = environment.folder
@@ -89,29 +101,22 @@ def install(environment: Environment) -> Path:
             return environment.python
         log = folder.parent / f"{environment.name}.log"
         log.unlink(missing_ok=True)
-        print(
-            f"medusa-apar: installing {environment.software} into {folder}, once ({environment.takes}; log: {log})",
-            file=sys.stderr,
-        )
+        say(f"installing {environment.software}", folder, environment.takes, log)
         shutil.rmtree(folder, ignore_errors=True)
         doing = f"installing {environment.software}"
-        python = str(environment.python)
-        if importlib.util.find_spec("pip"):  # our own pip serves: copying one takes seconds
-            run_logged([sys.executable, "-m", "venv", "--without-pip", str(folder)], log, doing)
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-        else:
-            run_logged([sys.executable, "-m", "venv", str(folder)], log, doing)
-            pip = [python, "-m", "pip", "--disable-pip-version-check"]
+        without = ["--without-pip"] if importlib.util.find_spec("pip") else []  # copying one takes seconds
+        run_logged([sys.executable, "-m", "venv", *without, str(folder)], log, doing)
+        command = pip(environment.python)
         engine, *others = environment.packages
         together = others if environment.alone else [engine, *others]
         variables = dict(environment.variables)
         if environment.native:  # or pip would take the wheel that it built on another machine
             variables["PIP_NO_CACHE_DIR"] = "1"
-        run_logged([*pip, "install", *together], log, doing, variables)
+        run_logged([*command, "install", *together], log, doing, variables)
         if environment.alone:
-            run_logged([*pip, "install", "--no-deps", engine], log, doing, variables)
+            run_logged([*command, "install", "--no-deps", engine], log, doing, variables)
         if environment.removed:
-            run_logged([*pip, "uninstall", "--yes", *environment.removed], log, doing)
+            run_logged([*command, "uninstall", "--yes", *environment.removed], log, doing)
         write_text(marker, environment.contents)
     return environment.python
 
