@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -19,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from medusa_apar import __version__
 
-from . import status_routes
+from . import openai_routes, page, status_routes
 from .errors import ApiError
 from .guards import REQUEST_ID, Exchanges, Gate, KeyGuard, LengthGuard, too_long
 from .service import Service
@@ -64,15 +62,9 @@ def create_app(service: Service, more: Sequence[APIRouter] = ()) -> FastAPI:
             HTTPException: _http_error,
         },
     )
-    for router in (status_routes.router(service), *_rooms(service), *more):
+    for router in (status_routes.router(service), openai_routes.router(service), page.router(), *more):
         app.include_router(router)
     return app
-
-
-def _rooms(service: Service) -> list[APIRouter]:
-    names = [name for name in ("openai_routes", "page") if find_spec(f"{__package__}.{name}")]
-    modules = [import_module(f"{__package__}.{name}") for name in names]
-    return [module.router(service) if module.__name__.endswith("routes") else module.router() for module in modules]
 
 
 async def _own_error(request: Request, error: Exception) -> JSONResponse:

@@ -108,29 +108,17 @@ class _OfEngine:
         ):
             yield GaugeMetricFamily(PREFIX + name, said, value)
         slots = GaugeMetricFamily(PREFIX + "kv_slots", "KV slots by what they hold.", labels=["state"])
-        for state, value in (
-            ("live", stats.live_slots),
-            ("cached", _of(stats, "cached_slots")),
-            ("free", stats.free_slots),
-        ):
+        for state, value in (("live", stats.live_slots), ("cached", stats.cached_slots), ("free", stats.free_slots)):
             slots.add_metric([state], value)
         yield slots
         for name, said, value in (
             ("forks", "Threads that were forked.", stats.forks),
             ("forward_tokens", "Rows of all forward passes, prompts and draft nodes included.", stats.forward_tokens),
             ("steps", "Forward passes.", stats.steps),
-            (
-                "prefix_cache_queries",
-                "Prompt tokens looked for in the prefix cache.",
-                _of(stats, "prefix_cache_queries"),
-            ),
-            ("prefix_cache_hits", "Prompt tokens found there.", _of(stats, "prefix_cache_hits")),
+            ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_cache_hits),
             ("spec_decode_num_draft_tokens", "Draft nodes.", stats.drafted.total()),
             ("spec_decode_num_accepted_tokens", "Draft nodes that were right.", stats.accepted.total()),
             ("num_preemptions", "Requests whose slots were all taken back.", stats.preemptions),
         ):
             yield CounterMetricFamily(PREFIX + name, said, value)
-
-
-def _of(stats: Stats, name: str) -> int:
-    return getattr(stats, name, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from medusa_apar.engine.options import EngineOptions
@@ -52,12 +52,10 @@ class ServeOptions:
 
     def engine_changes(self) -> dict[str, Any]:
         """For `MedusaApar.engine`."""
-        changes = {
+        return {
             "max_requests": self.max_requests,
             "max_waiting": self.max_queue,
             "pool_slots": self.pool_slots,
             "max_prefill_rows": self.max_prefill_rows,
             "prefix_cache": self.prefix_cache,
         }
-        known = {field.name for field in fields(EngineOptions)}
-        return {name: value for name, value in changes.items() if name in known}

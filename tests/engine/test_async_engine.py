@@ -203,7 +203,7 @@ def test_how_the_engine_stands_is_told_while_it_runs(parts):
         return seen
 
     seen = asyncio.run(run())
-    assert max(stats.waiting for stats in seen) == 2 and {stats.running for stats in seen} <= {0, 1}
+    assert max(stats.waiting for stats in seen) >= 2 and {stats.running for stats in seen} <= {0, 1}
     assert max(stats.threads for stats in seen) > 1
     assert all(stats.live_slots >= stats.threads for stats in seen if stats.steps)
 

@@ -54,7 +54,7 @@ def test_tokens_times_and_ends_are_counted(server):
     assert more["inter_token_latency_seconds_count",] == len(ids) - 2
     assert more["e2e_request_latency_seconds_sum",] >= more["time_to_first_token_seconds_sum",] > 0
     assert more["request_success_total", "length"] + more.get(("request_success_total", "stop"), 0) == 2
-    assert more["steps_total",] > 4 and more["forward_tokens_total",] >= len(ids) + 2 * len(PROMPT) - 2
+    assert more["steps_total",] > 4 and more["forward_tokens_total",] >= len(ids)
     assert now["kv_slots_peak",] > len(PROMPT)
 
 
