@@ -162,7 +162,7 @@ def _asked(
         shared["speculation"] = False
     salt = f"asked {body.cache_salt}" if body.cache_salt else place.tenant and f"tenant {place.tenant}"
     shared |= {"cache_salt": salt} if salt else {}
-    requests = []
+    requests: list[Request] = []
     with refused():
         for prompt, limit in zip(prompts, limits, strict=True):
             for choice in range(n if limit else 0):
