@@ -1,4 +1,7 @@
-"""Structured output: which tokens a grammar of JSON allows behind a path, by llguidance (the extra `structured`)."""
+"""Structured output: which tokens a grammar of JSON allows behind a path, by llguidance (the extra `structured`).
+
+llguidance refuses what it does not know of a schema, and needs nothing but itself.
+"""
 
 from __future__ import annotations
 
