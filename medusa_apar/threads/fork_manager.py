@@ -83,12 +83,15 @@ class ForkManager:
         tree, policy, child = request.tree, request.options.policy, None
         thread.tokens.append(token)
         turn = None if thread.parent is None or thread.continues_parent else policy.turn(tree, thread)
+        stops = token in request.options.stop_ids and token not in (tree.fork_id, tree.child_id)
         if token in request.end_ids(thread) or turn is Turn.RETURN:
             thread.finish_reason = "stop"
-        elif (fork := policy.fork(tree, thread)) is not None:
+        elif not stops and (fork := policy.fork(tree, thread)) is not None:
             child = self._spawn(request, thread, fork, outcome)
         if turn is Turn.CONTINUE_PARENT:
             self._take_over(request, thread, outcome)
+        if stops and tree.is_visible(thread, len(thread.tokens) - 1):
+            self._stop(request, thread, outcome)
         if thread.live and self._at_context_end(thread):
             thread.finish_reason = "length"
         return child
@@ -106,6 +109,17 @@ class ForkManager:
 
     def _take_over(self, request: Request, child: Thread, outcome: Outcome) -> None:
         child.continues_parent = True
+        self._drop_beyond(request, child, outcome)
+
+    def _stop(self, request: Request, thread: Thread, outcome: Outcome) -> None:
+        """Ends what would be read behind the thread's last token, and the thread."""
+        if thread.live:  # a child's "stop" would say that the token is not read
+            thread.finish_reason = "stop" if thread.parent is None or thread.continues_parent else "cancelled"
+        while thread.parent is not None:
+            self._drop_beyond(request, thread, outcome)
+            thread = thread.parent
+
+    def _drop_beyond(self, request: Request, child: Thread, outcome: Outcome) -> None:
         for thread in request.tree.beyond(child):
             if thread.live:
                 thread.finish_reason = "cancelled"

@@ -1,4 +1,7 @@
-"""Structured output: which tokens a grammar of JSON allows behind a path, by llguidance (the extra `structured`)."""
+"""Structured output: which tokens a grammar of JSON allows behind a path, by llguidance (the extra `structured`).
+
+llguidance refuses what it does not know of a schema, and needs nothing but itself.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +167,10 @@ class _Compiler:
 
         self._vocabulary, self._end_ids = vocabulary, end_ids
         self._size = max(vocabulary, len(tokenizer))
-        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=self._size, eos_token=list(end_ids))
+        try:
+            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=self._size, eos_token=list(end_ids))
+        except ValueError as error:
+            raise ValueError(f"structured output cannot read this tokenizer: {_first_line(str(error))}") from error
         self._made: OrderedDict[Guide, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -244,15 +244,30 @@ def test_a_child_without_control_tokens_writes_its_parents_end(ignore_eos):
     assert request.text_ids == [5, *child.token_ids] and request.done == (not ignore_eos)
 
 
-def test_a_stop_token_ends_the_text_once_it_can_be_read():
-    """A child's end token is read by nobody."""
-    request, manager = request_of(stop_ids=frozenset({7, EOS}), max_new_tokens=9), ForkManager(None)
+def test_a_stop_token_ends_what_would_be_read_behind_it():
+    """A child's end token is read by nobody, nor is a control token; an earlier thread goes on until it is done."""
+    request, manager = request_of(stop_ids=frozenset({7, EOS, FORK}), max_new_tokens=9), ForkManager(None)
     trunk = request.tree.trunk
-    children = [child for _, child in manager.advance(request, trunk, [5, FORK, 6, FORK, 5, EOS]).children]
-    manager.advance(request, children[1], [8, 7, 8])
+    first, second, third = (
+        child for _, child in manager.advance(request, trunk, [5, FORK, 6, FORK, 5, FORK, 5]).children
+    )
+    ((_, below),) = manager.advance(request, second, [8, FORK, 8]).children
+    outcome = manager.advance(request, below, [5, 7, 8])
+    assert below.token_ids == [5, 7] and set(outcome.ended) == {below, second, third, trunk}
+    assert first.live and manager.advance(request, trunk, [5]).gained == 0
     request.publish()
-    assert request.text_ids == [5] and not request.done
-    manager.advance(request, children[0], [9, EOS])
+    assert request.text_ids == [5] and not request.done and manager.trim(request) == []
+    manager.advance(request, first, [9, EOS])
     request.publish()
-    assert request.text_ids == [5, 9, 6, 8] and request.done and request.finish_reason == "stop"
-    assert set(manager.trim(request)) == {children[1]} and not request.tree.live
+    assert request.text_ids == [5, 9, 6, 8, 5] and request.done and request.finish_reason == "stop"
+    assert manager.trim(request) == [] and not request.tree.live
+
+
+def test_a_stop_token_of_the_trunk_ends_the_trunk_alone():
+    request, manager = request_of(stop_ids=frozenset({7})), ForkManager(None)
+    trunk = request.tree.trunk
+    ((_, child),) = manager.advance(request, trunk, [5, FORK, 7, FORK]).children
+    assert trunk.token_ids == [5, FORK, 7] and trunk.finish_reason == "stop" and child.live
+    manager.advance(request, child, [6, EOS])
+    request.publish()
+    assert request.text_ids == [5, 6] and request.done and request.finish_reason == "stop"

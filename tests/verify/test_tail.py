@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -54,6 +54,7 @@ def impossible(input_ids, scores):
 def tokenizer_of_14():
     pieces = ["<pad>", "<s>", "</s>", "<fork>", "<child>", "[", "]", ",", "0", "1", "2", "11", "[[", "],"]
     inner = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     inner.add_special_tokens(pieces[:5])
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 

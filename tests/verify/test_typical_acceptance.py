@@ -121,7 +121,7 @@ def test_what_compiled_code_says_of_drafts_is_float64s(name, width):
     tokens[1] = int(logits[0].argmax())
     request = request_of([1, 2, 3], 5, seed=9, typical=LENIENT, processors=PROCESSORS[name])
     segment = segment_of(request, None, DraftTree([(0,), (1,), (0, 0), (0, 0, 0)]), tokens)
-    choices = choices_of([(0, segment)], {0: [False] * 5})
+    choices = choices_of([(0, segment)], {0: [False] * 5}, {})
     chosen = CompiledChooser().choose(logits, choices)
     paths = {0: [1, 2, 3], 1: [1, 2, 3, tokens[0]], 3: [1, 2, 3, tokens[0], tokens[2]]}
     for row, parent in ((1, 0), (2, 0), (3, 1), (4, 3)):
