@@ -175,10 +175,10 @@ class Engine:
     def close(self) -> None:
         """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""
         self._stepping = False
+        self.ledger.stop_sharing()
         for request_id in list(self._requests):
             self.abort(request_id)
         self._leave()
-        self.ledger.reset_prefix_cache()
         self._count_slots()
         if self._learned is not None and not self._closed:
             keep_learned(self.model, self.runtime, self.heads, self.options.draft_tree, self._learned)

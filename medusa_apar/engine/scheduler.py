@@ -3,7 +3,7 @@
 Waiting requests are admitted in the order of their priority, then of their arrival, as soon as the KV pool has room for
 what they are expected to need. In a step every running request gets a row before any gets a second. A prompt, and
 whatever else has to be fed again, goes in pieces beside requests that decode. Under memory pressure threads are
-preempted before requests, the youngest first.
+preempted before requests, the youngest first. What a prefix cache has of a path is not fed.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from .pool import KVPool
 from .prefix_cache import PrefixCache
 
 _NONE = array("q")
-# Of a pool that may grow, as much as can be in use before it does (`SlotRuns.crowded`).
-_FULL = 0.75
+# A pool that may grow does so for what is cached up to so many slots: 100 MB of a small model in int8, ten short chats.
+_ROOM = 4096
+_FULL = 0.75  # of its slots, as many as can be in use before it grows (`SlotRuns.crowded`)
 
 
 class SlotLedger:
@@ -32,7 +33,7 @@ class SlotLedger:
 
     With a prefix cache the paths of requests that `share` theirs stay in the pool after that, and threads of several
     requests may have booked the same slot. Cached slots count as free wherever it is asked whether something fits. They
-    are evicted when slots are allocated, as many as are missing; a pool that may grow never grows for them.
+    are evicted when slots are allocated, as many as are missing; where the pool may grow, once it is of a fair size.
     """
 
     def __init__(self, pool: KVPool, prefix_cache: bool = False):
@@ -71,7 +72,7 @@ class SlotLedger:
         """As `KVPool.allocate`; what is missing is evicted from the prefix cache."""
         pool, count = self.pool, len(positions)
         if self._cache is not None:
-            full = int(_FULL * pool.capacity) if pool.max_slots is None else pool.max_slots
+            full = pool.max_slots or int(_FULL * max(pool.capacity, _ROOM))
             if pool.live + count <= full:  # else it grows, whatever is cached
                 self._cache.evict(pool.in_use + count - full)
         return pool.allocate(positions, owners)
@@ -186,6 +187,11 @@ class SlotLedger:
         """Nothing is kept any more; what live threads need stays."""
         if self._cache is not None:
             self._cache.clear()
+
+    def stop_sharing(self) -> None:
+        """Nothing is kept any more, and nothing will be of those that share their paths now."""
+        self._salts.clear()
+        self.reset_prefix_cache()
 
     # ---- what stays
 

@@ -25,7 +25,7 @@ from tests.support.drafters import RecallHeads
 from tests.support.models import CONTROL, EOS, VOCAB, WIDE, forking_model, random_model
 
 COST = StepCost(((1, 10.0), (8, 14.0), (64, 70.0)), ((1, 0.5), (8, 1.0)))
-BACKENDS = ("cpu", "int8", "torch", "one launch")
+BACKENDS = ("cpu", "int8", "torch", "one launch")  # the last: paths in tables, verified by the kernel's twin
 LIMIT = 24
 
 
@@ -94,7 +94,7 @@ def paths(one):
     return [thread.ancestor_ids() + thread.tokens[:-1] for thread in one.tree.threads]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ["cpu", "int8", "one launch"])
 def test_prompts_that_begin_as_another_did_are_answered_as_cold_ones(name):
     """By one token, one less than all, all, one more; and as another's answer goes on."""
     first = prompt(1)
@@ -135,11 +135,10 @@ def test_outputs_say_it_from_the_first_on():
     assert len(outputs) > 1 and {output.cached_tokens for output in outputs} == {40}
 
 
-@pytest.mark.parametrize("fork", [True, False])
-@pytest.mark.parametrize("name", ["cpu", "torch"])
+@pytest.mark.parametrize(("name", "fork"), [("cpu", True), ("cpu", False), ("torch", True)])
 def test_a_chats_second_turn_finds_the_first_up_to_its_first_fork(name, fork):
     with shared(name) as engine:
-        first = run(engine, request("first", prompt(1), fork, limit=60))
+        first = run(engine, request("first", prompt(1), fork, limit=30))
         ids = [*prompt(1), *first.text_ids, 9, 8, 7]
         second = run(engine, request("second", ids, fork))
     forks = [place for place, token in enumerate(first.tree.trunk.tokens) if token == CONTROL.fork_id]
@@ -149,7 +148,7 @@ def test_a_chats_second_turn_finds_the_first_up_to_its_first_fork(name, fork):
     assert second.text_ids == cold(name, ids, fork=fork).text_ids
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ["cpu", "one launch"])
 def test_a_request_finds_what_one_that_still_runs_has_fed(name):
     running, warm = request("running", prompt(1), limit=60), request("warm", [*prompt(1), 7])
     with shared(name) as engine:
@@ -224,14 +223,14 @@ def test_what_other_weights_have_made_is_dropped(name, change):
     model = forking_model(9, "wide_llama")
     runtime = pick_runtime(model, name, None, "auto")
     with Engine(model, runtime, options=EngineOptions(prefix_cache=True)) as engine:
-        run(engine, request("first", prompt(0)))
-        assert run(engine, request("again", prompt(0))).stats.cached_tokens == 39
+        run(engine, request("first", prompt(0), fork=False, limit=8))
+        assert run(engine, request("again", prompt(0), fork=False, limit=8)).stats.cached_tokens == 39
         change(model)
-        after = run(engine, request("after", prompt(0)))
+        after = run(engine, request("after", prompt(0), fork=False, limit=8))
         assert after.stats.cached_tokens == 0
-        assert run(engine, request("again", prompt(0))).stats.cached_tokens == 39
+        assert run(engine, request("again", prompt(0), fork=False, limit=8)).stats.cached_tokens == 39
     with Engine(model, runtime) as engine:
-        assert after.text_ids == run(engine, request("cold", prompt(0))).text_ids
+        assert after.text_ids == run(engine, request("cold", prompt(0), fork=False, limit=8)).text_ids
 
 
 def test_an_adapter_that_is_switched_off_makes_other_keys():
@@ -242,7 +241,7 @@ def test_an_adapter_that_is_switched_off_makes_other_keys():
     with Engine(model, runtime, options=EngineOptions(prefix_cache=True)) as engine:
         for switch in (adapted.base_model.enable_adapter_layers, adapted.base_model.disable_adapter_layers) * 2:
             switch()
-            one = run(engine, request("a", prompt(0)))
+            one = run(engine, request("a", prompt(0), fork=False, limit=8))
             assert one.stats.cached_tokens == 0
             texts.append(one.text_ids)
     assert texts[0] == texts[2] != texts[1] == texts[3]
@@ -319,7 +318,7 @@ LONGEST = 70  # tokens of a prompt
 MOST = LONGEST + LIMIT + LIMIT + 2 * 3
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_every_text_is_a_cold_engines(data):
     """Prompts that begin as earlier ones and their threads do, forks, aborts, preemptions, small pools, salts."""
@@ -382,3 +381,22 @@ def test_every_text_is_a_cold_engines(data):
         if one.status is Status.ABORTED:
             expected = expected[: len(one.text_ids)]
         assert one.text_ids == expected
+
+
+def test_an_engine_that_broke_or_is_closed_in_mid_run_keeps_nothing(monkeypatch):
+    model, runtime = backend("cpu")
+    step = type(runtime).step
+    for breaks in (False, True):
+        engine = shared()
+        run(engine, request("before", prompt(1)))
+        for n in range(3):
+            engine.add(request(str(n), [*prompt(1), n], cache_salt=str(n // 2)))
+        engine.step()
+        assert engine.stats.cached_slots > 0
+        if breaks:
+            monkeypatch.setattr(type(runtime), "step", lambda *arguments: step(*arguments) and 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.step()
+            engine.ledger.check()
+        engine.close()
+        assert engine.ledger.pool.in_use == engine.stats.cached_slots == engine.stats.final_slots == 0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from medusa_apar.kv import prefix_cache
+from medusa_apar.kv import prefix_cache, slot_ledger
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.kv.prefix_cache import PrefixCache
 from medusa_apar.kv.slot_ledger import SlotLedger
@@ -179,7 +179,7 @@ def test_salts_share_nothing_and_leave_nothing_behind():
     assert not cache._root.children and not cache._num_nodes and cache._pool.in_use == 0
 
 
-def test_a_pool_that_may_grow_does_not_grow_for_what_is_cached():
+def test_a_pool_that_may_grow_does_so_for_what_is_cached_to_a_fair_size(monkeypatch):
     ledger = SlotLedger(KVPool(first=64), prefix_cache=True)
     for n in range(50):
         trunk = ParagraphTree([n] * 30).trunk
@@ -190,10 +190,13 @@ def test_a_pool_that_may_grow_does_not_grow_for_what_is_cached():
         ledger.leave(trunk)
         ledger.check()
         assert ledger.pool.cached >= 30
-    assert ledger.pool.capacity == 64 and ledger.pool.peak == 30
-    large = ParagraphTree([7] * 100).trunk
-    ledger.assign(large, ledger.allocate(np.arange(100), [(large, 100)]))
-    assert ledger.pool.capacity > 100
+        if n == 20:
+            assert ledger.pool.cached == 21 * 30
+            monkeypatch.setattr(slot_ledger, "_ROOM", size := ledger.pool.capacity)
+    assert ledger.pool.capacity == size and size // 2 < ledger.pool.cached <= 0.75 * size and ledger.pool.peak == 30
+    large = ParagraphTree([7] * 2 * size).trunk
+    ledger.assign(large, ledger.allocate(np.arange(2 * size), [(large, 2 * size)]))
+    assert ledger.pool.capacity >= 2 * size
 
 
 @settings(max_examples=60, deadline=None)
