@@ -29,6 +29,7 @@ setup(
     package_data={
         "medusa_apar": ["py.typed", "custom_generate/*"],
         "medusa_apar.display": ["*.css"],
+        "medusa_apar.serve": ["page_files/*"],
         "medusa_apar.runtimes.cpu": ["*.cpp", "*.h"],
         "medusa_apar.heads": ["weights/*/*", "weights/*/*/*"],
         "medusa_apar.triton_kernels": ["resources.json"],
@@ -68,10 +69,10 @@ setup(
         # dependencies.
         # xdist: the suite on every core, or it would take longer than people wait for it.
         # nbclient, nbformat and ipykernel execute the notebooks in the suite, without JupyterLab's fifty packages.
-        # httpx and openai ask the server what its users would.
+        # httpx and openai ask the server what its users would, and playwright has a browser open its page.
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"),
-            *(*SERVE, "httpx", "openai", "llguidance>=1.9"),
+            *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright"),
         ],
     },
     entry_points={"console_scripts": ["medusa-apar = medusa_apar.commands.cli:main"]},

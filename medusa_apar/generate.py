@@ -215,6 +215,7 @@ class MedusaApar:
         logprobs: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        speculation: bool = True,
     ) -> Request:
         """A request for `Engine.add`.
 
@@ -224,7 +225,7 @@ class MedusaApar:
             sampling: None decodes greedily.
             fork, fork_if, max_threads, max_depth, stop_strings: as of a call of the hook.
             events: True has them come with the engine's outputs; a consumer is called with each.
-            scores, logits, logprobs, priority, cache_salt: as of `RequestOptions`.
+            scores, logits, logprobs, priority, cache_salt, speculation: as of `RequestOptions`.
 
         Raises ValueError, in one sentence, for what cannot be.
         """
@@ -241,6 +242,7 @@ class MedusaApar:
             "logprobs": logprobs,
             "priority": priority,
             "cache_salt": cache_salt,
+            "speculation": speculation,
             "events": events is True,
         }
         ids = list(cast(Sequence[int], prompt))

@@ -12,7 +12,14 @@ from medusa_apar.eval import chat_endpoint
 from tests.support.player import Player
 
 # Files that take minutes go first, so that no process is left with one of them at the end.
-LONG = ("test_notebooks.py", "test_interpreted.py", "test_real_model.py", "test_aot.py", "test_threads.py")
+LONG = (
+    "test_browser.py",
+    "test_notebooks.py",
+    "test_interpreted.py",
+    "test_real_model.py",
+    "test_aot.py",
+    "test_threads.py",
+)
 
 
 def pytest_collection_modifyitems(items):

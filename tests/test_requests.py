@@ -7,6 +7,7 @@ import torch
 
 import medusa_apar
 from medusa_apar import Guide, Sampling
+from medusa_apar.events import StepStarted
 from medusa_apar.heads import HydraHeads
 from tests.support.models import CONTROL, VOCAB, forking_model
 from tests.support.prompts import prompts
@@ -168,3 +169,30 @@ def test_a_stop_string_waits_for_the_least_tokens(apar, least):
     own = apar.request("own", [7, 8, 9, 10], fork="off", stop_strings=mark, sampling=Sampling(min_tokens=least))
     (found,) = answered(apar, own)
     assert apar.tokenizer.decode(found) == text[: text.index(mark, least) + 1]
+
+
+def test_without_speculation_a_request_has_the_same_text_token_by_token(apar):
+    """Also beside one that guesses: neither is told of the other's wish."""
+    told = {"off": [], "on": []}
+    (_, ids) = prompts(2, 6, seed=2)["input_ids"].tolist()
+    how = {"max_new_tokens": 30, "fork": "off"}
+    off = apar.request("off", ids, events=told["off"].append, speculation=False, **how)
+    on = apar.request("on", ids, events=told["on"].append, **how)
+    texts = answered(apar, off, on, budget=24)
+    drafted = {
+        name: [len(its.token_ids) for event in events if isinstance(event, StepStarted) for its in event.drafted]
+        for name, events in told.items()
+    }
+    assert texts[0] == texts[1] == answered(apar, apar.request("alone", ids, **how))[0]
+    assert not any(drafted["off"]) and len(drafted["off"]) == len(texts[0]) and any(drafted["on"])
+
+
+@pytest.mark.parametrize("speculation", [False, True])
+def test_heads_are_asked_where_a_request_wants_guesses(apar, speculation):
+    asked = []
+    with apar.engine(budget=24) as engine:
+        engine.add(apar.request("one", [7, 8, 9], max_new_tokens=12, fork="off", speculation=speculation))
+        while engine.unfinished:
+            engine.step()
+            asked.append(engine.speculator.last_draft is not None)
+        assert any(asked) == speculation and engine.stats.undrafted_steps == 0

@@ -4,6 +4,7 @@ A file's docstring is what `--help` prints. Nothing heavy is imported before `ru
 
     cli.py          the command itself, `generate`, and the list of all subcommands
     demo.py         `demo`: an answer as it grows, and the time it took beside transformers'
+    chat.py         `chat`: a conversation, and threads as they grow
     doctor.py       `doctor`: what this machine and this installation have to offer
     answer.py       `answer`: a model's own answers as a corpus
     data.py         `data`: chat corpora into training examples

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
@@ -44,6 +44,13 @@ examples:
   medusa-apar generate "Give me three tips for better sleep."
   medusa-apar generate - --model my-model --temperature 0.7 < question.txt
 """
+CHAT = """Talks with a model, turn after turn, on a terminal in lanes that show its threads as they grow; /help says
+what can be typed beside questions. Questions that come from a pipe are lines, and the answers are printed as plain text.
+
+examples:
+  medusa-apar chat
+  medusa-apar chat --temperature 0.7 --quantize int8
+"""
 DOCTOR = """Says what was found on this machine: versions, device, caches and their sizes, kernels. With MODEL also what
 would run that model, and why: nothing is generated, but the model is loaded.
 
@@ -75,8 +82,9 @@ def parser() -> Parser:
     generate = add_command("generate", "print the answer to PROMPT as it becomes readable", GENERATE)
     generate.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
     generate.add_argument("--baseline", action="store_true", help="also time transformers alone, for --json")
+    chat = add_command("chat", "talk with a model, and watch its threads", CHAT)
 
-    for command in (demo, generate):
+    for command in (demo, generate, chat):
         add = command.add_argument
         add("--model", default="smollm2-135m", help="name, folder, GGUF file or Hub id (default: %(default)s)")
         add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
@@ -109,7 +117,9 @@ def parser() -> Parser:
             help="round weights and activations for the CPU runtime (not the baseline's)",
         )
         add("--threads", type=number(int, 1, MAX_THREADS), metavar="N", help="CPU threads for torch")
-        add("--json", action="store_true", help="print one JSON object as the last line (what people read: stderr)")
+    for command in (demo, generate):
+        what = "print one JSON object as the last line (what people read: stderr)"
+        command.add_argument("--json", action="store_true", help=what)
 
     doctor = add_command("doctor", "say what was found: versions, device, caches, kernels, what runs a model", DOCTOR)
     doctor.add_argument("model", nargs="?", metavar="MODEL", help="name, folder, GGUF file or Hub id")
@@ -241,6 +251,17 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_chat(args: argparse.Namespace) -> int:
+    from .chat import Chat, typed
+
+    console = Console()
+    apar, options = _load(args), _options(args)
+    lines = typed(console) if console.is_terminal and sys.stdin.isatty() else _lines()
+    with apar.engine() as engine:
+        Chat(apar, engine, console, _sampling(options), args.fork, args.max_new_tokens).run(lines)
+    return 0
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     from .doctor import doctor
 
@@ -267,6 +288,14 @@ def _standard_input() -> str:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _lines() -> Iterator[str]:
+    """Of standard input, as they come."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed, from which questions are read")
+    while line := sys.stdin.buffer.readline(MAX_PROMPT):
+        yield line.decode("utf-8", "replace")
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -299,8 +328,16 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def _sampling(options: dict[str, Any]) -> Any:
+    """The same for a request of an engine."""
+    from medusa_apar.requests import Sampling
+
+    return Sampling(**{name: options[name] for name in ("temperature", "top_p", "seed") if name in options})
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": run_demo,
     "generate": run_generate,
+    "chat": run_chat,
     "doctor": run_doctor,
 } | {name: module.run for name, module in SUBCOMMANDS.items()}

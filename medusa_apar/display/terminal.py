@@ -50,13 +50,13 @@ def answer_text(tokenizer: Any, recording: Recording) -> Text:
 class Lanes:
     """A consumer of events that draws a panel for each thread of the first row.
 
-    A context manager, since the terminal needs restoring.
+    A context manager, since the terminal needs restoring. transient: whether the panels vanish at its end.
     """
 
-    def __init__(self, console: Console, tokenizer: Any):
+    def __init__(self, console: Console, tokenizer: Any, transient: bool = False):
+        self.recording = Recording()
         self._console, self._pieces = console, Pieces(tokenizer)
-        self._recording = Recording()
-        self._live = Live(console=console, auto_refresh=False)
+        self._live = Live(console=console, auto_refresh=False, transient=transient)
         self._drawn = 0.0
 
     def __enter__(self) -> Lanes:
@@ -67,16 +67,16 @@ class Lanes:
         self._live.stop()
 
     def __call__(self, event: Event) -> None:
-        self._recording(event)
+        self.recording(event)
         if not isinstance(event, StepFinished):
             return
-        if time.perf_counter() - self._drawn < FRAME_SECONDS and self._recording.trees[0].live:
+        if time.perf_counter() - self._drawn < FRAME_SECONDS and self.recording.trees[0].live:
             return
         self._live.update(self.frame(), refresh=True)
         self._drawn = time.perf_counter()
 
     def frame(self) -> Group:
-        tree, step = self._recording.trees[0], self._recording.step
+        tree, step = self.recording.trees[0], self.recording.step
         height = max(self._console.height - 2, LANE_HEIGHT)
         widest = max(1, self._console.width // LANE_WIDTH)
         threads = _shown(tree, widest * (height // LANE_HEIGHT))

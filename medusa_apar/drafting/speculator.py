@@ -38,10 +38,11 @@ class Drafting(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What the next step will run: threads at most, and requests."""
+    """What the next step will run: threads at most, and requests; whether guesses are wanted for any of these."""
 
     threads: int
     requests: int
+    speculation: bool = True
 
 
 @dataclass(slots=True)
@@ -83,8 +84,9 @@ class Speculator:
     def begin(self, load: Load, num_segments: int) -> Drafting | None:
         """Settles whether the heads draft in this step; what they would draft on the device, for so many segments."""
         self.last_draft = None
-        self._asks = self.drafter is not None and self.budget.heads_enabled()
-        self.undrafted_steps += self.drafter is not None and not self._asks
+        wanted = self.drafter is not None and load.speculation
+        self._asks = wanted and self.budget.heads_enabled()
+        self.undrafted_steps += wanted and not self._asks
         return self._drafting(load.threads, num_segments)
 
     def learn(self, result: DraftResult, thread: Thread) -> None:
@@ -125,6 +127,8 @@ class Speculator:
         """Keeps the threads for which drafts can pay in such a step. The n-gram indexes learn from all of them."""
         groups = []
         for request, group in groupby(advances, attrgetter("request")):
+            if not request.options.speculation:
+                continue
             threads = [advance.thread for advance in group]
             groups.append(threads)
             if self.ngrams:

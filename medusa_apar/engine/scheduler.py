@@ -121,7 +121,8 @@ class Scheduler:
     def load(self) -> Load:
         """What the next step will run at most."""
         going_on = [request for request in self.running if not request.done]
-        return Load(max(sum(map(_num_threads, going_on)), 1), len(going_on))
+        speculation = any(request.options.speculation for request in going_on)
+        return Load(max(sum(map(_num_threads, going_on)), 1), len(going_on), speculation)
 
     def plan(self, candidates: Candidates) -> tuple[Plan, list[list[Segment]]]:
         """The step's threads, and their segments request by request, ancestors first."""

@@ -16,5 +16,6 @@ streams.py        several answers at once, and server-sent events
 openai_routes.py  /v1/chat/completions, /v1/completions, /v1/models, /tokenize and /detokenize
 event_texts.py    events as a stream carries them, with every token's text
 app.py            `create_app`: routes and guards as one application
+page.py           the page on which threads can be watched: its files over HTTP
 server.py         `serve`: the socket, the signals, the start-up lines
 """

@@ -131,13 +131,15 @@ class Apar(Body):
     """Our own fields. None is what the server was started with.
 
     fork: where the answer splits. max_threads: of the answer in one step. max_depth: at which threads fork no more.
-    acceptance: "typical" samples faster and is not exact. events: the answer tells how its threads grew.
+    acceptance: "typical" samples faster and is not exact. speculation: "off" guesses nothing ahead. events: the answer
+    tells how its threads grew.
     """
 
     fork: Annotated[Any, one_of(True, False, "auto", "off", "lists")] = None
     max_threads: AtLeastOne | None = None
     max_depth: Annotated[int, Field(ge=0, le=64)] | None = None
     acceptance: Literal["exact", "typical"] | None = None
+    speculation: Literal["auto", "off"] | None = None
     events: bool | None = None
 
 
@@ -284,8 +286,8 @@ class CompletionBody(Generation):
             raise ValueError("has max_tokens=0, which needs echo=true")
         if self.echo and self.logprobs is not None:
             raise ValueError("has echo and logprobs: log-probabilities of a prompt are not supported")
-        if self.events and len(self.prompt) > 1:
-            raise ValueError("has apar.events, which tell of one answer: give one prompt")
+        if self.events and (len(self.prompt) > 1 or self.max_tokens == 0):
+            raise ValueError("has apar.events, which tell of one answer: give one prompt, and max_tokens above 0")
         return self
 
 

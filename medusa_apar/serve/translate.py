@@ -158,6 +158,8 @@ def _asked(
     if body.apar and body.apar.acceptance:
         hot = sampling.get("temperature", 0) > 0
         shared["typical"] = checks.typical_acceptance(body.apar.acceptance) if hot else None
+    if body.apar and body.apar.speculation == "off":
+        shared["speculation"] = False
     salt = f"asked {body.cache_salt}" if body.cache_salt else place.tenant and f"tenant {place.tenant}"
     shared |= {"cache_salt": salt} if salt else {}
     requests = []
@@ -186,7 +188,10 @@ def _sampling(body: Generation, apar: MedusaApar) -> dict[str, Any]:
         check_ids(apar, "logit_bias", list(asked["logit_bias"]))
     if (guide := _guide(body)) is not None:
         asked["guide"] = guide
-    return {"temperature": 1.0} | known | asked
+    whole = {"temperature": 1.0} | known | asked
+    if whole["temperature"] < checks.COLDEST:  # by so little the likeliest token is always chosen
+        whole["temperature"] = 0.0
+    return whole
 
 
 def _bias(bias: dict[str, float]) -> dict[int, float]:
@@ -227,8 +232,8 @@ def _limit(place: Place, options: CallOptions, prompt: int, length: _Length) -> 
     """Tokens of the answer, at most. ApiError 400, with the numbers, where prompt and answer cannot fit."""
     context, slots = context_of(place.apar), place.pool_slots
     room = _room(place, options, prompt, context)
-    wanted = (length.default or _CHAT_TOKENS if room is None else min(room, length.default or room), length.wanted)
-    limit = wanted[0] if length.wanted is None else length.wanted
+    default = (length.default or _CHAT_TOKENS) if room is None else min(room, length.default or room)
+    limit = default if length.wanted is None else length.wanted
     if room is None or limit <= room > 0:
         return limit
     code = "context_length_exceeded"
@@ -266,9 +271,9 @@ def _room(place: Place, options: CallOptions, prompt: int, context: int | None) 
 
 def _seed(seed: int | None, choice: int) -> int | None:
     """The first choice has the seed itself, so that it is what n=1 gives."""
-    if seed is None or choice == 0:
-        return seed if seed is None else seed & (2**63 - 1)
-    return thread_key(seed, choice) >> 1
+    if seed is None:
+        return None
+    return seed & (2**63 - 1) if choice == 0 else thread_key(seed, choice) >> 1
 
 
 def _tools(body: ChatBody, apar: MedusaApar) -> list[dict] | None:

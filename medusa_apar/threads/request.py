@@ -53,6 +53,7 @@ class RequestOptions:
         priority: of two waiting requests the one with the lower number goes first, then the one that came first.
         events: whether the engine's outputs carry the request's events.
         watcher: a `medusa_apar.events.reporter.Reporter` that is told of them in another way, or None.
+        speculation: whether anything is guessed ahead for it, where its engine guesses at all.
         score_from: with a number nothing is generated: the prompt's tokens from this index on are scored
             (`Request.text_scores`). At least 1.
         cache_salt: requests find in an engine's prefix cache what others of the same salt have left there.
@@ -76,6 +77,7 @@ class RequestOptions:
     priority: int = 0
     events: bool = False
     watcher: Any = None
+    speculation: bool = True
     score_from: int | None = None
     cache_salt: str = ""
 
