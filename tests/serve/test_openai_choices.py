@@ -87,11 +87,11 @@ def test_formats(server, asked, temperature):
 
 def test_a_schema_that_is_not_understood_is_refused(server):
     wrong = {"name": "n", "schema": {"type": "objekt"}}
-    error = server.refusal(
-        CHAT, {"messages": QUESTION, "response_format": {"type": "json_schema", "json_schema": wrong}}
-    )
+    error = server.refusal(CHAT, {"messages": QUESTION, "response_format": {"type": "json_schema", "json_schema": wrong}})
     assert "schema" in error["message"]
-    error = server.refusal(CHAT, {"messages": QUESTION, "response_format": {"type": "json_object"}, "ignore_eos": True})
+    error = server.refusal(
+        CHAT, {"messages": QUESTION, "response_format": {"type": "json_object"}, "ignore_eos": True}
+    )
     assert "ignore_eos" in error["message"]
     assert server.ask(COMPLETION, prompt=LETTERS, max_tokens=1)
 
