@@ -46,7 +46,7 @@ class _Killable(Service):
                 raise Killed("the campaign has killed this thread")
             return step()
 
-        engine.step = stepping
+        engine.step = stepping  # type: ignore[method-assign]
         self.native = engine
         return engine
 
