@@ -57,6 +57,8 @@ setup(
         "eval": ["matplotlib"],
         # fastapi 0.165 is the first that was tried; its limit of a body's length is what bounds the memory of one.
         "serve": SERVE,
+        # What answers in JSON are held to.
+        "structured": ["llguidance>=1.9"],
         # jupyterlab brings the kernel and IPython; transformers' progress bars are ipywidgets there.
         "notebooks": ["jupyterlab", "ipywidgets", "matplotlib"],
         # fschat's conversation templates (which medusa-llm brings) render prompts of Vicuna-based APAR checkpoints.
@@ -69,7 +71,7 @@ setup(
         # httpx and openai ask the server what its users would, and playwright has a browser open its page.
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"),
-            *(*SERVE, "httpx", "openai", "playwright"),
+            *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright"),
         ],
     },
     entry_points={"console_scripts": ["medusa-apar = medusa_apar.commands.cli:main"]},

@@ -61,12 +61,14 @@ if TYPE_CHECKING:
     from medusa_apar.requests import Sampling as Sampling
     from medusa_apar.threads.control_tokens import ControlTokens as ControlTokens
     from medusa_apar.triton_kernels.reference import TypicalAcceptance as TypicalAcceptance
+    from medusa_apar.verify.guides import Guide as Guide
     from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor as PresenceFrequencyLogitsProcessor
 
 # Imported on first use: torch and transformers take seconds, `medusa-apar --help` should not.
 _EXPORTS = {
     "ControlTokens": "threads.control_tokens",
     "DraftTree": "drafting.draft_tree",
+    "Guide": "verify.guides",
     "MedusaApar": "generate",
     "PresenceFrequencyLogitsProcessor": "verify.penalties",
     "Sampling": "requests",

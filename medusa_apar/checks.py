@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -142,6 +142,25 @@ def check_penalties(**penalties: float | None) -> None:
     for name, value in penalties.items():
         if value is not None and not (_is_number(value) and -2 <= value <= 2):
             raise ValueError(f"{name}={value!r} is not a number from -2 to 2.")
+
+
+def check_bias(logit_bias: Mapping[int, float]) -> None:
+    """OpenAI's, as its API takes it."""
+    for token, value in logit_bias.items():
+        if not (_is_number(value) and -100 <= value <= 100):
+            raise ValueError(f"logit_bias has {value!r} for token {token!r}, which is not a number from -100 to 100.")
+
+
+def check_named_ids(name: str, ids: Iterable[int], vocabulary: int) -> None:
+    """Tokens that a request names; `vocabulary`: so many tokens the model writes."""
+    for token in ids:
+        if not is_count(token) or token >= vocabulary:
+            raise ValueError(f"{name} names {token!r}, but the model's vocabulary has ids from 0 to {vocabulary - 1}.")
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number, 0 or more."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 def _is_number(value: object) -> bool:

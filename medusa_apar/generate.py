@@ -192,7 +192,7 @@ class MedusaApar:
     def engine(self, **changes: Any) -> Engine:
         """An engine that requests join and leave at every step, until it is closed.
 
-        changes: of `EngineOptions`, for this engine alone: pool_slots, max_requests, max_waiting, max_prefill_rows ...
+        changes: of `EngineOptions`, for this engine alone: pool_slots, prefix_cache, max_requests, max_waiting ...
         """
         self._fit()
         return Engine(self.model, self.runtime, self.heads, replace(self.options, **changes))
@@ -214,6 +214,7 @@ class MedusaApar:
         logits: bool = False,
         logprobs: int | None = None,
         priority: int = 0,
+        cache_salt: str = "",
         speculation: bool = True,
     ) -> Request:
         """A request for `Engine.add`.
@@ -224,7 +225,7 @@ class MedusaApar:
             sampling: None decodes greedily.
             fork, fork_if, max_threads, max_depth, stop_strings: as of a call of the hook.
             events: True has them come with the engine's outputs; a consumer is called with each.
-            scores, logits, logprobs, priority, speculation: as of `RequestOptions`.
+            scores, logits, logprobs, priority, cache_salt, speculation: as of `RequestOptions`.
 
         Raises ValueError, in one sentence, for what cannot be.
         """
@@ -240,6 +241,7 @@ class MedusaApar:
             "logits": logits,
             "logprobs": logprobs,
             "priority": priority,
+            "cache_salt": cache_salt,
             "speculation": speculation,
             "events": events is True,
         }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
@@ -12,6 +12,7 @@ from transformers import (
     LogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -23,10 +24,13 @@ from medusa_apar.engine.stopping import TextStop
 from medusa_apar.events import Consumer
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.events.texts import TextStream, TokenTexts
+from medusa_apar.models.families import unembedding_size
 from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_mode, fork_policy
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions
+from medusa_apar.verify.guides import Grammar, Guide, GuideLogitsProcessor, compiled
+from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
 from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 
 from . import checks
@@ -62,6 +66,17 @@ class Sampling:
     temperature: 0 decodes greedily, and top_k, top_p and min_p are not used then. top_k: 0 keeps all tokens.
     presence_penalty, frequency_penalty: OpenAI's, from -2 to 2, of what was generated alone:
         `PresenceFrequencyLogitsProcessor` has them.
+    logit_bias: OpenAI's, what is added to the logits of tokens, from -100 to 100 each. Logits hardly ever differ
+        by so much: -100 is as good as a ban, and a token with 100 is chosen before all without.
+    min_tokens: no end token, stop token or stop string ends the answer before it has so many tokens. What a thread's
+        own path holds behind the prompt counts, without `[Fork]` and `[Child]`: all of it is read before what the
+        thread writes next. What stands beside the path may be read before, too, and is not counted, since no thread can
+        know how much that will be. A child's end token may come at any time: it ends a detail, and no answer.
+    ignore_eos: end tokens do not end the answer and are part of it, as in vLLM: it has as many tokens as its limit
+        says, unless something else that was asked for stops it. A child ends by them even so: see `RequestOptions`.
+    stop_token_ids: tokens that end the answer where they are read, in whichever thread they stand. They are not part of
+        it. An end token among them that ends a child is not read, and does not.
+    guide: the JSON that the answer has to be. Its request does not fork, and ends where the text is complete.
     """
 
     temperature: float = 0.0
@@ -72,6 +87,11 @@ class Sampling:
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         for name, fits, said in (
@@ -80,18 +100,40 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("min_tokens", checks.is_count(self.min_tokens), "a whole number, 0 or more"),
         ):
             if not fits:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {said}.")
         checks.check_penalties(presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty)
+        checks.check_bias(self.logit_bias)
+        if self.guide is not None and (self.min_tokens or self.ignore_eos):
+            raise ValueError("min_tokens and ignore_eos cannot be had with a guide, which says where its text ends.")
 
-    def processors(self, prompt_length: int, control: ControlTokens | None = None) -> list[LogitsProcessor]:
-        """transformers' own, in the order in which its `generate` applies them, and ours where its user's come."""
-        penalty, hot = self.repetition_penalty != 1.0, self.temperature > 0
+    def processors(
+        self,
+        prompt_length: int,
+        control: ControlTokens | None = None,
+        eos_ids: Collection[int] = (),
+        grammar: Grammar | None = None,
+    ) -> list[LogitsProcessor]:
+        """transformers' own, in the order in which its `generate` applies them, and ours where its user's come.
+
+        eos_ids: the model's end tokens. grammar: the guide's.
+        """
+        penalty, hot, least = self.repetition_penalty != 1.0, self.temperature > 0, self.min_tokens
         penalties, control_ids = (self.presence_penalty, self.frequency_penalty), () if control is None else control.ids
+        # What ends an answer, but in a child only a detail; and what ends an answer wherever it is read.
+        ends, stops = set(eos_ids), set(self.stop_token_ids).difference(eos_ids)
+        if self.ignore_eos:
+            ends.intersection_update(self.stop_token_ids)
+        bias = {(token,): float(value) for token, value in self.logit_bias.items()}
         chosen = (
+            (bool(bias), lambda: SequenceBiasLogitsProcessor(bias)),
             (penalty, lambda: RepetitionPenaltyLogitsProcessor(self.repetition_penalty)),
+            (least and ends, lambda: MinTokensLogitsProcessor(prompt_length, least, sorted(ends), control)),
+            (least and stops, lambda: MinTokensLogitsProcessor(prompt_length, least, sorted(stops), control, True)),
             (any(penalties), lambda: PresenceFrequencyLogitsProcessor(prompt_length, *penalties, control_ids)),
+            (grammar is not None, lambda: GuideLogitsProcessor(cast(Grammar, grammar), prompt_length)),
             (hot and self.temperature != 1.0, lambda: TemperatureLogitsWarper(self.temperature)),
             (hot and self.top_k > 0, lambda: TopKLogitsWarper(self.top_k)),
             (hot and self.top_p < 1.0, lambda: TopPLogitsWarper(self.top_p)),
@@ -155,16 +197,29 @@ def text_stop(strings: str | Sequence[str] | None, tokenizer: Any, free: int = 0
 def engine_request(
     apar: MedusaApar, id: str, prompt_ids: Sequence[int], sampling: Sampling, asked: CallOptions, **options: Any
 ) -> Request:
-    """A request for an engine of `apar`. ValueError for what cannot be, before it is added anywhere."""
+    """A request for an engine of `apar`. ValueError for what cannot be, before it is added anywhere.
+
+    A guide is compiled here, in the caller's thread: `compiled` says how long that takes.
+    """
     check_ids(apar.model, prompt_ids)
-    asked = replace(asked, seed=sampling.seed)
-    shared = shared_options(apar, asked, apar.tokenizer, sampling.temperature > 0)
+    vocabulary = unembedding_size(apar.model)[0]
+    for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        checks.check_named_ids(name, ids, vocabulary)
+    if sampling.min_tokens > (most := options.get("max_new_tokens", RequestOptions().max_new_tokens)):
+        raise ValueError(f"min_tokens={sampling.min_tokens} are more than max_new_tokens={most}.")
     eos = (apar.model.generation_config or GenerationConfig()).eos_token_id
+    eos_ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
+    asked, grammar = replace(asked, seed=sampling.seed), None
+    if sampling.guide is not None:
+        asked, grammar = replace(asked, fork=False), compiled(sampling.guide, apar.tokenizer, vocabulary, eos_ids)
+    shared = shared_options(apar, asked, apar.tokenizer, sampling.temperature > 0)
     its = replace(
         shared,
-        eos_ids=frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos]),
-        stop=text_stop(asked.stop_strings, apar.tokenizer, getattr(sampling, "min_tokens", 0)),
-        processors=sampling.processors(len(prompt_ids), apar.control_token_ids),
+        eos_ids=eos_ids,
+        ignore_eos=sampling.ignore_eos,
+        stop_ids=frozenset(sampling.stop_token_ids),
+        stop=text_stop(asked.stop_strings, apar.tokenizer, sampling.min_tokens),
+        processors=sampling.processors(len(prompt_ids), apar.control_token_ids, eos_ids, grammar),
         watcher=None if asked.events is None else Reporter(asked.events, keep=False),
         **options,
     )

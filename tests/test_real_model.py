@@ -1,5 +1,7 @@
 """The main job on the real model: SmolLM2 with the shipped weights, exact thread by thread."""
 
+import json
+
 import pytest
 import torch
 
@@ -87,3 +89,42 @@ def test_int8_threads_are_what_the_rounded_weights_choose_alone(apar):
     counts = {"threads": 0, "tokens": 0}
     assert differences(rounded, out.paragraph_tree[0], counts) == []
     assert counts["threads"] >= 3 and counts["tokens"] >= 192
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "kind": {"enum": ["cat", "dog", "bird"]},
+        "age": {"type": "integer", "minimum": 0, "maximum": 30},
+        "likes": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "kind", "age", "likes"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
+def test_an_answer_in_json_keeps_to_its_schema(apar, sampling):
+    """Beside one that forks; and it is the one without guesses."""
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    question = "Describe a pet as JSON: its name, its kind, its age and what it likes."
+    prompt = encode(apar.tokenizer, question)["input_ids"][0].tolist()
+    chosen = medusa_apar.Sampling(**sampling, guide=medusa_apar.Guide.json_schema(SCHEMA))
+    texts = []
+    for one in (apar, medusa_apar.attach(apar.model, None, apar.control_token_ids, tokenizer=apar.tokenizer)):
+        guided = one.request("guided", prompt, sampling=chosen, max_new_tokens=120)
+        beside = one.request("beside", prompt, max_new_tokens=60)
+        with one.engine() as engine:
+            engine.add(guided)
+            engine.add(beside)
+            while engine.unfinished:
+                for output in engine.step():
+                    assert output.error is None
+        assert guided.finish_reason == "stop"
+        texts.append(guided.text_ids)
+    assert texts[0] == texts[1]
+    pet = json.loads(apar.tokenizer.decode(texts[0], skip_special_tokens=True))
+    assert list(pet) == SCHEMA["required"] and pet["kind"] in SCHEMA["properties"]["kind"]["enum"]
+    assert len(pet["name"]) <= 20 and 0 <= pet["age"] <= 30 and 1 <= len(pet["likes"]) <= 3
+    assert all(isinstance(liked, str) and len(liked) <= 20 for liked in pet["likes"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import medusa_apar
-from medusa_apar import Sampling
+from medusa_apar import Guide, Sampling
 from medusa_apar.events import StepStarted
 from medusa_apar.heads import HydraHeads
 from tests.support.models import CONTROL, VOCAB, forking_model
@@ -30,23 +30,38 @@ def answered(apar, *requests, **options):
     return [request.text_ids for request in requests]
 
 
+ASKED = ("fork", "fork_if", "max_threads", "max_depth", "stop_strings")  # of a request, and not of its sampling
+
+
 @pytest.mark.parametrize(
     ("sampling", "generate"),
     [
         (Sampling(), {}),
         (Sampling(repetition_penalty=1.3), {"repetition_penalty": 1.3}),
         (Sampling(presence_penalty=0.8, frequency_penalty=0.3), {"presence_penalty": 0.8, "frequency_penalty": 0.3}),
+        (Sampling(logit_bias={7: 1.5, 2: -4}), {"sequence_bias": {(7,): 1.5, (2,): -4.0}}),
+        (Sampling(min_tokens=9), {"min_new_tokens": 9, "fork": "off"}),
         (None, {"fork": "off"}),
         (None, {"max_threads": 1, "max_depth": 1}),
         (None, {"stop_strings": ["d"]}),
         (None, {"fork_if": lambda point: point.forks < 1}),
     ],
-    ids=["greedy", "penalised", "penalised by counts", "no forks", "few threads", "stop strings", "fork_if"],
+    ids=[
+        "greedy",
+        "penalised",
+        "penalised by counts",
+        "biased",
+        "held back",
+        "no forks",
+        "few threads",
+        "stop strings",
+        "fork_if",
+    ],
 )
 def test_the_text_is_generates_own(apar, sampling, generate):
     inputs = prompts(3, 6, seed=2)
     rows = apar.generate(**inputs, max_new_tokens=30, do_sample=False, **generate)[:, 6:].tolist()
-    asked = {name: value for name, value in generate.items() if not name.endswith("_penalty")}
+    asked = {name: value for name, value in generate.items() if name in ASKED}
     requests = [
         apar.request(str(row), ids, max_new_tokens=30, sampling=sampling, **asked)
         for row, ids in enumerate(inputs["input_ids"].tolist())
@@ -89,6 +104,10 @@ def test_a_text_is_encoded_by_the_tokenizer(apar):
     assert first == second
 
 
+def asked(apar, **sampling):
+    return apar.request("a", [7], max_new_tokens=8, sampling=Sampling(**sampling))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -98,6 +117,23 @@ def test_a_text_is_encoded_by_the_tokenizer(apar):
         (lambda apar: Sampling(top_p=0), "top_p=0 must be above 0"),
         (lambda apar: Sampling(presence_penalty=2.1), "presence_penalty=2.1 is not a number from -2 to 2"),
         (lambda apar: Sampling(frequency_penalty=float("nan")), "frequency_penalty=nan is not a number from -2 to 2"),
+        (lambda apar: Sampling(logit_bias={7: 100.5}), "logit_bias has 100.5 for token 7"),
+        (lambda apar: Sampling(logit_bias={7: float("nan")}), "logit_bias has nan for token 7"),
+        (lambda apar: Sampling(logit_bias={7: "1"}), "logit_bias has '1' for token 7"),
+        (lambda apar: Sampling(min_tokens=-1), "min_tokens=-1 must be a whole number, 0 or more"),
+        (lambda apar: Sampling(min_tokens=1.5), "min_tokens=1.5 must be a whole number, 0 or more"),
+        (lambda apar: Sampling(guide=Guide(), min_tokens=1), "min_tokens and ignore_eos cannot be had with a guide"),
+        (lambda apar: Sampling(guide=Guide(), ignore_eos=True), "min_tokens and ignore_eos cannot be had with a guide"),
+        (lambda apar: asked(apar, min_tokens=9), "min_tokens=9 are more than max_new_tokens=8"),
+        *(
+            (lambda apar, token=token: asked(apar, stop_token_ids=(7, token)), f"stop_token_ids names {token}, but")
+            for token in (-1, VOCAB, VOCAB + 1, 2**31)
+        ),
+        *(
+            (lambda apar, token=token: asked(apar, logit_bias={token: 1}), f"logit_bias names {token}, but the model")
+            for token in (-1, VOCAB, VOCAB + 1, 2**31, 7.5)
+        ),
+        (lambda apar: asked(apar, logit_bias={"7": 1}), "logit_bias names '7', but the model's vocabulary has ids"),
         (lambda apar: apar.request("a", []), "The prompt is empty"),
         (lambda apar: apar.request("a", [VOCAB]), f"the prompt holds {VOCAB}"),
         (lambda apar: apar.request("a", [7], max_new_tokens=0), "max_new_tokens is 0"),
@@ -123,6 +159,16 @@ def test_events_come_with_outputs_or_go_to_a_consumer(apar):
     own = [event for output in outputs for event in output.events]
     assert {output.request_id for output in outputs if output.events} == {"carried"}
     assert [type(event) for event in own] == [type(event) for event in events]
+
+
+@pytest.mark.parametrize("least", [0, 3, 12])
+def test_a_stop_string_waits_for_the_least_tokens(apar, least):
+    free = apar.request("free", [7, 8, 9, 10], fork="off", max_new_tokens=40)
+    text = apar.tokenizer.decode(answered(apar, free)[0])
+    mark = text[20]
+    own = apar.request("own", [7, 8, 9, 10], fork="off", stop_strings=mark, sampling=Sampling(min_tokens=least))
+    (found,) = answered(apar, own)
+    assert apar.tokenizer.decode(found) == text[: text.index(mark, least) + 1]
 
 
 def test_without_speculation_a_request_has_the_same_text_token_by_token(apar):

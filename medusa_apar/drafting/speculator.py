@@ -21,7 +21,7 @@ from .budget import SECONDARY, EvenBudget, ForestBudget
 from .candidates import MAX_DEPTH, CandidateScorer, Proposal
 from .draft_tree import DraftTree
 from .drafter import Drafter
-from .ngram_index import NgramIndex, NgramMatch
+from .ngram_index import MAX_MATCH, MAX_RECALLED, NgramIndex, NgramMatch
 from .options import Speculation
 
 
@@ -140,8 +140,11 @@ class Speculator:
         return [advance for advance in advances if advance.thread in paying]
 
     def _matches(self, advances: Sequence[Advance]) -> dict[Thread, NgramMatch]:
-        """What followed where these threads' last tokens were written before."""
-        found = ((advance.thread, advance.request.ngrams.lookup(advance.thread)) for advance in advances)
+        """What a grammar expects behind these threads, or what followed where their last tokens were written before."""
+        found = (
+            (advance.thread, _expected(advance) or advance.request.ngrams.lookup(advance.thread))
+            for advance in advances
+        )
         return {thread: match for thread, match in found if match is not None}
 
     def _draft(
@@ -202,3 +205,10 @@ class Speculator:
             return None
         tree = self.tree.first(self.budget.nodes(roots, max(min(threads, roots), 1), self.budget.rows))
         return Drafting(self.drafter, tree) if len(tree) else None
+
+
+def _expected(advance: Advance) -> NgramMatch | None:
+    """As sure as the longest of matches."""
+    request = advance.request
+    tokens = [] if request.guide is None else request.guide.expected(request.path(advance.thread))
+    return NgramMatch(tokens[:MAX_RECALLED], MAX_MATCH) if tokens else None

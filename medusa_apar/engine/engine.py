@@ -11,6 +11,7 @@ engine.close()
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -53,8 +54,8 @@ class RequestOutput:
     """What a step has brought one request.
 
     token_ids: its new readable tokens. finish_reason: "stop", "length", "aborted" or "error" once it has ended; `error`
-    is what it failed by. events: what happened, and logprobs: of each of the tokens, where the request's options ask for
-    them.
+    is what it failed by. events: what happened; logprobs: of each of the tokens, where the options ask for them.
+    cached_tokens: how many of its prompt's tokens came from the prefix cache.
     """
 
     request_id: str
@@ -63,6 +64,7 @@ class RequestOutput:
     error: Exception | None = None
     events: list[Event] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cached_tokens: int = 0
 
 
 class Engine:
@@ -89,7 +91,7 @@ class Engine:
         self.model, self.runtime, self.heads, self.options = model, runtime, heads, options
         self.device, context = device_of(model), context_length(model)
         self.aux_layers: tuple[int, ...] = () if heads is None else tuple(heads.aux_layers)
-        self.ledger = SlotLedger(runtime.pool(options.pool_slots))
+        self.ledger = SlotLedger(runtime.pool(options.pool_slots), options.prefix_cache)
         self.cost: StepCost | LearnedCost | None = options.step_cost
         self._learned: LearnedCost | None = None
         if options.step_cost is None and options.budget is None and options.speculation is not None:
@@ -104,6 +106,7 @@ class Engine:
         self._watches: dict[tuple[int, ...], StateWatch] = {}
         self._arrivals = 0
         self._session: ExitStack | None = None  # while requests are unfinished
+        self._weights: weakref.ref[object] | None = None  # `Runtime.weights`, which made what the prefix cache holds
         self._checked = checked
         self._stepping, self._to_abort = False, set[Request]()  # what is aborted during a step ends with it
         self._closed = False
@@ -124,9 +127,11 @@ class Engine:
         if most is not None and self.scheduler.num_waiting >= most + self.scheduler.free_places:
             raise QueueFull(f"{most} requests are waiting already; try again later.")
         request.sampler = self._sampler(request)
+        request.guide = request.sampler.guide
         request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         request.added, request.status = time.perf_counter(), Status.WAITING
         self._requests[request.id] = request
+        self.ledger.share(request.tree.trunk, request.options.cache_salt)
         self.scheduler.add(request)
         self.reporters.added(request)
         self.stats.requests += 1
@@ -152,14 +157,13 @@ class Engine:
 
     def snapshot(self) -> Stats:
         """Counts so far, and how the engine stands between two steps; a copy."""
-        running, pool = self.scheduler.running, self.ledger.pool
+        self._count_slots()
+        running = self.scheduler.running
         return replace(
             self.stats.copy(),
             running=len(running),
             waiting=self.scheduler.num_waiting,
             threads=sum(len(request.live) for request in running),
-            live_slots=pool.in_use,
-            free_slots=(pool.capacity if pool.max_slots is None else pool.max_slots) - pool.in_use,
         )
 
     def close(self) -> None:
@@ -168,6 +172,8 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
         self._leave()
+        self.ledger.reset_prefix_cache()
+        self._count_slots()
         if self._learned is not None and not self._closed:
             keep_learned(self.model, self.runtime, self.heads, self.options.draft_tree, self._learned)
         self._closed = True
@@ -198,7 +204,7 @@ class Engine:
             drafting = self.speculator.begin(self.scheduler.load(), len(forest.verified))
             verify, argmax, chooser = self.runtime.verify, self.runtime.argmax, self.runtime.chooser
             tail = Tail(forest, verify, argmax, chooser, drafting, self.speculator.max_depth)
-        self.reporters.planned(forest, self.ledger.pool.in_use)
+        self.reporters.planned(forest, self.ledger.pool.live)
         with phase("forward"), forest.undone_on_error():
             output = self.runtime.step(forest, self.ledger.pool, self.aux_layers, tail)
         with phase("verify"):
@@ -212,7 +218,7 @@ class Engine:
             self.speculator.draft(advances, output.hidden, self.scheduler.load(), tail.drafting)
         with phase("count"):
             self._count(plan, forest, phase)
-        self.reporters.stepped(plan.requests, len(forest), self.ledger.pool.in_use)
+        self.reporters.stepped(plan.requests, len(forest), self.ledger.pool.live)
         return self._outputs(plan)
 
     def _begin(self) -> bool:
@@ -234,6 +240,8 @@ class Engine:
     def _commit(self, segment: Segment, result: VerifyResult | None) -> list[Advance]:
         """The threads that went on: the segment's, then children whose `[Child]` had been drafted."""
         request, thread = segment.request, segment.thread
+        if len(segment.extend_tokens) > 1:  # others that begin so need not wait for its end
+            self.ledger.keep(thread)
         if result is None or self._is_gone(request):
             self.ledger.commit(segment.drafted_slots.tolist(), [], [])
             if request.options.score_from is not None and segment.stop == len(thread.tokens) - 1:
@@ -270,8 +278,7 @@ class Engine:
             except Exception as error:  # a stopping criterion's
                 request.error = error
             else:
-                for thread in self.fork_manager.trim(request):
-                    self.ledger.free_unneeded(thread)
+                self.ledger.free_unneeded(*self.fork_manager.trim(request))
         self.stats.generated_tokens += len(request.text) - before
         request.stats.steps += 1
         if before == 0 < len(request.text):
@@ -294,8 +301,8 @@ class Engine:
             logprobs = [request.logprobs[thread][index - thread.num_forced] for thread, index in told]
             events = request.watcher.take() if request.options.events else []
             if new or events or request.status.ended:
-                reason = request.finish_reason if request.status.ended else None
-                outputs.append(RequestOutput(request.id, new, reason, request.error, events, logprobs))
+                reason, cached = request.finish_reason if request.status.ended else None, request.stats.cached_tokens
+                outputs.append(RequestOutput(request.id, new, reason, request.error, events, logprobs, cached))
         return outputs
 
     def _touched(self, plan: Plan) -> Iterator[Request]:
@@ -319,8 +326,9 @@ class Engine:
         request.done, request.status, request.finish_reason = True, status, reason
         request.stats.finished = time.perf_counter() - request.added
         self.fork_manager.trim(request)
-        for thread in request.tree.threads:
-            self.ledger.free_unneeded(thread)
+        self.ledger.free_unneeded(*request.tree.threads)
+        self.ledger.leave(request.tree.trunk)
+        self._count_slots()
         self.scheduler.remove(request)
         self.speculator.forget(request.tree.threads)
         self.reporters.ended(request)
@@ -339,6 +347,9 @@ class Engine:
         stats.preemptions, stats.thread_preemptions = self.scheduler.preemptions, self.scheduler.thread_preemptions
         stats.peak_threads = max(stats.peak_threads, len(forest.verified))
         stats.peak_slots = self.ledger.pool.peak
+        stats.prefix_cache_queries = self.scheduler.prefix_cache_queries
+        stats.prefix_cache_hits = self.scheduler.prefix_cache_hits
+        self._count_slots()
         if self._learned is not None and not plan.prefill_rows:
             # A GPU is waited for while results are read.
             waited = phase.seconds["verify"] if self.device.type == "cuda" else 0.0
@@ -350,6 +361,11 @@ class Engine:
         else:
             stats.decode_seconds += phase.total
 
+    def _count_slots(self) -> None:
+        stats, pool = self.stats, self.ledger.pool
+        stats.live_slots, stats.cached_slots = pool.live, pool.cached
+        stats.free_slots = (pool.capacity if pool.max_slots is None else pool.max_slots) - pool.in_use
+
     # ---- what it is made of
 
     def _enter(self) -> None:
@@ -360,13 +376,18 @@ class Engine:
             if self.heads is not None:
                 # Looked up once, as it asks every weight that was copied whether it has changed.
                 self.speculator.drafter = self.runtime.drafter(self.heads)
+            if self.options.prefix_cache:
+                weights = self.runtime.weights()
+                if self._weights is None or self._weights() is not weights:
+                    self.ledger.reset_prefix_cache()  # other weights would make other keys and values
+                    self._weights = weakref.ref(weights)
             self._session, self._checked = session.pop_all(), False
 
     def _leave(self) -> None:
         if self._session is not None:
             self._session.close()
             self._session = None
-        self.stats.final_slots = self.ledger.pool.in_use
+        self.stats.final_slots = self.ledger.pool.live
 
     def _sampler(self, request: Request) -> Sampler:
         """Requests that share logits processors share what watches them for state."""

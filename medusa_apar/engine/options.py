@@ -24,6 +24,9 @@ class EngineOptions:
     max_prefill_rows: most rows of a step beside those of requests that decode; None: as many as double its time.
     max_requests: most requests that run at once; None: as many as the pool has room for.
     max_waiting: most requests in the queue; one more raises QueueFull. None: any number.
+    prefix_cache: whether paths stay in the pool for later requests that begin as they do. They take slots that nobody
+        needs: all of a pool with `pool_slots`, of another what it has without growing. It changes no token. A
+        `generate` call has an engine of its own, which ends with it: there it is off.
     """
 
     speculation: Speculation | None = None
@@ -34,6 +37,7 @@ class EngineOptions:
     max_prefill_rows: int | None = None
     max_requests: int | None = None
     max_waiting: int | None = None
+    prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (

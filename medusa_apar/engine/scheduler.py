@@ -25,6 +25,8 @@ from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request, Status
 
+from .prefix_hits import is_being_fed, most_tokens, num_shared
+
 Candidates = Callable[[Thread], Proposal | None]
 
 _SCORED_ROWS = 512  # of a step, that score texts: 100 MB of float32 logits where the vocabulary is 49152
@@ -37,12 +39,16 @@ class Feed(NamedTuple):
     """Tokens to be fed so that a thread can run: (thread or ancestor, how many of its tokens in all), ancestors first.
 
     rows: how many that are. prefills: whether they count as prefill. whole: whether the thread can then be verified.
+    found: what comes from the prefix cache first, as of `SlotLedger.found`. idle: how many slots of that no live thread
+        needs so far.
     """
 
     stops: list[tuple[Thread, int]]
     rows: int
     prefills: bool
     whole: bool
+    found: list[tuple[Thread, np.ndarray]]
+    idle: int
 
 
 @dataclass(slots=True)
@@ -75,6 +81,8 @@ class Scheduler:
     running: list[Request] = field(default_factory=list)  # by priority, then by arrival
     preemptions: int = 0  # of requests
     thread_preemptions: int = 0
+    prefix_cache_queries: int = 0  # tokens of prompts that were admitted
+    prefix_cache_hits: int = 0  # of these, that were there
     _waiting: list[tuple[int, int, Request]] = field(default_factory=list)  # a heap: priority, arrival
     _refed: set[Thread] = field(default_factory=set)  # preempted threads that are not whole again
     _used_share: float = 1.0  # of `max_new_tokens`, what answers have needed
@@ -147,6 +155,8 @@ class Scheduler:
             self.running.append(request)
             self.running.sort(key=_rank)
             request.status = Status.PREFILLING
+            if self.ledger.shares and not request.stats.preemptions:
+                self.prefix_cache_queries += len(request.prompt_ids)
 
     def _has_room(self, request: Request) -> bool:
         """Whether the pool holds what the request is expected to need beside what the running ones will."""
@@ -154,7 +164,8 @@ class Scheduler:
         if available is None:
             return True
         promised = sum(max(self._expected(other) - self._held(other), 0) for other in self.running)
-        return self._expected(request) + promised + self.budget.rows <= available
+        own = self._expected(request) - num_shared(request, self.ledger)
+        return own + promised + self.budget.rows <= available
 
     def _expected(self, request: Request) -> int:
         if request.options.score_from is not None:
@@ -169,6 +180,8 @@ class Scheduler:
         """The request's earliest thread in reading order that can run; others give their slots back for it."""
         thread = _ready_first(request)[0]
         feed: Feed | None = self._feed(request, thread, plan)
+        if feed is not None and self._is_being_fed(request, thread, feed, plan):
+            return
         if feed is not None and not self._fits(feed, plan):
             feed = self._make_room(request, thread, plan)
         if feed is not None and feed.stops:
@@ -195,23 +208,29 @@ class Scheduler:
         """What the thread needs beside what the plan has, or as much of it as the step has rows for."""
         scoring = request.options.score_from is not None
         decodes = request.status is Status.DECODING and thread not in self._refed
+        found = [] if decodes else self.ledger.found(thread, most_tokens(request, thread))
+        more = {member: len(slots) for member, slots in found}
         left = math.inf if decodes else plan.prefill_left
         if scoring:
             left = min(left, plan.scored_left)
         stops: list[tuple[Thread, int]] = []
-        rows = 0
+        rows, whole = 0, True
         for member, until in self.ledger.missing(thread, len(thread.tokens) - 1 if scoring else None):
-            have = max(plan.feed.get(member, 0), self.ledger.cached(member))
+            have = max(plan.feed.get(member, 0), self.ledger.cached(member) + more.get(member, 0))
             take = min(until - have, left - rows)
             if take > 0:
                 stops.append((member, have + int(take)))
                 rows += int(take)
             if have + take < until:
-                return Feed(stops, rows, not decodes, False)
-        return Feed(stops, rows, not decodes, True)
+                whole = False
+                break
+        return Feed(stops, rows, not decodes, whole, found, self.ledger.num_idle(found))
 
     def _take(self, request: Request, thread: Thread, feed: Feed, plan: Plan) -> None:
         self.ledger.resume(thread)
+        for member, slots in feed.found:
+            self._count_hit(request, member, len(slots))
+            self.ledger.assign(member, slots)
         members = plan.requests.setdefault(request, [])
         for member, stop in feed.stops:
             if member not in plan.feed:
@@ -228,9 +247,24 @@ class Scheduler:
         if feed.whole and request.options.score_from is None:
             plan.chosen[thread] = request
 
+    def _count_hit(self, request: Request, thread: Thread, count: int) -> None:
+        """Counts what a prompt finds before it was fed for the first time."""
+        begin, end = self.ledger.cached(thread), len(request.prompt_ids)
+        if thread.parent is None and request.stats.first_token is None and not request.stats.preemptions:
+            hits = max(min(begin + count, end) - begin, 0)
+            request.stats.cached_tokens += hits
+            self.prefix_cache_hits += hits
+
+    def _is_being_fed(self, request: Request, thread: Thread, feed: Feed, plan: Plan) -> bool:
+        """Whether it pays to wait a step, since an older request feeds what this one would."""
+        if not feed.prefills or thread.parent is not None:
+            return False
+        have = self.ledger.cached(thread) + sum(len(slots) for _, slots in feed.found)
+        return is_being_fed(request, have, plan.feed, plan.requests, self.ledger)
+
     def _fits(self, feed: Feed, plan: Plan, spare: int = 0) -> bool:
         available = self.ledger.pool.available
-        return available is None or plan.rows + feed.rows + spare <= available
+        return available is None or plan.rows + feed.rows + feed.idle + spare <= available
 
     def _make_room(self, request: Request, thread: Thread, plan: Plan) -> Feed | None:
         """Preempts others until the thread fits: threads that no request waits for first, then younger requests. What

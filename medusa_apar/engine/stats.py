@@ -28,15 +28,19 @@ class Stats:
     preemptions: int = 0  # requests whose slots were all taken back, to be fed again later
     thread_preemptions: int = 0  # the same of single threads of requests that went on
     peak_threads: int = 0  # most threads in one forest
-    peak_slots: int = 0  # most KV slots in use at once, draft nodes included
-    final_slots: int = 0  # slots in use after the call: 0, or something leaked
-    # How the engine stood when `Engine.snapshot` copied this: requests that run, those in the queue, live threads of
-    # those that run, and KV slots by what they hold.
+    peak_slots: int = 0  # most KV slots that live threads needed at once, draft nodes included
+    final_slots: int = 0  # slots that live threads need after the call: 0, or something leaked
+    # Slots as of now: that live threads need, that the prefix cache keeps beyond these, and the rest.
+    live_slots: int = 0
+    cached_slots: int = 0
+    free_slots: int = 0
+    prefix_cache_queries: int = 0  # prompt tokens that were looked for in the prefix cache
+    prefix_cache_hits: int = 0  # of these, that were there
+    # How the engine stood when `Engine.snapshot` copied this: requests that run, those in the queue, and live threads
+    # of those that run.
     running: int = 0
     waiting: int = 0
     threads: int = 0
-    live_slots: int = 0
-    free_slots: int = 0
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps
     rescore_seconds: float = 0.0  # rescore=True: passes over the reading order

@@ -133,8 +133,9 @@ class Forest:
         ]
         self._fields = np.array(fields)
         positions, self._draft_rows = _positions(self._fields, self._drafting)
-        slots = ledger.pool.allocate(
-            positions, [(_trunk(segments), sum(segment.size for segment in segments)) for segments in requests]
+        # Of one owner, whatever thread they are of: a request attends over all of its slots.
+        slots = ledger.allocate(
+            positions, [(segments[0].thread.trunk, sum(segment.size for segment in segments)) for segments in requests]
         )
         for segment in self.segments:
             rows = slice(segment.row, segment.row + segment.size)
@@ -270,14 +271,6 @@ class Forest:
             self.groups,
             [g.visible & mask_function(0, 0, g.row_positions, g.column_positions) for g in self.groups],
         )
-
-
-def _trunk(segments: list[Segment]) -> Thread:
-    """A request's slots are booked for one owner, whatever thread they are of: it attends over all of them."""
-    thread = segments[0].thread
-    while thread.parent is not None:
-        thread = thread.parent
-    return thread
 
 
 def _group(segments: list[Segment], ledger: SlotLedger, device: torch.device) -> Group:

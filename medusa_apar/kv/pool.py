@@ -58,7 +58,8 @@ class KVPool(Cache):
         # A backend's own way of writing: key and value [N, kv_heads, head_dim], the layer's keys and values, slots.
         self.write: Callable[..., None] | None = None
         self._runs = SlotRuns()
-        self.peak = 0
+        self.cached = 0  # slots in use that no live thread needs; written by PrefixCache
+        self.peak = 0  # most slots ever in use by live threads
         self._grow(max(first if max_slots is None else max_slots, self.storage.capacity))
 
     @property
@@ -70,9 +71,14 @@ class KVPool(Cache):
         return self._runs.held
 
     @property
+    def live(self) -> int:
+        """Slots in use that are not just cached, draft nodes' among them."""
+        return self.in_use - self.cached
+
+    @property
     def available(self) -> int | None:
-        """Slots that can still be allocated; None means any number."""
-        return None if self.max_slots is None else self.max_slots - self.in_use
+        """Slots that live threads can still be given, cached ones among them; None means any number."""
+        return None if self.max_slots is None else self.max_slots - self.live
 
     @property
     def used(self) -> np.ndarray:
@@ -104,12 +110,16 @@ class KVPool(Cache):
             runs.begin(short)
         slots = np.array([slot for want in wants for slot in want.slots], dtype=np.int64)
         self.positions[slots] = positions
-        self.peak = max(self.peak, self.in_use)
+        self.peak = max(self.peak, self.live)
         return slots
 
     def release(self, slots: Iterable[int]) -> None:
         """KeyError for a slot that is free."""
         self._runs.release(slots)
+
+    def disown(self, owner: Hashable) -> None:
+        """The owner takes no more slots; those that it has are nobody's until they are released."""
+        self._runs.disown(owner)
 
     def _grow(self, capacity: int) -> None:
         for store in (self.keys, self.values, self.scales):

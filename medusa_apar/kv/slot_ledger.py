@@ -1,9 +1,12 @@
-"""Which slot holds which token, and for how long: a slot returns as soon as no live thread's path needs it."""
+"""Which slot holds which token, and for how long: a slot returns as soon as no live thread's path needs it.
+
+Where there is a prefix cache, paths go there instead, and return when slots are needed.
+"""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -11,8 +14,11 @@ from medusa_apar.threads.paragraph_tree import Thread
 
 from .path_table import PathTable
 from .pool import KVPool
+from .prefix_cache import PrefixCache
 
 _NONE = array("q")
+# Of a pool that may grow, as much as can be in use before it does (`SlotRuns.crowded`).
+_FULL = 0.75
 
 
 class SlotLedger:
@@ -23,10 +29,16 @@ class SlotLedger:
 
     An evicted thread has lent its claim back under memory pressure: it is live but needs nothing until it resumes,
     when whatever is gone is fed again.
+
+    With a prefix cache the paths of requests that `share` theirs stay in the pool after that, and threads of several
+    requests may have booked the same slot. Cached slots count as free wherever it is asked whether something fits. They
+    are evicted when slots are allocated, as many as are missing; a pool that may grow never grows for them.
     """
 
-    def __init__(self, pool: KVPool):
+    def __init__(self, pool: KVPool, prefix_cache: bool = False):
         self.pool = pool
+        self._cache = PrefixCache(pool) if prefix_cache else None
+        self._salts: dict[Thread, str] = {}  # of trunks whose paths are shared
         self._slots: dict[Thread, array[int]] = {}  # arrays, which numpy reads as they are
         self._evicted: set[Thread] = set()
         self._table: PathTable | None = None
@@ -55,10 +67,21 @@ class SlotLedger:
         lineage = [*thread.ancestors(), (thread, stop)]
         return [(member, until) for member, until in lineage if self.cached(member) < until]
 
-    def assign(self, thread: Thread, slots: np.ndarray | list[int]) -> None:
+    def allocate(self, positions: np.ndarray, owners: Iterable[tuple[Hashable, int]]) -> np.ndarray:
+        """As `KVPool.allocate`; what is missing is evicted from the prefix cache."""
+        pool, count = self.pool, len(positions)
+        if self._cache is not None:
+            full = int(_FULL * pool.capacity) if pool.max_slots is None else pool.max_slots
+            if pool.live + count <= full:  # else it grows, whatever is cached
+                self._cache.evict(pool.in_use + count - full)
+        return pool.allocate(positions, owners)
+
+    def assign(self, thread: Thread, slots: Sequence[int] | np.ndarray) -> None:
         """The thread's next tokens lie in these slots."""
         booked = self._slots.setdefault(thread, array("q"))
         booked.extend(slots.tolist() if isinstance(slots, np.ndarray) else slots)
+        if self._cache is not None:
+            self._cache.book(slots)
 
     def commit(self, drafted: list[int], accepted: Sequence[tuple[Thread, list[int]]], ended: Iterable[Thread]) -> None:
         """Books a segment's accepted draft nodes, frees the rejected ones, and what threads needed that have ended.
@@ -70,19 +93,19 @@ class SlotLedger:
             self.assign(thread, slots)
             rejected.difference_update(slots)
         self.pool.release(rejected)
-        for thread in ended:
-            self.free_unneeded(thread)
+        self.free_unneeded(*ended)
 
-    def free_unneeded(self, thread: Thread) -> int:
-        """Returns what nobody needs any more of the thread and its ancestors; call when it ended. Counts the slots."""
-        released = 0
-        if thread.ended:
-            self._evicted.discard(thread)
-        member: Thread | None = thread
-        while member is not None:
-            released += self._shrink(member, self._needed(member))
-            member = member.parent
-        return released
+    def free_unneeded(self, *threads: Thread) -> int:
+        """Returns what nobody needs any more of these threads and their ancestors. Counts the slots.
+
+        Call it for all threads that have ended at once, together: what one leaves may be another's path.
+        """
+        for thread in threads:
+            if thread.ended:
+                self._evicted.discard(thread)
+            if not self.claims(thread):
+                self.keep(thread)
+        return sum(map(self._free, threads))
 
     def evict(self, thread: Thread) -> int:
         """Takes back all slots that only this live thread needs and counts them."""
@@ -95,6 +118,77 @@ class SlotLedger:
     def claims(self, thread: Thread) -> bool:
         return thread.live and thread not in self._evicted
 
+    # ---- the prefix cache
+
+    def share(self, trunk: Thread, salt: str) -> None:
+        """Paths of this trunk's request are found by all that share theirs under the same salt, and the other way."""
+        if self._cache is not None:
+            self._salts[trunk] = salt
+
+    def leave(self, trunk: Thread) -> None:
+        """The trunk's request has ended, and all of its threads."""
+        self._salts.pop(trunk, None)
+        self.pool.disown(trunk)
+
+    @property
+    def shares(self) -> bool:
+        """Whether there is a prefix cache."""
+        return self._cache is not None
+
+    def salt(self, trunk: Thread) -> str | None:
+        """Under which the trunk's paths are shared; None: they are not."""
+        return self._salts.get(trunk)
+
+    def found(self, thread: Thread, most: int | None = None) -> list[tuple[Thread, np.ndarray]]:
+        """What the prefix cache has of tokens on the path that have no slot: (thread or ancestor, slots of its next
+        tokens), ancestors first. `assign` books them.
+
+        A live thread's last token is not looked for: it is fed, as the model is asked what follows.
+
+        most: how many of the thread's own tokens may be had so.
+        """
+        if self._cache is None or (salt := self._salts.get(thread.trunk)) is None:
+            return []
+        lineage = [*thread.ancestors(), (thread, len(thread.tokens) if most is None else most)]
+        tokens: list[int] = []
+        stops: list[int] = []
+        for member, stop in lineage:
+            stops.append(min(stop, len(member.tokens) - member.live))
+            tokens += member.tokens[: stops[-1]]
+            if stops[-1] < stop:
+                break
+        members = [member for member, _ in lineage[: len(stops)]]
+        if all(self.cached(member) >= stop for member, stop in zip(members, stops, strict=True)):
+            return []
+        slots = self._cache.find(salt, tokens)
+        found: list[tuple[Thread, np.ndarray]] = []
+        for member, stop in zip(members, stops, strict=True):
+            own, slots = slots[:stop], slots[stop:]
+            if len(own) > self.cached(member):
+                found.append((member, own[self.cached(member) :]))
+            if len(own) < stop:
+                break
+        return found
+
+    def num_idle(self, found: Iterable[tuple[Thread, np.ndarray]]) -> int:
+        """How many of the slots that were `found` no live thread needs so far."""
+        return 0 if self._cache is None else sum(self._cache.num_idle(slots) for _, slots in found)
+
+    def keep(self, thread: Thread) -> None:
+        """Puts into the prefix cache what is booked of a thread's path and has been computed."""
+        salt = self._salts.get(thread.trunk)
+        if self._cache is None or salt is None or not self.cached(thread):
+            return
+        tokens = thread.ancestor_ids() + thread.tokens[: self.cached(thread)]
+        self._cache.keep(salt, tokens, self.path_slots(thread))
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing is kept any more; what live threads need stays."""
+        if self._cache is not None:
+            self._cache.clear()
+
+    # ---- what stays
+
     def _needed(self, thread: Thread) -> int:
         if self.claims(thread):
             return self.cached(thread)
@@ -103,13 +197,24 @@ class SlotLedger:
     def _claimed_below(self, thread: Thread) -> bool:
         return self.claims(thread) or any(self._claimed_below(child) for child in thread.children)
 
+    def _free(self, thread: Thread) -> int:
+        released = 0
+        member: Thread | None = thread
+        while member is not None:
+            released += self._shrink(member, self._needed(member))
+            member = member.parent
+        return released
+
     def _shrink(self, thread: Thread, length: int) -> int:
         slots = self._slots.get(thread, _NONE)
         gone = slots[length:]
         del slots[length:]
         if self._table is not None:
             self._table.truncate(thread)
-        self.pool.release(gone)
+        if self._cache is None:
+            self.pool.release(gone)
+        elif gone:
+            self._cache.unbook(gone)
         if not slots:
             self._slots.pop(thread, None)
         return len(gone)
@@ -119,9 +224,14 @@ class SlotLedger:
         self._shrink(thread, length)
 
     def check(self) -> None:
-        """Asserts that every used slot is booked exactly once, to a thread some claiming thread needs it of."""
+        """Asserts that every used slot is booked to a thread some claiming thread needs it of, once where there is no
+        prefix cache, or cached: free + live + cached == total."""
         booked = [slot for slots in self._slots.values() for slot in slots]
-        assert len(booked) == len(set(booked)) == self.pool.in_use, "a slot is leaked or booked twice"
+        if self._cache is None:
+            assert len(booked) == len(set(booked)) == self.pool.in_use, "a slot is leaked or booked twice"
+        else:
+            assert len(set(booked)) == self.pool.live, "a slot is leaked"
+            self._cache.check(booked)
         for thread, slots in self._slots.items():
             assert len(slots) <= self._needed(thread), f"{thread} holds slots that no live path needs"
         if self._table is not None:

@@ -133,7 +133,15 @@ class SlotRuns:
             if owner.place is not None and owner.first <= slot < owner.place:
                 owner.place = slot
             if not owner.held:
-                del self._owners[owner.key], self._numbered[number]
+                del self._numbered[number]
+                if self._owners.get(owner.key) is owner:
+                    del self._owners[owner.key]
+
+    def disown(self, key: Hashable) -> None:
+        """The owner will not go on: what it still holds is nobody's, until it is released."""
+        owner = self._owners.pop(key, None)
+        if owner is not None:
+            owner.key, owner.first, owner.place = None, len(self._holders), None
 
     def _owner(self, key: Hashable) -> _Owner:
         owner = self._owners.get(key)

@@ -23,8 +23,8 @@ def encode_messages(
     tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """`input_ids` and `attention_mask` [1, length], ready for an answer: the tokenizer's chat template, else Vicuna's
-    for released APAR models, whose tokenizers carry none, else the last message as bare text. tools: for a template that
-    knows them.
+    for released APAR models, whose tokenizers carry none, else the last message as bare text. tools: for a
+    template that knows them.
 
     ValueError, with the template's own words, where it refuses the conversation, and where no token comes of it.
     """

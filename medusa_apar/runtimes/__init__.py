@@ -7,6 +7,7 @@ attention.py         the attention backends, entered through transformers' inter
 triton_attention.py  the backend whose attention is a kernel
 cuda_graphs.py       small steps as one launch
 cpu/                 models of many families in compiled code
+model_state.py       whether a model still is what it was
 packed_linear.py     linear layers on a CPU from weights laid out for few rows
 capture.py           the hidden states that heads read, taken out of a forward pass
 agreement.py         whether a runtime computes what the model does

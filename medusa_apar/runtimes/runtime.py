@@ -63,6 +63,9 @@ class Runtime(Protocol):
     def refresh(self) -> None:
         """Drops whatever was copied from the model's weights."""
 
+    def weights(self) -> object:
+        """The same object as long as the model computes the same; asked within `session`."""
+
     def drafter(self, heads: Heads) -> Drafter:
         """What drafts with these heads beside this runtime's steps. The heads are not changed: several runtimes may
         have them at once."""

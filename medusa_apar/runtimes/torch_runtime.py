@@ -21,6 +21,7 @@ from medusa_apar.verify.tail import StepOutput, Tail
 from .attention import current_forest, forest_attention
 from .capture import Captured
 from .devices import device_of
+from .model_state import ModelState
 from .packed_linear import PackedLinears
 from .runtime import RuntimeFacts
 
@@ -39,6 +40,7 @@ class TorchRuntime:
         kind = str(model.dtype).removeprefix("torch.")
         self.model, self.facts = model, RuntimeFacts(kind, backend, graphs, MAX_NODES if kernels else None, kernels)
         self._packed = PackedLinears(model)
+        self._state: ModelState | None = None  # of the model, where somebody has asked
         self._write = self.verify = self.chooser = None
         if kernels:
             from medusa_apar.triton_kernels.store import store_kv
@@ -74,6 +76,12 @@ class TorchRuntime:
 
     def refresh(self) -> None:
         self._packed.refresh()
+        self._state = None
+
+    def weights(self) -> object:
+        if self._state is None or not self._state.is_of(self.model):
+            self._state = ModelState(self.model)
+        return self._state
 
     def drafter(self, heads: Heads) -> Drafter:
         return heads.drafter(kernels=self.facts.backend == "triton")

@@ -68,7 +68,7 @@ class Choice:
         if reason == "aborted":
             raise ApiError(503, "the answer was aborted before its end")
         self.tokens += len(output.token_ids)
-        self.cached = getattr(output, "cached_tokens", 0)
+        self.cached = output.cached_tokens
         delta = Delta(self._echo, list(output.token_ids), finish_reason=reason)
         self._echo = ""
         # An end token is written, counted and told, but it is no text, even where the tokenizer has it as a word.
@@ -127,7 +127,7 @@ def usage(asked: Asked, choices: Sequence[Choice]) -> dict[str, Any]:
 def chat_logprobs(told: Sequence[Told], texts: TokenTexts) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         own = texts.bytes_of(token)
-        return {"token": _name(own, ""), "logprob": max(logprob, _IMPOSSIBLE), "bytes": list(own)}
+        return {"token": _name(own, ""), "logprob": _finite(logprob), "bytes": list(own)}
 
     content = [
         entry(one.token, one.logprobs.logprob) | {"top_logprobs": [entry(*pair) for pair in one.logprobs.top]}
@@ -139,15 +139,20 @@ def chat_logprobs(told: Sequence[Told], texts: TokenTexts) -> dict[str, Any]:
 def completion_logprobs(told: Sequence[Told], texts: TokenTexts) -> dict[str, Any]:
     """The older form. Of two tokens with the same text the likelier one is among the top."""
     names = [_name(texts.bytes_of(one.token), "bytes:") for one in told]
-    values = [max(one.logprobs.logprob, _IMPOSSIBLE) for one in told]
+    values = [_finite(one.logprobs.logprob) for one in told]
     tops = []
     for one, name, value in zip(told, names, values, strict=True):
         top: dict[str, float] = {}
         for token, logprob in one.logprobs.top:
-            top.setdefault(_name(texts.bytes_of(token), "bytes:"), max(logprob, _IMPOSSIBLE))
+            top.setdefault(_name(texts.bytes_of(token), "bytes:"), _finite(logprob))
         tops.append(top | {name: value})
     offsets = [one.offset for one in told]
     return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _finite(logprob: float) -> float:
+    """Also of what is no number."""
+    return logprob if logprob > _IMPOSSIBLE else _IMPOSSIBLE
 
 
 def _name(own: bytes, prefix: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,7 +52,7 @@ _ERROR = {
         }
     },
 }
-_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 413, 429, 500, 503)}
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 413, 429, 500, 503), _ERROR)
 _NO_RESPONSES = "there is no /v1/responses here, as answers are not kept: use /v1/chat/completions"
 
 AnyGeneration = TypeVar("AnyGeneration", bound=Generation)
@@ -178,8 +179,9 @@ class _Answer:
         self, firsts: list[RequestOutput], streams: list[AsyncGenerator[RequestOutput, None]]
     ) -> dict[str, Any]:
         deltas: list[list[Delta]] = [[] for _ in self._choices]
-        async for index, output in merged(firsts, streams):
-            deltas[index].append(self._choices[index].take(output))
+        async with aclosing(merged(firsts, streams)) as outputs:
+            async for index, output in outputs:
+                deltas[index].append(self._choices[index].take(output))
         wholes = list(map(joined, deltas)) if deltas else self._unwritten()
         choices = []
         for index, whole in enumerate(wholes):
@@ -198,19 +200,22 @@ class _Answer:
     ) -> AsyncGenerator[dict[str, Any], None]:
         form, ids = self._form, self._body.return_token_ids
         for index in range(len(self._asked.prompts) * self._asked.n):
-            if (opening := form.opening()) is not None:
-                yield self._chunk(index, opening | ({"prompt_token_ids": self._prompt(index)} if ids else {}))
+            opening = form.opening()
+            if ids:
+                opening = (opening or form.end()) | {"prompt_token_ids": self._prompt(index)}
+            if opening is not None:
+                yield self._chunk(index, opening)
         for index, whole in enumerate(self._unwritten()):
             yield self._chunk(index, form.part(whole))
             yield self._chunk(index, form.end(), whole.finish_reason)
-        async for index, output in merged(firsts, streams):
-            choice = self._choices[index]
-            delta = choice.take(output)
-            if delta.text or delta.told or delta.events or (ids and delta.token_ids):
-                entry = form.part(delta) | ({"token_ids": delta.token_ids} if ids else {})
-                yield self._chunk(index, entry, events=delta.events)
-            if delta.finish_reason is not None:
-                yield self._chunk(index, form.end(), delta.finish_reason)
+        async with aclosing(merged(firsts, streams)) as outputs:
+            async for index, output in outputs:
+                delta = self._choices[index].take(output)
+                if delta.text or delta.told or delta.events or (ids and delta.token_ids):
+                    entry = form.part(delta) | ({"token_ids": delta.token_ids} if ids else {})
+                    yield self._chunk(index, entry, events=delta.events)
+                if delta.finish_reason is not None:
+                    yield self._chunk(index, form.end(), delta.finish_reason)
         if self._body.includes_usage:
             yield {**self._frame(), "choices": [], "usage": usage(self._asked, self._choices)}
 

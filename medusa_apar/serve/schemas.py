@@ -286,8 +286,8 @@ class CompletionBody(Generation):
             raise ValueError("has max_tokens=0, which needs echo=true")
         if self.echo and self.logprobs is not None:
             raise ValueError("has echo and logprobs: log-probabilities of a prompt are not supported")
-        if self.events and len(self.prompt) > 1:
-            raise ValueError("has apar.events, which tell of one answer: give one prompt")
+        if self.events and (len(self.prompt) > 1 or self.max_tokens == 0):
+            raise ValueError("has apar.events, which tell of one answer: give one prompt, and max_tokens above 0")
         return self
 
 

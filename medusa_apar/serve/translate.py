@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from medusa_apar import checks
+from medusa_apar.events.texts import TokenTexts
 from medusa_apar.generate import MedusaApar
 from medusa_apar.models.chat import encode_messages
 from medusa_apar.models.families import context_length, unembedding_size
@@ -84,10 +85,7 @@ def completion(body: CompletionBody, place: Place) -> Asked:
             check_ids(place.apar, "prompt", ids)
     echoes = []
     if body.echo:
-        texts = [
-            p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for p in body.prompt
-        ]
+        texts = [p if isinstance(p, str) else TokenTexts.of(tokenizer).decode(p) for p in body.prompt]
         echoes = [text for text in texts for _ in range(body.n or 1)]
     length = _Length("max_tokens", body.max_tokens, _COMPLETION_TOKENS)
     return _asked(body, place, prompts, body.logprobs, length, echoes)
@@ -118,7 +116,8 @@ def check_ids(apar: MedusaApar, name: str, ids: Sequence[int]) -> None:
     size = unembedding_size(apar.model)[0]
     wrong = next((id for id in ids if not 0 <= id < size), None)
     if wrong is not None:
-        raise ApiError(400, f"{name} holds the token id {wrong}, but the model has ids from 0 to {size - 1}.", param=name)
+        said = f"{name} holds the token id {wrong}, but the model has ids from 0 to {size - 1}."
+        raise ApiError(400, said, param=name)
 
 
 @contextmanager
@@ -169,9 +168,7 @@ def _asked(
             for choice in range(n if limit else 0):
                 own = Sampling(**sampling, seed=_seed(body.seed, choice))
                 name = f"{place.id}-{len(requests)}"
-                requests.append(
-                    engine_request(place.apar, name, prompt, own, options, max_new_tokens=limit, **shared)
-                )
+                requests.append(engine_request(place.apar, name, prompt, own, options, max_new_tokens=limit, **shared))
     ends = frozenset() if body.ignore_eos or not requests else requests[0].options.eos_ids
     return Asked(prompts, requests, n, body.stop or (), body.min_tokens or 0, ends, list(echoes))
 
@@ -191,7 +188,10 @@ def _sampling(body: Generation, apar: MedusaApar) -> dict[str, Any]:
         check_ids(apar, "logit_bias", list(asked["logit_bias"]))
     if (guide := _guide(body)) is not None:
         asked["guide"] = guide
-    return {"temperature": 1.0} | known | asked
+    whole = {"temperature": 1.0} | known | asked
+    if whole["temperature"] < checks.COLDEST:  # by so little the likeliest token is always chosen
+        whole["temperature"] = 0.0
+    return whole
 
 
 def _bias(bias: dict[str, float]) -> dict[int, float]:
@@ -232,8 +232,8 @@ def _limit(place: Place, options: CallOptions, prompt: int, length: _Length) -> 
     """Tokens of the answer, at most. ApiError 400, with the numbers, where prompt and answer cannot fit."""
     context, slots = context_of(place.apar), place.pool_slots
     room = _room(place, options, prompt, context)
-    wanted = (length.default or _CHAT_TOKENS if room is None else min(room, length.default or room), length.wanted)
-    limit = wanted[0] if length.wanted is None else length.wanted
+    default = (length.default or _CHAT_TOKENS) if room is None else min(room, length.default or room)
+    limit = default if length.wanted is None else length.wanted
     if room is None or limit <= room > 0:
         return limit
     code = "context_length_exceeded"
@@ -271,9 +271,9 @@ def _room(place: Place, options: CallOptions, prompt: int, context: int | None) 
 
 def _seed(seed: int | None, choice: int) -> int | None:
     """The first choice has the seed itself, so that it is what n=1 gives."""
-    if seed is None or choice == 0:
-        return seed if seed is None else seed & (2**63 - 1)
-    return thread_key(seed, choice) >> 1
+    if seed is None:
+        return None
+    return seed & (2**63 - 1) if choice == 0 else thread_key(seed, choice) >> 1
 
 
 def _tools(body: ChatBody, apar: MedusaApar) -> list[dict] | None:

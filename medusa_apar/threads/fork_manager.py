@@ -83,7 +83,7 @@ class ForkManager:
         tree, policy, child = request.tree, request.options.policy, None
         thread.tokens.append(token)
         turn = None if thread.parent is None or thread.continues_parent else policy.turn(tree, thread)
-        if token in tree.eos_ids or turn is Turn.RETURN:
+        if token in request.end_ids(thread) or turn is Turn.RETURN:
             thread.finish_reason = "stop"
         elif (fork := policy.fork(tree, thread)) is not None:
             child = self._spawn(request, thread, fork, outcome)

@@ -65,6 +65,14 @@ class Thread:
         return self.finish_reason is not None
 
     @property
+    def trunk(self) -> Thread:
+        """Its request's first thread."""
+        thread = self
+        while thread.parent is not None:
+            thread = thread.parent
+        return thread
+
+    @property
     def token_ids(self) -> list[int]:
         """Its own tokens, control and end tokens included."""
         return self.tokens[self.num_forced :]

@@ -35,6 +35,11 @@ class RequestOptions:
     Args:
         max_new_tokens: most visible tokens of the answer.
         eos_ids: tokens that end a thread.
+        ignore_eos: end tokens are tokens like others on a path without `[Child]`, so that the answer ends by its limit.
+            A `[Child]`'s thread ends by them all the same: they lead back to its parent, and nothing behind it could be
+            read if it went on.
+        stop_ids: tokens that end the answer where they would be read, in whichever thread; the text ends before them.
+            An end token among them does so on a path without `[Child]`, whatever `ignore_eos` says.
         stop: asked with the request after every token of its reading order; True ends the request.
         policy: where threads fork.
         rule: the fork rule, None where the model has no control tokens.
@@ -51,10 +56,13 @@ class RequestOptions:
         speculation: whether anything is guessed ahead for it, where its engine guesses at all.
         score_from: with a number nothing is generated: the prompt's tokens from this index on are scored
             (`Request.text_scores`). At least 1.
+        cache_salt: requests find in an engine's prefix cache what others of the same salt have left there.
     """
 
     max_new_tokens: int = 256
     eos_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    stop_ids: frozenset[int] = frozenset()
     stop: Callable[[Request], bool] | None = None
     policy: NoForks = field(default_factory=NoForks)
     rule: ForkRule | None = None
@@ -71,6 +79,7 @@ class RequestOptions:
     watcher: Any = None
     speculation: bool = True
     score_from: int | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_threads", "score_from"):
@@ -108,6 +117,7 @@ class RequestStats:
 
     steps: int = 0  # in which one of its threads ran
     preemptions: int = 0  # times that all of its slots were taken back
+    cached_tokens: int = 0  # of its prompt, that came from the prefix cache
     first_token: float | None = None
     finished: float | None = None
 
@@ -173,6 +183,7 @@ class Request:
         self.arrival = 0  # number among the engine's requests
         self.added = 0.0  # time.perf_counter(); 0 before
         self.sampler: Any = None  # verify.sampler.Sampler
+        self.guide: Any = None  # verify.guides.GuideLogitsProcessor, None without one
         self.watcher: Any = options.watcher  # events.reporter.Reporter, None where nobody watches
         self.ngrams: Any = None  # drafting.ngram_index.NgramIndex, None where none is kept
         self.sent = 0  # tokens of the text that were handed out
@@ -186,23 +197,35 @@ class Request:
         ancestors = thread.ancestor_ids() + thread.tokens
         return self.row.ids + ancestors[len(self.prompt_ids) :]
 
+    def end_ids(self, thread: Thread) -> frozenset[int]:
+        """Tokens that end this thread."""
+        if self.options.ignore_eos and (thread.parent is None or thread.tokens[0] != self.tree.child_id):
+            return frozenset()
+        return self.tree.eos_ids
+
     def publish(self) -> None:
-        """Moves the finished part of the reading order on; sets `done` at the limit, where `stop` says so, or at the
-        end."""
+        """Moves the finished part of the reading order on; sets `done` at the limit, where `stop` says so, before a
+        stop token, or at the end."""
         for thread, index in self._cursor.advance():
+            if thread.tokens[index] in self.options.stop_ids:
+                self.done, self.finish_reason = True, "stop"
+                break
             self.text.append((thread, index))
             self.text_ids.append(thread.tokens[index])
             stopped = self.options.stop is not None and self.options.stop(self)
             if stopped or len(self.text) >= self.max_new_tokens:
                 # A visible token that ends its thread ends the text, be it the last that the limit lets through.
                 ended = thread.finish_reason == "stop" and index == len(thread.tokens) - 1
-                self.done, self.finish_reason = True, "stop" if stopped or ended else "length"
+                self.done, self.finish_reason = True, "stop" if stopped else self._end() if ended else "length"
                 break
         else:
             if self._cursor.done:
-                cut = any(thread.finish_reason == "length" for thread in self.tree.threads)
-                self.done, self.finish_reason = True, "length" if cut else "stop"
+                self.done, self.finish_reason = True, self._end()
         self.live = [] if self.done else self.tree.live_in_reading_order()
+
+    def _end(self) -> str:
+        """Why a text ends that is read to its end."""
+        return "length" if any(thread.finish_reason == "length" for thread in self.tree.threads) else "stop"
 
     def reopen(self, max_new_tokens: int) -> None:
         """Goes on with a text that its limit had ended, as if this had been the limit all along."""

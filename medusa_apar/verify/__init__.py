@@ -11,5 +11,7 @@ scoring.py            what plain decoding says of a given text
 verify_result.py      what verification says of a thread
 control_processor.py  the fork rule as a logits processor of transformers
 penalties.py          presence and frequency penalties as a logits processor of transformers
+min_tokens.py         end tokens held back until an answer has so many, as a logits processor of transformers
+guides.py             structured output: what a grammar of JSON allows behind a path
 processor_state.py    which logits processors keep state between calls
 """

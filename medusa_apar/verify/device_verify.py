@@ -15,8 +15,10 @@ from medusa_apar.drafting.speculator import Drafting
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.triton_kernels.reference import Noise, Verified
 
-from .path_changes import PathChange
+from .path_changes import MaskChange, PathChange
 from .verify_result import VerifyResult
+
+Change = PathChange | MaskChange | None
 
 
 class Modes(NamedTuple):
@@ -48,7 +50,7 @@ class DeviceVerify:
     ]  # int64 [T]: seeds, keys, whether sampled; then epsilon and delta as bits of float64
     positions: np.ndarray  # int64 [M]
     # Segments whose logits go through processors, each with its first row and what those do that look at its path.
-    processed: list[tuple[int, Segment, list[PathChange | None]]]
+    processed: list[tuple[int, Segment, list[Change]]]
 
     @classmethod
     def of(cls, verify: Callable[..., Verified], forest: Forest, depth: int, drafting: Drafting | None) -> DeviceVerify:
@@ -59,7 +61,7 @@ class DeviceVerify:
         sampled: list[int] = []
         limits: list[tuple[float, float]] = []
         tokens, parents, positions, bans = [], [], [], []
-        processed: list[tuple[int, Segment, list[PathChange | None]]] = []
+        processed: list[tuple[int, Segment, list[Change]]] = []
         served: list[bool] = []
         rules = [segment.request.options.rule for segment in forest.verified]
         control = next(((rule.fork_id, rule.child_id) for rule in rules if rule is not None), None)
@@ -126,7 +128,7 @@ class DeviceVerify:
             sizes += [threads, threads]
         return [*(size + size % 2 for size in sizes), *(change.num_words for change in self._changes())]
 
-    def _changes(self) -> list[PathChange]:
+    def _changes(self) -> list[PathChange | MaskChange]:
         return [change for _, _, changes in self.processed for change in changes if change is not None]
 
     def run(self, logits: Tensor, hidden: Tensor, inputs: Tensor, threads: int | None = None) -> Tensor:

@@ -44,6 +44,7 @@ class HostVerify:
         told: list[int] = []  # rows whose log-probabilities are
         banned: list[int] = []  # rows that may not choose [Fork]
         control: list[int] = []  # rows that may not choose [Child]
+        masks: dict[int, np.ndarray] = {}  # by first row, what a grammar allows
         rule = None
         for first, segment in segments:
             sampler: Sampler = segment.request.sampler
@@ -55,6 +56,8 @@ class HostVerify:
             recipe = None if chooser is None or sampler.plain else sampler.recipe
             if recipe is not None and recipe.max_id < logits.shape[1]:
                 by_recipe.append((first, segment))
+                if (allowed := sampler.masks(segment)) is not None:
+                    masks[first] = allowed
             elif sampler.rule is not None and not sampler.before:  # others see the model's own logits
                 rule = sampler.rule
                 control += range(first, first + len(bans))
@@ -76,7 +79,7 @@ class HostVerify:
         self._settled = {first for first, segment in segments if segment.request.sampler.plain}
         self._judged: dict[int, tuple[float, float]] = {}  # by row, log-probability and entropy of `Chosen`
         if chooser is not None and by_recipe:
-            choices = choices_of(by_recipe, self._bans)
+            choices = choices_of(by_recipe, self._bans, masks)
             rows, chosen = choices.rows[:, 0].tolist(), chooser.choose(logits, choices)
             self._chosen.update(zip(rows, chosen.tokens, strict=True))
             if any(recipe.judged for recipe in choices.recipes):
@@ -180,7 +183,7 @@ class _Choices:
                 *(self._bans[row], self._key, self._end + len(self.tokens)),
             )
         self.took(row, token, scores)
-        return -1 if sampler.before and _is_last(self._segment.request, self.tokens) else token
+        return -1 if sampler.before and _is_last(self._segment, self.tokens) else token
 
     def scored(self, row: int, ids: list[int], parents: list[int]) -> Tensor:
         """The processed scores [vocab] of a row, whatever was chosen before it."""
@@ -224,8 +227,9 @@ def greedy(logits: Tensor, argmax: Callable[[Tensor], Tensor]) -> list[int]:
     return [token if value > -math.inf else likeliest(logits[row]) for row, (token, value) in enumerate(pairs)]
 
 
-def _is_last(request: Request, ahead: list[int]) -> bool:
+def _is_last(segment: Segment, ahead: list[int]) -> bool:
     """Whether nothing is read behind what the thread has chosen in this step, so that no processor need be asked."""
-    if ahead[-1] in request.tree.eos_ids:
+    request: Request = segment.request
+    if ahead[-1] in request.end_ids(segment.thread) or ahead[-1] in request.options.stop_ids:
         return True
     return len(request.tree.threads) == 1 and len(request.text) + len(ahead) >= request.max_new_tokens

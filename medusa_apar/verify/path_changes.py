@@ -20,7 +20,7 @@ from .recipe import Operation
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PathChange:
-    """What one operation ("repetition", "presence_frequency" or "min_length") changes in the rows of a segment.
+    """What one operation ("repetition", "presence_frequency", "min_length", "held_back") changes in a segment's rows.
 
     shared: int64 [S], tokens that it changes in every row. rows, tokens: int64 [N], what it changes in one row, for
     which `shared` does not count. costs: float64 [S + N], what these lose.
@@ -41,24 +41,28 @@ class PathChange:
         above: list[list[int]] = [[]]
         for token, parent in zip(tokens, parents, strict=True):
             above.append([*above[1 + parent], token])
-        pairs: list[tuple[int, int, int]] = []
-        shared, counts = np.zeros((2, 0), dtype=np.int64)
         if operation.kind == "min_length":
-            short = [row for row, drafted in enumerate(above) if len(path) + len(drafted) < operation.length]
-            pairs = [(row, token, 1) for row in short for token in operation.ids]
-        else:
-            held = np.array(path[operation.length :], dtype=np.int64)
-            shared, counts = np.unique(held[~np.isin(held, operation.ids)], return_counts=True)
-            known = dict(zip(shared.tolist(), counts.tolist(), strict=True))
-            for row, drafted in enumerate(above):
-                behind = drafted[max(0, operation.length - len(path)) :]
-                own = Counter(token for token in behind if token not in operation.ids)
-                pairs += [(row, token, count + known.get(token, 0)) for token, count in own.items()]
+            return cls.bans(operation, [len(path) + len(drafted) < operation.length for drafted in above])
+        held = np.array(path[operation.length :], dtype=np.int64)
+        shared, counts = np.unique(held[~np.isin(held, operation.ids)], return_counts=True)
+        known = dict(zip(shared.tolist(), counts.tolist(), strict=True))
+        pairs: list[tuple[int, int, int]] = []
+        for row, drafted in enumerate(above):
+            behind = drafted[max(0, operation.length - len(path)) :]
+            own = Counter(token for token in behind if token not in operation.ids)
+            pairs += [(row, token, count + known.get(token, 0)) for token, count in own.items()]
         table = np.array(pairs, dtype=np.int64).reshape(-1, 3)
         lost = np.concatenate([counts, table[:, 2]]).astype(np.float64)
         if operation.kind == "presence_frequency":
             lost = costs(lost, operation.values[0], operation.value)
         return cls(operation, shared, table[:, 0], table[:, 1], lost)
+
+    @classmethod
+    def bans(cls, operation: Operation, rows: Sequence[bool]) -> PathChange:
+        """For an operation whose ids are impossible in these rows."""
+        table = np.array([(row, token) for row, banned in enumerate(rows) if banned for token in operation.ids])
+        table = table.astype(np.int64).reshape(-1, 2)
+        return cls(operation, np.zeros(0, dtype=np.int64), table[:, 0], table[:, 1], np.zeros(len(table)))
 
     @property
     def num_words(self) -> int:
@@ -86,3 +90,29 @@ class PathChange:
         if self.operation.kind == "repetition":
             return torch.where(scores < 0, scores * penalty, scores / penalty)
         return scores - lost if self.operation.kind == "presence_frequency" else scores.new_full((), -torch.inf)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskChange:
+    """Tokens that a grammar forbids in the rows of a segment.
+
+    masks: int32 [rows, words], of each row a bit a token, from the lowest on; 0 where it is impossible.
+    """
+
+    masks: np.ndarray
+
+    @property
+    def num_words(self) -> int:
+        return self.masks.shape[0] * -(-self.masks.shape[1] // 2)
+
+    @property
+    def words(self) -> np.ndarray:
+        """All of it for a device, int64."""
+        even = np.pad(self.masks, ((0, 0), (0, self.masks.shape[1] % 2)))
+        return np.ascontiguousarray(even).view(np.int64).reshape(-1)
+
+    def __call__(self, scores: Tensor, words: Tensor) -> Tensor:
+        """The segment's float32 scores [rows, vocab] without what is forbidden; `words` are on their device."""
+        places = torch.arange(64, device=scores.device)
+        bits = (words.reshape(len(self.masks), -1, 1) >> places) & 1
+        return scores.masked_fill(bits.flatten(1)[:, : scores.shape[1]] == 0, -torch.inf)

@@ -18,7 +18,9 @@ from torch import Tensor
 from medusa_apar.forest.forest import Segment
 from medusa_apar.threads.fork_rule import ForkRule
 
+from .guides import GuideLogitsProcessor
 from .logprobs import Top
+from .min_tokens import MinTokensLogitsProcessor
 from .penalties import PresenceFrequencyLogitsProcessor
 
 _MAX_LENGTH = 2**31 - 1  # that compiled code can hold
@@ -53,12 +55,14 @@ class Recipe:
 class Choices(NamedTuple):
     """The rows of a step that recipes choose for.
 
-    recipes: the requests'. rows: int64 [N, 9], a `scores.h` Choice each. paths: int64, the tokens that they read.
+    recipes: the requests'. rows: int64 [N, 11], a `scores.h` Choice each. paths: int64, the tokens that they read.
+    masks: int32 [masks, words], what grammars allow, a bit a token.
     """
 
     recipes: list[Recipe]
     rows: np.ndarray
     paths: np.ndarray
+    masks: np.ndarray = np.zeros((0, 0), dtype=np.int32)
 
 
 class Chosen(NamedTuple):
@@ -104,24 +108,31 @@ def recipe_of(
         elif (found := _operation(processor, row)) is None:
             return None
         if found is not None:
+            if found.kind == "held_back":
+                found = found._replace(length=1 << sum(its.kind == "held_back" for its in operations))
             operations.append(found)
     reads_path = any(operation.kind in ("repetition", "presence_frequency") for operation in operations)
     max_id = max((max(operation.ids, default=0) for operation in operations), default=0)
     return Recipe(tuple(operations), seed, reads_path, max_id, judged)
 
 
-def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[bool]]) -> Choices:
-    """The rows of segments whose requests have recipes, each segment with its first row among the logits."""
+def choices_of(
+    segments: Sequence[tuple[int, Segment]], bans: dict[int, list[bool]], masks: dict[int, np.ndarray]
+) -> Choices:
+    """The rows of segments whose requests have recipes, each segment with its first row among the logits.
+
+    bans, masks: by first row, where `[Fork]` may not be chosen, and what a grammar allows (int32 [rows, words]).
+    """
     recipes: list[Recipe] = []
     rows: list[np.ndarray] = []
     paths: list[np.ndarray] = []
-    start = held = 0
+    start = held = masked = 0
     for first, segment in segments:
         request, thread, drafted = segment.request, segment.thread, len(segment.draft_tokens)
         recipe = request.sampler.recipe
         path = np.array(request.path(thread) if recipe.reads_path else (), dtype=np.int64)
         length = len(request.row.ids) + thread.end - len(request.prompt_ids)
-        table = np.zeros((1 + drafted, 9), dtype=np.int64)
+        table = np.zeros((1 + drafted, 11), dtype=np.int64)
         table[:, 0] = np.arange(first, first + 1 + drafted)
         table[:, (1, 4, 5)] = len(recipes), held, length
         table[0, 2], table[1:, 2] = -1, start + 1 + segment.draft_tree.parents[:drafted]
@@ -132,12 +143,16 @@ def choices_of(segments: Sequence[tuple[int, Segment]], bans: dict[int, list[boo
         table[:, 6] = keys.view(np.int64)
         table[0, 7], table[1:, 7] = thread.end, thread.end + 1 + segment.draft_tree.depths[:drafted]
         table[:, 8] = bans[first]
+        table[:, 9] = request.sampler.held_back(segment)
+        table[:, 10] = np.arange(masked, masked + 1 + drafted) if first in masks else -1
         recipes.append(recipe)
         rows.append(table)
         paths.append(path)
         start += 1 + drafted
         held += len(path)
-    return Choices(recipes, np.concatenate(rows), np.concatenate(paths))
+        masked += len(masks.get(first, ()))
+    found = [masks[first] for first, _ in segments if first in masks]
+    return Choices(recipes, np.concatenate(rows), np.concatenate(paths), *([np.concatenate(found)] if found else []))
 
 
 def path_operation(processor: Any, row: int) -> Operation | None:
@@ -190,6 +205,8 @@ _READERS: dict[type, Any] = {
     transformers.MinNewTokensLengthLogitsProcessor: lambda p, row: Operation(
         "min_length", length=p.prompt_length_to_skip + p.min_new_tokens, ids=_ids(p.eos_token_id)
     ),
+    MinTokensLogitsProcessor: lambda p, row: Operation("held_back", ids=p.end_ids),
+    GuideLogitsProcessor: lambda p, row: Operation("mask"),
     transformers.SuppressTokensLogitsProcessor: lambda p, row: Operation("suppress", ids=_ids(p.suppress_tokens)),
     transformers.TemperatureLogitsWarper: lambda p, row: Operation("temperature", p.temperature),
     transformers.TopKLogitsWarper: lambda p, row: Operation("top_k", length=p.top_k),
@@ -203,4 +220,6 @@ PATH_PROCESSORS = {
     PresenceFrequencyLogitsProcessor,
     transformers.MinLengthLogitsProcessor,
     transformers.MinNewTokensLengthLogitsProcessor,
+    MinTokensLogitsProcessor,
+    GuideLogitsProcessor,
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 from transformers import LogitsProcessor, PrefixConstrainedLogitsProcessor
@@ -23,7 +24,9 @@ from medusa_apar.threads.fork_policy import fork_point
 from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.triton_kernels.reference import likeliest, sample
 
-from .path_changes import PathChange
+from .guides import GuideLogitsProcessor
+from .min_tokens import MinTokensLogitsProcessor
+from .path_changes import MaskChange, PathChange
 from .penalties import PresenceFrequencyLogitsProcessor
 from .processor_state import StateWatch, name_of
 from .recipe import PATH_PROCESSORS, Operation, Recipe, path_operation, recipe_of
@@ -45,7 +48,7 @@ _PATH_FREE = _WARPERS | _exactly("InfNanRemove", "SuppressTokens")
 # Those that treat every row of a batch by itself: one row is enough to show them.
 _BY_ROW = (
     _PATH_FREE
-    | {PresenceFrequencyLogitsProcessor}
+    | {PresenceFrequencyLogitsProcessor, MinTokensLogitsProcessor, GuideLogitsProcessor}
     | _exactly(
         *("NoRepeatNGram", "NoBadWords", "SequenceBias", "MinLength", "MinNewTokensLength"),
         *("ForcedBOSToken", "ForcedEOSToken", "ExponentialDecayLengthPenalty"),
@@ -62,7 +65,7 @@ class Sampler:
 
     before, warpers: its processors, divided into those before and those behind the bans. plain: whether a token is the
     likeliest that is not banned, and nothing else is asked. on_device: whether its scores can be made from what is
-    known before the forward pass, so that a kernel can choose.
+    known before the forward pass, so that a kernel can choose. guide: its grammar, None without one.
     """
 
     def __init__(self, options: RequestOptions, row: int = 0) -> None:
@@ -77,6 +80,8 @@ class Sampler:
         free = options.fork_if is None and not kept
         self.on_device = free and all(is_path_free(p) or type(p) in PATH_PROCESSORS for p in processors)
         self.plain = options.seed is None and not processors and not options.scores and options.fork_if is None
+        self._held_back = [p for p in self.before if type(p) is MinTokensLogitsProcessor]
+        self.guide = next((p for p in self.before if type(p) is GuideLogitsProcessor), None)
 
     @cached_property
     def recipe(self) -> Recipe | None:
@@ -92,13 +97,41 @@ class Sampler:
         """Of each processor before the bans, what it does that looks at the path. To read one may wait for a device."""
         return [path_operation(processor, self._row) for processor in self.before]
 
-    def path_changes(self, segment: Segment) -> list[PathChange | None]:
+    def path_changes(self, segment: Segment) -> list[PathChange | MaskChange | None]:
         """What `path_operations` change in a segment's rows. `on_device` only."""
         if not any(self.path_operations):
             return [None] * len(self.before)
-        path, nodes = segment.request.path(segment.thread), len(segment.draft_tokens)
-        drafts = segment.draft_tokens, segment.draft_tree.parents[:nodes].tolist()
-        return [operation and PathChange.of(operation, path, *drafts) for operation in self.path_operations]
+        return [
+            operation and self._path_change(operation, processor, segment)
+            for operation, processor in zip(self.path_operations, self.before, strict=True)
+        ]
+
+    def _path_change(self, operation: Operation, processor: Any, segment: Segment) -> PathChange | MaskChange | None:
+        if type(processor) is GuideLogitsProcessor:
+            masks = self.masks(segment)
+            return None if masks is None else MaskChange(masks)
+        if type(processor) is MinTokensLogitsProcessor:
+            return PathChange.bans(operation, processor.held(*_rows(segment)))
+        return PathChange.of(operation, *_rows(segment))
+
+    def held_back(self, segment: Segment) -> list[int]:
+        """For each of a segment's rows, whose end tokens may not be chosen there: a bit for each processor of them."""
+        bits = [0] * (1 + len(segment.draft_tokens))
+        for place, processor in enumerate(self._held_back):
+            for row, held in enumerate(processor.held(*_rows(segment))):
+                bits[row] |= held << place
+        return bits
+
+    def masks(self, segment: Segment) -> np.ndarray | None:
+        """What the request's grammar allows in a segment's rows, int32 [rows, words]; None without a grammar, and
+        where it fails, which is the request's error."""
+        if self.guide is None or segment.request.error is not None:
+            return None
+        try:
+            return self.guide.masks(*_rows(segment))
+        except ValueError as error:
+            segment.request.error = error
+            return None
 
     @property
     def by_thresholds(self) -> bool:
@@ -169,7 +202,7 @@ class Sampler:
         fork_if = self.options.fork_if
         if fork_if is None or rule is None or token != rule.fork_id:
             return scores, token
-        if not request.tree.eos_ids.isdisjoint(ahead):  # behind an end token nothing counts
+        if not request.end_ids(segment.thread).isdisjoint(ahead):  # behind an end token nothing counts
             return scores, token
         if not fork_if(fork_point(segment.thread, ahead, ahead.count(token))):
             scores = self._warped(shown, [token])
@@ -236,6 +269,12 @@ class Sampler:
     def choice(self, scores: torch.Tensor, key: int, position: int) -> int:
         """The token that processed scores [vocab] choose; -1 where nothing is possible."""
         return likeliest(scores) if self.seed is None else sample(scores, self.seed, key, position)
+
+
+def _rows(segment: Segment) -> tuple[list[int], list[int], list[int]]:
+    """What a segment's rows stand behind: a path, and below it draft nodes, their tokens and the nodes above."""
+    nodes = len(segment.draft_tokens)
+    return segment.request.path(segment.thread), segment.draft_tokens, segment.draft_tree.parents[:nodes].tolist()
 
 
 def is_path_free(processor: Callable) -> bool:

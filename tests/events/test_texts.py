@@ -29,7 +29,8 @@ def pieces_tokenizer():
     vocabulary = {"<unk>": 0, "</s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
     for piece in ("▁", "a", "b", "ab", "▁a", "▁ab", "é"):
         vocabulary[piece] = len(vocabulary)
-    inner = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("a", "b"), ("▁", "ab")], byte_fallback=True, unk_token="<unk>"))
+    merges = [("▁", "a"), ("a", "b"), ("▁", "ab")]
+    inner = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

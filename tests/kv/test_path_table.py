@@ -8,45 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.forest.device_tables import PackedForest
 from medusa_apar.forest.forest import Segment
 from medusa_apar.kv.path_table import PathTable
+from medusa_apar.kv.pool import KVPool
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.triton_kernels.layout import Sizes
-from tests.support.random_requests import Script
-
-
-class Evicting(Script):
-    """Threads wait, are evicted, and are fed again with all that they and their ancestors have lost."""
-
-    def _segments(self, request) -> list[Segment]:
-        draw, tree = self.data.draw, request.tree
-        live = [thread for thread in tree.depth_first() if thread.live]
-        for thread in live:
-            if draw(st.integers(0, 3)) == 0:
-                self.ledger.evict(thread)
-        self.ledger.check()
-        chosen: dict = {}
-        for thread in live:
-            parent = thread.parent
-            pending = parent is not None and parent.live and thread.fork_index == len(parent.tokens) - 1
-            if draw(st.integers(0, 3)) and not (pending and parent not in chosen):
-                chosen[thread] = draw(st.integers(0, 6))
-                self.ledger.resume(thread)
-        fed: dict = {}
-        for thread in chosen:
-            for member, stop in self.ledger.missing(thread):
-                fed[member] = max(fed.get(member, 0), stop)
-        segments = [
-            Segment(thread, len(thread.tokens), True, DraftTree.likeliest(8), [20 + n for n in range(chosen[thread])])
-            if thread in chosen
-            else Segment(thread, fed[thread], verified=False)
-            for thread in tree.depth_first()
-            if thread in fed
-        ]
-        for segment in segments:
-            segment.request = request
-        return segments
+from tests.support.random_requests import Evicting, Script
 
 
 def on_device(forest, draw) -> torch.Tensor:
@@ -61,11 +29,11 @@ def on_device(forest, draw) -> torch.Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.sampled_from([1, 2, 3, 8]), st.integers(0, 3))
-def test_it_has_every_live_path_through_any_history(data, chunk, unasked):
+@given(st.data(), st.sampled_from([1, 2, 3, 8]), st.integers(0, 3), st.booleans())
+def test_it_has_every_live_path_through_any_history(data, chunk, unasked, prefix_cache):
     """unasked: steps before anybody wants the table, as with another backend."""
     with patch.object(PathTable, "chunk", chunk), patch("medusa_apar.kv.path_table._FIRST_CHUNKS", 2):
-        script = Evicting(data, steps=7)
+        script = Evicting(data, SlotLedger(KVPool(), prefix_cache), steps=7)
         steps = 0
 
         def after_step(forest, trees):
@@ -124,8 +92,6 @@ def test_a_chunk_that_is_lost_or_given_twice_is_found(data, harm):
 def test_chunks_that_are_complete_before_a_fork_are_shared_and_the_others_copied():
     """Two children forked at different tokens of the third chunk, and one at a chunk's very edge."""
     from medusa_apar.forest.forest import Forest
-    from medusa_apar.kv.pool import KVPool
-    from medusa_apar.kv.slot_ledger import SlotLedger
     from medusa_apar.threads.paragraph_tree import ParagraphTree
 
     with patch.object(PathTable, "chunk", 4):

@@ -1,4 +1,4 @@
-"""What is answered over HTTP: the same text in one piece and streamed, greedy or sampled, up to stop strings and limits.
+"""What is answered over HTTP: the same text whole and streamed, greedy or sampled, up to stop strings and limits.
 
 Rows of the field's bugs that are looked for here: a text that a stop string cuts and ids that run on (vllm PR 47616),
 stop strings that only plain answers heed (aprender PR 2019), characters cut in streams (dynamo#12630 and others),
@@ -40,10 +40,15 @@ def both(server, path, **body):
     body = {"return_token_ids": True, "max_tokens": 40} | body
     answer = server.ask(path, **body)
     chunks = server.chunks(path, **body, stream_options={"include_usage": True})
-    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == answer["usage"]
+    assert chunks[-1]["choices"] == [] and counted(chunks[-1]) == counted(answer)
     for index in range(len(answer["choices"])):
         assert put_together(chunks, index) == whole(answer, index)
     return whole(answer), answer["usage"]
+
+
+def counted(answer):
+    """Its usage, but for what had been read before: that changes from one time to the next."""
+    return {name: count for name, count in answer["usage"].items() if name != "prompt_tokens_details"}
 
 
 @pytest.mark.parametrize("limit", [1, 7, 40, 120])
@@ -71,6 +76,7 @@ def test_answers_fork_and_characters_go_over_threads_borders(server):
         pieces = [text for event in events if event["event"] == "TokensAccepted" for text in event["texts"]]
         crossing += sum(event["event"] == "ThreadStarted" for event in events) > 2 and "" in pieces
     assert crossing >= 2
+    assert server.its.service.engine.stats().accepted.total()  # stop strings and ends stand in runs of guesses, too
 
 
 prompts = st.text(alphabet=LETTERS, min_size=1, max_size=4)
@@ -113,9 +119,9 @@ def test_chats_are_streamed_as_they_are(server, text, temperature, seed, stop):
 
 def test_every_limit_around_an_end_says_why(server):
     """An end token is the answer's end even where it is the last that the limit lets through."""
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         fields = {"prompt": "a", "seed": seed}
-        free, _ = both(server, COMPLETION, **fields, max_tokens=100)
+        free, _ = both(server, COMPLETION, **fields, max_tokens=60)
         length = len(free["ids"])
         for limit in range(max(length - 2, 1), length + 3 if free["reason"] == "stop" else length):
             answer, usage = both(server, COMPLETION, **fields, max_tokens=limit)

@@ -17,9 +17,8 @@ QUESTION = [{"role": "user", "content": "aé?"}]
 
 @contextmanager
 def byte_server(seed: int = 0, **options: Any) -> Iterator[Server]:
-    with running(lambda: bytes_writer(seed), **options) as its:
-        with its.client() as client:
-            yield Server(its, client)
+    with running(lambda: bytes_writer(seed), **options) as its, its.client() as client:
+        yield Server(its, client)
 
 
 class Server:

@@ -37,6 +37,8 @@ class Script:
         options = RequestOptions(eos_ids=frozenset({EOS}), policy=self.policy, rule=rule)
         requests = [Request(str(row), [9] * length, options, key=7) for row, length in enumerate(lengths)]
         trees, manager = [request.tree for request in requests], ForkManager(None)
+        for tree in trees:
+            self.ledger.share(tree.trunk, "")
         for _ in range(self.steps):
             running = [segments for request in requests if (segments := self._segments(request))]
             if not running:
@@ -80,3 +82,39 @@ class Script:
             previous = 5 if choice == FORK and previous in (FORK, CHILD) else choice
             tokens.append(previous)
         return VerifyResult(tokens, nodes, 0)
+
+
+class Evicting(Script):
+    """Threads wait, are evicted, and are fed again with what they and their ancestors have lost, but for what a prefix
+    cache has."""
+
+    def _segments(self, request) -> list[Segment]:
+        draw, tree = self.data.draw, request.tree
+        live = [thread for thread in tree.depth_first() if thread.live]
+        for thread in live:
+            if draw(st.integers(0, 3)) == 0:
+                self.ledger.evict(thread)
+        self.ledger.check()
+        chosen: dict = {}
+        for thread in live:
+            parent = thread.parent
+            pending = parent is not None and parent.live and thread.fork_index == len(parent.tokens) - 1
+            if draw(st.integers(0, 3)) and not (pending and parent not in chosen):
+                chosen[thread] = draw(st.integers(0, 6))
+                self.ledger.resume(thread)
+                for found in self.ledger.found(thread):
+                    self.ledger.assign(*found)
+        fed: dict = {}
+        for thread in chosen:
+            for member, stop in self.ledger.missing(thread):
+                fed[member] = max(fed.get(member, 0), stop)
+        segments = [
+            Segment(thread, len(thread.tokens), True, DraftTree.likeliest(8), [20 + n for n in range(chosen[thread])])
+            if thread in chosen
+            else Segment(thread, fed[thread], verified=False)
+            for thread in tree.depth_first()
+            if thread in fed
+        ]
+        for segment in segments:
+            segment.request = request
+        return segments

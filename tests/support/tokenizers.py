@@ -56,3 +56,15 @@ class ListTokenizer:
 
     def decode(self, ids: list[int], **options) -> str:
         return "".join(PIECES[index] for index in ids)
+
+
+def json_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level pieces of JSON, some of them of two tokens of its grammar or with a part of one."""
+    merges = [('"', ":"), ("{", '"'), ('"', ","), ("t", "r"), ("u", "e"), ("tr", "ue"), ("1", "2"), ("a", "b")]
+    pieces = [*'{}[]":,-.', *string.digits, *string.ascii_lowercase, "Ġ", "Ċ", *map("".join, merges), "Z"]
+    vocabulary = {piece: id for id, piece in enumerate(["<pad>", "<s>", "</s>", "<fork>", "<child>", *pieces])}
+    inner = Tokenizer(models.BPE(vocabulary, merges))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.add_special_tokens(["<pad>", "<s>", "</s>", "<fork>", "<child>"])
+    assert len(vocabulary) == VOCAB
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")

@@ -168,11 +168,13 @@ def write(request: Request, manager: ForkManager, schedule: random.Random) -> li
 @given(st.integers(0, 10**6), st.integers(1, 30), st.integers(0, 99), st.none() | st.integers(8, 20))
 def test_a_limit_cuts_the_text_short_whatever_the_schedule(prompt, limit, seed, context):
     manager, schedule = ForkManager(context), random.Random(seed)
-    whole = write(request_of([prompt, 5], max_new_tokens=60), manager, schedule)
+    unlimited = request_of([prompt, 5], max_new_tokens=60)
+    whole = write(unlimited, manager, schedule)
     for most in (limit, limit + 1):
         request = request_of([prompt, 5], max_new_tokens=most)
         assert write(request, manager, schedule) == whole[:most]
-        assert request.finish_reason == ("length" if len(whole) >= most else request.finish_reason)
+        # An end token at the limit still is the end.
+        assert request.finish_reason == ("length" if len(whole) > most else unlimited.finish_reason)
         written = [thread for thread in request.tree.threads if thread.token_ids]
         assert all(context is None or thread.end <= context for thread in written)
 
@@ -211,3 +213,46 @@ def test_all_threads_of_a_request_that_is_done_are_cancelled(reason):
     gone = manager.trim(request)
     assert set(gone) == set(request.tree.threads) and request.live == []
     assert {thread.finish_reason for thread in gone} == {"length" if reason == "the limit" else "cancelled"}
+
+
+def test_an_ignored_end_token_ends_children_alone():
+    request, manager = request_of(ignore_eos=True), ForkManager(None)
+    trunk = request.tree.trunk
+    ((_, child),) = manager.advance(request, trunk, [5, EOS, FORK, 6, EOS]).children
+    assert trunk.live and trunk.token_ids == [5, EOS, FORK, 6, EOS]
+    outcome = manager.advance(request, child, [7, EOS, 8])
+    assert outcome.ended == [child] and child.token_ids == [7, EOS] and child.finish_reason == "stop"
+    request.publish()
+    assert request.text_ids == [5, EOS, 7, 6, EOS] and not request.done
+
+
+class EndsTheList(ByToken):
+    def turn(self, tree, thread):
+        return Turn.CONTINUE_PARENT if thread.tokens[-1] == EOS else super().turn(tree, thread)
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_child_without_control_tokens_writes_its_parents_end(ignore_eos):
+    """Which ends the answer, or is ignored as the parent's would be."""
+    request, manager = request_of(policy=EndsTheList(), ignore_eos=ignore_eos), ForkManager(None)
+    trunk = request.tree.trunk
+    ((_, child),) = manager.advance(request, trunk, [5, 1]).children
+    manager.advance(request, child, [9, EOS, 9])
+    assert child.continues_parent and trunk.finish_reason == "cancelled" and child.live == ignore_eos
+    assert child.token_ids == ([9, EOS, 9] if ignore_eos else [9, EOS])
+    request.publish()
+    assert request.text_ids == [5, *child.token_ids] and request.done == (not ignore_eos)
+
+
+def test_a_stop_token_ends_the_text_once_it_can_be_read():
+    """A child's end token is read by nobody."""
+    request, manager = request_of(stop_ids=frozenset({7, EOS}), max_new_tokens=9), ForkManager(None)
+    trunk = request.tree.trunk
+    children = [child for _, child in manager.advance(request, trunk, [5, FORK, 6, FORK, 5, EOS]).children]
+    manager.advance(request, children[1], [8, 7, 8])
+    request.publish()
+    assert request.text_ids == [5] and not request.done
+    manager.advance(request, children[0], [9, EOS])
+    request.publish()
+    assert request.text_ids == [5, 9, 6, 8] and request.done and request.finish_reason == "stop"
+    assert set(manager.trim(request)) == {children[1]} and not request.tree.live

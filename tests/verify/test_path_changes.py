@@ -1,5 +1,6 @@
 """What a device does to scores of a draft tree's rows, against transformers' processors, row by row and to the bit."""
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +10,11 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from medusa_apar.verify.path_changes import PathChange
+from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
+from medusa_apar.verify.path_changes import MaskChange, PathChange
 from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 from medusa_apar.verify.recipe import path_operation
+from tests.support.models import CONTROL
 
 VOCAB = 9  # of the scores; 9 to 11 can stand on a path all the same
 ids = st.integers(0, 11)
@@ -31,6 +34,8 @@ def processors(draw):
                 PresenceFrequencyLogitsProcessor(length, 0.0, penalty),
                 MinLengthLogitsProcessor(length, torch.tensor([-1, 3, 10]), device="cpu"),
                 MinNewTokensLengthLogitsProcessor(length, 2, torch.tensor([0, 8]), device="cpu"),
+                MinTokensLogitsProcessor(length, 4, (0, 8, 10), CONTROL),
+                MinTokensLogitsProcessor(length, 4, (3,), CONTROL, in_children=True),
             ]
         )
     )
@@ -43,7 +48,11 @@ def test_rows_are_changed_as_their_processor_changes_them(processor, path, nodes
     scores = torch.randn(1 + len(nodes), VOCAB, generator=torch.Generator().manual_seed(len(path)))
     scores[0, 2] = -torch.inf
     before = scores.clone()
-    change = PathChange.of(path_operation(processor, 1), path, tokens, parents)
+    operation = path_operation(processor, 1)
+    if isinstance(processor, MinTokensLogitsProcessor):
+        change = PathChange.bans(operation, processor.held(path, tokens, parents))
+    else:
+        change = PathChange.of(operation, path, tokens, parents)
     changed = change(scores, torch.from_numpy(change.words))
     assert torch.equal(scores, before)
     paths = [path]
@@ -52,3 +61,13 @@ def test_rows_are_changed_as_their_processor_changes_them(processor, path, nodes
     for row, behind in enumerate(paths):
         shown = torch.tensor([behind, behind]), scores[row].repeat(2, 1)  # a batch's second row
         assert torch.equal(changed[row], processor(*shown)[1]), (row, behind)
+
+
+@given(st.integers(1, 3), st.integers(1, 200), st.integers(0, 999))
+def test_masks_leave_what_their_bits_say(rows, vocab, seed):
+    allowed = np.random.default_rng(seed).random((rows, -(-vocab // 32) * 32)) < 0.5
+    change = MaskChange(np.packbits(allowed, axis=1, bitorder="little").view(np.int32))
+    words, scores = change.words, torch.randn(rows, vocab)
+    assert words.dtype == np.int64 and len(words) == change.num_words
+    changed = change(scores, torch.from_numpy(words))
+    assert torch.equal(changed, scores.masked_fill(torch.from_numpy(~allowed[:, :vocab]), -torch.inf))

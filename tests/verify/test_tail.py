@@ -1,15 +1,18 @@
 """What happens behind a forward pass: each segment of a mixture is verified as it would be alone, and fails alone."""
 
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensLogitsProcessor,
@@ -28,6 +31,8 @@ from medusa_apar.threads.fork_policy import ControlTokenForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels import reference
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
+from medusa_apar.verify.guides import Guide, GuideLogitsProcessor, compiled
+from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
 from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 from medusa_apar.verify.tail import StepOutput, Tail
 from tests.support.models import CHILD, CONTROL, FORK
@@ -43,6 +48,20 @@ def breaks(input_ids, scores):
 
 def impossible(input_ids, scores):
     return torch.full_like(scores, torch.nan)
+
+
+@cache
+def tokenizer_of_14():
+    pieces = ["<pad>", "<s>", "</s>", "<fork>", "<child>", "[", "]", ",", "0", "1", "2", "11", "[[", "],"]
+    inner = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, []))
+    inner.add_special_tokens(pieces[:5])
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def guide():
+    """Arrays of numbers and arrays, to which random tokens keep now and then."""
+    schema = {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"$ref": "#"}]}}
+    return GuideLogitsProcessor(compiled(Guide.json_schema(schema), tokenizer_of_14(), VOCAB, [2]), 4)
 
 
 # One rule of acceptance for all: on the device in one launch, or on the host path by path.
@@ -76,6 +95,12 @@ MODES = {
             TypicalLogitsWarper(0.9),
         ],
     },
+    "held back": lambda: {
+        "processors": [
+            MinTokensLogitsProcessor(4, 2, (2, 7, 9, 99), CONTROL),
+            MinTokensLogitsProcessor(2, 4, (10, 11), CONTROL, in_children=True),
+        ]
+    },
     "penalised, typical": lambda: {
         **{"seed": 8, "typical": TypicalAcceptance(0.05, 0.3)},
         **{"processors": [RepetitionPenaltyLogitsProcessor(1.2)]},
@@ -87,10 +112,17 @@ MODES = {
     "asked": lambda: {"fork_if": lambda point: point.forks > 0},
     "no control tokens": lambda: {"rule": None},
     "no control tokens, warped": lambda: {"rule": None, "seed": 6, "processors": [TemperatureLogitsWarper(0.8)]},
+    "guided, no control tokens": lambda: {"rule": None, "processors": [guide()]},
+    "guided, warped, no control tokens": lambda: {
+        **{"rule": None, "seed": 6, "typical": TypicalAcceptance(0.05, 0.3)},
+        "processors": [SequenceBiasLogitsProcessor({(8,): 2.5}), guide(), TopKLogitsWarper(3)],
+    },
     "biased to nothing": lambda: {"processors": [SequenceBiasLogitsProcessor({(99,): 1.0})]},
     "broken": lambda: {"processors": [breaks]},
     "impossible": lambda: {"processors": [impossible]},
 }
+if find_spec("llguidance") is None:  # without the extra `structured`
+    MODES = {mode: make for mode, make in MODES.items() if "guided" not in mode}
 FAILURES = {
     "biased to nothing": "the following tokens were being biased: [99]",
     "broken": "this one breaks",

@@ -19,7 +19,7 @@ from .weights import top_of_rows
 
 # In the order of `scores.h`.
 _KINDS = (
-    *("repetition", "presence_frequency", "bias", "min_length", "suppress", "bans"),
+    *("repetition", "presence_frequency", "bias", "min_length", "suppress", "held_back", "mask", "bans"),
     *("temperature", "top_k", "top_p", "min_p", "typical"),
 )
 _made: weakref.WeakKeyDictionary[Recipe, tuple[Any, list[Any]]] = weakref.WeakKeyDictionary()
@@ -32,13 +32,14 @@ class CompiledChooser:
     def choose(self, logits: Tensor, choices: Choices) -> Chosen:
         count, vocabulary = len(choices.rows), logits.shape[1]
         recipes = (library.Recipe * len(choices.recipes))(*map(_struct, choices.recipes))
-        rows, paths = torch.from_numpy(choices.rows), torch.from_numpy(choices.paths)
+        rows, paths, masks = (torch.from_numpy(part) for part in (choices.rows, choices.paths, choices.masks))
         tokens = torch.empty(count, dtype=torch.long, device="cpu")
         judged = torch.full((2, count), -torch.inf, dtype=torch.float64, device="cpu")
         library.library().mapar_choose(
             library.Choices(
                 *(count, vocabulary, address(rows, torch.long, rows.numel()), recipes),
                 *(address(paths, torch.long, len(paths)), address(logits, torch.float32, logits.numel())),
+                *(address(masks, torch.int32, masks.numel()), masks.shape[1]),
                 address(tokens, torch.long, count),
                 *(address(part, torch.float64, count) for part in judged),
             ),

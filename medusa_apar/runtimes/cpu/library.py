@@ -103,14 +103,17 @@ class Recipe(ctypes.Structure):
 class Choice(ctypes.Structure):
     _fields_ = tuple(
         (name, c_int64)
-        for name in ("place", "recipe", "parent", "token", "path", "length", "key", "position", "fork_banned")
+        for name in (
+            *("place", "recipe", "parent", "token", "path", "length"),
+            *("key", "position", "fork_banned", "held", "mask"),
+        )
     )
 
 
 class Choices(ctypes.Structure):
     _fields_ = (
         *(("count", c_int32), ("vocabulary", c_int32), ("rows", c_void_p), ("recipes", POINTER(Recipe))),
-        *(("paths", c_void_p), ("logits", c_void_p), ("tokens", c_void_p)),
+        *(("paths", c_void_p), ("logits", c_void_p), ("masks", c_void_p), ("words", c_int64), ("tokens", c_void_p)),
         *(("log_probs", c_void_p), ("entropies", c_void_p)),
     )
 

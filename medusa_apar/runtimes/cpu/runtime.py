@@ -103,6 +103,9 @@ class CpuRuntime:
             packs.kinds.clear()
             self._entirely = True
 
+    def weights(self) -> object:
+        return self._packed
+
     def drafter(self, heads: Heads) -> Drafter:
         return heads.drafter(packing=self.facts.kind)
 
@@ -120,8 +123,8 @@ class CpuRuntime:
                     packed = packs.kinds[self.facts.kind] = make(self.facts.kind)
             if why is None:
                 self._packed, self._entirely = packed, False
-                # A pool that holds nothing is between two calls, or an engine's that was idle: it begins anew.
-                for pool in [pool for pool in self._scratch if not pool.in_use]:
+                # A pool that no live thread needs is between two calls, or an engine's that was idle: it begins anew.
+                for pool in [pool for pool in self._scratch if not pool.live]:
                     del self._scratch[pool]
         if why is not None:
             raise ValueError(f"the CPU runtime cannot run this model any more: {why}; attach it again.")

@@ -19,6 +19,8 @@ enum OperationKind : int32_t {
     BIAS,            // ids, values: are added
     MIN_LENGTH,      // count ids are impossible while the path is shorter than `length`
     SUPPRESS,        // count ids are impossible
+    HELD_BACK,       // count ids are impossible where the row's `held` has a bit of `length`
+    MASK,            // tokens are impossible whose bit in the row's mask is 0
     BANS,            // ids [Fork], [Child]: the second is impossible, the first where the row says so
     TEMPERATURE,     // value: scores are divided by it
     TOP_K,           // length: tokens that are left, and equals of the last
@@ -50,6 +52,8 @@ struct Choice {
     int64_t path, length;   // its first token, and how many
     int64_t key, position;  // of the noise
     int64_t fork_banned;
+    int64_t held;  // bits of HELD_BACK
+    int64_t mask;  // which of the masks is the row's, -1: none
 };
 
 struct Choices {
@@ -58,6 +62,8 @@ struct Choices {
     const Recipe* recipes;
     const int64_t* paths;
     const float* logits;  // [rows][vocabulary]
+    const uint32_t* masks;  // [masks][words], a bit a token, from the lowest on
+    int64_t words;
     int64_t* tokens;      // [count], -1 where nothing is possible
     // Of judged recipes' rows, [count]: the log-probability of the draft token behind its parent, and the entropy of a
     // row that has draft tokens behind it.
@@ -130,6 +136,12 @@ class Scores {
                 [[fallthrough]];
             case SUPPRESS:
                 for (int i = 0; i < o.count; i++) ban(o.ids[i]);
+                break;
+            case HELD_BACK:
+                for (int i = 0; i < o.count && (row.held & o.length); i++) ban(o.ids[i]);
+                break;
+            case MASK:
+                if (row.mask >= 0) keep_masked(all_.masks + row.mask * all_.words);
                 break;
             case BANS:
                 if (row.fork_banned) ban(o.ids[0]);
@@ -244,6 +256,34 @@ class Scores {
     void take_kept() {
         ids_.swap(kept_ids_), values_.swap(kept_values_);
         size_ = (int)ids_.size(), listed_ = true;
+    }
+
+    // Leaves the tokens whose bit is 1. Where those are many it is cheaper to go on with a score for every token.
+    void keep_masked(const uint32_t* mask) {
+        const auto allowed = [&](int64_t token) { return mask[token / 32] >> (token % 32) & 1; };
+        int64_t count = 0;
+        for (int64_t word = 0; word < all_.words; word++) count += __builtin_popcount(mask[word]);
+        if (!listed_ && count > all_.vocabulary / 8) {
+            float* to = own();
+            for (int word = 0; word * 32 < size_; word++)
+                if (mask[word] != ~0u)
+                    for (int i = word * 32; i < std::min(word * 32 + 32, size_); i++)
+                        if (!allowed(i)) to[i] = -INFINITY;
+            return;
+        }
+        kept_ids_.clear(), kept_values_.clear();
+        const auto take = [&](int place) {
+            kept_ids_.push_back((int32_t)id(place)), kept_values_.push_back(scores()[place]);
+        };
+        if (listed_) {
+            for (int i = 0; i < size_; i++)
+                if (allowed(id(i))) take(i);
+        } else {
+            for (int word = 0; word * 32 < size_; word++)
+                for (uint32_t bits = mask[word]; bits; bits &= bits - 1)
+                    if (const int i = word * 32 + __builtin_ctz(bits); i < size_) take(i);
+        }
+        take_kept();
     }
 
     // Leaves these places, in ascending order.

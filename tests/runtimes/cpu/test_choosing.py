@@ -1,6 +1,7 @@
 """Tokens chosen in compiled code against transformers' processors and the torch reference of the noise."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ from hypothesis import strategies as st
 
 from medusa_apar.runtimes.cpu.choosing import CompiledChooser
 from medusa_apar.runtimes.cpu.weights import argmax
+from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.triton_kernels.reference import likeliest, noisy
 from medusa_apar.verify import logprobs
+from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
 from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
-from medusa_apar.verify.recipe import Choices, recipe_of
+from medusa_apar.verify.recipe import Choices, Operation, recipe_of
 
 FORK, CHILD = 3, 4
+CONTROL = ControlTokens(FORK, CHILD)
 RULE = ForkRule(FORK, CHILD, 2, True)
 EOS = [0, 7]
 choose, top = CompiledChooser().choose, CompiledChooser().top
@@ -37,6 +41,8 @@ def before(draw):
         transformers.MinLengthLogitsProcessor(draw(st.integers(0, 9)), EOS),
         transformers.MinNewTokensLengthLogitsProcessor(5, draw(st.integers(0, 4)), EOS),
         transformers.SuppressTokensLogitsProcessor([1, 6]),
+        MinTokensLogitsProcessor(5, draw(st.integers(0, 5)), (0, 7), CONTROL),
+        MinTokensLogitsProcessor(5, draw(st.integers(0, 5)), (1, 2), CONTROL, in_children=True),
     ]
     return [processor for processor in made if draw(st.booleans())]
 
@@ -54,9 +60,11 @@ def warpers(draw):
     return [processor for processor in made if draw(st.booleans())]
 
 
-def scores_of(processors, num_before, path, logits, fork_banned):
-    """float32 [vocab], by transformers."""
+def scores_of(processors, num_before, path, logits, fork_banned, allowed=None):
+    """float32 [vocab], by transformers; allowed: bool [vocab], of a grammar."""
     scores, ids = logits[None].clone(), torch.tensor([path])
+    if allowed is not None:
+        scores[0, ~allowed] = -math.inf
     for processor in [*processors[:num_before], None, *processors[num_before:]]:
         if processor is not None:
             scores = processor(ids, scores)
@@ -66,9 +74,9 @@ def scores_of(processors, num_before, path, logits, fork_banned):
     return scores[0]
 
 
-def row(place, path, recipe=0, parent=-1, token=0, start=0, length=None, key=9, position=4, fork_banned=0):
-    length = len(path) if length is None else length
-    return [place, recipe, parent, token, start, length, key, position, fork_banned]
+def row(place, path, recipe=0, parent=-1, token=0, start=0, length=None, key=9, position=4, fork_banned=0, **others):
+    length, others = len(path) if length is None else length, {"held": 0, "mask": -1} | others
+    return [place, recipe, parent, token, start, length, key, position, fork_banned, others["held"], others["mask"]]
 
 
 @settings(max_examples=300, deadline=None)
@@ -90,7 +98,19 @@ def test_tokens_are_those_of_transformers_processors(data):
     keys, positions = draw(st.lists(st.integers(0, 2**63 - 1), min_size=4, max_size=4)), [7, 8, 9, 2**31]
     tokens = draw(st.lists(st.integers(0, 8), min_size=2, max_size=2))
     banned = draw(st.lists(st.integers(0, 1), min_size=4, max_size=4))
-    named = {"key": keys, "position": positions, "fork_banned": banned}
+    paths = [path, [*path, tokens[0]], [*path, *tokens], other]
+    held_back = [processor for processor in first if isinstance(processor, MinTokensLogitsProcessor)]
+    held = [sum(its.held(behind)[0] << bit for bit, its in enumerate(held_back)) for behind in paths]
+    # A grammar allows very little or very much.
+    shares = draw(st.lists(st.sampled_from([0.02, 0.5, 0.99]), min_size=4, max_size=4))
+    allowed = np.random.default_rng(seed).random((4, -(-width // 32) * 32)) < np.array(shares)[:, None]
+    masks, masked = np.packbits(allowed, axis=1, bitorder="little").view(np.int32), [-1] * 4
+    if draw(st.booleans()):
+        masked = draw(st.lists(st.sampled_from([-1, 0, 1, 2, 3]), min_size=4, max_size=4))
+        operations = list(recipe.operations)
+        operations.insert(draw(st.integers(0, len(first))), Operation("mask"))
+        recipe = replace(recipe, operations=tuple(operations))
+    named = {"key": keys, "position": positions, "fork_banned": banned, "held": held, "mask": masked}
     own = [{name: values[i] for name, values in named.items()} for i in range(4)]
     rows = [
         row(2, path, **own[0]),
@@ -98,10 +118,10 @@ def test_tokens_are_those_of_transformers_processors(data):
         row(3, path, parent=1, token=tokens[1], **own[2]),
         row(1, other, start=len(path), **own[3]),
     ]
-    paths = [path, [*path, tokens[0]], [*path, *tokens], other]
-    chosen = choose(logits, Choices([recipe], np.array(rows), np.array([*path, *other]))).tokens
+    chosen = choose(logits, Choices([recipe], np.array(rows), np.array([*path, *other]), masks)).tokens
     for i, token in enumerate(chosen):
-        scores = scores_of([*first, *last], len(first), paths[i], logits[rows[i][0]], banned[i])
+        its = None if masked[i] < 0 else torch.from_numpy(allowed[masked[i], :width])
+        scores = scores_of([*first, *last], len(first), paths[i], logits[rows[i][0]], banned[i], its)
         final = scores if sampled is None else noisy(scores, sampled, keys[i], positions[i])
         assert token == likeliest(final), (first, last)
 
