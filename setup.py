@@ -54,7 +54,8 @@ setup(
     extras_require={
         # datasets reads corpora by their Hub name, matplotlib draws what `calibrate` measures.
         "train": ["accelerate>=1.0", "datasets", "matplotlib"],
-        "eval": ["matplotlib"],
+        # httpx asks servers under load.
+        "eval": ["matplotlib", "httpx"],
         # fastapi 0.165 is the first that was tried; its limit of a body's length is what bounds the memory of one.
         "serve": SERVE,
         # What answers in JSON are held to.

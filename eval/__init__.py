@@ -28,6 +28,24 @@
     sampling.py        what choosing tokens costs a step
     engine.py          requests in flight in one engine: throughput, latency, slots
 
+`medusa-apar bench --serve`:
+
+    serve_bench.py     the same loads on every server, load by load and turn by turn
+    serve_client.py    the client: one question and its stream, closed and open loops
+    serve_figures.py   from when what came to latencies, tokens per second and slots
+    serve_metrics.py   what a server tells of itself while it works
+    serve_servers.py   ours, vLLM and llama.cpp as processes, or a URL
+    llama_server.py    llama.cpp's own server, compiled
+    serve_tables.py    the figures side by side, pools, and what was aimed at
+    serve_plots.py     latency and throughput against clients, throughput against a capped pool
+
+Servers that have to stand all of it:
+
+    faults.py          a campaign of bad clients, rounds of them, and what has to hold at the end
+    fault_kinds.py     what clients do, and whether what they get is right
+    fault_cases.py     questions whose answers are known, and bodies that have to be refused
+    fault_host.py      the server, and whether it leaves anything behind
+
 The weights we ship:
 
     weights.py         a tuned model and its heads, measured against their goals

@@ -28,12 +28,14 @@ def plot(folder: Path, results: Runs, summary: dict[str, Any]) -> None:
         _timeline(folder / "timeline.png", max(rows, key=lambda row: row["threads"]))
 
 
-def axes_of(width: float, height: float) -> tuple[Any, Any]:
+def axes_of(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes; several panels stand in a row, and their axes in an array."""
     figure: Any = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(1, panels)
+    for each in axes if panels > 1 else [axes]:
+        each.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

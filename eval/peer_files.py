@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from medusa_apar.job import write_text
 from medusa_apar.loading import load
 from medusa_apar.models import hub
 from medusa_apar.models.fingerprint import fingerprint
+from medusa_apar.runtimes.cpu.library import processor
 
 WORKERS = Path(__file__).parent / "peers_workers"
 FINISHED = "finished.json"  # a killed installation leaves an environment without it
@@ -34,6 +37,7 @@ class Environment:
     alone: bool = False  # the engine comes without what it says it needs; the other packages are what it does
     removed: tuple[str, ...] = ()  # dependencies that are not needed and fail to import beside a CPU build of torch
     variables: tuple[tuple[str, str], ...] = ()  # for the build
+    native: bool = False  # compiled here, for this processor: another in its place makes it again
 
     @property
     def folder(self) -> Path:
@@ -46,11 +50,12 @@ class Environment:
     @property
     def contents(self) -> str:
         """For the marker: another text there means another environment."""
-        return json.dumps([self.packages, self.alone, self.removed, self.variables]) + "\n"
+        made_for = [hashlib.sha256(processor().encode()).hexdigest()] if self.native else []
+        return json.dumps([self.packages, self.alone, self.removed, self.variables, *made_for]) + "\n"
 
     @property
     def software(self) -> str:
-        return self.packages[0].replace("==", " ")
+        return re.sub(r"\[.*\]", "", self.packages[0]).replace("==", " ")
 
 
 def peers_dir() -> Path:
@@ -70,6 +75,18 @@ def run_logged(command: list[str], log: Path, doing: str, variables: dict[str, s
         raise RuntimeError(f"{doing} failed (exit code {ran.returncode}): see {log}")
 
 
+def say(doing: str, folder: Path, takes: str, log: Path) -> None:
+    """Tells somebody who waits for what is done once."""
+    print(f"medusa-apar: {doing} into {folder}, once ({takes}; log: {log})", file=sys.stderr)
+
+
+def pip(python: Path) -> list[str]:
+    """The command that serves an environment: our own pip, or where we have none the environment's."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    return [str(python), "-m", "pip", "--disable-pip-version-check"]
+
+
 def install(environment: Environment) -> Path:
     """The environment's Python; the first call makes the environment, and one that is not whole is made again."""
     folder = environment.folder
@@ -84,27 +101,22 @@ def install(environment: Environment) -> Path:
             return environment.python
         log = folder.parent / f"{environment.name}.log"
         log.unlink(missing_ok=True)
-        print(
-            f"medusa-apar: installing {environment.software} into {folder}, once ({environment.takes}; log: {log})",
-            file=sys.stderr,
-        )
+        say(f"installing {environment.software}", folder, environment.takes, log)
         shutil.rmtree(folder, ignore_errors=True)
         doing = f"installing {environment.software}"
-        python = str(environment.python)
-        if importlib.util.find_spec("pip"):  # our own pip serves: copying one takes seconds
-            run_logged([sys.executable, "-m", "venv", "--without-pip", str(folder)], log, doing)
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-        else:
-            run_logged([sys.executable, "-m", "venv", str(folder)], log, doing)
-            pip = [python, "-m", "pip", "--disable-pip-version-check"]
+        without = ["--without-pip"] if importlib.util.find_spec("pip") else []  # copying one takes seconds
+        run_logged([sys.executable, "-m", "venv", *without, str(folder)], log, doing)
+        command = pip(environment.python)
         engine, *others = environment.packages
         together = others if environment.alone else [engine, *others]
         variables = dict(environment.variables)
-        run_logged([*pip, "install", *together], log, doing, variables)
+        if environment.native:  # or pip would take the wheel that it built on another machine
+            variables["PIP_NO_CACHE_DIR"] = "1"
+        run_logged([*command, "install", *together], log, doing, variables)
         if environment.alone:
-            run_logged([*pip, "install", "--no-deps", engine], log, doing, variables)
+            run_logged([*command, "install", "--no-deps", engine], log, doing, variables)
         if environment.removed:
-            run_logged([*pip, "uninstall", "--yes", *environment.removed], log, doing)
+            run_logged([*command, "uninstall", "--yes", *environment.removed], log, doing)
         write_text(marker, environment.contents)
     return environment.python
 

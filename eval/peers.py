@@ -9,6 +9,7 @@ other systems are timed.
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,20 @@ from .systems import UNTUNED, Answer, System
 
 CONTEXT = 4096  # tokens, at most: room is taken for all of them
 
+# Its AMX code stops at the first `tilezero` (SIGILL, gcc 12, Xeon with AMX): AVX-512 VNNI is what it runs there.
+_WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() in ("x86_64", "AMD64") else ""
 LLAMA = Environment(
     "llama.cpp",
-    ("llama-cpp-python==0.3.36",),
+    ("llama-cpp-python[server]==0.3.36",),
     "it is compiled: a quarter of an hour on two cores",
-    variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF"),),
+    variables=(
+        (
+            "CMAKE_ARGS",
+            "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF "
+            + " ".join(f"-DCMAKE_{kind}_FLAGS='{_WITHOUT_AMX}'" for kind in ("C", "CXX")),
+        ),
+    ),
+    native=True,
 )
 VLLM = Environment(
     "vllm",

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,19 +66,26 @@ def decoding(temperature: float, top_p: float) -> str:
 
 def open_results(folder: Path, plan: Plan) -> Runs:
     """results.jsonl by (system, prompt, repeat); ValueError where the folder holds results of another plan."""
+    keep_settings(folder, asdict(plan), DEFAULTS)
+    return Runs(folder / RESULTS, ("system", "prompt", "repeat"))
+
+
+def keep_settings(folder: Path, now: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Writes down what the results of a folder are of. ValueError where it holds results of something else.
+
+    defaults: how what an earlier version did not write was.
+    """
     settings = folder / SETTINGS
     if settings.exists():
-        # What an earlier version did not write was as it is by default.
-        before = dict.fromkeys(asdict(plan)) | DEFAULTS | json_object(settings)
-        for name, value in asdict(plan).items():
+        before = dict.fromkeys(now) | defaults | json_object(settings)
+        for name, value in now.items():
             if before[name] != value:
                 raise ValueError(
                     f"{folder} holds results with another {name} ({before[name]}, now {value}), which must "
                     "not be compared: give another --out"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(settings, json.dumps(asdict(plan), indent=2) + "\n")
-    return Runs(folder / RESULTS, ("system", "prompt", "repeat"))
+    write_text(settings, json.dumps(now, indent=2) + "\n")
 
 
 def plan_of(

@@ -14,6 +14,7 @@ A file's docstring is what `--help` prints. Nothing heavy is imported before `ru
     convert.py      `convert`: heads from one file layout into another
     merge.py        `merge`: an adapter and its base as one model
     bench.py        `bench`: the same prompts under several systems
+    bench_serve.py  its `--serve`: servers under load
     serve.py        `serve`: answers over HTTP, as OpenAI's API does
 """
 

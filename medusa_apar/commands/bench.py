@@ -35,6 +35,19 @@ measured in a few seconds at the start, and kept as DIR/ceilings.json unless the
 --profile answers some prompts once more with `ours` and writes profile.md: what a step's time goes into, and what a
 forward pass costs by its rows.
 
+--serve asks servers over HTTP instead, many questions at once: tokens per second, latency, time to the first token and
+between tokens, KV slots. Each server is started for one load and stopped after it, so that one is alive at a time:
+
+  plain     one thread and no guesses       threads  heads  both
+  vllm  llama.cpp-q4_1  llama.cpp-q8_0      in environments of their own, as above
+  --url     whatever runs there already
+
+--clients are so many at once, each of which asks anew when it is answered; --rates are questions a second, whether or
+not others are answered. Answers go on past their ends to --max-new-tokens, so that all write equally much, unless
+--may-stop. --pool-slots-sweep tries ever smaller KV pools with our servers, and says which is the smallest that keeps
+97 % of the tokens per second. DIR gets load.jsonl (a line per server, load and turn), load.md, report.json, plots and
+the servers' logs; --repeat is the number of turns, of which the middle one counts.
+
 --kernels leaves prompts and systems alone and times the Triton kernels on this machine's GPU, once each of them has
 shown that it is right.
 
@@ -47,6 +60,9 @@ losses against that system, in both orders.
   medusa-apar bench --out results --judge http://localhost:8000/v1 --judge-against hf
   medusa-apar bench --systems hf ours llama.cpp-q4_1 openvino --quantize int8 --out results
   medusa-apar bench --temperature 0.7 --top-p 0.9 --systems hf base ours-ar threads heads ours --out sampled
+  medusa-apar bench --serve --quantize int8 --prompts vicuna --out serve
+  medusa-apar bench --serve --quantize int8 --prompts vicuna --clients 16 --systems both vllm llama.cpp-q8_0 --out peers
+  medusa-apar bench --serve --quantize int8 --clients 16 --systems plain threads --pool-slots-sweep --out pools
 """
 
 from __future__ import annotations
@@ -58,19 +74,24 @@ from typing import Any
 
 from medusa_apar.arguments import MAX_THREADS, number, out_folder
 
+from . import bench_serve
+
 HELP = "time systems side by side on the same prompts"
+SYSTEMS = ("hf", "ours-ar", "threads", "heads", "ours")
+MAX_NEW_TOKENS = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", default="default", metavar="NAME|FILE",
         help="default, vicuna, mt, spec, gsm8k, humaneval, or JSON lines (default: %(default)s)")  # fmt: skip
-    add("--systems", nargs="+", default=["hf", "ours-ar", "threads", "heads", "ours"], metavar="NAME",
+    add("--systems", nargs="+", metavar="NAME",
         help="the first one is what the others are compared with (default: all of ours, and hf)")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
     add("--out", type=out_folder, required=True, metavar="DIR", help="folder of the results")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N prompts")
-    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="of an answer (default: %(default)s)")
+    add("--max-new-tokens", type=number(int, 1), metavar="N",
+        help=f"of an answer (default: {MAX_NEW_TOKENS}, and {bench_serve.MAX_NEW_TOKENS} with --serve)")  # fmt: skip
     add("--repeat", type=number(int, 1), default=1, metavar="N", help="times of every answer (default: %(default)s)")
     add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="sample; 0 is greedy (default)")
     add("--top-p", type=number(float, 0, 1, open_low=True), default=1.0, metavar="P",
@@ -89,9 +110,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judge", metavar="URL", help="have the answers judged; base of an endpoint, as in http://localhost:8000/v1")
     add("--judge-model", metavar="NAME", help="the model that judges (default: the only one that the endpoint lists)")
     add("--judge-against", metavar="SYSTEM", help="also compare every system's answers with this one's")
+    bench_serve.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.serve:
+        return bench_serve.run(args)
+    bench_serve.refuse_without(args)
+    args.systems, args.max_new_tokens = args.systems or list(SYSTEMS), args.max_new_tokens or MAX_NEW_TOKENS
     from medusa_apar.eval import (
         bench,
         ceilings,

@@ -164,7 +164,13 @@ class Engine:
             running=len(running),
             waiting=self.scheduler.num_waiting,
             threads=sum(len(request.live) for request in running),
+            unfreed_slots=sum(map(self._unfreed, running)),
         )
+
+    def _unfreed(self, request: Request) -> int:
+        """Slots that a request would hold now if its threads' had stayed after their ends; a last token has none."""
+        cached = self.ledger.cached
+        return sum(len(each.tokens) - 1 if each.ended else cached(each) for each in request.tree.threads)
 
     def close(self) -> None:
         """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""

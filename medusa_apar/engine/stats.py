@@ -41,6 +41,7 @@ class Stats:
     running: int = 0
     waiting: int = 0
     threads: int = 0
+    unfreed_slots: int = 0  # that would be live, had none gone back before its request's end: what forking saves
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps
     rescore_seconds: float = 0.0  # rescore=True: passes over the reading order

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
@@ -66,6 +67,8 @@ class Exchanges:
 
         try:
             await self.app(scope, receive, noting)
+        except ClientDisconnect:  # in the middle of its body: nobody is left to be told
+            pass
         except Exception:
             started = status != 499
             status = 500

@@ -104,6 +104,7 @@ class _OfEngine:
             ("num_requests_waiting", "Requests in the queue.", stats.waiting),
             ("threads_running", "Live threads of the requests that run.", stats.threads),
             ("kv_slots_peak", "Most KV slots in use at once so far.", stats.peak_slots),
+            ("kv_slots_unfreed", "Live ones, had none been freed before its request ended.", stats.unfreed_slots),
         ):
             yield GaugeMetricFamily(PREFIX + name, said, value)
         slots = GaugeMetricFamily(PREFIX + "kv_slots", "KV slots by what they hold.", labels=["state"])

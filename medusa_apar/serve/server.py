@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from types import FrameType
 from typing import NoReturn
 
@@ -34,8 +35,10 @@ def serve(service: Service, app: FastAPI | None = None) -> int:
     options = service.options
     with listen(options.host, options.port) as listener, _log_on_stderr(options.access_log):
         host, port = listener.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        print(f"medusa-apar serves {service.model_name} at http://{host}:{port}", flush=True)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"medusa-apar serves {service.model_name} at http://{shown}:{port}", flush=True)
+        if not options.api_keys and not ip_address(host.partition("%")[0]).is_loopback:
+            logger.warning("no key is asked for: whoever reaches %s may ask", host)
         Server(service, app).run([listener])
     if isinstance(service.failure, Exception):
         raise service.failure

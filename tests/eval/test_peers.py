@@ -206,6 +206,27 @@ def test_other_packages_make_it_again_and_a_failure_names_the_log(environment):
     assert "no-such-engine" in (peer_files.peers_dir() / "tiny.log").read_text()
 
 
+def test_what_is_compiled_here_is_made_again_on_another_processor(environment, monkeypatch):
+    def made_anew(environment):
+        mark = environment.folder / "mine"
+        mark.touch()
+        peer_files.install(environment)
+        return not mark.exists()
+
+    native = replace(environment, native=True)
+    peer_files.install(native)
+    assert not made_anew(native)
+    monkeypatch.setattr(peer_files, "processor", lambda: "flags: fewer")
+    assert made_anew(native) and not made_anew(native)
+    peer_files.install(environment)
+    monkeypatch.setattr(peer_files, "processor", lambda: "flags: fewer still")
+    assert not made_anew(environment)
+
+
+def test_an_engine_is_called_by_its_name_alone():
+    assert peer_files.Environment("tiny", ("engine[server]==1.0",), "").software == "engine 1.0"
+
+
 def test_the_merged_model_is_the_one_our_systems_run(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path))
     apar = load(folder / "model", heads=None)

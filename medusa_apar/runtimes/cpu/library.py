@@ -207,7 +207,7 @@ def _compiled(command: list[str], machine: str = "") -> Path:
     for name in SOURCES:
         key.update((FOLDER / name).read_bytes())
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-    key.update(repr((options, version, openmp, _cpu())).encode())
+    key.update(repr((options, version, openmp, processor())).encode())
     target = hub.cache_dir() / "cpu" / key.hexdigest()[:16]
 
     def build(scratch: Path, folder: Path) -> None:
@@ -251,8 +251,8 @@ def _openmp_in_use() -> str:
     return next((file for file in found if "/torch" in file), found[0] if found else "")
 
 
-def _cpu() -> str:
-    """What -march=native looks at: a cache may be shared by machines."""
+def processor() -> str:
+    """What -march=native looks at, as text: a cache may be shared by machines."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
     return "".join(re.findall(r"(?:model name|flags|Features|CPU part)\s*:.*", text)[:2]) or repr(platform.uname())

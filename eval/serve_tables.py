@@ -1,0 +1,184 @@
+"""A load benchmark's figures as Markdown: the servers side by side under each load, pools, and what was aimed at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from .serve_bench import Asking, Load, Results, kept, pools_of
+from .serve_figures import KEPT, SmallestPool, smallest_pool
+from .serve_servers import LLAMA_Q4, LLAMA_Q8, VLLM, Launch
+
+COLUMNS = (
+    *("server", "weights", "tokens/s", "times", "answers/s", "latency, s: mean", "times", "p50", "p95", "p99"),
+    *("first token, s: mean", "p95", "ms per token: mean", "p99", "tokens", "slots: mean", "peak", "freed early"),
+    "failed",
+)
+TABLE = "load.md"
+UNDER_LOAD = 16  # clients, at which most goals are set
+
+
+def times(results: Results, system: str, other: str, load: Load, *path: str) -> float | None:
+    """A figure of one server by that of another: the median of the turns' ratios."""
+    ratios = []
+    for key, row in results.runs.rows.items():
+        against = results.row(other, load, key[4])
+        if key[:4] == (system, *load.key) and against is not None:
+            value, base = _at(row, path), _at(against, path)
+            if value is not None and base:
+                ratios.append(value / base)
+    return median(ratios) if ratios else None
+
+
+def smallest(results: Results, system: str, clients: int) -> SmallestPool | None:
+    """The smallest pool with which a server keeps 97 % of its uncapped tokens per second at so many clients."""
+    shares = [(load.slots or 0, kept(results, system, load)) for load in pools_of(results, clients)
+              if results.middle(system, load) is not None]  # fmt: skip
+    return smallest_pool(shares, 1.0)
+
+
+def table(results: Results, launches: Sequence[Launch], asking: Asking, turns: int) -> str:
+    ends = "whose ends are ignored" if asking.ignore_eos else "that may stop"
+    chosen = f"sampled at temperature {asking.temperature:g}" if asking.temperature else "greedy"
+    lines = [
+        f"{asking.model}, {asking.cpu}; {chosen} answers of at most {asking.max_tokens} tokens {ends}; "
+        f"{'medians of ' + str(turns) + ' turns' if turns > 1 else 'one turn'}, prefix caches "
+        f"{'on' if asking.prefix_cache else 'off'}. Times are against {launches[0].name}, in the same turn.",
+        "",
+        *(_engine(launch) for launch in launches),
+        "",
+    ]
+    for load in results.loads():
+        if load.slots is None:
+            lines += [f"**{load}**", "", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
+            lines += [_row(cells) for launch in launches if (cells := _cells(results, launch, launches[0].name, load))]
+            lines.append("")
+    return "\n".join([*lines, *_pools(results, launches), *_goals(results)])
+
+
+def summary(results: Results, launches: Sequence[Launch]) -> dict[str, Any]:
+    """For `report.json`: the middle row of each server under each load, and the smallest pools."""
+    names = [launch.name for launch in launches]
+    rows: list[dict[str, Any]] = []
+    for load in results.loads():
+        middles = ((name, results.middle(name, load)) for name in names)
+        rows += [{"system": name} | asdict(load) | row for name, row in middles if row is not None]
+    pools = {
+        name: {str(clients): asdict(found)}
+        for clients in _capped_clients(results)
+        for name in names
+        if (found := smallest(results, name, clients)) is not None
+    }
+    engines = {launch.name: {"weights": launch.weights, "software": launch.software} for launch in launches}
+    return {"systems": engines, "loads": rows, "smallest_pools": pools, "kept": KEPT}
+
+
+def _engine(launch: Launch) -> str:
+    software = f", {launch.software}" if launch.software else ""
+    return f"- {launch.name}: {launch.about} ({launch.weights}{software})"
+
+
+def _cells(results: Results, launch: Launch, first: str, load: Load) -> list[str]:
+    row = results.middle(launch.name, load)
+    if row is None:
+        return []
+    failed = sum(row["errors"].values())
+    return [
+        launch.name,
+        launch.weights,
+        _number(row["tokens_per_second"], 1),
+        _number(times(results, launch.name, first, load, "tokens_per_second"), 2),
+        _number(row["requests_per_second"], 2),
+        _number(_at(row, ("latency", "mean")), 2),
+        _number(times(results, launch.name, first, load, "latency", "mean"), 2),
+        *(_number(_at(row, ("latency", p)), 2) for p in ("p50", "p95", "p99")),
+        *(_number(_at(row, ("first_token", p)), 2) for p in ("mean", "p95")),
+        *(_number(_at(row, ("inter_token", p)), 1, 1000) for p in ("mean", "p99")),
+        _number(row["answer_tokens"], 0),
+        _number(row["mean_slots"], 0),
+        _number(row["peak_slots"], 0),
+        "-" if row["early_freed"] is None else f"{row['early_freed']:.0%}",
+        str(failed) if failed else "-",
+    ]
+
+
+def _pools(results: Results, launches: Sequence[Launch]) -> list[str]:
+    lines = []
+    names = [launch.name for launch in launches if launch.pooled]
+    for clients in _capped_clients(results):
+        lines += [
+            f"**Pools capped**, {clients} clients: tokens per second, and the share of what is reached uncapped.",
+            "",
+            _row(["slots", *names]),
+            _row(["---"] * (len(names) + 1)),
+        ]
+        for load in pools_of(results, clients):
+            cells = [str(load.slots)]
+            for name in names:
+                row = results.middle(name, load)
+                cells.append("-" if row is None else _capped(results, name, load, row))
+            lines.append(_row(cells))
+        found = {name: smallest(results, name, clients) for name in names}
+        told = [f"{name} {_pool(pool)}" for name, pool in found.items() if pool is not None]
+        if told:
+            lines += ["", f"Smallest pool that keeps {KEPT:.0%}: {', '.join(told)}."]
+        lines.append("")
+    return lines
+
+
+def _capped(results: Results, name: str, load: Load, row: dict[str, Any]) -> str:
+    if row["errors"]:
+        return f"{sum(row['errors'].values())} failed"
+    return f"{_number(row['tokens_per_second'], 1)} ({kept(results, name, load):.0%})"
+
+
+def _pool(pool: SmallestPool) -> str:
+    return str(pool.slots) if pool.crossing is None else f"{pool.slots} (the line crosses at {pool.crossing:.0f})"
+
+
+def _goals(results: Results) -> list[str]:
+    """What was aimed at, wherever both sides were measured."""
+    at, rows = Load(UNDER_LOAD), []
+
+    def add(goal: str, found: float | None, text: str) -> None:
+        if found is not None:
+            rows.append(_row([goal, text.format(found)]))
+
+    llamas = [times(results, "both", name, at, "tokens_per_second") for name in (LLAMA_Q4, LLAMA_Q8)]
+    add("both against vLLM, tokens/s: 3x", times(results, "both", VLLM, at, "tokens_per_second"), "{:.2f}x")
+    add("both against llama.cpp, the better one, tokens/s: 2x", min(filter(None, llamas), default=None), "{:.2f}x")
+    latency = times(results, "threads", "plain", at, "latency", "mean")
+    add("threads against plain, mean latency: -20 to -35 %", latency and latency - 1, "{:+.0%}")
+    speed = times(results, "threads", "plain", at, "tokens_per_second")
+    add("threads against plain, tokens/s: no lower", speed, "{:.2f}x")
+    pools = [smallest(results, name, UNDER_LOAD) for name in ("threads", "plain")]
+    if pools[0] is not None and pools[1] is not None:
+        add("threads against plain, smallest pool: -50 %", pools[0].slots / pools[1].slots - 1, "{:+.0%}")
+    for on, off in (("heads", "plain"), ("both", "threads")):
+        for clients in (1, UNDER_LOAD, 32):
+            speed = times(results, on, off, Load(clients), "tokens_per_second")
+            add(f"guesses ({on} against {off}), {clients} clients: 0.97x or more", speed, "{:.2f}x")
+    if not rows:
+        return []
+    return [f"**Goals**, {UNDER_LOAD} clients where none are named", "", "| goal | found |", "|---|---|", *rows, ""]
+
+
+def _capped_clients(results: Results) -> list[int]:
+    return sorted({load.clients for load in results.loads() if load.slots is not None and load.clients is not None})
+
+
+def _at(row: dict[str, Any], path: Sequence[str]) -> float | None:
+    value: Any = row
+    for name in path:
+        value = None if value is None else value[name]
+    return value
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{scale * value:.{digits}f}"

@@ -1,0 +1,304 @@
+"""`bench --serve`: loads, turns, what is asked, servers as processes, and what is refused."""
+
+import json
+import sys
+
+import httpx
+import pytest
+
+from medusa_apar.commands.cli import main
+from medusa_apar.eval import llama_server, serve_bench, serve_servers, serve_tables
+from medusa_apar.eval.serve_bench import Asking, Load, Results, kept, loads_of, measure_all, measure_pools
+from medusa_apar.eval.serve_servers import Launch, Serving, running
+from medusa_apar.job import Job
+from tests.support.benchmarks import lines
+from tests.support.folders import forking_folder
+from tests.support.stand_in import Served, StandIn
+
+ASKING = Asking("digest", 64, True, 0.0, 1.0, False, "m", "auto", "int8", None, "a cpu", 4, 16, 60.0, 0)
+
+
+@pytest.fixture
+def stand_in():
+    server = StandIn()
+    with Served(server) as url:
+        server.url = url
+        yield server
+
+
+@pytest.fixture
+def command(tmp_path, stand_in):
+    asked = lines(tmp_path / "p.jsonl", *({"id": n, "prompt": f"ask {n}"} for n in range(3)))
+
+    def command(*more):
+        given = ["bench", "--serve", "--url", stand_in.url, "--prompts", asked, "--out", str(tmp_path / "out")]
+        assert main([*given, *map(str, more)]) == 0
+        return [json.loads(line) for line in (tmp_path / "out" / "load.jsonl").read_text().splitlines()]
+
+    return command
+
+
+# ---- the command, against a server that stands in
+
+
+def test_each_load_is_asked_of_what_runs_at_a_url(command, stand_in, tmp_path, capsys):
+    rows = command("--clients", 1, 3, "--min-requests", 5, "--requests-per-client", 2, "--max-new-tokens", 7)
+    assert [(row["system"], row["clients"], row["requests"]) for row in rows] == [
+        (stand_in.url, 1, 5),
+        (stand_in.url, 3, 6),
+    ]
+    assert stand_in.peak == 3
+    for row in rows:
+        assert row["errors"] == {} and row["answer_tokens"] == 7 and row["prompt_tokens"] == 5
+        assert row["chunks"] == 4 and row["cached_tokens"] == 1 and row["stopped"] == 0
+        assert (row["mean_slots"], row["peak_slots"], row["threads"]) == (30, 55, 3)
+        assert row["early_freed"] == pytest.approx(0.25) and row["tokens"] >= 7 * row["requests"] - 1e-3
+        assert 0 < row["first_token"]["mean"] < row["latency"]["mean"] <= row["latency"]["p99"]
+    body = {"model": "stand-in", "max_tokens": 7, "temperature": 0.0, "stream": True, "ignore_eos": True}
+    body |= {"messages": [{"role": "user", "content": "ask 1"}], "stream_options": {"include_usage": True}}
+    assert body in stand_in.bodies
+    warm = [body for body in stand_in.bodies if body["max_tokens"] == serve_bench.WARM_UP_TOKENS]
+    assert len(warm) >= 4
+    shown = capsys.readouterr().out
+    assert "**1 client**" in shown and "**3 clients**" in shown and "25%" in shown
+    assert shown == (tmp_path / "out" / "load.md").read_text() + "\n"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["loads"]) == 2 and report["cpu"] and report["systems"][stand_in.url]["weights"] == "its own"
+    assert (tmp_path / "out" / "clients.png").exists()
+
+
+def test_what_has_been_measured_is_not_asked_again(command, stand_in, capsys):
+    options = ["--seconds", 0.1, "--min-requests", 2, "--requests-per-client", 1, "--max-new-tokens", 3]
+    rows = command("--clients", 1, *options)
+    asked = len(stand_in.bodies)
+    assert command("--clients", 1, *options) == rows and len(stand_in.bodies) == asked
+    assert command("--clients", 1, "--rates", 40, *options)[:1] == rows  # a new load beside it
+    assert len(stand_in.bodies) > asked
+    with pytest.raises(AssertionError):  # the command's code is 2
+        command("--clients", 1, *options[:-1], 4)
+    assert "holds results with another max_tokens (3, now 4)" in capsys.readouterr().err
+
+
+def test_answers_may_stop_and_may_be_sampled(command, stand_in):
+    few = ["--clients", 1, "--min-requests", 3, "--requests-per-client", 1]
+    (row,) = command(*few, "--may-stop", "--temperature", 0.5, "--top-p", 0.25)
+    assert row["stopped"] == 1 and row["answer_tokens"] == 3
+    measured = [body for body in stand_in.bodies if body["max_tokens"] == 256]
+    assert {"ignore_eos"} & set(measured[0]) == set() and measured[0]["top_p"] == 0.25
+    assert [body["seed"] for body in measured[:3]] == [0, 1, 2]
+
+
+def test_questions_come_at_a_rate(command, stand_in):
+    (row,) = command("--rates", 100, "--seconds", 0.08, "--min-requests", 2, "--max-new-tokens", 2, "--limit", 1)
+    assert (row["clients"], row["rate"], row["requests"]) == (None, 100, 8) and row["errors"] == {}
+
+
+def test_a_server_that_answers_nothing_is_one_sentence(command, stand_in):
+    stand_in.refuses = 400
+    with pytest.raises(RuntimeError, match=r"^http://.* has answered nothing: HTTP 400: not today \(its log: .*\)$"):
+        command("--clients", 1)
+    stand_in.refuses, stand_in.breaks = None, True
+    with pytest.raises(RuntimeError, match="answered nothing: the stream ended without usage"):
+        command("--clients", 1)
+
+
+# ---- refused before anything starts
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--serve", "--check"], "--check is not for --serve"),
+        (["--serve", "--runtime", "cpu"], "--runtime is not for --serve"),
+        (["--serve", "--systems", "hf"], "server 'hf' is none of plain, threads, heads, both, vllm, llama.cpp-q4_1"),
+        (["--serve", "--systems", "plain", "plain"], "--systems names one twice: plain plain"),
+        (["--serve", "--url", "localhost:8000"], "localhost:8000 is no address of a server"),
+        (["--serve", "--url", "http://a:x"], "http://a:x is no address of a server"),
+        (["--serve", "--url-model", "m"], "--url-model needs --url"),
+        (["--serve", "--sweep-clients", "4"], "--sweep-clients needs --pool-slots-sweep"),
+        (["--serve", "--systems", "vllm", "--pool-slots-sweep"], "--pool-slots-sweep is for our servers"),
+        (["--serve", "--clients", "2", "2"], "--clients names one twice: 2 2"),
+        (["--serve", "--rates", "0.5", "0.5"], "--rates names one twice: 0.5 0.5"),
+        (["--serve", "--clients"], "--clients names no number"),
+        (["--serve", "--clients", "0"], "'0' must be a whole number at least 1"),
+        (["--serve", "--rates", "0"], "'0' must be a number above 0"),
+        (["--serve", "--top-p", "0.5"], "--top-p 0.5 needs a --temperature above 0"),
+        (["--serve", "--systems", "llama.cpp-q4_1", "--model", "MODEL"], "llama.cpp-q4_1 answers with smollm2-135m"),
+        (["--clients", "2"], "--clients is for --serve"),
+        (["--may-stop"], "--may-stop is for --serve"),
+        (["--pool-slots-sweep"], "--pool-slots-sweep is for --serve"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence_before_anything_starts(options, said, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    options = [str(tmp_path / "model") if option == "MODEL" else option for option in options]
+    try:
+        code = main(["bench", "--out", str(tmp_path / "out"), *options])
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2 and said in captured.err and captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# ---- turns and pools
+
+
+class Recorded:
+    """Measures nothing; says what was asked to be measured, and answers by a rule."""
+
+    def __init__(self, speed):
+        self.speed, self.asked = speed, []
+
+    def __call__(self, launch, load):
+        self.asked.append((launch.name, *load.key))
+        speed = self.speed(launch.name, load)
+        return {
+            "requests": 0 if speed is None else 4, "errors": {"HTTP 400: too long": 4} if speed is None else {},
+            "seconds": 1.0, "tokens_per_second": speed or 0.0, "requests_per_second": 1.0, "answer_tokens": 64,
+            "latency": dict.fromkeys(("mean", "p50", "p95", "p99"), 100 / (speed or 1)), "first_token": None,
+            "inter_token": None, "mean_slots": 10.0, "peak_slots": 1000.0, "early_freed": None,
+        }  # fmt: skip
+
+
+def launches(tmp_path, *names):
+    return [Launch(name, f"our {name}", "int8", tmp_path / name, ("x",), pooled=name != "vllm") for name in names]
+
+
+def run(tmp_path, measure, names, work):
+    results = Results(tmp_path / "out", ASKING)
+    with Job(tmp_path / "out", "bench", {}) as job:
+        work(job, results, launches(tmp_path, *names), measure)
+    return results
+
+
+def test_servers_take_turns_and_no_one_is_always_first(tmp_path):
+    measure = Recorded(lambda name, load: 10.0)
+    work = lambda *its: measure_all(*its[:3], loads_of([1, 2], [0.5]), 2, its[3])  # noqa: E731
+    run(tmp_path, measure, ("plain", "both", "vllm"), work)
+    assert len(measure.asked) == 18
+    firsts = [name for name, *_ in measure.asked[::3]]
+    assert firsts == ["plain", "both", "vllm", "both", "vllm", "plain"]
+    assert all(len({its[1:] for its in measure.asked[start : start + 3]}) == 1 for start in range(0, 18, 3))
+    again = Recorded(lambda name, load: 10.0)
+    run(tmp_path, again, ("plain", "both", "vllm"), work)
+    assert again.asked == []
+
+
+def pool_speed(name, load):
+    if load.slots is None:
+        return 100.0
+    need = {"plain": 800, "threads": 400}[name]
+    return None if load.slots < 100 else min(100.0, 100.0 * load.slots / need)
+
+
+def test_ever_smaller_pools_are_tried_until_too_much_is_lost(tmp_path):
+    measure = Recorded(pool_speed)
+    work = lambda *its: measure_pools(*its[:3], 16, [900, 800, 780, 700, 400, 390, 300, 50], 1, its[3])  # noqa: E731
+    results = run(tmp_path, measure, ("plain", "vllm", "threads"), work)
+    tried = {name: [its[3] for its in measure.asked if its[0] == name] for name in ("plain", "threads", "vllm")}
+    assert tried == {
+        "plain": [None, 900, 800, 780, 700],
+        "threads": [None, 900, 800, 780, 700, 400, 390, 300],
+        "vllm": [],
+    }
+    assert kept(results, "plain", Load(16, slots=700)) == pytest.approx(0.875)
+    plain, threads = (serve_tables.smallest(results, name, 16) for name in ("plain", "threads"))
+    assert (plain.slots, threads.slots) == (780, 390)
+    assert threads.crossing == pytest.approx(388)
+    shown = serve_tables.table(results, launches(tmp_path, "plain", "vllm", "threads"), ASKING, 1)
+    assert "| 700 | 87.5 (88%) | 100.0 (100%) |" in shown
+    assert "| threads against plain, smallest pool: -50 % | -50% |" in shown
+    assert serve_tables.summary(results, launches(tmp_path, "plain"))["smallest_pools"]["plain"]["16"]["slots"] == 780
+
+
+def test_pools_follow_from_what_was_in_use(tmp_path):
+    measure = Recorded(lambda name, load: 100.0)
+    work = lambda *its: measure_pools(*its[:3], 4, [], 1, its[3])  # noqa: E731
+    results = run(tmp_path, measure, ("plain",), work)
+    slots = [its[3] for its in measure.asked[1:]]
+    assert slots == [int(1000 * share) for share in serve_bench.POOLS] and slots[0] == 1000
+    assert serve_tables.smallest(results, "plain", 4) == serve_tables.SmallestPool(slots[-1], None)
+
+
+def test_ratios_are_those_of_the_same_turn(tmp_path):
+    speeds = {"plain": [10.0, 100.0, 50.0], "both": [20.0, 110.0, 25.0]}  # twice, 1.1 times and half: 1.1, not 25 / 50
+    work = lambda *its: measure_all(*its[:3], [Load(16)], 3, its[3])  # noqa: E731
+    results = run(tmp_path, Recorded(lambda name, load: speeds[name].pop(0)), ("plain", "both"), work)
+    assert serve_tables.times(results, "both", "plain", Load(16), "tokens_per_second") == pytest.approx(1.1)
+
+
+# ---- servers
+
+
+def launch(tmp_path, *command):
+    return Launch("fake", "a fake", "none", tmp_path / "fake.log", command, pooled=True)
+
+
+def test_our_own_server_is_started_measured_and_stopped(tmp_path, monkeypatch):
+    ports, free_port = [], serve_servers._free_port
+    monkeypatch.setattr(serve_servers, "_free_port", lambda: ports.append(free_port()) or ports[-1])
+    forking_folder(tmp_path / "model")
+    asked = lines(tmp_path / "p.jsonl", {"id": 0, "prompt": "ask a"}, {"id": 1, "prompt": "ask b"})
+    given = ["--model", tmp_path / "model", "--heads", "none", "--prompts", asked, "--systems", "threads", "--threads", 1]
+    few = ["--clients", 2, "--requests-per-client", 2, "--min-requests", 4, "--max-new-tokens", 24]
+    out = tmp_path / "out"
+    assert main(["bench", "--serve", "--out", str(out), *map(str, [*given, *few])]) == 0
+    (row,) = map(json.loads, (out / "load.jsonl").read_text().splitlines())
+    assert row["requests"] == 4 and row["errors"] == {} and row["answer_tokens"] == 24
+    assert row["peak_slots"] >= 24 and row["cached_tokens"] == 0
+    assert "ready" in (out / "threads.log").read_text()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{ports[0]}/health")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ((sys.executable, "-c", "print('no AVX'); exit(3)"), r"fake stopped while starting \(exit code 3\)"),
+        (("/nowhere/python",), r"fake cannot be started"),
+    ],
+)
+def test_a_server_that_does_not_start_says_where_to_look(tmp_path, command, says):
+    with pytest.raises(RuntimeError, match=says), running(launch(tmp_path, *command)):
+        raise AssertionError("it must not come to this")
+    if "-c" in command:
+        assert "no AVX" in (tmp_path / "fake.log").read_text()
+
+
+def test_a_server_that_is_not_ready_in_time_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve_servers, "READY", 0.3)
+    sleeper = (sys.executable, "-c", "import time; time.sleep(60)")
+    with pytest.raises(RuntimeError, match="was not ready within"), running(launch(tmp_path, *sleeper)):
+        pass
+
+
+def test_nobody_at_a_url_is_said_at_once(tmp_path):
+    there = Launch("http://127.0.0.1:1", "", "", tmp_path / "log", url="http://127.0.0.1:1")
+    with pytest.raises(ConnectionError, match="nobody answers at http://127.0.0.1:1"), running(there):
+        pass
+
+
+def test_our_servers_differ_in_forking_and_guessing_alone(tmp_path):
+    serving = Serving("a-model", "none", "int8", "bfloat16", threads=2, clients=8)
+    made = {its.name: its for its in serve_servers.prepare(tuple(serve_servers.OURS), serving, tmp_path, None, None)}
+    commands = {name: " ".join(its.command) for name, its in made.items()}
+    assert len({c.replace("--fork auto", "").replace("--fork off", "").replace("--speculation auto", "")
+                .replace("--speculation off", "") for c in commands.values()}) == 1  # fmt: skip
+    assert "serve a-model" in commands["plain"] and "--quantize int8 --dtype bfloat16" in commands["plain"]
+    assert "--fork off --speculation off" in commands["plain"]
+    assert "--fork auto --speculation off" in commands["threads"]
+    assert "--max-requests 8 --no-prefix-cache --threads 2" in commands["both"] and "--pool-slots" not in commands["both"]
+    assert made["both"].capped(77).command[-2:] == ("--pool-slots", "77")
+    assert made["both"].variables["OMP_NUM_THREADS"] == "2"
+
+
+def test_llama_has_room_for_all_clients(tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_server, "llama_server", lambda: tmp_path / "llama-server")
+    monkeypatch.setattr(serve_servers.hub, "embedded_gguf", lambda name: tmp_path / "model.gguf")
+    serving = Serving(threads=2, clients=8, context=512)
+    (made,) = serve_servers.prepare(("llama.cpp-q4_1",), serving, tmp_path, None, None)
+    command = " ".join(made.command)
+    assert "--threads 2 --parallel 8 --ctx-size 4096 --no-cache-prompt" in command and command.startswith(str(tmp_path))
+    assert not made.pooled and made.software == "llama-cpp-python 0.3.36" and made.weights == "Q4_1, untuned base"

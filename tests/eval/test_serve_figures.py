@@ -1,0 +1,173 @@
+"""The arithmetic of the load benchmark, on schedules whose figures are known."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medusa_apar.eval.serve_client import Chunk, Exchange
+from medusa_apar.eval.serve_figures import (
+    Sample,
+    ServerSays,
+    SmallestPool,
+    figures,
+    median_row,
+    smallest_pool,
+    summary,
+    token_gaps,
+    tokens_by_chunk,
+    tokens_within,
+    weighted_summary,
+)
+from medusa_apar.eval.serve_metrics import LIVE, Watch, parse
+from tests.support.stand_in import METRICS
+
+
+def exchange(number, sent, chunks, ended=None, tokens=None, **more):
+    return Exchange(
+        number,
+        sent=sent,
+        chunks=[Chunk(*chunk) for chunk in chunks],
+        ended=ended,
+        tokens=tokens,
+        prompt_tokens=10,
+        finish_reason=None if tokens is None else "length",
+        **more,
+    )
+
+
+def two_clients():
+    """Two clients, three measured questions; the second client's next one is cut off half way."""
+    return [
+        exchange(0, 10.0, [(11.0, 4), (12.0, 4), (14.0, 8)], 14.0, tokens=8),
+        exchange(1, 10.0, [(12.0, 2), (18.0, 6)], 18.0, tokens=4),
+        exchange(2, 14.0, [(15.0, 8), (16.0, 8)], 16.0, tokens=8),
+        exchange(3, 16.0, [(17.0, 4), (19.0, 100)], measured=False),
+    ]
+
+
+def test_a_settings_figures():
+    says = ServerSays([Sample(9, 1000.0), Sample(11, 6.0, 2.0, 8.0), Sample(13, 10.0, 4.0, 12.0)], 20.0)
+    found = figures(two_clients(), says)
+    assert found["requests"] == 3 and found["errors"] == {} and found["seconds"] == 8.0
+    # Two bytes a token: 20 tokens of answers, and four bytes of the one that was cut off before the end.
+    assert found["tokens"] == 22.0 and found["tokens_per_second"] == 2.75 and found["requests_per_second"] == 3 / 8
+    assert found["latencies"] == [4.0, 8.0, 2.0]
+    assert found["latency"] == pytest.approx({"mean": 14 / 3, "p50": 4.0, "p95": 7.6, "p99": 7.92})
+    assert found["first_token"] == pytest.approx({"mean": 4 / 3, "p50": 1.0, "p95": 1.9, "p99": 1.98})
+    # Seconds per token and tokens: 0.5 of 2, 0.5 of 4, 2 of 3, 0.25 of 4.
+    assert found["inter_token"] == pytest.approx({"mean": 10 / 13, "p50": 0.5, "p95": 2.0, "p99": 2.0})
+    assert (found["answer_tokens"], found["prompt_tokens"], found["chunks"]) == (20 / 3, 10.0, 7 / 3)
+    assert (found["mean_slots"], found["peak_slots"], found["threads"]) == (8.0, 20.0, 3.0)
+    assert found["early_freed"] == pytest.approx(1 - 16 / 20) and found["stopped"] == 0.0
+
+
+def test_what_failed_is_counted_by_its_reason_and_is_in_no_latency():
+    rows = two_clients()
+    rows[1].error = "HTTP 429: full"
+    rows[2].tokens = None
+    found = figures(rows)
+    assert found["requests"] == 1 and found["errors"] == {"HTTP 429: full": 1, "cut off": 1}
+    assert found["latencies"] == [4.0] and found["seconds"] == 8.0 and found["requests_per_second"] == 1 / 8
+    assert found["mean_slots"] is None and found["early_freed"] is None and found["peak_slots"] is None
+
+
+def test_nothing_that_was_answered_leaves_no_figures():
+    found = figures([exchange(0, 1.0, [], ended=1.0, error="ConnectError: nobody")])
+    assert found["latency"] is None and found["inter_token"] is None and found["tokens_per_second"] is None
+    assert found["requests"] == 0 and found["tokens"] == 0
+
+
+def test_tokens_of_a_chunk_are_counted_else_one_each_else_by_bytes():
+    assert tokens_by_chunk(exchange(0, 0, [(1, 9, 2), (2, 1, 5), (3, 1, 5)], 3, tokens=5)) == [2, 3, 0]
+    assert tokens_by_chunk(exchange(0, 0, [(1, 9), (2, 1)], 3, tokens=2)) == [1, 1]
+    assert tokens_by_chunk(exchange(0, 0, [(1, 9), (2, 3)], 3, tokens=4)) == [3, 1]
+    assert tokens_by_chunk(exchange(0, 0, [], 3, tokens=4)) == []
+
+
+def test_a_chunk_without_a_token_waits_with_the_next():
+    counted = exchange(0, 0, [(1, 1, 1), (2, 1, 1), (5, 1, 3)], 5, tokens=3)
+    assert token_gaps(counted) == [(2.0, 2.0)]
+
+
+chunks = st.lists(st.tuples(st.floats(0, 50), st.integers(1, 9)), min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(chunks, st.integers(1, 40), st.booleans()), min_size=1, max_size=6), st.floats(0, 100))
+def test_tokens_within_parts_of_a_window_add_up(answers, middle):
+    rows, total = [], 0
+    for number, (parts, tokens, whole) in enumerate(answers):
+        parts = sorted(parts)
+        rows.append(exchange(number, 0, parts, parts[-1][0], tokens=tokens if whole else None))
+        total += tokens if whole else 0
+    every = tokens_within(rows, 0, 100)
+    assert math.isclose(sum(its for its, row in zip(every, rows, strict=True) if row.answered), total)
+    before, after = tokens_within(rows, 0, middle), tokens_within(rows, math.nextafter(middle, math.inf), 100)
+    assert np.allclose(np.add(before, after), every)
+
+
+@given(chunks, st.integers(1, 40))
+def test_gaps_make_up_the_time_between_the_first_token_and_the_last(parts, tokens):
+    parts = sorted(parts)
+    row = exchange(0, 0, parts, parts[-1][0], tokens=tokens)
+    assert math.isclose(sum(a * b for a, b in token_gaps(row)), parts[-1][0] - parts[0][0], abs_tol=1e-9)
+
+
+@given(st.lists(st.tuples(st.floats(0, 9), st.integers(1, 5)), min_size=1, max_size=20))
+def test_a_weight_counts_as_so_many_of_the_same(pairs):
+    many = sorted(value for value, weight in pairs for _ in range(weight))
+    found = weighted_summary(pairs)
+    assert math.isclose(found["mean"], np.mean(many), abs_tol=1e-9)
+    for p in (50, 95, 99):
+        assert found[f"p{p}"] == many[math.ceil(p * len(many) / 100) - 1]
+
+
+def test_nothing_has_no_summary():
+    assert summary([]) is None and weighted_summary([]) is None
+
+
+@pytest.mark.parametrize(
+    ("points", "found"),
+    [
+        ([(100, 99.0), (80, 98.0), (60, 97.0), (40, 57.0)], SmallestPool(60, 60.0)),
+        ([(60, 98.0), (100, 99.0), (40, 96.0), (20, None)], SmallestPool(60, 50.0)),
+        ([(100, 99.0), (80, 90.0), (60, 99.0)], SmallestPool(100, 100 - 20 * 2 / 9)),  # a smaller one was lucky
+        ([(100, 99.0), (80, 98.0)], SmallestPool(80, None)),
+        ([(100, 90.0), (80, 98.0)], None),
+        ([(100, None)], None),
+        ([], None),
+    ],
+)
+def test_the_smallest_pool_is_the_last_of_those_that_keep_enough(points, found):
+    got = smallest_pool(points, uncapped=100.0)
+    assert (got is None) == (found is None)
+    assert got is None or (got.slots == found.slots and got.crossing == pytest.approx(found.crossing))
+
+
+def test_a_middle_row_is_the_median_of_each_figure():
+    def row(speed, mean, errors):
+        latency = None if mean is None else {"mean": mean, "p50": 2 * mean}
+        return {"tokens_per_second": speed, "latency": latency, "errors": errors, "latencies": [mean], "slots": None}
+
+    found = median_row([row(1.0, 5.0, {"a": 1}), row(9.0, None, {}), row(2.0, 7.0, {"a": 2, "b": 1})])
+    assert found["tokens_per_second"] == 2.0 and found["latency"] == {"mean": 6.0, "p50": 12.0}
+    assert found["errors"] == {"a": 3, "b": 1} and found["slots"] is None
+
+
+# ---- what a server tells
+
+
+def test_metrics_are_read_by_name_and_labels():
+    assert parse(METRICS)[LIVE] == 30.0 and parse(METRICS)["medusa_apar:threads_running"] == 3.0
+    assert parse('a{b="c d"} 1e3 1700000000\nx NaN\n# y 4\nbroken\nz\n')['a{b="c d"}'] == 1000.0
+    assert set(parse("# y 4\nbroken\nx 1.5\n")) == {"x"}
+
+
+def test_a_server_without_slots_tells_nothing():
+    watch = Watch()
+    watch.see({"vllm:num_requests_running": 1.0}, 1.0)
+    assert watch.says() == ServerSays()
+    watch.see(parse(METRICS), 2.0)
+    assert watch.says() == ServerSays((Sample(2.0, 30.0, 3.0, 40.0),), 55.0)
