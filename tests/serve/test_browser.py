@@ -53,7 +53,7 @@ def page(browser):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: "Content Security Policy" in message.text and wrong.append(message.text))
     page.on("request", lambda its: re.match(r"http://(127\.0\.0\.1:|page\.test/)", its.url) or wrong.append(its.url))
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     yield page
     context.close()
     assert not wrong
@@ -88,7 +88,7 @@ def recorded(model, tokenizer, prompt_ids, control=None, **options):
 
 
 def recordings():
-    for seed, limit in ((2, 30), (13, 120), (24, 60)):
+    for seed, limit in ((2, 30), (13, 80), (24, 40)):
         model, tokenizer = forking_model(seed), tiny_tokenizer()
         yield tokenizer, recorded(model, tokenizer, [7, 8, 9], CONTROL, max_new_tokens=limit)
     for ids in list_prompts(2)["input_ids"].tolist():
@@ -204,11 +204,11 @@ def api(server, path, body=None):
 
 
 def content(server, messages, **fields):
-    body = {"messages": messages, "temperature": 0, "max_tokens": 200, **fields}
+    body = {"messages": messages, "temperature": 0, "max_tokens": 150, **fields}
     return json.loads(api(server, "v1/chat/completions", body))["choices"][0]["message"]["content"]
 
 
-def asked(page, question, tokens=200):
+def asked(page, question, tokens=150):
     """Asks and waits for the end; the texts of the turn's answers, as the page would copy them."""
     page.locator("details:not([open]) > summary").all() and page.get_by_text("Settings").click()
     page.get_by_label("Most tokens").fill(str(tokens))
@@ -250,10 +250,10 @@ def test_lanes_grow_at_once_and_become_what_the_api_says(chat, server):
 @pytest.mark.real
 def test_beside_it_one_thread_answers_without_guesses_in_the_same_steps(chat, server):
     chat.get_by_label("Beside it").check()
-    threads, one = asked(chat, QUESTION, 90)
+    threads, one = asked(chat, QUESTION, 70)
     messages = [{"role": "user", "content": QUESTION}]
-    assert threads == content(server, messages, max_tokens=90)
-    assert one == content(server, messages, max_tokens=90, apar={"fork": "off"})
+    assert threads == content(server, messages, max_tokens=70)
+    assert one == content(server, messages, max_tokens=70, apar={"fork": "off"})
     assert float(chat.locator("#plain-perStep").inner_text()) <= 1 < float(chat.locator("#now-perStep").inner_text())
 
 
