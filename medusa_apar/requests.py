@@ -126,7 +126,7 @@ class Sampling:
         ends, stops = set(eos_ids), set(self.stop_token_ids).difference(eos_ids)
         if self.ignore_eos:
             ends.intersection_update(self.stop_token_ids)
-        bias = {(token,): float(value) for token, value in self.logit_bias.items()}
+        bias: Any = {(token,): float(value) for token, value in self.logit_bias.items()}
         chosen = (
             (bool(bias), lambda: SequenceBiasLogitsProcessor(bias)),
             (penalty, lambda: RepetitionPenaltyLogitsProcessor(self.repetition_penalty)),

@@ -45,7 +45,7 @@ examples:
   medusa-apar generate - --model my-model --temperature 0.7 < question.txt
 """
 CHAT = """Talks with a model, turn after turn, on a terminal in lanes that show its threads as they grow; /help says
-what can be typed beside questions. Questions that come from a pipe are lines, and the answers are printed as plain text.
+what can be typed beside questions. Questions from a pipe are lines, and their answers are printed as plain text.
 
 examples:
   medusa-apar chat

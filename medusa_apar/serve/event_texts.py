@@ -1,4 +1,4 @@
-"""Events as a stream carries them: dictionaries for JSON, with the text of every token, since a browser has no tokenizer.
+"""Events as a stream carries them: dictionaries for JSON, with every token's text, since a browser has no tokenizer.
 
 Each is the event's own fields and `event`, its name; where it has `token_ids` it has `texts` too, one for each token.
 """

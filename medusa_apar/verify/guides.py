@@ -9,7 +9,7 @@ import json
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import LogitsProcessor
 _KEPT = 64  # compiled guides of a tokenizer
 # JSON may have any white space between its tokens, and small models then write nothing else: a line break and an
 # indentation are enough.
-_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,24}", "lenient": False}
+_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,24}", "lenient": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Grammar:
         that the tokenizer has, at least as many.
     """
 
-    def __init__(self, matcher: Any, vocabulary: int, end_ids: Sequence[int], tokenizer_size: int) -> None:
+    def __init__(self, matcher: Any, vocabulary: int, end_ids: Collection[int], tokenizer_size: int) -> None:
         self._matcher, self._tokenizer_size = matcher, tokenizer_size
         self.vocabulary, self.end_ids = vocabulary, frozenset(end_ids)
 
@@ -197,7 +197,7 @@ _compilers: weakref.WeakKeyDictionary[Any, dict[tuple, _Compiler]] = weakref.Wea
 _compilers_lock = threading.Lock()
 
 
-def compiled(guide: Guide, tokenizer: Any, vocabulary: int, end_ids: Sequence[int]) -> Grammar:
+def compiled(guide: Guide, tokenizer: Any, vocabulary: int, end_ids: Collection[int]) -> Grammar:
     """A guide's grammar; a schema, and a tokenizer, that was asked for before is at hand.
 
     A tokenizer takes a second or so, a schema milliseconds: a server asks in a thread of its own.
