@@ -81,7 +81,7 @@ def typical_acceptance(acceptance: str | TypicalAcceptance) -> TypicalAcceptance
         return TypicalAcceptance() if acceptance == "typical" else None
     if not isinstance(acceptance, TypicalAcceptance):
         raise ValueError(f"acceptance={acceptance!r} is not 'exact', 'typical' or a TypicalAcceptance.")
-    if not all(_is_number(value) and int(value) >= 0 for value in acceptance):
+    if not all(_is_number(value) and value >= 0 for value in acceptance):
         raise ValueError(f"{acceptance} needs an epsilon and a delta of 0 or more.")
     return acceptance
 

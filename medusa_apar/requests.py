@@ -205,6 +205,9 @@ def engine_request(
     vocabulary = unembedding_size(apar.model)[0]
     for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
         checks.check_named_ids(name, ids, vocabulary)
+    control = () if apar.control_token_ids is None else apar.control_token_ids.ids
+    if not set(control).isdisjoint(sampling.stop_token_ids):
+        raise ValueError("stop_token_ids name a control token, which is never read.")
     if sampling.min_tokens > (most := options.get("max_new_tokens", RequestOptions().max_new_tokens)):
         raise ValueError(f"min_tokens={sampling.min_tokens} are more than max_new_tokens={most}.")
     eos = (apar.model.generation_config or GenerationConfig()).eos_token_id

@@ -124,6 +124,7 @@ def asked(apar, **sampling):
         (lambda apar: Sampling(min_tokens=1.5), "min_tokens=1.5 must be a whole number, 0 or more"),
         (lambda apar: Sampling(guide=Guide(), min_tokens=1), "min_tokens and ignore_eos cannot be had with a guide"),
         (lambda apar: Sampling(guide=Guide(), ignore_eos=True), "min_tokens and ignore_eos cannot be had with a guide"),
+        (lambda apar: asked(apar, stop_token_ids=(CONTROL.child_id,)), "stop_token_ids name a control token"),
         (lambda apar: asked(apar, min_tokens=9), "min_tokens=9 are more than max_new_tokens=8"),
         *(
             (lambda apar, token=token: asked(apar, stop_token_ids=(7, token)), f"stop_token_ids names {token}, but")

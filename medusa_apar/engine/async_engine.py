@@ -39,7 +39,7 @@ class AsyncEngine(Protocol):
         """Aborts what is unfinished and gives everything back."""
 
     def stats(self) -> Stats:
-        """Counts so far, and how it stood after its last step; a copy."""
+        """Counts so far, and how it stood after its last step, or what was asked since; a copy."""
 
     @property
     def healthy(self) -> bool:
@@ -60,6 +60,8 @@ class _Inbox:
 
     def put(self, what: RequestOutput | Exception) -> None:
         """In the engine's thread. RuntimeError where the reader's loop is closed."""
+        if self._loop.is_closed():
+            raise RuntimeError("the event loop is closed.")
         with self._lock:
             told = self._output is not None or self._error is not None
             if isinstance(what, Exception):
@@ -198,7 +200,7 @@ class ThreadedEngine:
         tell = self._tells.pop(request, None)
         if tell is not None:
             engine.abort(request.id)
-            tell(RequestOutput(request.id, finish_reason="aborted"))
+            tell(RequestOutput(request.id, finish_reason="aborted", cached_tokens=request.stats.cached_tokens))
 
     def _run(self) -> None:
         try:
@@ -231,6 +233,7 @@ class ThreadedEngine:
         why = RuntimeError("the engine was closed." if error is None else f"the engine has broken: {error}")
         with suppress(Exception):
             engine.close()  # so that what is still asked is refused
+            self._stats = engine.snapshot()
         for tell in self._tells.values():
             tell(why)
         self._tells.clear()
@@ -238,22 +241,26 @@ class ThreadedEngine:
             call = self._calls.get()
             if call is not None:
                 call(engine)
-        self._stats = engine.snapshot()
         _pass(self._idle)
 
     def _take_calls(self, engine: Engine) -> bool:
         """Runs what was asked since the last step, and waits while there is nothing to do; False to end."""
+        called = False
         while True:
-            if not engine.unfinished and self._draining and self._calls.empty():
-                _pass(self._idle)
             try:
-                call = self._calls.get(block=not engine.unfinished)
+                call = self._calls.get(block=False)
             except queue.Empty:
-                return True
+                if called:
+                    self._stats = engine.snapshot()
+                if engine.unfinished:
+                    return True
+                if self._draining:
+                    _pass(self._idle)
+                call = self._calls.get()
             if call is None:
                 return False
             call(engine)
-            self._stats = engine.snapshot()
+            called = True
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
         ended = {output.request_id: output for output in outputs}

@@ -174,15 +174,15 @@ class Engine:
 
     def close(self) -> None:
         """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""
+        was_closed, self._closed = self._closed, True  # first: what fails below leaves nothing that takes requests
         self._stepping = False
         self.ledger.stop_sharing()
         for request_id in list(self._requests):
             self.abort(request_id)
         self._leave()
         self._count_slots()
-        if self._learned is not None and not self._closed:
+        if self._learned is not None and not was_closed:
             keep_learned(self.model, self.runtime, self.heads, self.options.draft_tree, self._learned)
-        self._closed = True
 
     def __enter__(self) -> Engine:
         return self
@@ -216,6 +216,7 @@ class Engine:
         with phase("verify"):
             results = tail.read(output)
         with phase("commit"):
+            self._keep_prompts(forest)
             pairs = zip(forest.verified, results, strict=True)
             advances = [advance for segment, result in pairs for advance in self._commit(segment, result)]
             for request in plan.requests:
@@ -243,11 +244,15 @@ class Engine:
         """Whether what it has chosen in this step counts no more."""
         return request.error is not None or request in self._to_abort
 
+    def _keep_prompts(self, forest: Forest) -> None:
+        """Others that begin like what was fed need not wait for its end."""
+        for segment in forest.segments if self.ledger.shares else ():
+            if segment.request.status is Status.PREFILLING or len(segment.extend_tokens) > 1:
+                self.ledger.keep(segment.thread)
+
     def _commit(self, segment: Segment, result: VerifyResult | None) -> list[Advance]:
         """The threads that went on: the segment's, then children whose `[Child]` had been drafted."""
         request, thread = segment.request, segment.thread
-        if len(segment.extend_tokens) > 1:  # others that begin so need not wait for its end
-            self.ledger.keep(thread)
         if result is None or self._is_gone(request):
             self.ledger.commit(segment.drafted_slots.tolist(), [], [])
             if request.options.score_from is not None and segment.stop == len(thread.tokens) - 1:

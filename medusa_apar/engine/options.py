@@ -25,8 +25,9 @@ class EngineOptions:
     max_requests: most requests that run at once; None: as many as the pool has room for.
     max_waiting: most requests in the queue; one more raises QueueFull. None: any number.
     prefix_cache: whether paths stay in the pool for later requests that begin as they do. They take slots that nobody
-        needs: all of a pool with `pool_slots`; without that it grows for them to 4096 slots. It changes no token. A
-        `generate` call has an engine of its own, which ends with it: there it is off.
+        needs: all of a pool with `pool_slots`; without that it grows for them to 4096 slots. It changes no token
+        where rows do not round by their neighbours (promise 5 of DESIGN). A `generate` call has an engine of its own,
+        which ends with it: there it is off.
     """
 
     speculation: Speculation | None = None

@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -209,6 +210,8 @@ class Scheduler:
         scoring = request.options.score_from is not None
         decodes = request.status is Status.DECODING and thread not in self._refed
         found = [] if decodes else self.ledger.found(thread, most_tokens(request, thread))
+        # What the plan feeds goes on where it was when that was planned, whatever has been kept since.
+        found = list(takewhile(lambda pair: pair[0] not in plan.feed, found))
         more = {member: len(slots) for member, slots in found}
         left = math.inf if decodes else plan.prefill_left
         if scoring:
@@ -292,15 +295,15 @@ class Scheduler:
         """Whether the thread might fit if all that may go for it went."""
         younger = self.running[self.running.index(request) + 1 :]
         kept = {_ready_first(other)[0] for other in self.running}
-        may_go = (
-            self.ledger.cached(victim)
+        may_go = [
+            victim
             for other in self.running
             for victim, _ in other.live
             if victim not in plan.feed and (other in younger or victim not in kept) and victim is not thread
-        )
+        ]
         # Of threads that have ended, slots go with the last one that sees them.
-        ended = (self.ledger.cached(thread) for other in self.running for thread in other.tree.threads if thread.ended)
-        return self._fits(self._feed(request, thread, plan), plan, -sum(may_go) - sum(ended))
+        ended = [thread for other in self.running for thread in other.tree.threads if thread.ended]
+        return self._fits(self._feed(request, thread, plan), plan, -self.ledger.num_booked_by([*may_go, *ended]))
 
     def _evict(self, thread: Thread) -> bool:
         """Takes a thread's slots back, if it has any of its own; it will have to be fed again."""

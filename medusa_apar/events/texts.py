@@ -9,9 +9,8 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 from tokenizers import decoders
 
@@ -46,11 +45,10 @@ class TokenTexts:
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
+    @lru_cache(maxsize=8)
     def of(cls, tokenizer: Any) -> TokenTexts:
-        """The tokenizer's own, which is kept as long as the tokenizer is."""
-        if tokenizer not in _KNOWN:
-            _KNOWN[tokenizer] = cls(tokenizer)
-        return _KNOWN[tokenizer]
+        """The tokenizer's own; kept for those that were asked for last."""
+        return cls(tokenizer)
 
     def decoder(self) -> Decoder:
         return _Windows(self.decode) if self._backend is None else _Bytes(self._shown)
@@ -78,9 +76,6 @@ class TokenTexts:
         known = [table.get(character) for character in name]
         # As the byte-level decoder has it: a name with any other character stands for itself.
         return name.encode() if None in known else bytes(byte for byte in known if byte is not None)
-
-
-_KNOWN: WeakKeyDictionary[Any, TokenTexts] = WeakKeyDictionary()
 
 
 class TextStream:

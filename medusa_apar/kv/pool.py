@@ -102,9 +102,10 @@ class KVPool(Cache):
             try:
                 # Half of it is free then, so that owners can go on where they are.
                 self._grow(2 * max(self.capacity, self.in_use + missing))
-            except Exception:  # no memory
-                runs.release(slot for want in wants for slot in want.slots)
-                raise
+            except Exception:  # no memory: then they lie wherever there is a gap, if there are enough
+                if missing > self.capacity - self.in_use:
+                    runs.release(slot for want in wants for slot in want.slots)
+                    raise
             short = runs.go_on(short)
         if short:
             runs.begin(short)

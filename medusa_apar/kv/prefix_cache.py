@@ -5,7 +5,8 @@
 
 A radix tree over tokens: a slot holds a single token, so any common beginning is shared to the token. The keys and
 values of a token depend on its path's tokens alone, which are its place in the tree. So whoever has the same path may
-read them, and what it computes is to the bit what it would have been.
+read them. Where a row's bits depend on nothing but the row (the CPU runtime), what it then computes is to the bit what
+it would have been; elsewhere a prompt in other pieces is rounded otherwise.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ class PrefixCache:
         """How many of these no thread has booked."""
         return int(np.count_nonzero(self._bookings[slots] == 0))
 
+    def num_idle_without(self, bookings: np.ndarray) -> int:
+        """How many slots no thread would have booked without these bookings, int64 [*], a slot once for each."""
+        slots, counts = np.unique(bookings, return_counts=True)
+        return int(np.count_nonzero(self._bookings[slots] == counts))
+
     # ---- paths
 
     def find(self, salt: str, tokens: Sequence[int]) -> np.ndarray:
@@ -102,7 +108,7 @@ class PrefixCache:
             key = self._key(node, salt, path[place])
             child = node.children.get(key)
             if child is None:
-                node = self._go_on(node, key, path[place:], slots[place:])
+                node = self._go_on(node, key, path[place:].copy(), slots[place:])
                 node.used = now
                 break
             same = _common_length(child.tokens, path[place:])

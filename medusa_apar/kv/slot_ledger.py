@@ -73,8 +73,10 @@ class SlotLedger:
         pool, count = self.pool, len(positions)
         if self._cache is not None:
             full = pool.max_slots or int(_FULL * max(pool.capacity, _ROOM))
-            if pool.live + count <= full:  # else it grows, whatever is cached
-                self._cache.evict(pool.in_use + count - full)
+            for room in (full, pool.capacity):  # beyond both it has to grow, whatever is cached
+                if pool.live + count <= room:
+                    self._cache.evict(pool.in_use + count - room)
+                    break
         return pool.allocate(positions, owners)
 
     def assign(self, thread: Thread, slots: Sequence[int] | np.ndarray) -> None:
@@ -174,6 +176,13 @@ class SlotLedger:
     def num_idle(self, found: Iterable[tuple[Thread, np.ndarray]]) -> int:
         """How many of the slots that were `found` no live thread needs so far."""
         return 0 if self._cache is None else sum(self._cache.num_idle(slots) for _, slots in found)
+
+    def num_booked_by(self, threads: Iterable[Thread]) -> int:
+        """How many slots nobody would need if none of these threads needed its own."""
+        if self._cache is None:
+            return sum(map(self.cached, threads))
+        slots = [np.array(self._slots[thread]) for thread in threads if thread in self._slots]
+        return self._cache.num_idle_without(np.concatenate(slots)) if slots else 0
 
     def keep(self, thread: Thread) -> None:
         """Puts into the prefix cache what is booked of a thread's path and has been computed."""

@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,8 @@ class GuideLogitsProcessor(LogitsProcessor):
         written = list(path[self.prompt_length :])
         try:
             if self.grammar.end_ids.isdisjoint(written) and self._move(written):
-                return list(self._matcher.compute_ff_tokens())
+                forced = self._matcher.compute_ff_tokens()
+                return list(takewhile(lambda token: token < self.grammar.vocabulary, forced))
         except ValueError:  # which the next masks will say
             pass
         return []

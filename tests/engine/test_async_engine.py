@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -10,7 +11,7 @@ from medusa_apar.engine.engine import Engine
 from medusa_apar.engine.options import EngineOptions
 from medusa_apar.events import StepFinished
 from medusa_apar.runtimes.pick import pick_runtime
-from medusa_apar.threads.fork_policy import ControlTokenForks
+from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions
 from tests.support.models import CONTROL, EOS, forking_model
@@ -189,6 +190,21 @@ def test_an_abort_by_another_ends_the_iterator(parts):
     reasons, ids, stats = asyncio.run(run())
     assert reasons[-1] == "aborted" and set(reasons[:-1]) <= {None}
     assert ids == written(parts, PROMPTS[1]) and stats.live_slots == stats.running == stats.waiting == 0
+
+
+def test_a_loop_that_is_closed_under_its_readers_leaves_nothing_running(parts):
+    loop = asyncio.new_event_loop()
+    engine = loop.run_until_complete(started(parts))
+    its = request("left", PROMPTS[0], 1000, eos_ids=frozenset(), policy=NoForks())
+    outputs = engine.generate(its)
+    loop.run_until_complete(anext(outputs))
+    while not engine.stats().generated_tokens:  # so that an output waits when the loop goes
+        time.sleep(0.001)
+    loop.close()
+    while engine.stats().running:
+        time.sleep(0.001)
+    assert engine.stats().generated_tokens < 1000
+    asyncio.run(engine.close())
 
 
 def test_how_the_engine_stands_is_told_while_it_runs(parts):

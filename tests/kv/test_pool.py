@@ -133,3 +133,13 @@ def test_a_pool_that_cannot_grow_is_as_it_was():
         pool.allocate(np.arange(2), [("a", 2)])
     assert pool.used.tolist() == before and pool.capacity == 4
     assert pool.allocate(np.arange(1), [("a", 1)]).tolist() == [3]
+
+
+def test_a_pool_that_cannot_grow_hands_out_what_it_has():
+    pool = KVPool(first=32)
+    pool.allocate(np.arange(25), [("a", 25)])
+    pool.keys[0] = torch.zeros(1).expand(32, 1 << 20, 1 << 20)
+    assert sorted(pool.allocate(np.arange(7), [("b", 7)]).tolist()) == list(range(25, 32)) and pool.capacity == 32
+    with pytest.raises(RuntimeError):
+        pool.allocate(np.arange(1), [("b", 1)])
+    assert pool.in_use == 32

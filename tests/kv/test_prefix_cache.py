@@ -179,6 +179,19 @@ def test_salts_share_nothing_and_leave_nothing_behind():
     assert not cache._root.children and not cache._num_nodes and cache._pool.in_use == 0
 
 
+def test_a_slot_that_several_have_booked_is_given_up_by_none_of_them_alone():
+    ledger = SlotLedger(KVPool(64), prefix_cache=True)
+    first, second = (ParagraphTree([*range(10), *tail]).trunk for tail in ([20, 21, 22], [30, 31, 32, 33]))
+    for trunk in (first, second):
+        ledger.share(trunk, "")
+        for member, slots in ledger.found(trunk):
+            ledger.assign(member, slots)
+        left = len(trunk.tokens) - ledger.cached(trunk)
+        ledger.assign(trunk, ledger.allocate(np.arange(left), [(trunk, left)]))
+        ledger.keep(trunk)
+    assert [ledger.num_booked_by(its) for its in ([first], [second], [first, second], [])] == [3, 4, 17, 0]
+
+
 def test_a_pool_that_may_grow_does_so_for_what_is_cached_to_a_fair_size(monkeypatch):
     ledger = SlotLedger(KVPool(first=64), prefix_cache=True)
     for n in range(50):
