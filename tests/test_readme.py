@@ -180,7 +180,9 @@ def run_command(arguments: list[str]) -> None:
     if parsed.command not in SMALL:
         nobody_runs(["medusa-apar", *arguments])
     more = SMALL[parsed.command]
-    if parsed.command == "bench":  # other engines are downloads of their own, and an untuned base is of an adapter
+    if parsed.command == "bench" and parsed.serve:
+        more = [*more, "--clients", "1", "--min-requests", "1", "--requests-per-client", "1", "--systems", "plain"]
+    elif parsed.systems:  # other engines are downloads of their own, and an untuned base is of an adapter
         more = [*more, "--systems", *(name for name in parsed.systems if name not in (*PEERS, BASE))]
     assert cli.main([*arguments, *more]) == 0
 
