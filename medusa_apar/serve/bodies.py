@@ -25,6 +25,8 @@ from starlette.requests import Request as HttpRequest
 from .aside import Aside
 from .errors import ApiError
 
+_LONGEST_NAME = 100  # characters of what a client's own field is named
+
 
 class Body(BaseModel):
     """An object of which every field is known and has the very type that it should have.
@@ -142,7 +144,7 @@ def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
 def _param(place: tuple[int | str, ...]) -> str | None:
     """`messages[0].content`, as OpenAI's API writes it."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return text.removeprefix(".") or None
+    return text.removeprefix(".")[:_LONGEST_NAME] or None
 
 
 def _reason(schema: type[BaseModel], place: tuple[int | str, ...]) -> str:

@@ -119,9 +119,10 @@ def chat_ids(
     plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
     if any("tool_calls" in message for message in plain):
         _check_knows_tools(apar, "messages")
-    if fits and apar.tokenizer.chat_template and sum(len(message["content"]) for message in plain) > _LONG:
-        _check_length(apar, rendered(apar.tokenizer, plain, tools))
-    return encode_messages(apar.tokenizer, plain, tools)["input_ids"][0].tolist()
+    tokenizer: Any = apar.tokenizer
+    if fits and tokenizer.chat_template and sum(len(message["content"]) for message in plain) > _LONG:
+        _check_length(apar, rendered(tokenizer, plain, tools))
+    return encode_messages(tokenizer, plain, tools)["input_ids"][0].tolist()
 
 
 def context_of(apar: MedusaApar) -> int | None:
@@ -251,8 +252,8 @@ def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
         raise ApiError(
             400, "apar.fork is true, but the model has no [Fork] and [Child] to fork with.", param="apar.fork"
         )
-    stops = [StopString(stop) for stop in body.stop or ()] or None
-    return CallOptions(fork=fork, max_threads=max_threads, max_depth=max_depth, stop_strings=stops)
+    stops: list[str] = [StopString(stop) for stop in body.stop or ()]
+    return CallOptions(fork=fork, max_threads=max_threads, max_depth=max_depth, stop_strings=stops or None)
 
 
 def _limit(place: Place, options: CallOptions, prompt: int, length: _Length) -> int:

@@ -160,6 +160,8 @@ BODIES = {
     "beyond all floats": b'{"prompt": "a", "temperature": 1e999}',
     "deep": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "a form": b"prompt=a&max_tokens=3",
+    "a long name": b'{"prompt": "a", "' + b"x" * 50_000 + b'": 1}',
+    "a long name within": b'{"prompt": "a", "logit_bias": {"' + b"x" * 50_000 + b'": "1"}}',
     "many unknown fields": b'{"prompt": "a"' + b"".join(b',"%d":1' % n for n in range(50_000)) + b"}",
     "many wrong ids": b'{"prompt": "a", "stop_token_ids": [' + b",".join([b'"x"'] * 50_000) + b"]}",
 }
