@@ -72,7 +72,7 @@ setup(
         # httpx and openai ask the server what its users would, and playwright has a browser open its page.
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"),
-            *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright"),
+            *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright", "schemathesis"),
         ],
     },
     entry_points={"console_scripts": ["medusa-apar = medusa_apar.commands.cli:main"]},

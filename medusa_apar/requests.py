@@ -77,6 +77,8 @@ class Sampling:
     stop_token_ids: tokens that end the answer where they are read, in whichever thread they stand. They are not part of
         it. An end token among them that ends a child is not read, and does not.
     guide: the JSON that the answer has to be. Its request does not fork, and ends where the text is complete.
+
+    One that serves many requests checks and prepares what it holds once; `CallOptions.seed` tells them apart.
     """
 
     temperature: float = 0.0
@@ -92,6 +94,7 @@ class Sampling:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     guide: Guide | None = None
+    _bias: SequenceBiasLogitsProcessor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, fits, said in (
@@ -126,9 +129,8 @@ class Sampling:
         ends, stops = set(eos_ids), set(self.stop_token_ids).difference(eos_ids)
         if self.ignore_eos:
             ends.intersection_update(self.stop_token_ids)
-        bias: Any = {(token,): float(value) for token, value in self.logit_bias.items()}
         chosen = (
-            (bool(bias), lambda: SequenceBiasLogitsProcessor(bias)),
+            (bool(self.logit_bias), self._biased),
             (penalty, lambda: RepetitionPenaltyLogitsProcessor(self.repetition_penalty)),
             (least and ends, lambda: MinTokensLogitsProcessor(prompt_length, least, sorted(ends), control)),
             (least and stops, lambda: MinTokensLogitsProcessor(prompt_length, least, sorted(stops), control, True)),
@@ -140,6 +142,12 @@ class Sampling:
             (hot and self.min_p > 0, lambda: MinPLogitsWarper(self.min_p)),
         )
         return [make() for wanted, make in chosen if wanted]
+
+    def _biased(self) -> SequenceBiasLogitsProcessor:
+        if self._bias is None:
+            bias: Any = {(token,): float(value) for token, value in self.logit_bias.items()}
+            object.__setattr__(self, "_bias", SequenceBiasLogitsProcessor(bias))
+        return cast(SequenceBiasLogitsProcessor, self._bias)
 
 
 def mode_of(apar: MedusaApar, asked: CallOptions) -> str:
@@ -212,7 +220,7 @@ def engine_request(
         raise ValueError(f"min_tokens={sampling.min_tokens} are more than max_new_tokens={most}.")
     eos = (apar.model.generation_config or GenerationConfig()).eos_token_id
     eos_ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
-    asked, grammar = replace(asked, seed=sampling.seed), None
+    asked, grammar = replace(asked, seed=asked.seed if sampling.seed is None else sampling.seed), None
     if sampling.guide is not None:
         asked, grammar = replace(asked, fork=False), compiled(sampling.guide, apar.tokenizer, vocabulary, eos_ids)
     shared = shared_options(apar, asked, apar.tokenizer, sampling.temperature > 0)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, cached_property, lru_cache
 from typing import Any, Protocol
 
 from tokenizers import decoders
 
 _UNKNOWN = "\ufffd"
+_BEGUN = 3  # tokens that can be the beginning of a character, a byte each
+_HELD = 8  # tokens without text, beyond which those that can be no beginning are waited for no more
+_SPLIT = re.compile(r"([A-Z]\w+)\(")
+_KEEPS_ALL = {"Sequence", "ByteLevel", "Split", "Digits", "Regex", "String"}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -41,7 +45,8 @@ class TokenTexts:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = backend if isinstance(getattr(backend, "decoder", None), decoders.ByteLevel) else None
         added = {} if backend is None else backend.get_added_tokens_decoder()
-        self._special = {id for id, token in added.items() if token.special}
+        special = {id for id, token in added.items() if token.special}
+        self._special = set(tokenizer.all_special_ids) if backend is None else special
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -51,10 +56,36 @@ class TokenTexts:
         return cls(tokenizer)
 
     def decoder(self) -> Decoder:
-        return _Windows(self.decode) if self._backend is None else _Bytes(self._shown)
+        return _Windows(self.decode, self._special) if self._backend is None else _Bytes(self._shown)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def least_tokens(self, text: str) -> int:
+        """At least so many tokens the text has; 0 where that cannot be known without tokenizing it."""
+        longest, missing = self._longest
+        if not longest:
+            return 0
+        return -(-len(text.encode().translate(None, missing)) // longest)
+
+    @cached_property
+    def _longest(self) -> tuple[int, bytes]:
+        """Bytes of the longest token, and those of which there is no token, which may be left out of a text.
+
+        0 where a token may stand for more than its bytes: where the text is changed before it is tokenized, or a part
+        of it left out, or an added token takes in the spaces beside it, or the tokenizer is not byte-level.
+        """
+        if self._backend is None or self._backend.normalizer is not None:
+            return 0, b""
+        split = repr(self._backend.pre_tokenizer)
+        if not set(_SPLIT.findall(split)) <= _KEEPS_ALL or "Removed" in split:
+            return 0, b""
+        if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
+            return 0, b""
+        names = self._backend.get_vocab()
+        table = _byte_of_character()
+        missing = bytes(byte for character, byte in table.items() if character not in names)
+        return max(len(name.encode()) for name in names), missing
 
     def bytes_of(self, token: int) -> bytes:
         """The token's own bytes, perhaps a part of a character; of a special token its name; of none that the
@@ -78,13 +109,29 @@ class TokenTexts:
         return name.encode() if None in known else bytes(byte for byte in known if byte is not None)
 
 
+class StopString(str):
+    """A string that many texts look for: what a search has to know of it is found out once."""
+
+    @cached_property
+    def shorter(self) -> list[int]:
+        """Of each beginning the longest part that it both begins and ends with, itself apart."""
+        found = [0]
+        for character in self[1:]:
+            length = found[-1]
+            while length and self[length] != character:
+                length = found[length - 1]
+            found.append(length + (self[length] == character))
+        return found
+
+
 class TextStream:
     """The text of one answer.
 
     Args:
         texts: of the answer's tokenizer.
         stops: strings before which the text ends, none of them empty. The one that ends first counts, and of two that
-            end with the same character the longer one. What may become one is held back until that is known.
+            end with the same character the longer one. What may become one is held back until that is known. Where
+            many texts have the same ones, make them `StopString`s.
         free: no stop string ends within so many tokens from the first.
 
     Attributes:
@@ -133,13 +180,8 @@ class _Search:
     """Knuth, Morris and Pratt's, for one string. matched: how much of it the text so far ends with."""
 
     def __init__(self, wanted: str) -> None:
-        self._wanted, self._shorter, self.matched = wanted, [0], 0
-        for character in wanted[1:]:
-            # The longest part that the string, read up to here, begins and ends with.
-            length = self._shorter[-1]
-            while length and wanted[length] != character:
-                length = self._shorter[length - 1]
-            self._shorter.append(length + (wanted[length] == character))
+        stop = wanted if isinstance(wanted, StopString) else StopString(wanted)
+        self._wanted, self._shorter, self.matched = stop, stop.shorter, 0
 
     def push(self, character: str) -> int:
         """The string's length where it ends with this character, else 0."""
@@ -166,26 +208,40 @@ class _Bytes:
 
 
 class _Windows:
-    """Of any tokenizer: new tokens are decoded behind those that last showed something."""
+    """Of any tokenizer: new tokens are decoded behind those that last showed something.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode, self._ids, self._read = decode, list[int](), 0
+    So a token costs no more than a few others do, whatever came before it: special tokens, which are no text, are left
+    out, and a run of tokens that end in no whole character is shown but for those that may be the beginning of one.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], special: Collection[int]) -> None:
+        self._decode, self._special, self._ids, self._read = decode, special, list[int](), 0
 
     def push(self, token: int) -> str:
-        self._ids.append(token)
-        new = self._new()
-        if not new or new.endswith(_UNKNOWN):
+        if token in self._special:
             return ""
-        del self._ids[: self._read]
-        self._read = len(self._ids)
-        return new
+        self._ids.append(token)
+        new = self._new(len(self._ids))
+        if new and not new.endswith(_UNKNOWN):
+            return self._shown(new, len(self._ids))
+        if len(self._ids) - self._read > _HELD:
+            whole = len(self._ids) - _BEGUN
+            return self._shown(self._new(whole), whole)
+        return ""
 
     def end(self) -> str:
-        new, self._ids, self._read = self._new(), [], 0
+        new, self._ids, self._read = self._new(len(self._ids)), [], 0
         return new
 
-    def _new(self) -> str:
-        return self._decode(self._ids)[len(self._decode(self._ids[: self._read])) :]
+    def _new(self, end: int) -> str:
+        """What the tokens up to there add."""
+        return self._decode(self._ids[:end])[len(self._decode(self._ids[: self._read])) :]
+
+    def _shown(self, new: str, end: int) -> str:
+        """Keeps the tokens that have just been shown as what the next ones stand behind."""
+        del self._ids[: self._read]
+        self._read = end - self._read
+        return new
 
 
 def _piece_bytes(piece: str | None) -> bytes:

@@ -39,9 +39,10 @@ def encode_messages(
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def rendered(tokenizer: Any, messages: list[Message]) -> str:
-    """The text that the tokenizer's chat template makes, ready for an answer; ValueError as in `encode_messages`."""
-    return _templated(tokenizer, messages, tokenize=False)
+def rendered(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
+    """The text that the tokenizer's chat template makes, ready for an answer; arguments and ValueError as of
+    `encode_messages`."""
+    return _templated(tokenizer, messages, tools=tools, tokenize=False)
 
 
 def _templated(tokenizer: Any, messages: list[Message], **options: Any) -> Any:

@@ -7,6 +7,7 @@ service.py        `Service`: the model behind the routes, from loading to draini
 metrics.py        what Prometheus reads
 guards.py         what every request passes first: its id and log line, the key, whether the server can answer now
 status_routes.py  /health, /metrics and /version
+aside.py          work that grows with a body, off the event loop
 bodies.py         the JSON of a request's body, and one sentence for what is wrong with it
 schemas.py        every field that a body can have
 translate.py      from a body to requests of the engine

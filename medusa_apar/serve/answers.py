@@ -15,7 +15,6 @@ from medusa_apar.events import StepFinished, ThreadStarted
 from medusa_apar.events.texts import TextStream, TokenTexts
 from medusa_apar.threads.request import TokenLogprobs
 
-from .errors import ApiError
 from .event_texts import EventTexts
 from .translate import Asked
 
@@ -24,7 +23,8 @@ _IMPOSSIBLE = -9999.0  # as vLLM writes it: JSON has no infinity
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A token's log-probabilities, and how many characters of the text stand before it."""
+    """A token's log-probabilities, and how many characters of the text stand before it; no text that has them is one
+    that echoes its prompt."""
 
     token: int
     logprobs: TokenLogprobs
@@ -57,16 +57,11 @@ class Choice:
         self.tokens = self.cached = 0
         self._ends = asked.ends
         self._text, self._echo = TextStream(texts, asked.stops, asked.free), echo
-        self._start = len(echo)
         self._events, self._steps, self._threads, self._began = writes_events, 0, 0, time.perf_counter()
 
     def take(self, output: RequestOutput) -> Delta:
-        """ApiError where the answer has failed, or was aborted."""
+        """Of an answer that goes well: `Service.run` raises for what has failed or was aborted."""
         reason = output.finish_reason
-        if reason == "error":
-            raise ApiError(500, f"the answer failed: {output.error}", headers={"x-should-retry": "false"})
-        if reason == "aborted":
-            raise ApiError(503, "the answer was aborted before its end")
         self.tokens += len(output.token_ids)
         self.cached = output.cached_tokens
         delta = Delta(self._echo, list(output.token_ids), finish_reason=reason)
@@ -75,7 +70,7 @@ class Choice:
         silent = reason == "stop" and output.token_ids[-1:] and output.token_ids[-1] in self._ends
         for place, token in enumerate(output.token_ids):
             if output.logprobs:
-                delta.told.append(Told(token, output.logprobs[place], self._start + self._text.length))
+                delta.told.append(Told(token, output.logprobs[place], self._text.length))
             if not silent or place < len(output.token_ids) - 1:
                 delta.text += self._text.push(token)
         if reason is not None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -16,17 +17,40 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
+    model_validator,
 )
-from pydantic_core import core_schema
+from pydantic_core import PydanticCustomError, core_schema
 from starlette.requests import Request as HttpRequest
 
+from .aside import Aside
 from .errors import ApiError
+
+_LONGEST_NAME = 100  # characters of what a client's own field is named
 
 
 class Body(BaseModel):
-    """An object of which every field is known and has the very type that it should have."""
+    """An object of which every field is known and has the very type that it should have.
+
+    A body that is wrong in a hundred thousand places costs no more than one that is wrong in one: the first unknown
+    field ends it, and lists that can be long have to be `fail_fast`.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_are_known(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            known = _names(cls)
+            unknown = next((name for name in value if name not in known), None)
+            if unknown is not None:
+                raise PydanticCustomError("unknown_field", "is no field", {"name": unknown})
+        return value
+
+
+@cache
+def _names(schema: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in schema.model_fields.items())
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -79,10 +103,15 @@ def unsupported(reason: str) -> Any:
     return Field(default=None, description=f"Not supported: {reason}.", json_schema_extra={"reason": reason})
 
 
-async def read(http: HttpRequest, schema: type[AnyBody]) -> AnyBody:
+async def read(http: HttpRequest, schema: type[AnyBody], aside: Aside) -> AnyBody:
     """The request's body. ApiError 400, naming the field, for what it should not be."""
+    raw = await http.body()
+    return await aside(lambda: _parsed(schema, raw), len(raw))
+
+
+def _parsed(schema: type[AnyBody], raw: bytes) -> AnyBody:
     try:
-        return schema.model_validate_json(await http.body())
+        return schema.model_validate_json(raw)
     except ValidationError as error:
         raise _refusal(schema, error) from error
 
@@ -90,11 +119,13 @@ async def read(http: HttpRequest, schema: type[AnyBody]) -> AnyBody:
 def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
     kind, place, said = first["type"], first["loc"], first["msg"]
+    if kind == "unknown_field":
+        place = (*place, first["ctx"]["name"])
     param = _param(place)
     name = param or "the body"
     if kind == "json_invalid":
         said = f"the body is not JSON: {first['ctx']['error']}"
-    elif kind == "extra_forbidden":
+    elif kind == "unknown_field":
         said = f"{name} is not a field that this server knows"
     elif kind == "missing":
         said = f"{name} is missing"
@@ -113,15 +144,20 @@ def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
 def _param(place: tuple[int | str, ...]) -> str | None:
     """`messages[0].content`, as OpenAI's API writes it."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return text.removeprefix(".") or None
+    return text.removeprefix(".")[:_LONGEST_NAME] or None
 
 
 def _reason(schema: type[BaseModel], place: tuple[int | str, ...]) -> str:
     """The one that `unsupported` was given, of a field of this schema or of one within it."""
-    whole = schema.model_json_schema()
+    whole = _json_schema(schema)
     entries = [whole] if len(place) == 1 else list(whole.get("$defs", {}).values())
     found = (entry.get("properties", {}).get(str(place[-1]), {}).get("reason") for entry in entries)
     return next(filter(None, found), "leave it out")
+
+
+@cache
+def _json_schema(schema: type[BaseModel]) -> dict[str, Any]:
+    return schema.model_json_schema()
 
 
 def _shown(value: Any) -> str:
@@ -131,7 +167,7 @@ def _shown(value: Any) -> str:
 
 def inlined(schema: type[BaseModel]) -> dict[str, Any]:
     """The JSON schema without references, as a route's description holds it."""
-    whole = schema.model_json_schema()
+    whole = dict(_json_schema(schema))
     parts = whole.pop("$defs", {})
 
     def resolved(node: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -16,6 +15,7 @@ from medusa_apar.engine.engine import RequestOutput
 from medusa_apar.events.texts import TokenTexts
 
 from .answers import Choice, Delta, joined, usage
+from .aside import Aside
 from .bodies import AnyBody, inlined, read
 from .errors import ApiError
 from .event_texts import EventTexts, GuessTexts
@@ -28,7 +28,7 @@ from .translate import Asked, Place, chat, chat_ids, check_ids, completion, cont
 if TYPE_CHECKING:
     from .service import Service
 
-_LONG = 1 << 14  # bytes of a body whose translation would hold up all other answers
+_MANY = 8  # choices, for each of which much is made, however short the body is
 _ERROR = {
     "description": "What is wrong, in one sentence.",
     "content": {
@@ -68,12 +68,12 @@ def router(service: Service) -> APIRouter:
 
     @post("/v1/chat/completions", ChatBody)
     async def chat_completions(http: Request) -> Response:
-        body = await read(http, ChatBody)
+        body = await read(http, ChatBody, serving.aside)
         return await _answer(serving, http, body, ChatForm, chat, body.logprobs is True)
 
     @post("/v1/completions", CompletionBody)
     async def completions(http: Request) -> Response:
-        body = await read(http, CompletionBody)
+        body = await read(http, CompletionBody, serving.aside)
         return await _answer(serving, http, body, CompletionForm, completion, body.logprobs is not None)
 
     @routes.get("/v1/models")
@@ -87,20 +87,27 @@ def router(service: Service) -> APIRouter:
 
     @post("/tokenize", TokenizeBody)
     async def tokenize(http: Request) -> Response:
-        body = await read(http, TokenizeBody)
+        body = await read(http, TokenizeBody, serving.aside)
         serving.check(body.model)
-        ids = await _aside(http, lambda: _tokens_of(service, body))
-        names = serving.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-        known = {"count": len(ids), "max_model_len": context_of(service.apar)}
-        return JSONResponse({**known, "tokens": ids, "token_strs": names})
+
+        def answer() -> Response:
+            ids = _tokens_of(service, body)
+            names = serving.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+            known = {"count": len(ids), "max_model_len": context_of(service.apar)}
+            return JSONResponse({**known, "tokens": ids, "token_strs": names})
+
+        return await serving.aside(answer, len(await http.body()))
 
     @post("/detokenize", DetokenizeBody)
     async def detokenize(http: Request) -> Response:
-        body = await read(http, DetokenizeBody)
+        body = await read(http, DetokenizeBody, serving.aside)
         serving.check(body.model)
-        check_ids(service.apar, "tokens", body.tokens)
-        text = await _aside(http, lambda: serving.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))
-        return JSONResponse({"prompt": text})
+
+        def answer() -> Response:
+            check_ids(service.apar, "tokens", body.tokens)
+            return JSONResponse({"prompt": serving.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)})
+
+        return await serving.aside(answer, len(await http.body()))
 
     @routes.api_route("/v1/responses", methods=["GET", "POST"], include_in_schema=False)
     @routes.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
@@ -115,6 +122,7 @@ class _Serving:
 
     def __init__(self, service: Service) -> None:
         self.service, self._created = service, int(time.time())
+        self.aside = Aside(service.options.max_queue)
 
     @property
     def tokenizer(self) -> Any:
@@ -151,9 +159,14 @@ async def _answer(
     form = form_of(texts, logprobs)
     id = service.new_id(form.prefix)
     place = Place(service.apar, id, service.options.pool_slots, exchange_of(http).tenant)
+
+    def translated() -> tuple[Asked, _Answer]:
+        asked = translate(body, place)
+        return asked, _Answer(serving, body, form, asked, texts, id)
+
     # A grammar that is seen for the first time is compiled.
-    asked = await _aside(http, lambda: translate(body, place), body.response_format is not None)
-    answer = _Answer(serving, body, form, asked, texts, id)
+    always = body.response_format is not None or (body.n or 1) > _MANY
+    asked, answer = await serving.aside(translated, len(await http.body()), always)
     streams = [service.run(request, http) for request in asked.requests]
     firsts = await begun(streams)
     if body.stream:
@@ -247,13 +260,3 @@ def _tokens_of(service: Service, body: TokenizeBody) -> list[int]:
         with refused("messages"):
             return chat_ids(service.apar, body.messages)
     return text_ids(service.apar, body.prompt or "", body.add_special_tokens is not False)
-
-
-_Result = TypeVar("_Result")
-
-
-async def _aside(http: Request, work: Callable[[], _Result], always: bool = False) -> _Result:
-    """Work that grows with the body, in a thread of its own where that is long."""
-    if always or len(await http.body()) > _LONG:
-        return await asyncio.to_thread(work)
-    return work()

@@ -1,21 +1,25 @@
 """Every field that a body can have: OpenAI's, vLLM's further ones for sampling, and our own under `apar`.
 
 A field is honoured or refused, never ignored. Those that are taken and change nothing, on purpose: `user`, `metadata`,
-`safety_identifier`, `prompt_cache_key`, `prompt_cache_retention` and `service_tier`, as they say nothing of the answer.
-null is as good as leaving a field out.
+`safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, `service_tier` and `store`, as they say nothing of
+the answer; `parallel_tool_calls`, as calls stay in the text that the model writes; `name`, `description` and `strict`
+of a JSON schema, which is always held to, and `strict` of a tool, which never is. A message's `name` and `tool_call_id`
+are the chat template's, and most templates read neither. null is as good as leaving a field out.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from .bodies import Body, Checked, Text, one_of, unsupported, whole_text
 
 MOST_LOGPROBS = 20  # as OpenAI's chats have it
 MOST_CHOICES = 128
 _MOST_STOPS = 64
+_LONGEST_STOP = 1000  # characters
+_MOST_ENTRIES = 1000  # of what names tokens, or whatever a client likes
 _INT64 = 2**63
 
 Count = Annotated[int, Field(ge=0, lt=_INT64)]
@@ -26,6 +30,16 @@ TokenId = Annotated[int, Field(ge=-_INT64, lt=_INT64)]  # the model says which o
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 
 
+def _few(value: Any) -> Any:
+    """Before the entries are looked at."""
+    if isinstance(value, dict) and len(value) > _MOST_ENTRIES:
+        raise ValueError(f"has {len(value)} entries, at most {_MOST_ENTRIES} are taken")
+    return value
+
+
+FEW = (Field(max_length=_MOST_ENTRIES), BeforeValidator(_few))
+
+
 def _stops(value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
@@ -34,6 +48,8 @@ def _stops(value: Any) -> list[str]:
         raise ValueError(f"has {len(stops)} strings, at most {_MOST_STOPS} are looked for")
     if not all(stops):
         raise ValueError("holds an empty string, at which every answer would stop")
+    if (longest := max(map(len, stops), default=0)) > _LONGEST_STOP:
+        raise ValueError(f"holds a string of {longest} characters, at most {_LONGEST_STOP} are looked for")
     return list(map(whole_text, stops))
 
 
@@ -77,7 +93,8 @@ def _nothing(value: Any) -> None:
         raise ValueError("must be empty: a prompt has no such thing")
 
 
-_STOP_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}}]}
+_ONE_STOP = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
+_STOP_SCHEMA = {"anyOf": [_ONE_STOP, {"type": "array", "items": _ONE_STOP, "maxItems": _MOST_STOPS}]}
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _PROMPT_SCHEMA = {
     "anyOf": [
@@ -158,7 +175,7 @@ class Generation(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], *FEW] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -215,7 +232,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, _CONTENT] = None  # a text, once it is read
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
     # What answers of OpenAI's API bring back with them.
     refusal: None = unsupported("a prompt has no refusals")
@@ -236,12 +253,12 @@ class ChatBody(Generation):
     max_completion_tokens: AtLeastOne | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, fail_fast=True)] | None = None
     tool_choice: Annotated[Any, one_of("none", "auto")] = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     # Taken, and without effect on the answer.
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], *FEW] | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
     prompt_cache_retention: Text | None = None

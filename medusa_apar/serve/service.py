@@ -122,7 +122,7 @@ class Service:
                 reason = output.finish_reason
                 if reason == "error":
                     logger.warning("%s failed: %r", request.id, output.error)
-                    raise ApiError(500, f"the request failed: {output.error}")
+                    raise ApiError(500, f"the request failed: {output.error}", headers={"x-should-retry": "false"})
                 if reason == "aborted":
                     raise ApiError(499, "the client has gone")
                 yield output

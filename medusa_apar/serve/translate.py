@@ -7,13 +7,13 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from medusa_apar import checks
-from medusa_apar.events.texts import TokenTexts
+from medusa_apar.events.texts import StopString, TokenTexts
 from medusa_apar.generate import MedusaApar
-from medusa_apar.models.chat import encode_messages
+from medusa_apar.models.chat import encode_messages, rendered
 from medusa_apar.models.families import context_length, unembedding_size
 from medusa_apar.requests import CallOptions, Sampling, engine_request, mode_of
 from medusa_apar.threads.fork_policy import fork_policy
@@ -24,6 +24,7 @@ from medusa_apar.verify.guides import Guide
 from .errors import ApiError
 from .schemas import MOST_CHOICES, ChatBody, CompletionBody, Generation, Message
 
+_LONG = 1 << 14  # characters that are looked at before they are tokenized
 _COMPLETION_TOKENS = 16  # of an answer whose length nobody says, as OpenAI's API has it
 _CHAT_TOKENS = 2048  # where the model does not say either how long a text can be
 # What a model's own generation config may say of answers for which the body does not.
@@ -66,7 +67,7 @@ class Asked:
 def chat(body: ChatBody, place: Place) -> Asked:
     """ApiError 400 for what cannot be."""
     with refused("messages"):
-        prompt = chat_ids(place.apar, body.messages, _tools(body, place.apar))
+        prompt = chat_ids(place.apar, body.messages, _tools(body, place.apar), fits=True)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     wanted = body.max_completion_tokens or body.max_tokens
     name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
@@ -78,6 +79,9 @@ def completion(body: CompletionBody, place: Place) -> Asked:
     """ApiError 400 for what cannot be."""
     tokenizer: Any = place.apar.tokenizer
     with refused("prompt"):
+        for prompt in body.prompt:
+            if isinstance(prompt, str):
+                _check_length(place.apar, prompt)
         prompts = [text_ids(place.apar, p) if isinstance(p, str) else list(p) for p in body.prompt]
         for ids in prompts:
             if not ids:
@@ -91,17 +95,34 @@ def completion(body: CompletionBody, place: Place) -> Asked:
     return _asked(body, place, prompts, body.logprobs, length, echoes)
 
 
+def _check_length(apar: MedusaApar, text: str) -> None:
+    """ApiError 400 for a text that cannot fit into the context, before it is tokenized, which would take long."""
+    context = context_of(apar)
+    least = 0 if context is None else TokenTexts.of(apar.tokenizer).least_tokens(text)
+    if context is not None and least >= context:
+        said = f"The model's context has {context} tokens, but the prompt has {least} or more."
+        raise ApiError(400, said, code="context_length_exceeded")
+
+
 def text_ids(apar: MedusaApar, text: str, special: bool = True) -> list[int]:
     tokenizer: Any = apar.tokenizer
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def chat_ids(apar: MedusaApar, messages: Sequence[Message], tools: list[dict] | None = None) -> list[int]:
-    """What the chat template makes of a conversation. ValueError where it refuses that."""
+def chat_ids(
+    apar: MedusaApar, messages: Sequence[Message], tools: list[dict] | None = None, fits: bool = False
+) -> list[int]:
+    """What the chat template makes of a conversation. ValueError where it refuses that.
+
+    fits: ApiError 400 for one that is much too long for the context, without tokenizing it.
+    """
     plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
     if any("tool_calls" in message for message in plain):
         _check_knows_tools(apar, "messages")
-    return encode_messages(apar.tokenizer, plain, tools)["input_ids"][0].tolist()
+    tokenizer: Any = apar.tokenizer
+    if fits and tokenizer.chat_template and sum(len(message["content"]) for message in plain) > _LONG:
+        _check_length(apar, rendered(tokenizer, plain, tools))
+    return encode_messages(tokenizer, plain, tools)["input_ids"][0].tolist()
 
 
 def context_of(apar: MedusaApar) -> int | None:
@@ -152,11 +173,12 @@ def _asked(
             400, f"{len(prompts)} prompts times n={n} are more than {MOST_CHOICES} answers of one request.", param="n"
         )
     options = _call_options(body, place.apar)
-    sampling = _sampling(body, place.apar)
-    limits = [_limit(place, options, len(prompt), length) for prompt in prompts]
+    chosen = _sampling(body, place.apar)
+    with refused():
+        limits = [_limit(place, options, len(prompt), length) for prompt in prompts]
     shared: dict[str, Any] = {"logprobs": logprobs, "events": body.events}
     if body.apar and body.apar.acceptance:
-        hot = sampling.get("temperature", 0) > 0
+        hot = chosen["temperature"] > 0
         shared["typical"] = checks.typical_acceptance(body.apar.acceptance) if hot else None
     if body.apar and body.apar.speculation == "off":
         shared["speculation"] = False
@@ -164,13 +186,14 @@ def _asked(
     shared |= {"cache_salt": salt} if salt else {}
     requests: list[Request] = []
     with refused():
+        sampling = Sampling(**chosen)
         for prompt, limit in zip(prompts, limits, strict=True):
             for choice in range(n if limit else 0):
-                own = Sampling(**sampling, seed=_seed(body.seed, choice))
+                own = replace(options, seed=_seed(body.seed, choice))
                 name = f"{place.id}-{len(requests)}"
-                requests.append(engine_request(place.apar, name, prompt, own, options, max_new_tokens=limit, **shared))
+                requests.append(engine_request(place.apar, name, prompt, sampling, own, max_new_tokens=limit, **shared))
     ends = frozenset() if body.ignore_eos or not requests else requests[0].options.eos_ids
-    return Asked(prompts, requests, n, body.stop or (), body.min_tokens or 0, ends, list(echoes))
+    return Asked(prompts, requests, n, options.stop_strings or (), body.min_tokens or 0, ends, list(echoes))
 
 
 def _sampling(body: Generation, apar: MedusaApar) -> dict[str, Any]:
@@ -225,7 +248,12 @@ def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
             param="apar.max_threads",
         )
     max_depth = None if ours is None else ours.max_depth
-    return CallOptions(fork=fork, max_threads=max_threads, max_depth=max_depth, stop_strings=body.stop or None)
+    if fork is True and apar.control_token_ids is None:
+        raise ApiError(
+            400, "apar.fork is true, but the model has no [Fork] and [Child] to fork with.", param="apar.fork"
+        )
+    stops: list[str] = [StopString(stop) for stop in body.stop or ()]
+    return CallOptions(fork=fork, max_threads=max_threads, max_depth=max_depth, stop_strings=stops or None)
 
 
 def _limit(place: Place, options: CallOptions, prompt: int, length: _Length) -> int:

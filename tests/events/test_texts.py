@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from medusa_apar.events.texts import TextStream, TokenTexts
@@ -38,7 +38,29 @@ def pieces_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
 
 
+def gaps_tokenizer(split=None, normalizer=None, added=()):
+    """Byte-level, with "b" twice as one token, and without two of the bytes, which it drops."""
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"a", "ä"})
+    inner = Tokenizer(models.BPE({name: index for index, name in enumerate([*alphabet, "bb", "bbbb"])}, MERGES))
+    bytes_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.pre_tokenizer = bytes_level if split is None else pre_tokenizers.Sequence([split, bytes_level])
+    inner.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        inner.normalizer = normalizer
+    inner.add_special_tokens(list(added))
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+MERGES = [("b", "b"), ("bb", "bb")]
 PIECES = pieces_tokenizer()
+GAPS = gaps_tokenizer()
+UNKNOWN = [
+    PIECES,
+    gaps_tokenizer(pre_tokenizers.WhitespaceSplit()),
+    gaps_tokenizer(pre_tokenizers.Split(" ", "removed")),
+    gaps_tokenizer(normalizer=normalizers.NFC()),
+    gaps_tokenizer(added=[AddedToken("<s>", rstrip=True)]),
+]
 
 
 def decoded(tokenizer, ids):
@@ -129,6 +151,44 @@ def test_bytes_of_a_token(id):
     assert own == expected if expected else len(own) == 1
     if expected is None and own[0] < 128:
         assert decoded(BYTES, [id]) == own.decode()
+
+
+RUNS = {
+    "special tokens": [1],
+    "bytes that are no character": [2 + 0xFF],
+    "a character that never ends": [2 + 0xE4, 2 + 0xBD],
+    "characters amid such": [2 + 0xFF, *(2 + byte for byte in "你".encode())],
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_token_costs_the_same_however_long_nothing_can_be_read(run):
+    longest = 0
+
+    class Texts(TokenTexts):
+        def decode(self, ids):
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return super().decode(ids)
+
+    stream, ids = TextStream(Texts(PIECES)), run * 100
+    a = PIECES.convert_tokens_to_ids("▁a")
+    shown = "".join(map(stream.push, [a, *ids, a])) + stream.end()
+    assert longest < 30
+    assert shown.startswith("a") and shown.endswith(" a")
+    if run != RUNS["characters amid such"]:  # where the tokenizer takes whole characters for broken ones
+        assert shown == decoded(PIECES, [a, *ids, a])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet=LETTERS + "<|im_end|>\t") | st.sampled_from(["<|im_end|>" * 9, "\ud7ff\U0010ffff"]))
+def test_a_text_has_the_least_tokens_or_more(text):
+    """A tokenizer with long tokens, one that lacks some bytes, and those of which it is not known."""
+    count = len(BYTES(text, add_special_tokens=False)["input_ids"])
+    assert len(text.encode()) / 13 <= TokenTexts.of(BYTES).least_tokens(text) <= count
+    least = TokenTexts.of(GAPS).least_tokens(text)
+    assert len(text.encode().translate(None, b"a\xe4")) / 4 <= least <= len(GAPS(text)["input_ids"])
+    assert not any(TokenTexts.of(other).least_tokens(text) for other in UNKNOWN)
 
 
 def test_bytes_of_pieces():

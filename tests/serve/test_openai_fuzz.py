@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +59,6 @@ def test_any_values_in_any_fields(server, path, data):
 
 def test_the_description_describes_what_is_taken(server):
     """What schemathesis makes of /openapi.json never breaks the server."""
-    schemathesis = pytest.importorskip("schemathesis")
     described = schemathesis.openapi.from_url(f"{server.its.url}/openapi.json")
     for path in (*PLAIN, "/tokenize", "/detokenize"):
         _ask_as_described(server, described[path]["POST"].as_strategy(), path)

@@ -72,6 +72,7 @@ CHATS = [
     ({"stop": ["a", ""]}, "stop", "empty string"),
     ({"stop": [1]}, "stop", "list of strings"),
     ({"stop": ["a"] * 65}, "stop", "65 strings"),
+    ({"stop": ["a", "b" * 1001]}, "stop", "1001 characters, at most 1000"),
     ({"stop_token_ids": [VOCABULARY]}, "stop_token_ids", f"from 0 to {VOCABULARY - 1}"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", f"from 0 to {VOCABULARY - 1}"),
     ({"stop_token_ids": ["a"]}, "stop_token_ids[0]", "integer"),
@@ -82,6 +83,7 @@ CHATS = [
     ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias", f"from 0 to {VOCABULARY - 1}"),
     ({"logit_bias": {str(2**31): 1}}, "logit_bias", f"from 0 to {VOCABULARY - 1}"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", f"from 0 to {VOCABULARY - 1}"),
+    ({"logit_bias": {str(id): 1 for id in range(1001)}}, "logit_bias", "1001 entries, at most 1000"),
     ({"logit_bias": {"7": 101}}, "logit_bias.7", "less than or equal to 100"),
     ({"logprobs": 3}, "logprobs", "valid boolean"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
@@ -158,6 +160,9 @@ BODIES = {
     "beyond all floats": b'{"prompt": "a", "temperature": 1e999}',
     "deep": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "a form": b"prompt=a&max_tokens=3",
+    "a long name": b'{"prompt": "a", "' + b"x" * 50_000 + b'": 1}',
+    "a long name within": b'{"prompt": "a", "logit_bias": {"' + b"x" * 50_000 + b'": "1"}}',
+    "many unknown fields": b'{"prompt": "a"' + b"".join(b',"%d":1' % n for n in range(50_000)) + b"}",
     "many wrong ids": b'{"prompt": "a", "stop_token_ids": [' + b",".join([b'"x"'] * 50_000) + b"]}",
 }
 
@@ -372,7 +377,11 @@ def test_prompts_at_the_edge_are_answered(server, prompt):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_hangs_up_on_several_choices_ends_them_all(server, stream):
-    body = {"prompt": ["a", "é"], "n": 2, "max_tokens": 400, "ignore_eos": True, "stream": stream}
+    def written():
+        return server.its.service.engine.stats().generated_tokens
+
+    before, off = written(), {"fork": False}  # so that every token but the first few is a step of its own
+    body = {"prompt": ["a", "é"], "n": 2, "max_tokens": 500, "ignore_eos": True, "stream": stream, "apar": off}
     if stream:
         with server.client.stream("POST", COMPLETION, json=body) as response:
             next(response.iter_lines())
@@ -380,4 +389,5 @@ def test_who_hangs_up_on_several_choices_ends_them_all(server, stream):
         with pytest.raises(httpx.ReadTimeout):
             server.client.post(COMPLETION, json=body, timeout=0.1)
     server.its.wait_until_idle()
+    assert written() - before < 4 * 500
     assert server.ask(COMPLETION, prompt="a", max_tokens=1)

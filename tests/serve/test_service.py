@@ -112,6 +112,7 @@ def test_one_request_that_fails_harms_no_other(server, written, monkeypatch):
     monkeypatch.setattr(server.hold.__class__, "__call__", lambda *_: 1 / 0)
     failed = server.ask(PROMPTS[0], held=True)
     assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
+    assert failed.headers["x-should-retry"] == "false"
     assert server.ask(PROMPTS[0]).json()["token_ids"] == written(PROMPTS[0])
 
 
