@@ -159,7 +159,7 @@ def test_a_stream_whose_client_goes_is_logged_so(server, caplog, monkeypatch):
                 said = client.recv(100)
                 while limit == 5 and not said.endswith(b"\r\n0\r\n\r\n"):
                     said += client.recv(100)
-            wait_until(lambda: len(caplog.records) > number)
+            wait_until(lambda number=number: len(caplog.records) > number)
     assert [json.loads(record.getMessage())["status"] for record in caplog.records] == [499, 200]
 
 
