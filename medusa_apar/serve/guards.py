@@ -1,7 +1,8 @@
-"""What every request passes before its route: its id and log line, the API key, whether the server can answer now.
+"""What every request passes before its route: its id and log line, the API key, whose page it is,
+whether the server can answer now, and its body's type, time and length.
 
-ASGI middlewares, outermost first. They touch headers and the first message of an answer alone, so that streams flow
-through them as they are.
+ASGI middlewares, outermost first. They touch headers, bodies and the first message of an answer alone, so that
+streams flow through them as they are.
 """
 
 from __future__ import annotations
