@@ -105,8 +105,8 @@ class Chat:
         ids = encode_messages(self._apar.tokenizer, asked)["input_ids"][0].tolist()
         options: dict[str, Any] = {"sampling": self._sampling, "fork": self.fork, "events": events or False}
         request = self._apar.request(str(self._turns), ids, max_new_tokens=self._max_new_tokens, **options)
-        self._engine.add(request)
-        with interrupts() as pressed:
+        with interrupts() as pressed:  # from the first moment at which the engine has it
+            self._engine.add(request)
             while self._engine.unfinished:
                 self._step(request, streamer)
                 if pressed.is_set():

@@ -5,7 +5,7 @@ errors.py         `ApiError`: what a client is told, in OpenAI's words
 exchange.py       what is known of one HTTP request while it is answered
 service.py        `Service`: the model behind the routes, from loading to draining
 metrics.py        what Prometheus reads
-guards.py         what every request passes first: its id and log line, the key, whether the server can answer now
+guards.py         what every request passes first: its id and log line, the key, its page, whether the server can answer
 status_routes.py  /health, /metrics and /version
 aside.py          work that grows with a body, off the event loop
 bodies.py         the JSON of a request's body, and one sentence for what is wrong with it

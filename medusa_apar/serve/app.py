@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -19,7 +19,7 @@ from medusa_apar import __version__
 
 from . import openai_routes, page, status_routes
 from .errors import ApiError
-from .guards import REQUEST_ID, Exchanges, Gate, KeyGuard, LengthGuard, too_long
+from .guards import REQUEST_ID, BodyGuard, Exchanges, Gate, KeyGuard, LengthGuard, PageGuard, too_long
 from .service import Service
 
 
@@ -32,7 +32,9 @@ def create_app(service: Service, more: Sequence[APIRouter] = ()) -> FastAPI:
     guards = [
         Middleware(Exchanges),
         Middleware(KeyGuard, keys=options.api_keys),
+        Middleware(PageGuard, options=options),
         Middleware(Gate, service=service),
+        Middleware(BodyGuard),
         Middleware(LengthGuard, most=options.max_body_bytes),
     ]
     if options.cors_origins:  # outermost: a page may read refusals too, and a preflight has no key
@@ -45,8 +47,9 @@ def create_app(service: Service, more: Sequence[APIRouter] = ()) -> FastAPI:
         start = asyncio.create_task(service.start())
         yield
         start.cancel()
-        with suppress(BaseException):  # `service.failure` has it
-            await start
+        await asyncio.wait([start])
+        if not start.cancelled():
+            start.exception()  # looked at, as asyncio wants it: `service.failure` has it
         await service.close()
 
     app = FastAPI(

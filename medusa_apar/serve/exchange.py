@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
@@ -14,13 +15,25 @@ _NAME = "exchange"  # in the ASGI scope's state
 class Exchange:
     """id: the client's `X-Request-Id`, else one of ours. It names nothing in the engine, where equal ids would meet.
     tenant: tells clients with different API keys apart and says nothing of the key; "" where there are no keys.
-    prompt_tokens, answer_tokens: of all its answers.
+    began: when its head had been read, by `time.perf_counter`. answers: the engine's requests that it asks for.
+    prompt_tokens, answer_tokens: of all its answers; a prompt that several answers share counts once.
     """
 
     id: str = ""
     tenant: str = ""
+    began: float = field(default_factory=time.perf_counter)
+    answers: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    _prompts: set[int] = field(default_factory=set)  # hashes of those that are counted
+
+    def count_prompt(self, ids: list[int]) -> int:
+        """How many of its tokens had not been counted."""
+        key = hash(tuple(ids))
+        new = 0 if key in self._prompts else len(ids)
+        self._prompts.add(key)
+        self.prompt_tokens += new
+        return new
 
 
 def begin(scope: Scope, id: str) -> Exchange:

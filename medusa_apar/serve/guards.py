@@ -1,11 +1,13 @@
-"""What every request passes before its route: its id and log line, the API key, whether the server can answer now.
+"""What every request passes before its route: its id and log line, the API key, whose page it is,
+whether the server can answer now, and its body's type, time and length.
 
-ASGI middlewares, outermost first. They touch headers and the first message of an answer alone, so that streams flow
-through them as they are.
+ASGI middlewares, outermost first. They touch headers, bodies and the first message of an answer alone, so that
+streams flow through them as they are.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -15,6 +17,8 @@ import secrets
 import time
 import uuid
 from datetime import UTC, datetime
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -23,11 +27,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 from .exchange import begin, exchange_of_scope
+from .options import ServeOptions
 from .service import Service
 
 REQUEST_ID = "X-Request-Id"
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 _LONGEST_PATH = 200  # characters of it that are logged
+_BODY_SECONDS = 60.0  # in which a body has to be there
+_PORTS = {"http": 80, "https": 443}
 
 access_log = logging.getLogger("medusa_apar.access")
 logger = logging.getLogger("medusa_apar.serve")
@@ -45,7 +52,9 @@ def answers_always(path: str) -> bool:
 
 class Exchanges:
     """Gives each request its `Exchange`, echoes its id, and logs it when it has ended: one line of JSON, without what
-    was asked or answered, keys, or a query. Whatever a route fails by becomes a 500 with a word."""
+    was asked or answered, keys, or a query. Whatever a route fails by becomes a 500 with a word.
+
+    499 is the status of what its client did not wait for, however it had begun."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -56,17 +65,25 @@ class Exchanges:
             return
         asked = Headers(scope=scope).get(REQUEST_ID, "")
         exchange = begin(scope, asked if _ID.fullmatch(asked) else uuid.uuid4().hex)
-        began, status = time.perf_counter(), 499  # a client that goes before there is an answer never sees this
+        status, whole, left = 499, False, False
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = exchange.id
+            else:
+                whole = not message.get("more_body", False)
             await send(message)
 
+        async def listening() -> Message:
+            nonlocal left
+            message = await receive()
+            left = left or (message["type"] == "http.disconnect" and not whole)
+            return message
+
         try:
-            await self.app(scope, receive, noting)
+            await self.app(scope, listening, noting)
         except ClientDisconnect:  # in the middle of its body: nobody is left to be told
             pass
         except Exception:
@@ -76,15 +93,15 @@ class Exchanges:
                 raise
             logger.exception("request %s failed", exchange.id)
             error = ApiError(500, "the server failed to answer this request")
-            await error.response()(scope, receive, noting)
+            await error.response()(scope, listening, noting)
         finally:
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "id": exchange.id,
                 "method": scope["method"],
                 "path": scope["path"][:_LONGEST_PATH],
-                "status": status,
-                "ms": round(1000 * (time.perf_counter() - began), 1),
+                "status": 499 if left else status,
+                "ms": round(1000 * (time.perf_counter() - exchange.began), 1),
                 "prompt_tokens": exchange.prompt_tokens,
                 "answer_tokens": exchange.answer_tokens,
             }
@@ -119,8 +136,52 @@ class KeyGuard:
         return hmac.digest(self._secret, key, hashlib.sha256)
 
 
+class PageGuard:
+    """403 for web pages of other origins where no key is asked for: else any page could drive its reader's server.
+
+    Browsers say with every POST of a page whose it is, and other clients do not: those are let through. A page whose
+    own name leads to this address, as DNS rebinding has it, comes over plain HTTP by a name that we do not know. Over
+    TLS there is a proxy, which knows whom it serves.
+    """
+
+    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
+        self.app, self._allowed, self._host = app, options.cors_origins, options.host.lower()
+        self._open = not options.api_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._open and scope["type"] == "http" and needs_key(scope["path"]):
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            if origin is not None and not self._may_ask(origin, headers):
+                said = f"pages of {origin[:200]} may not ask this server: --cors-origin or --api-key would let them"
+                await ApiError(403, said).response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _may_ask(self, origin: str, headers: Headers) -> bool:
+        if "*" in self._allowed or origin in self._allowed or headers.get("sec-fetch-site") == "same-origin":
+            return True  # the last is said by browsers alone, to 127.0.0.1 and over TLS, whatever a proxy does to Host
+        try:
+            page, server = urlsplit(origin), urlsplit(f"//{headers.get('host', '')}")
+            ports = (page.port or _PORTS.get(page.scheme), server.port)
+        except ValueError:
+            return False
+        if page.hostname is None or page.hostname != server.hostname or ports[1] not in (None, ports[0]):
+            return False
+        return page.scheme == "https" or self._knows(page.hostname)
+
+    def _knows(self, name: str) -> bool:
+        """Whether nobody else's DNS can lead a name here."""
+        try:
+            ip_address(name)
+        except ValueError:
+            return name == self._host or "." not in name or name.endswith(".localhost")
+        return True
+
+
 class Gate:
-    """503 while the server does not answer new requests; counts those that it does, so that a drain can wait."""
+    """503 while the server does not answer new requests, 429 where its queue is full; counts those that it answers, so
+    that a drain can wait."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self._service = app, service
@@ -131,11 +192,49 @@ class Gate:
             return
         try:
             self._service.check_answers()
+            if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+                self._service.check_queue()
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
         with self._service.in_flight():
             await self.app(scope, receive, send)
+
+
+class BodyGuard:
+    """415 for a body that does not say that it is JSON, which any page of any origin could send; 408 for one that is
+    not there in time."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if has_body and kind != "application/json":
+            said = f"the body says that it is {kind[:100] or 'nothing'}: send 'Content-Type: application/json' with it"
+            await ApiError(415, said).response()(scope, receive, send)
+            return
+        deadline, reading = asyncio.get_running_loop().time() + _BODY_SECONDS, has_body
+
+        async def timely() -> Message:
+            nonlocal reading
+            if not reading:  # then it waits for the client to go
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                said = f"the body was not there within {_BODY_SECONDS:g} seconds"
+                raise ApiError(408, said, headers={"Connection": "close"}) from None
+            reading = message.get("more_body", False)
+            return message
+
+        await self.app(scope, timely, send)
 
 
 class LengthGuard:

@@ -33,7 +33,9 @@ class Metrics:
         def seconds(name: str, said: str) -> Histogram:
             return Histogram(PREFIX + name, said, registry=self.registry, buckets=_SECONDS)
 
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of the prompts that were taken.")
+        self.prompt_tokens = counter(
+            "prompt_tokens", "Tokens of the prompts that were taken, once for all choices of a request."
+        )
         self.generation_tokens = counter("generation_tokens", "Tokens of the answers.")
         self.ended = counter("request_success", "Answers that came to an end.", "finished_reason")
         self.first_token = seconds("time_to_first_token_seconds", "From the request to its first readable token.")
@@ -45,9 +47,9 @@ class Metrics:
         """All of it in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def measure(self) -> Measure:
-        """For one answer, from now on."""
-        return Measure(self)
+    def measure(self, began: float) -> Measure:
+        """For one answer of an HTTP request that has begun then, by `time.perf_counter`."""
+        return Measure(self, began)
 
     @property
     def mean_seconds(self) -> float:
@@ -62,9 +64,9 @@ class Metrics:
 class Measure:
     """Counts and times one answer. Times are those at which its reader takes the tokens."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, began: float) -> None:
         self._metrics = metrics
-        self._began = self._last = time.perf_counter()
+        self._began = self._last = began
         self._first = True
 
     def taken(self, prompt_tokens: int) -> None:
@@ -99,10 +101,12 @@ class _OfEngine:
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
+        slots_there_are = stats.live_slots + stats.cached_slots + stats.free_slots
         for name, said, value in (
             ("num_requests_running", "Requests that run.", stats.running),
             ("num_requests_waiting", "Requests in the queue.", stats.waiting),
             ("threads_running", "Live threads of the requests that run.", stats.threads),
+            ("kv_cache_usage_perc", "Live KV slots, of 1.", stats.live_slots / max(slots_there_are, 1)),
             ("kv_slots_peak", "Most KV slots in use at once so far.", stats.peak_slots),
             ("kv_slots_unfreed", "Live ones, had none been freed before its request ended.", stats.unfreed_slots),
         ):

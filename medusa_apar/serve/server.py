@@ -40,10 +40,10 @@ def serve(service: Service, app: FastAPI | None = None) -> int:
         if not options.api_keys and not ip_address(host.partition("%")[0]).is_loopback:
             logger.warning("no key is asked for: whoever reaches %s may ask", host)
         Server(service, app).run([listener])
-    if isinstance(service.failure, Exception):
+    if isinstance(service.failure, asyncio.CancelledError):
+        _end(0)  # a signal came while the model was loaded, which nothing can break off
+    if service.failure is not None:
         raise service.failure
-    if service.failure is not None:  # a signal came while the model was loaded, which nothing can break off
-        _end(0)
     return 0
 
 

@@ -18,13 +18,15 @@ from medusa_apar.generate import MedusaApar
 from medusa_apar.threads.request import Request
 
 from .errors import ApiError
-from .exchange import exchange_of
+from .exchange import Exchange, exchange_of
 from .metrics import Metrics
 from .options import ServeOptions
 
 logger = logging.getLogger("medusa_apar.serve")
 
 _LONGEST_RETRY = 60  # seconds; clients of OpenAI's heed up to 120
+_GRACE = 5.0  # seconds that a drain gives to bodies that are read and answers that are written out
+_LOOK = 0.05  # seconds between two looks at the engine while it drains
 
 
 class Service:
@@ -64,7 +66,7 @@ class Service:
             return "draining"
         if not self._ready and self.failure is None:
             return "loading"
-        return "ready" if self.engine.healthy else "broken"
+        return "ready" if self._ready and self.engine.healthy else "broken"
 
     async def start(self) -> None:
         """Loads, makes the engine, and has it run its first steps. Raises what went wrong, which `failure` keeps."""
@@ -78,7 +80,8 @@ class Service:
             self._ready = True
         except BaseException as error:
             self.failure = error
-            raise
+            if not isinstance(error, SystemExit):  # the model's own code's, which would tear the event loop down
+                raise
         finally:
             self._settled.set()
 
@@ -95,19 +98,37 @@ class Service:
         if self.state != "ready":
             raise self._unavailable()
 
-    async def run(
-        self, request: Request, http_request: HttpRequest | None = None
-    ) -> AsyncGenerator[RequestOutput, None]:
+    def check_queue(self) -> None:
+        """`ApiError` 429 where the queue is full, by the engine's own rule and as of its last step: so a flood costs
+        no parsing. What passes may still be refused by the engine."""
+        options, stats = self.options, self.engine.stats()
+        if options.pool_slots is not None:
+            free: float = 0 if stats.running else 1
+        else:
+            free = math.inf if options.max_requests is None else options.max_requests - stats.running
+        if options.max_queue is not None and stats.waiting >= options.max_queue + free:
+            raise self._full(f"{options.max_queue} requests are waiting already; try again later.")
+
+    def run(self, request: Request, http_request: HttpRequest | None = None) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of an engine's request for one HTTP request, whose body has been read.
 
         The first output comes as soon as the engine has taken the request, and has no tokens as a rule: what is refused
         is refused before it, so that a stream which waits for it can still answer with the right status. The request is
-        aborted within a step when the client goes or the iterator is closed.
+        aborted within a step when the client goes or the iterator is closed. Where an HTTP request has several, make
+        all their iterators before one is awaited: more than can ever be taken at once are refused.
 
         Raises ApiError: 400 for what can never be answered, 429 where the queue is full, 503 where the engine has died
         or is closed, 500 for what the request itself failed by, 499 where the client has gone.
         """
-        exchange, measure = exchange_of(http_request), self.metrics.measure()
+        exchange = exchange_of(http_request)
+        exchange.answers += 1
+        return self._run(request, http_request, exchange)
+
+    async def _run(
+        self, request: Request, http_request: HttpRequest | None, exchange: Exchange
+    ) -> AsyncGenerator[RequestOutput, None]:
+        self._check_answers_fit(exchange.answers)
+        measure = self.metrics.measure(exchange.began)
         gone = asyncio.create_task(_abort_when_gone(http_request, lambda: self.engine.abort(request)))
         outputs, taken = self.engine.generate(request), False
         reason: str | None = None
@@ -115,8 +136,7 @@ class Service:
             async for output in outputs:
                 if not taken:
                     taken = True
-                    measure.taken(len(request.prompt_ids))
-                    exchange.prompt_tokens += len(request.prompt_ids)
+                    measure.taken(exchange.count_prompt(request.prompt_ids))
                 measure.wrote(len(output.token_ids))
                 exchange.answer_tokens += len(output.token_ids)
                 reason = output.finish_reason
@@ -127,7 +147,7 @@ class Service:
                     raise ApiError(499, "the client has gone")
                 yield output
         except QueueFull as error:
-            raise ApiError(429, str(error), headers={"Retry-After": self._retry_after()}) from error
+            raise self._full(str(error)) from error
         except (ValueError, NotImplementedError) as error:
             raise ApiError(400, str(error)) from error
         except RuntimeError as error:
@@ -138,9 +158,8 @@ class Service:
             reason = "aborted"
             raise
         finally:
-            if taken:  # an iterator that is closed early has had all that its reader wanted, or has no reader any more
-                left = http_request is not None and gone.done()
-                measure.ended(reason or ("aborted" if left else "stop"))
+            if taken:
+                measure.ended(reason or "aborted")  # without one it is closed before its answer's end
             gone.cancel()
             await outputs.aclose()
 
@@ -157,15 +176,30 @@ class Service:
                 self._nobody.set()
 
     async def drain(self, timeout: float | None = None) -> int:
-        """Answers no further request, waits for those that run, and closes the engine. How many were still running
-        after `timeout` seconds, which are aborted."""
+        """Answers no further request, waits for those that run, and closes the engine. How many were still there after
+        `timeout` seconds, which are aborted.
+
+        Who sends no more of a body, or does not read, is waited for no longer than a short grace."""
         self._draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                await self._nobody.wait()
+                await self._drained()
         left = self.num_in_flight
         await self.engine.close()
         return left
+
+    async def _drained(self) -> None:
+        def runs() -> bool:
+            stats = self.engine.stats()
+            return stats.running + stats.waiting > 0
+
+        while True:
+            while self.num_in_flight and runs():
+                await asyncio.sleep(_LOOK)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._nobody.wait(), _GRACE)
+            if not runs():  # else a body has come to its end meanwhile
+                return
 
     async def close(self) -> None:
         self._draining = True
@@ -181,7 +215,19 @@ class Service:
             "draining": "the server is shutting down",
             "broken": "the engine has died: the server has to be started again",
         }.get(self.state, "the engine takes no requests now")
-        return ApiError(503, said, headers={"Retry-After": "1"})
+        return ApiError(503, said, headers={} if self.state == "broken" else {"Retry-After": "1"})
+
+    def _full(self, said: str) -> ApiError:
+        return ApiError(429, said, headers={"Retry-After": self._retry_after()})
+
+    def _check_answers_fit(self, answers: int) -> None:
+        """`ApiError` 400 for more answers of one HTTP request than an idle engine takes, which could try for ever."""
+        options = self.options
+        running = options.max_requests if options.pool_slots is None else 1  # others of a pool may not fit
+        if options.max_queue is None or running is None or answers <= options.max_queue + running:
+            return
+        most = options.max_queue + running
+        raise ApiError(400, f"{answers} answers are asked for at once, but this server takes {most} at most.")
 
     def _say_broken(self, error: RuntimeError) -> None:
         if self.state == "broken" and not self._said_broken:

@@ -101,6 +101,14 @@ def test_ctrl_c_stops_the_answer_alone(bytes_apar, terminal):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_before_the_first_step_leaves_nothing_in_the_engine(bytes_apar):
+    with bytes_apar.engine() as engine:
+        chat, _ = chat_of(bytes_apar, engine)
+        add, engine.add = engine.add, lambda request: (add(request), signal.raise_signal(signal.SIGINT))
+        chat.run(["Hello there.\n"])
+        assert engine.unfinished == 0 and engine.stats.steps == 1
+
+
 def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(bytes_apar, capsys):
     with bytes_apar.engine() as engine:
         chat, _ = chat_of(bytes_apar, engine)

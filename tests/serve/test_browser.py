@@ -150,6 +150,37 @@ def test_no_text_makes_the_renderer_fail_or_lose_a_word(scripts):
             assert word in shown, text
 
 
+def test_a_browser_that_keeps_nothing_shows_the_page(page, scripts):
+    """As one does that is set to block cookies; what was typed lasts as long as the page."""
+    page.add_init_script(
+        """for (const area of ["localStorage", "sessionStorage"]) {
+            Object.defineProperty(window, area, {get() { throw new DOMException("", "SecurityError") }}) }"""
+    )
+    page.reload()
+    page.locator("#server.down").wait_for()
+    page.get_by_label("Colours").select_option("dark")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    had = """import("/page/wire.js").then(({setKey, hasKey}) => {
+        setKey("k"); const had = hasKey(); setKey(""); return [had, hasKey()] })"""
+    assert page.evaluate(had) == [True, False]
+
+
+def test_a_server_that_is_ready_and_refuses_is_not_asked_without_a_pause(page, scripts):
+    asked = []
+    page.route("**/health", lambda route: route.fulfill(status=200))
+    page.route("**/v1/models", lambda route: (asked.append(1), route.fulfill(status=500)))
+    page.clock.install()
+    page.clock.pause_at("2100-01-01")
+    page.reload()
+    page.locator("#server.down").wait_for()
+    for _ in range(5):  # as much time as several tries would take
+        page.evaluate('fetch("health").then((its) => its.ok)')
+    assert len(asked) == 1
+    page.clock.run_for(1600)
+    page.evaluate('fetch("health").then((its) => its.ok)')
+    assert len(asked) == 2
+
+
 # ---- the real server
 
 
@@ -259,6 +290,8 @@ def test_beside_it_one_thread_answers_without_guesses_in_the_same_steps(chat, se
 
 @pytest.mark.real
 def test_stop_ends_the_request_and_keeps_what_there_is(chat, server):
+    chat.get_by_text("Settings").click()
+    chat.get_by_label("Most tokens").fill("4000")  # more than fit in the time below
     chat.get_by_label("Your question").fill("Write a very long story about the sea.")
     chat.get_by_role("button", name="Ask", exact=True).click()
     chat.locator(".lane .said span", has_text=re.compile(r"\w+ \w+")).first.wait_for()

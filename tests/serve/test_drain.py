@@ -1,8 +1,10 @@
 """From loading to draining: what is answered when, and what a signal does."""
 
+import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.serving import PLAIN, SECONDS, running, tiny_apar, wait_until
+from medusa_apar.serve import service as services
+from medusa_apar.serve.app import create_app
+from medusa_apar.serve.errors import ApiError
+from medusa_apar.serve.options import ServeOptions
+from medusa_apar.serve.server import serve
+from medusa_apar.serve.service import Service
+from tests.support.serving import PLAIN, SECONDS, running, sent, tiny_apar, wait_until
 
 ROOT = Path(__file__).parents[2]
 PROMPT = [7, 8, 9, 10]
@@ -87,6 +95,71 @@ def test_a_drain_ends_after_its_time(apar):
         assert cut.result().status_code == 503
         server.thread.join(SECONDS)
         assert not server.thread.is_alive()
+
+
+def test_a_drain_waits_for_no_client_that_neither_reads_nor_sends(apar, monkeypatch):
+    monkeypatch.setattr(services, "_GRACE", 0.05)
+    with running(lambda: apar, shutdown_timeout=10 * SECONDS) as server:
+        unread = sent(server, PROMPT, max_tokens=240, stream=True, padding=1 << 20, pause=1e-5)
+        wait_until(lambda: server.service.engine.stats().running)
+        unsent = socket.create_connection(("127.0.0.1", server.port), SECONDS)
+        head = b"POST /v1/tokens HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        unsent.sendall(head + b"Content-Length: 9\r\n\r\n{")
+        wait_until(lambda: server.service.num_in_flight == 2)
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.thread.join(SECONDS)
+        assert not server.thread.is_alive()
+        unread.close()
+        unsent.close()
+
+
+def test_a_server_whose_first_step_has_failed_is_not_ready():
+    apar = tiny_apar()
+    apar.request = lambda *_, **__: 1 / 0
+
+    async def start():
+        service = Service(lambda: apar, "tiny")
+        with pytest.raises(ZeroDivisionError):
+            await service.start()
+        assert service.engine.healthy and service.state == "broken"
+        with pytest.raises(ApiError) as told:
+            service.check_answers()
+        assert "Retry-After" not in told.value.headers  # it would be for ever
+        await service.close()
+
+    asyncio.run(start())
+
+
+def test_a_model_whose_code_ends_the_process_says_how():
+    with pytest.raises(SystemExit, match="^3$"):
+        serve(Service(lambda: sys.exit(3), "tiny", ServeOptions(port=0)))
+
+
+def test_an_application_that_is_cancelled_while_it_ends_says_so():
+    async def cancelled():
+        service, asked, over = Service(tiny_apar, "tiny"), asyncio.Event(), asyncio.Event()
+
+        async def start():  # goes on for a while, as a model that is loaded does
+            try:
+                await over.wait()
+            except asyncio.CancelledError:
+                asked.set()
+                await over.wait()
+
+        async def live():
+            async with app.router.lifespan_context(app):
+                await asyncio.sleep(0)
+
+        service.start = start
+        app = create_app(service)
+        task = asyncio.create_task(live())
+        await asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        over.set()
+
+    asyncio.run(asyncio.wait_for(cancelled(), SECONDS))
 
 
 def test_a_process_from_its_first_line_to_its_second_signal():

@@ -1,15 +1,18 @@
 """What every request passes: keys, origins, lengths, ids, and the log."""
 
+import asyncio
 import json
 import logging
 import re
+import socket
 
 import pytest
 
 from medusa_apar import __version__
-from medusa_apar.serve.guards import needs_key
+from medusa_apar.serve import guards
+from medusa_apar.serve.guards import PageGuard, needs_key
 from medusa_apar.serve.options import ServeOptions
-from tests.support.serving import running, tiny_apar
+from tests.support.serving import SECONDS, running, sent, tiny_apar, wait_until
 
 PROMPT = [7, 8, 9, 10]
 KEYS = ("first-key", "second-key")
@@ -87,6 +90,77 @@ def test_without_the_option_no_origin_may_ask():
     apar = tiny_apar()
     with running(lambda: apar) as server, server.client() as client:
         assert "Access-Control-Allow-Origin" not in client.get("/version", headers={"Origin": ORIGIN}).headers
+
+
+OWN = "http://127.0.0.1:8000"
+TLS = {"Origin": "https://chat.example.org", "Host": "chat.example.org"}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "headers", "may"),
+    [
+        ((), {}, True),
+        ((), {"Host": "apar:8000"}, True),  # a container's name, and no browser
+        ((), {"Origin": OWN, "Host": "127.0.0.1:8000"}, True),
+        ((), {"Origin": "http://[::1]:8000", "Host": "[::1]:8000"}, True),
+        ((), {"Origin": "http://localhost:8000", "Host": "localhost:8000"}, True),
+        ((), TLS, True),
+        ((), TLS | {"Host": "127.0.0.1:8000", "Sec-Fetch-Site": "same-origin"}, True),  # a proxy with a Host of its own
+        (("http://chat.lan",), {"Origin": "http://chat.lan", "Host": "chat.lan"}, True),
+        (("*",), {"Origin": ORIGIN}, True),
+        ((), {"Origin": ORIGIN}, False),
+        ((), {"Origin": "null"}, False),
+        ((), {"Origin": "http://127.0.0.1:3000", "Host": "127.0.0.1:8000", "Sec-Fetch-Site": "same-site"}, False),
+        ((), {"Origin": "http://evil.example:8000", "Host": "evil.example:8000"}, False),  # DNS rebinding
+        ((), {"Origin": "http://[", "Host": "["}, False),
+    ],
+)
+def test_only_pages_of_its_own_may_ask_a_server_without_a_key(allowed, headers, may):
+    passed = []
+
+    async def route(scope, receive, send):
+        passed.append(scope)
+
+    async def send(message):
+        assert message.get("status", 403) == 403
+
+    lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "path": "/v1/tokens", "headers": lines}
+    asyncio.run(PageGuard(route, ServeOptions(cors_origins=allowed))(scope, None, send))
+    assert bool(passed) == may
+    asyncio.run(PageGuard(route, ServeOptions(cors_origins=allowed, api_keys=KEYS))(scope, None, send))
+    assert len(passed) == 1 + may  # a key says enough
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "text/json"])
+def test_a_body_that_does_not_say_that_it_is_json_is_refused(client, kind):
+    refused = client.post("/v1/tokens", content=b"{}", headers={"Content-Type": kind} if kind else {})
+    assert refused.status_code == 415 and "'Content-Type: application/json'" in refused.json()["error"]["message"]
+    named = client.post("/v1/tokens", content=b"{}", headers={"Content-Type": "Application/JSON; charset=utf-8"})
+    assert named.json()["error"]["param"] == "prompt"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(guards, "_BODY_SECONDS", 0.05)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), SECONDS) as slow:
+        slow.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode())
+        answer = b"".join(iter(lambda: slow.recv(1 << 16), b""))  # to its end: the connection is closed
+    assert answer.startswith(b"HTTP/1.1 408") and b"within 0.05 seconds" in answer
+
+
+def test_a_stream_whose_client_goes_is_logged_so(server, caplog, monkeypatch):
+    log = logging.getLogger("medusa_apar.access")
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level(logging.INFO, log.name):
+        headers = f"Authorization: Bearer {KEYS[0]}\r\n"
+        for number, limit in enumerate((200, 5)):
+            with sent(server, PROMPT, headers, stream=True, max_tokens=limit, pause=0.002) as client:
+                said = client.recv(100)
+                while limit == 5 and not said.endswith(b"\r\n0\r\n\r\n"):
+                    said += client.recv(100)
+            wait_until(lambda number=number: len(caplog.records) > number)
+    assert [json.loads(record.getMessage())["status"] for record in caplog.records] == [499, 200]
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -35,7 +35,13 @@ def test_names_are_those_that_dashboards_read(server):
         for name in (
             *("num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total"),
             *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
-            *("request_success_total", "kv_slots", "kv_slots_peak", "prefix_cache_queries_total"),
+            *(
+                "kv_cache_usage_perc",
+                "request_success_total",
+                "kv_slots",
+                "kv_slots_peak",
+                "prefix_cache_queries_total",
+            ),
             *("prefix_cache_hits_total", "threads_running", "forks_total", "forward_tokens_total", "steps_total"),
         )
     }
@@ -59,14 +65,22 @@ def test_tokens_times_and_ends_are_counted(server):
 
 
 def test_what_runs_and_waits_is_told(server):
-    first = sent(server, PROMPT, max_tokens=200, pause=0.002)
-    wait_until(lambda: read(server)["num_requests_running",] == 1)
+    first = sent(server, PROMPT, max_tokens=200, held=True)
+    server.hold.allowed.release()
+    wait_until(lambda: server.hold.asked == 2)  # a step is over, and the next one is held
+    assert read(server)["num_requests_running",] == 1
     second = sent(server, PROMPT)
-    wait_until(lambda: read(server)["num_requests_waiting",] == 1)
+    wait_until(lambda: server.service.engine._calls.qsize() == 1)
+    server.hold.allowed.release()
+    wait_until(lambda: server.hold.asked == 3)
     now = read(server)
+    assert now["num_requests_running",] == now["num_requests_waiting",] == 1
+    assert now["kv_cache_usage_perc",] > 0
     assert now["threads_running",] == 1 and now["kv_slots", "live"] >= len(PROMPT) and now["kv_slots", "free"] > 0
     first.close()
     second.close()
+    wait_until(lambda: server.service.engine._calls.qsize() == 2)
+    server.hold.allowed.release()  # the step that runs comes to its end
     server.wait_until_idle()
     now = read(server)
     assert now["request_success_total", "abort"] >= 1
@@ -75,5 +89,5 @@ def test_what_runs_and_waits_is_told(server):
 
 def test_two_servers_count_apart():
     one, other = Metrics(Stats), Metrics(Stats)
-    one.measure().wrote(3)
+    one.measure(0.0).wrote(3)
     assert b"generation_tokens_total 3.0" in one.page() and b"generation_tokens_total 0.0" in other.page()

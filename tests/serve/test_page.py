@@ -43,6 +43,39 @@ def test_nothing_in_the_files_reads_text_as_html_or_as_code():
     assert not re.search(rb"<style| style=| on\w+=|<script(?![^>]* src=)", index)
 
 
+def contrast(one, other):
+    """As WCAG 2 has it."""
+
+    def luminance(colour):
+        parts = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colour]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_all_text_is_dark_or_light_enough(scheme):
+    style = b"".join(page_files()[name].content for name in ("style.css", "answer.css")).decode()
+    pairs = re.findall(r"(?:--|hue-\d { --)(\w+): light-dark\(#(\w{6}), #(\w{6})\)", style)
+    named = [(name, tuple(part / 255 for part in bytes.fromhex(its[scheme]))) for name, *its in pairs]
+    grounds = [colour for name, colour in named if name in ("ground", "surface")]
+    texts = [colour for name, colour in named if name in ("ink", "soft", "guess", "wrong")]
+    hues = [colour for name, colour in named if name == "hue"]
+    assert (len(grounds), len(texts), len(hues)) == (2, 4, 7)
+    for ground in grounds:
+        assert all(contrast(text, ground) >= 4.5 for text in texts)
+        for hue in hues:  # of a chip
+            mixed = [0.14 * own + 0.86 * its for own, its in zip(hue, ground, strict=True)]
+            assert contrast(hue, mixed) >= 4.5, hue
+
+
+def test_every_figure_says_whose_it_is(client):
+    figures = re.findall(r"<dd.*?>(.*)</dd>", client.get("/").text)
+    said = [re.sub(r"<[^>]*>", "", figure) for figure in figures]
+    assert said == ["with threads –", "one thread –"] * 4
+
+
 def test_every_answer_carries_the_policy(client):
     for path in ("/", "/page/main.js"):
         headers = client.get(path).headers

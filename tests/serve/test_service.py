@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from medusa_apar.serve.exchange import exchange_of
 from tests.support.serving import PLAIN, SECONDS, running, sent, tiny_apar, wait_until
 
 PROMPTS = [[7, 8, 9 + n, 10] for n in range(8)]
@@ -72,7 +74,8 @@ def test_clients_that_go_at_any_time_leave_nothing_behind(server, written):
     threads = threading.active_count()
     for n in range(60):
         forks = {"pause": 0.001} if n % 4 else {}
-        with sent(server, draw.choice(PROMPTS), max_tokens=200, stream=n % 2 == 0, **forks) as client:
+        close = "Connection: close\r\n"  # at the answer's end, or who reads on would wait for the keep-alive's
+        with sent(server, draw.choice(PROMPTS), close, max_tokens=200, stream=n % 2 == 0, **forks) as client:
             if n % 2:
                 time.sleep(draw.random() * 0.01)
             for _ in range(0 if n % 2 else draw.randrange(5)):
@@ -169,13 +172,58 @@ def test_a_flood_is_refused_in_time_and_what_was_taken_is_answered(apar, written
         server.wait_until_idle()
 
 
+def test_a_full_queue_is_seen_before_a_body_is_read_and_what_never_fits_is_told(apar):
+    with running(lambda: apar, max_requests=1, max_queue=1) as server, server.client() as client:
+        body = {"prompt": PROMPTS[0], "max_tokens": 4}
+
+        def ask(n):
+            return client.post("/v1/completions", json=body | {"n": n})
+
+        def ended():
+            return re.findall(r'request_success_total{finished_reason="(\w+)"} (\S+)', client.get("/metrics").text)
+
+        before, steps = ended(), []
+        with sent(server, PROMPTS[0], held=True, max_tokens=200) as held, ThreadPoolExecutor() as pool:
+
+            def step(calls=0):  # after which the next one is held
+                wait_until(lambda: server.service.engine._calls.qsize() >= calls)
+                server.hold.allowed.release()
+                steps.append(1)
+                wait_until(lambda: server.hold.asked == len(steps) + 1)
+
+            step()
+            refused = pool.submit(ask, 2)
+            step(calls=2)
+            assert refused.result().status_code == 429 and refused.result().headers["Retry-After"]
+            step()  # at its end the other choice is aborted, if not before
+            waits = sent(server, PROMPTS[1])
+            step(calls=1)
+            assert server.service.engine.stats().waiting == 1
+            unread = client.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+            assert unread.status_code == 429 and client.get("/v1/models").status_code == 200
+            held.close()
+            waits.close()
+            wait_until(lambda: server.service.engine._calls.qsize() == 2)
+            server.hold.allowed.release()
+            server.wait_until_idle()
+        assert sorted({*ended()} - {*before}) == [("abort", "3.0")]  # nothing that was refused is a success
+        said = ask(3).json()["error"]["message"]
+        assert said == "3 answers are asked for at once, but this server takes 2 at most."
+        fits = ask(2)
+        assert fits.status_code == 200
+        log = exchange_of(None)
+        assert [log.count_prompt(PROMPTS[n]) for n in (0, 0, 1)] == [4, 0, 4] and log.prompt_tokens == 8
+
+
 def test_a_pool_for_one_answer_and_a_half_answers_all(apar, written):
     """vllm#40004, #41951: nobody starves, forking wide or not."""
     with running(lambda: apar, pool_slots=120, max_queue=None) as server:
         answers = asked_at_once(server, [{"prompt": prompt, "max_tokens": 40} for prompt in PROMPTS])
         server.wait_until_idle()
-        assert server.service.engine.stats().preemptions < 100
-    assert [its.json().get("token_ids") for its in answers] == list(map(written, PROMPTS))
+        stats = server.service.engine.stats()
+    ids = [its.json().get("token_ids") for its in answers]
+    assert ids == list(map(written, PROMPTS))
+    assert stats.preemptions < sum(map(len, ids))  # between two of them something was written
 
 
 def test_an_engine_that_breaks_is_told_to_all_and_to_health(apar, monkeypatch):

@@ -17,7 +17,8 @@ QUESTION = [{"role": "user", "content": "aé?"}]
 
 @contextmanager
 def byte_server(seed: int = 0, **options: Any) -> Iterator[Server]:
-    with running(lambda: bytes_writer(seed), **options) as its, its.client() as client:
+    json_type = {"Content-Type": "application/json"}  # of bodies that a test writes itself
+    with running(lambda: bytes_writer(seed), **options) as its, its.client(headers=json_type) as client:
         yield Server(its, client)
 
 

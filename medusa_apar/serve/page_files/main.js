@@ -4,6 +4,7 @@ import { Answer } from "./answer.js";
 import { element } from "./document.js";
 import { figures, number, sentence } from "./figures.js";
 import { Settings } from "./settings.js";
+import { keep as store, kept } from "./storage.js";
 import { chunks, Gone, hasKey, isReady, modelName, Refused, setKey } from "./wire.js";
 
 const RETRY = 1500; // milliseconds between two looks at a server that is gone
@@ -145,7 +146,8 @@ async function waitForServer(why) {
   waiting = true;
   setServer("down", "no server");
   notice(`${why} This page goes on as soon as it is back.`);
-  while (!(await isReady())) await new Promise((done) => setTimeout(done, RETRY));
+  do await new Promise((done) => setTimeout(done, RETRY)); // before the first look too: it may be ready and refuse us
+  while (!(await isReady()));
   waiting = false;
   await greet();
   say("The server is back.");
@@ -221,10 +223,10 @@ find("#new").addEventListener("click", () => {
 // ---- light and dark
 
 const theme = find("#theme");
-theme.value = localStorage.getItem("medusa-apar theme") ?? "";
+theme.value = kept("localStorage", "medusa-apar theme") ?? "";
 document.documentElement.dataset.theme = theme.value;
 theme.addEventListener("change", () => {
-  localStorage.setItem("medusa-apar theme", theme.value);
+  store("localStorage", "medusa-apar theme", theme.value);
   document.documentElement.dataset.theme = theme.value;
 });
 

@@ -1,14 +1,16 @@
 // What a question is asked with: kept in this browser, and carried by a link.
 
+import { keep, kept } from "./storage.js";
+
 const STORED = "medusa-apar settings";
 const NAMES = ["fork", "temperature", "seed", "max_tokens", "compare"];
 
 export class Settings {
   constructor(form) {
     this.form = form;
-    this.#fill(read(localStorage.getItem(STORED)));
+    this.#fill(read(kept("localStorage", STORED)));
     form.addEventListener("change", () => {
-      localStorage.setItem(STORED, JSON.stringify(this.values));
+      keep("localStorage", STORED, JSON.stringify(this.values));
       this.#say();
     });
     this.#say();

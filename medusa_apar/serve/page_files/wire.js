@@ -1,5 +1,7 @@
 // The server's API, as any client sees it: one question and its stream of chunks.
 
+import { keep, kept } from "./storage.js";
+
 // What the server refuses or fails by, in its own words.
 export class Refused extends Error {
   constructor(status, message, retryAfter = null) {
@@ -15,15 +17,15 @@ const KEY = "medusa-apar key";
 
 // For this tab alone, and forgotten with it.
 export function setKey(key) {
-  key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY);
+  keep("sessionStorage", KEY, key || null);
 }
 
 export function hasKey() {
-  return sessionStorage.getItem(KEY) !== null;
+  return kept("sessionStorage", KEY) !== null;
 }
 
 function headers() {
-  const key = sessionStorage.getItem(KEY);
+  const key = kept("sessionStorage", KEY);
   return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
