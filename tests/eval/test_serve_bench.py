@@ -1,6 +1,7 @@
 """`bench --serve`: loads, turns, what is asked, servers as processes, and what is refused."""
 
 import json
+import signal
 import sys
 
 import httpx
@@ -15,7 +16,10 @@ from tests.support.benchmarks import lines
 from tests.support.folders import forking_folder
 from tests.support.stand_in import Served, StandIn
 
-ASKING = Asking("digest", 64, True, 0.0, 1.0, False, "m", "auto", "int8", None, "a cpu", 4, 16, 60.0, 0)
+ASKING = Asking(
+    *("digest", 64, True, 0.0, 1.0, False, "m", "auto", "int8", None, "a cpu", "weights", "software", 8, None),
+    *(4, 16, 60.0, 0),
+)
 
 
 @pytest.fixture
@@ -58,8 +62,10 @@ def test_each_load_is_asked_of_what_runs_at_a_url(command, stand_in, tmp_path, c
     body |= {"messages": [{"role": "user", "content": "ask 1"}], "stream_options": {"include_usage": True}}
     assert body in stand_in.bodies
     warm = [body for body in stand_in.bodies if body["max_tokens"] == serve_bench.WARM_UP_TOKENS]
-    assert len(warm) >= 4
+    assert len(warm) == 4  # as many as clients, and none that goes on into what is measured
+    assert all(row["date"] and row["commit"] for row in rows)
     shown = capsys.readouterr().out
+    assert "prompt tokens came from a cache, which was to be off" in shown
     assert "**1 client**" in shown and "**3 clients**" in shown and "25%" in shown
     assert shown == (tmp_path / "out" / "load.md").read_text() + "\n"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -77,6 +83,9 @@ def test_what_has_been_measured_is_not_asked_again(command, stand_in, capsys):
     with pytest.raises(AssertionError):  # the command's code is 2
         command("--clients", 1, *options[:-1], 4)
     assert "holds results with another max_tokens (3, now 4)" in capsys.readouterr().err
+    with pytest.raises(AssertionError):
+        command("--clients", 1, *options, "--url-model", "another")
+    assert "holds results with another url_model (stand-in, now another)" in capsys.readouterr().err
 
 
 def test_answers_may_stop_and_may_be_sampled(command, stand_in):
@@ -86,6 +95,7 @@ def test_answers_may_stop_and_may_be_sampled(command, stand_in):
     measured = [body for body in stand_in.bodies if body["max_tokens"] == 256]
     assert {"ignore_eos"} & set(measured[0]) == set() and measured[0]["top_p"] == 0.25
     assert [body["seed"] for body in measured[:3]] == [0, 1, 2]
+    assert {(body["top_k"], body["min_p"]) for body in measured} == {(-1, 0.0)}
 
 
 def test_questions_come_at_a_rate(command, stand_in):
@@ -158,7 +168,8 @@ class Recorded:
             "requests": 0 if speed is None else 4, "errors": {"HTTP 400: too long": 4} if speed is None else {},
             "seconds": 1.0, "tokens_per_second": speed or 0.0, "requests_per_second": 1.0, "answer_tokens": 64,
             "latency": dict.fromkeys(("mean", "p50", "p95", "p99"), 100 / (speed or 1)), "first_token": None,
-            "inter_token": None, "mean_slots": 10.0, "peak_slots": 1000.0, "early_freed": None,
+            "inter_token": None, "mean_slots": 10.0, "peak_slots": 1000.0, "early_freed": None, "looping": 0.25,
+            "longest_pause": None, "prompt_tokens": 9.0, "cached_tokens": 0.0,
         }  # fmt: skip
 
 
@@ -199,8 +210,8 @@ def test_ever_smaller_pools_are_tried_until_too_much_is_lost(tmp_path):
     results = run(tmp_path, measure, ("plain", "vllm", "threads"), work)
     tried = {name: [its[3] for its in measure.asked if its[0] == name] for name in ("plain", "threads", "vllm")}
     assert tried == {
-        "plain": [None, 900, 800, 780, 700],
-        "threads": [None, 900, 800, 780, 700, 400, 390, 300],
+        "plain": [900, None, 800, None, 780, None, 700, None],
+        "threads": [900, None, 800, None, 780, None, 700, None, 400, None, 390, None, 300, None],
         "vllm": [],
     }
     assert kept(results, "plain", Load(16, slots=700)) == pytest.approx(0.875)
@@ -209,7 +220,9 @@ def test_ever_smaller_pools_are_tried_until_too_much_is_lost(tmp_path):
     assert threads.crossing == pytest.approx(388)
     shown = serve_tables.table(results, launches(tmp_path, "plain", "vllm", "threads"), ASKING, 1)
     assert "| 700 | 87.5 (88%) | 100.0 (100%) |" in shown
-    assert "| threads against plain, smallest pool: -50 % | -50% |" in shown
+    assert "| threads against plain, smallest pool: -50 % | -50% |" in shown  # 388 of 776: both between two pools
+    assert "Smallest pool that keeps 97%: plain 780 (the line crosses at 776)" in shown
+    assert "beside" not in shown
     assert serve_tables.summary(results, launches(tmp_path, "plain"))["smallest_pools"]["plain"]["16"]["slots"] == 780
 
 
@@ -217,9 +230,52 @@ def test_pools_follow_from_what_was_in_use(tmp_path):
     measure = Recorded(lambda name, load: 100.0)
     work = lambda *its: measure_pools(*its[:3], 4, [], 1, its[3])  # noqa: E731
     results = run(tmp_path, measure, ("plain",), work)
-    slots = [its[3] for its in measure.asked[1:]]
+    slots = [its[3] for its in measure.asked[1:] if its[3] is not None]
     assert slots == [int(1000 * share) for share in serve_bench.POOLS] and slots[0] == 1000
     assert serve_tables.smallest(results, "plain", 4) == serve_tables.SmallestPool(slots[-1], None)
+
+
+def test_a_pool_is_compared_with_none_in_the_same_turn(tmp_path):
+    """The machine becomes slower and slower, which is not the pool's doing."""
+    machine = iter(100.0 - number for number in range(99))
+    measure = Recorded(lambda name, load: next(machine) * (1.0 if load.slots is None or load.slots > 50 else 0.5))
+    work = lambda *its: measure_pools(*its[:3], 4, [90, 80, 70, 60, 50, 40], 3, its[3])  # noqa: E731
+    results = run(tmp_path, measure, ("plain",), work)
+    assert serve_tables.smallest(results, "plain", 4).slots == 60
+    assert kept(results, "plain", Load(4, slots=50)) == pytest.approx(0.5, abs=0.01)
+    assert len(measure.asked) == 2 * 3 * 5  # 40 is not tried any more
+
+
+Pool = serve_tables.SmallestPool
+
+
+@pytest.mark.parametrize(
+    ("threads", "plain", "shown"),
+    [
+        (Pool(400, 390.0), Pool(800, 780.0), "-50%"),
+        (Pool(390, None), Pool(800, 780.0), "at most -50%"),
+        (Pool(400, 390.0), Pool(780, None), "at least -50%"),
+        (Pool(400, None), Pool(800, None), "not known: the smallest pools that were tried keep enough"),
+        (None, Pool(800, None), None),
+    ],
+)
+def test_a_pool_that_never_lost_enough_is_only_a_bound(threads, plain, shown):
+    assert serve_tables._pool_goal(threads, plain) == shown
+    assert serve_tables._pool(Pool(390, None)) == "at most 390"
+
+
+def test_failures_and_unlike_prompts_are_told_beside_what_they_spoil(tmp_path):
+    def measure(launch, load):
+        row = Recorded(lambda name, load: 10.0)(launch, load)
+        return row | {"plain": {"errors": {"HTTP 429: full": 2}}, "both": {"prompt_tokens": 12.0}}.get(launch.name, {})
+
+    names = ("plain", "threads", "both")
+    work = lambda *its: measure_all(*its[:3], [Load(16)], 1, its[3])  # noqa: E731
+    results = run(tmp_path, measure, names, work)
+    shown = serve_tables.table(results, launches(tmp_path, *names), ASKING, 1)
+    assert "| threads against plain, tokens/s: no lower | 1.00x (not comparable: plain has failed 2) |" in shown
+    assert "| guesses (both against threads), 16 clients: 0.97x or more | 1.00x |" in shown
+    assert "prompts have unlike numbers of tokens, threads 9.0, both 12.0 on average" in shown and "25%" in shown
 
 
 def test_ratios_are_those_of_the_same_turn(tmp_path):
@@ -258,6 +314,8 @@ def test_our_own_server_is_started_measured_and_stopped(tmp_path, monkeypatch):
     assert main(["bench", "--serve", "--out", str(out), *map(str, [*given, *few])]) == 0
     (row,) = map(json.loads, (out / "load.jsonl").read_text().splitlines())
     assert row["requests"] == 4 and row["errors"] == {} and row["answer_tokens"] == 24
+    settings = json.loads((out / "settings.json").read_text())
+    assert len(settings["weights"]) == 12 and settings["room"] == 2 and "vllm" in settings["software"]
     assert row["peak_slots"] >= 24 and row["cached_tokens"] == 0
     assert "ready" in (out / "threads.log").read_text()
     with pytest.raises(httpx.ConnectError):
@@ -285,6 +343,38 @@ def test_a_server_that_is_not_ready_in_time_is_stopped(tmp_path, monkeypatch):
         pass
 
 
+def test_a_server_that_does_not_start_with_so_small_a_pool_keeps_nothing(tmp_path):
+    measure = serve_bench.HttpMeasure(ASKING, [])
+    fails = launch(tmp_path, sys.executable, "-c", "exit(3)")
+    results = Results(tmp_path / "out", ASKING)
+    results.add("fake", Load(4, slots=9), 0, measure(fails, Load(4, slots=9)))
+    assert results.middle("fake", Load(4, slots=9))["errors"] and kept(results, "fake", Load(4, slots=9)) == 0
+    with pytest.raises(serve_servers.NotStarted):
+        measure(fails, Load(4))
+
+
+SERVER = """
+import http.server, sys
+class Fine(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "m"}]}')
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Fine).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_what_was_started(tmp_path, number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, serve_servers.ended_by_signals():  # noqa: PT012
+        with running(launch(tmp_path, sys.executable, "-c", SERVER, "{port}")) as server:
+            signal.raise_signal(number)
+    assert ended.value.code == 128 + number and signal.getsignal(number) is before
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health", trust_env=False)
+
+
 def test_nobody_at_a_url_is_said_at_once(tmp_path):
     there = Launch("http://127.0.0.1:1", "", "", tmp_path / "log", url="http://127.0.0.1:1")
     with pytest.raises(ConnectionError, match="nobody answers at http://127.0.0.1:1"), running(there):
@@ -299,6 +389,7 @@ def test_our_servers_differ_in_forking_and_guessing_alone(tmp_path):
                 .replace("--speculation off", "") for c in commands.values()}) == 1  # fmt: skip
     assert "serve a-model" in commands["plain"] and "--quantize int8 --dtype bfloat16" in commands["plain"]
     assert "--fork off --speculation off" in commands["plain"]
+    assert "--max-queue 1000000" in commands["plain"]  # none is refused, or latency would be of the luckier ones
     assert "--fork auto --speculation off" in commands["threads"]
     assert (
         "--max-requests 8 --no-prefix-cache --threads 2" in commands["both"] and "--pool-slots" not in commands["both"]
