@@ -59,7 +59,7 @@ class _Killable(Service):
             if not self.kill:
                 return step()
             runtime = engine.runtime
-            engine.runtime = _Deadly(runtime)  # type: ignore[assignment]
+            engine.runtime = _Deadly(runtime)
             try:
                 return step()
             finally:

@@ -35,8 +35,9 @@ class Chunk(NamedTuple):
 class Exchange:
     """One question and what came back, filled in while it comes.
 
-    sent: when it was due; a client that is late with it makes the answer late. finished: when it was said to be
-    complete. measured: whether its latency counts; what is not measured keeps the load up until the last measured one has ended.
+    measured: whether its latency counts; what is not measured keeps the load up until the last measured one has ended.
+    sent: when it was due; a client that is late with it makes the answer late.
+    finished: when the answer was said to be complete.
     tokens: of the whole answer, as the server counts them; None for one that was cut off.
     error: why there is no right answer; "" where there is one, or where the client itself hung up.
     """
@@ -154,7 +155,8 @@ async def closed_loop(ask: Ask, clients: int, measured: int) -> list[Exchange]:
 async def open_loop(ask: Ask, rate: float, measured: int, seed: int) -> list[Exchange]:
     """Questions that come when they come, `rate` of them a second on average (Poisson), answered or not.
 
-    The same seed gives the same times, and an answer's begins when its question was due. Questions go on coming until the first `measured` ones have ended.
+    The same seed gives the same times, and an answer's begins when its question was due. Questions go on coming until
+    the first `measured` ones have ended.
     """
     talk = _Talk(ask, measured)
     waits = random.Random(seed)

@@ -143,7 +143,9 @@ def longest_pause(exchange: Exchange) -> float | None:
     times = [chunk.at for chunk in exchange.chunks]
     if not times:
         return None
-    return max(later - earlier for earlier, later in zip(times, [*times[1:], times[-1] + _silence(exchange)], strict=True))
+    return max(
+        later - earlier for earlier, later in zip(times, [*times[1:], times[-1] + _silence(exchange)], strict=True)
+    )
 
 
 def _silence(exchange: Exchange) -> float:

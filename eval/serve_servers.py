@@ -203,7 +203,8 @@ def _running(url: str, model: str | None, folder: Path) -> Launch:
 def running(launch: Launch) -> Iterator[Running]:
     """Starts a server, waits until it is ready, and stops it with all of its processes when the block ends.
 
-    RuntimeError, naming its log, where it does not come to that, and NotStarted where it has ended itself; ConnectionError where nobody answers at a URL.
+    RuntimeError, naming its log, where it does not come to that, and NotStarted where it has ended itself;
+    ConnectionError where nobody answers at a URL.
     """
     if not launch.command:
         headers = _key()

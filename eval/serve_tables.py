@@ -13,7 +13,18 @@ from .serve_servers import LLAMA_Q4, LLAMA_Q8, VLLM, Launch
 
 COLUMNS = (
     *("server", "weights", "tokens/s", "times", "answers/s", "latency, s: mean", "times", "p50", "p95", "p99"),
-    *("first token, s: mean", "p95", "ms per token: mean", "p99", "longest pause, s: p95", "tokens", "looping", "slots: mean", "peak", "freed early"),
+    *(
+        "first token, s: mean",
+        "p95",
+        "ms per token: mean",
+        "p99",
+        "longest pause, s: p95",
+        "tokens",
+        "looping",
+        "slots: mean",
+        "peak",
+        "freed early",
+    ),
     "failed",
 )
 TABLE = "load.md"
@@ -152,7 +163,9 @@ def _capped(results: Results, name: str, load: Load, row: dict[str, Any]) -> str
 
 
 def _pool(pool: SmallestPool) -> str:
-    return f"at most {pool.slots}" if pool.crossing is None else f"{pool.slots} (the line crosses at {pool.crossing:.0f})"
+    return (
+        f"at most {pool.slots}" if pool.crossing is None else f"{pool.slots} (the line crosses at {pool.crossing:.0f})"
+    )
 
 
 def _goals(results: Results) -> list[str]:
