@@ -42,7 +42,8 @@
 Servers that have to stand all of it:
 
     faults.py          a campaign of bad clients, rounds of them, and what has to hold at the end
-    fault_kinds.py     what clients do, and whether what they get is right
+    fault_kinds.py     what clients do
+    fault_judge.py     whether what they get is right
     fault_cases.py     questions whose answers are known, and bodies that have to be refused
     fault_host.py      the server, and whether it leaves anything behind
 

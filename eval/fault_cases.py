@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from medusa_apar.generate import MedusaApar
 from medusa_apar.models.chat import encode
 from medusa_apar.requests import Sampling
+from medusa_apar.threads.paragraph_tree import thread_key
 
 from .prompts import Prompt
 
@@ -21,21 +23,19 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 class Case:
     """A question.
 
-    ids: its answer's tokens, as an engine gives them that answers nothing else; None where the text is not all of them,
-    or there are several answers. texts, reasons: of its choices, as the server gives them when it is asked nothing
-    else.
+    ids, texts, reasons: of its choices, as an engine gives them that answers nothing else.
     """
 
     path: str
     body: dict[str, Any]
     prompt_ids: list[int]
-    ids: list[int] | None = None
+    ids: list[list[int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    reasons: list[str | None] = field(default_factory=list)
 
 
 def cases_of(apar: MedusaApar, prompts: list[Prompt], number: int, rng: random.Random) -> list[Case]:
-    """Greedy and seeded ones, chats and bare tokens, forking and not; the engine alone has answered those it can."""
+    """Greedy and seeded ones, chats and bare tokens, forking and not, all of which an engine alone has answered."""
     tokenizer: Any = apar.tokenizer
     control = () if apar.control_token_ids is None else apar.control_token_ids.ids
     special = {*tokenizer.all_special_ids, *control}
@@ -67,22 +67,48 @@ def _case(apar: MedusaApar, rng: random.Random, usual: list[int], text: str) -> 
     elif odd < 0.3:
         body["n"] = rng.randint(2, 3)
     case = Case(path, body, ids)
-    if odd >= 0.3:
-        case.ids = _alone(apar, ids, body, "auto" if fork else "off")
+    for choice in range(body.get("n", 1)):
+        found, reason = _alone(apar, case, "auto" if fork else "off", choice)
+        found, answer, stopped = _cut(apar, found, body.get("stop", ()))
+        case.ids.append(found)
+        case.texts.append(answer)
+        case.reasons.append("stop" if stopped else reason)
     return case
 
 
-def _alone(apar: MedusaApar, ids: list[int], body: dict[str, Any], fork: str) -> list[int]:
-    """What an engine of its own answers, with nobody beside it."""
-    sampling = Sampling(body["temperature"], top_p=body.get("top_p", 1.0), seed=body.get("seed"))
-    request = apar.request("alone", ids, max_new_tokens=body["max_tokens"], sampling=sampling, fork=fork)
+def _alone(apar: MedusaApar, case: Case, fork: str, choice: int) -> tuple[list[int], str | None]:
+    """What an engine of its own answers, with nobody beside it and without stop strings; why that ended.
+
+    The first choice has the request's seed, the others each their own, drawn from it by their number.
+    """
+    body, seed = case.body, case.body.get("seed")
+    if seed is not None and choice:
+        seed = thread_key(seed, choice) >> 1
+    sampling = Sampling(body["temperature"], top_p=body.get("top_p", 1.0), seed=seed)
+    request = apar.request("alone", case.prompt_ids, max_new_tokens=body["max_tokens"], sampling=sampling, fork=fork)
     with apar.engine() as engine:
         engine.add(request)
         while engine.unfinished:
             for output in engine.step():
                 if output.error is not None:
                     raise output.error
-    return list(request.text_ids)
+    return list(request.text_ids), request.finish_reason
+
+
+def _cut(apar: MedusaApar, ids: list[int], stops: Sequence[str]) -> tuple[list[int], str, bool]:
+    """The tokens up to the one that completes a stop string, the text before that, and whether there is one."""
+    tokenizer: Any = apar.tokenizer
+
+    def text_of(count: int) -> str:
+        return tokenizer.decode(ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    for count in range(1, len(ids) + 1):
+        text = text_of(count)
+        ends = [(place + len(stop), -len(stop)) for stop in stops if (place := text.find(stop)) >= 0]
+        if ends:
+            end, length = min(ends)
+            return ids[:count], text[: end + length], True
+    return ids, text_of(len(ids)), False
 
 
 # Values that their fields cannot have, on either route.

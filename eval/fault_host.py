@@ -31,8 +31,22 @@ class Killed(BaseException):
     """Ends the engine's thread from inside, as nothing that is caught would."""
 
 
+class _Deadly:
+    """A runtime whose forward pass never comes back: slots are booked and written, and nothing is committed."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    def step(self, *its: Any) -> Any:
+        self._runtime.step(*its)
+        raise Killed("the campaign has killed this thread")
+
+
 class _Killable(Service):
-    """Its engine's thread dies in the next step once it is to."""
+    """Its engine's thread dies in the middle of the next step once it is to."""
 
     native: Engine | None = None
     kill = False
@@ -42,9 +56,14 @@ class _Killable(Service):
         step = engine.step
 
         def stepping() -> list[Any]:
-            if self.kill:
-                raise Killed("the campaign has killed this thread")
-            return step()
+            if not self.kill:
+                return step()
+            runtime = engine.runtime
+            engine.runtime = _Deadly(runtime)
+            try:
+                return step()
+            finally:
+                engine.runtime = runtime
 
         engine.step = stepping  # type: ignore[method-assign]
         self.native = engine
@@ -71,7 +90,7 @@ class Host:
             raise self.service.failure
 
     def kill(self) -> None:
-        """The engine's thread dies in its next step."""
+        """The engine's thread dies in its next forward pass."""
         self.service.kill = True
 
     def drain(self) -> None:

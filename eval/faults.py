@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import time
 from collections import Counter
@@ -30,28 +31,35 @@ from medusa_apar.generate import MedusaApar
 from medusa_apar.job import machine, quiet, write_text
 from medusa_apar.loading import load
 from medusa_apar.serve.options import ServeOptions
+from medusa_apar.serve.translate import context_of
 
 from . import prompts
 from .fault_cases import Case, cases_of
 from .fault_host import PATIENCE, Host, Wrong, resident
+from .fault_judge import Gone
 from .fault_kinds import FAULTS, GOOD, Kind, World, ask, together, whole_answer
 from .serve_client import UNLIMITED
 from .serve_metrics import LIVE, PREFIX, parse
 
 ENDINGS = ("idle", "kill", "drain", "idle", "kill")
 DYING = 0.3  # seconds for which clients go on coming while a server is brought to its end
+LONG = 200  # tokens of an answer in whose middle somebody hangs up, where the pool has room for it
 MORE = 32 << 20  # bytes that the process may grow after its second round: allocators keep some
 MOST_WRONG = 20  # after so many the campaign stops
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """seconds: of the campaign. cases: questions that are asked. at_once: clients, as many good ones as bad ones."""
+    """seconds: of the campaign. cases: questions that are asked. at_once: clients, as many good ones as bad ones.
+
+    round_faults: after so many a round ends even before its time is over.
+    """
 
     seconds: float = 600.0
     round_seconds: float = 15.0
     cases: int = 40
     at_once: int = 8
+    round_faults: int | None = None
 
 
 @dataclass
@@ -96,15 +104,23 @@ def campaign(apar: MedusaApar, pace: Pace, seed: int) -> Report:
         options = _options(apar, cases, rng)
         try:
             _round(Round(apar, cases, options, ending, pace, rng, report))
-        except (Wrong, AssertionError) as error:
-            report.wrong.append(f"round {len(endings)} ({ending}, {options}): {error}")
+        except Exception as error:  # whatever it is, it is no reason to throw the report away
+            report.wrong.append(f"round {len(endings)} ({ending}, {options}): {_said(error)}")
         endings.append(ending)
         report.memory.append(resident())
     report.rounds, report.seconds = len(endings), round(time.monotonic() - began, 1)
-    report.faults = sum(report.events[name] for name in ("kill", "drain", *(kind.__name__ for kind in FAULTS)))
+    report.faults = report.events["kill"] + report.events["drain"] + _faults(report.events)
     if len(report.memory) > 2 and report.memory[-1] - report.memory[1] > MORE:
         report.wrong.append(f"memory has grown from {report.memory[1]} to {report.memory[-1]} bytes")
     return report
+
+
+def _faults(events: Counter[str]) -> int:
+    return sum(events[kind.__name__] for kind in FAULTS)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, AssertionError) else repr(error)
 
 
 def _options(apar: MedusaApar, cases: list[Case], rng: random.Random) -> ServeOptions:
@@ -124,13 +140,20 @@ def _options(apar: MedusaApar, cases: list[Case], rng: random.Random) -> ServeOp
 def _least_slots(apar: MedusaApar, cases: list[Case]) -> int:
     """The smallest pool of a power of two slots that admission lets every case into."""
     slots = 64
-    while not all(_fits(apar, case, slots) for case in cases):
+    while not all(_fits(apar, case, case.body["max_tokens"], slots) for case in cases):
         slots *= 2
     return slots
 
 
-def _fits(apar: MedusaApar, case: Case, slots: int) -> bool:
-    request = apar.request("fits", case.prompt_ids, max_new_tokens=case.body["max_tokens"])
+def _room(apar: MedusaApar, case: Case, slots: int | None) -> int:
+    """Tokens that a case may ask for so that it fits: many, so that somebody can hang up in the middle of them."""
+    context = context_of(apar)
+    most = LONG if context is None else min(LONG, context - len(case.prompt_ids))
+    return next((limit for limit in range(most, 1, -1) if _fits(apar, case, limit, slots)), 1)
+
+
+def _fits(apar: MedusaApar, case: Case, limit: int, slots: int | None) -> bool:
+    request = apar.request("fits", case.prompt_ids, max_new_tokens=limit)
     try:
         check_fits(apar.model, slots, [case.prompt_ids], request.options)
     except ValueError:
@@ -148,41 +171,68 @@ def _round(its: Round) -> None:
 
 
 async def _talk(host: Host, its: Round) -> None:
-    clock, options, report = asyncio.get_running_loop().time, its.options, its.report
+    options, report = its.options, its.report
     flood = (options.max_requests or 0) + (options.max_queue or 0) + 20
+    room = {id(case): _room(its.apar, case, options.pool_slots) for case in its.cases}
     async with httpx.AsyncClient(timeout=PATIENCE, limits=UNLIMITED, trust_env=False) as http:
-        world = World(host.url, host.port, http, its.cases, its.rng, flood, "", report.counts, report.events)
-        for case in its.cases:  # before anybody disturbs: what is not known of its answer becomes known
-            if not case.texts:
-                await _event(world, "alone", ask(world, case, stream=False), report)
-        until = clock() + its.pace.round_seconds + (0.0 if its.ending == "idle" else DYING)
-        clients = [_client(world, kinds, report, until) for kinds in (GOOD, FAULTS) for _ in range(its.pace.at_once)]
+        world = World(
+            host.url, host.port, http, its.cases, lambda case: room[id(case)], its.rng, flood, "", report.counts,
+            report.events,
+        )  # fmt: skip
+        await _event(world, "alone", ask(world, world.case(), stream=False, alone=True), report)
+        over = asyncio.Event()
+        clients = [_client(world, kinds, report, over) for kinds in (GOOD, FAULTS) for _ in range(its.pace.at_once)]
         busy = [asyncio.create_task(client) for client in clients]
-        await asyncio.sleep(its.pace.round_seconds)
-        if its.ending != "idle":
-            world.ending = its.ending
-            report.events[its.ending] += 1
-            host.kill() if its.ending == "kill" else host.drain()
-        await asyncio.gather(*busy)
+        try:
+            await _until_over(its.pace, report)
+            if its.ending != "idle":
+                await _end(host, world, its.ending)
+        finally:
+            over.set()
+            await asyncio.gather(*busy)
         if its.ending == "kill":
             await _is_dead(world)
         elif its.ending == "idle":
             await _is_idle(world)
+            for case in its.cases:  # after all that has happened the server is as good as new
+                await _event(world, "alone", ask(world, case, its.rng.random() < 0.5, alone=True), report)
 
 
-async def _client(world: World, kinds: dict[Kind, int], report: Report, until: float) -> None:
+async def _until_over(pace: Pace, report: Report) -> None:
     clock = asyncio.get_running_loop().time
-    while clock() < until and len(report.wrong) < MOST_WRONG:
+    until, before = clock() + pace.round_seconds, _faults(report.events)
+    most = math.inf if pace.round_faults is None else pace.round_faults
+    while clock() < until and _faults(report.events) - before < most and len(report.wrong) < MOST_WRONG:
+        await asyncio.sleep(0.01)
+
+
+async def _end(host: Host, world: World, ending: str) -> None:
+    """Brings the server to its end while clients go on coming."""
+    world.ending = ending
+    for _ in range(3):  # what was sent before has been read by the server when it has answered what is sent now
+        await world.http.get(f"{world.url}/health", headers={"Connection": "close"})
+    world.events[ending] += 1
+    host.kill() if ending == "kill" else host.drain()
+    await asyncio.sleep(DYING)
+
+
+async def _client(world: World, kinds: dict[Kind, int], report: Report, over: asyncio.Event) -> None:
+    while not over.is_set() and len(report.wrong) < MOST_WRONG:
         kind = world.rng.choices(list(kinds), list(kinds.values()))[0]
-        await _event(world, kind.__name__, kind(world), report)
+        if not await _event(world, kind.__name__, kind(world), report):
+            await asyncio.sleep(0.05)
 
 
-async def _event(world: World, name: str, event: Awaitable[object], report: Report) -> None:
-    world.events[name] += 1
+async def _event(world: World, name: str, event: Awaitable[object], report: Report) -> bool:
+    """Whether it has reached the server; only then it counts."""
     try:
         await event
-    except Wrong as error:
-        report.wrong.append(f"{name}: {error}")
+    except Gone:
+        return False
+    except Exception as error:
+        report.wrong.append(f"{name}: {_said(error)}")
+    world.events[name] += 1
+    return True
 
 
 async def _is_dead(world: World) -> None:
@@ -202,7 +252,9 @@ async def _is_idle(world: World) -> None:
     while True:
         found = parse((await world.http.get(f"{world.url}/metrics")).text)
         names = (LIVE, f"{PREFIX}num_requests_running", f"{PREFIX}num_requests_waiting")
-        left = {name: found.get(name) for name in names}
+        if missing := [name for name in names if name not in found]:
+            raise Wrong(f"/metrics tells nothing of {', '.join(missing)}")
+        left = {name: found[name] for name in names}
         if not any(left.values()):
             return
         if asyncio.get_running_loop().time() > until:

@@ -10,11 +10,12 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
 
-from medusa_apar.job import Job
+from medusa_apar.job import Job, machine
 
 from .plan import keep_settings
 from .prompts import Prompt
@@ -22,7 +23,7 @@ from .runs import Runs
 from .serve_client import TIMEOUT, UNLIMITED, Exchange, ask, closed_loop, open_loop
 from .serve_figures import figures, median_row
 from .serve_metrics import watching
-from .serve_servers import Launch, Running, running
+from .serve_servers import Launch, NotStarted, Running, running
 
 RESULTS = "load.jsonl"
 WARM_UP_TOKENS = 32
@@ -46,6 +47,10 @@ class Asking:
     quantize: str | None
     dtype: str | None  # of ours
     cpu: str
+    weights: str  # fingerprints of what our servers load; "" where none of ours or of the peers is started
+    software: str  # versions of the engines
+    room: int  # answers at once that the servers are started for; 0 where none is started
+    url_model: str | None
     per_client: int
     least: int
     seconds: float  # of an open loop
@@ -59,10 +64,11 @@ class Load:
     clients: int | None = None
     rate: float | None = None
     slots: int | None = None
+    beside: int | None = None  # an uncapped pool, measured in the same turn as one of so many slots
 
     @property
-    def key(self) -> tuple[int | None, float | None, int | None]:
-        return self.clients, self.rate, self.slots
+    def key(self) -> tuple[int | None, float | None, int | None, int | None]:
+        return self.clients, self.rate, self.slots, self.beside
 
     def questions(self, asking: Asking) -> int:
         """How many are measured: some for each client, or what comes in so many seconds, and not too few in all."""
@@ -72,6 +78,8 @@ class Load:
 
     def __str__(self) -> str:
         what = _plural(self.clients, "client") if self.clients is not None else f"{self.rate:g} questions a second"
+        if self.beside is not None:
+            what += f", uncapped beside {self.beside} slots"
         return what if self.slots is None else f"{what}, {self.slots} slots"
 
 
@@ -79,7 +87,7 @@ def _plural(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-KEYS = ("system", "clients", "rate", "slots", "turn")
+KEYS = ("system", "clients", "rate", "slots", "beside", "turn")
 Measure = Callable[[Launch, Load], dict[str, Any]]
 
 
@@ -90,21 +98,26 @@ class Results:
         """ValueError where the folder holds results of something else."""
         keep_settings(folder, asdict(asking), {})
         self.runs = Runs(folder / RESULTS, KEYS)
+        self._now = {name: value for name, value in machine().items() if name in ("date", "commit")}
 
     def row(self, system: str, load: Load, turn: int) -> dict[str, Any] | None:
         return self.runs.rows.get((system, *load.key, turn))
 
     def add(self, system: str, load: Load, turn: int, found: dict[str, Any]) -> None:
-        self.runs.add([dict(zip(KEYS, (system, *load.key, turn), strict=True)) | found])
+        self.runs.add([dict(zip(KEYS, (system, *load.key, turn), strict=True)) | self._now | found])
 
     def middle(self, system: str, load: Load) -> dict[str, Any] | None:
         """The median of its turns."""
-        rows = [row for key, row in self.runs.rows.items() if key[:4] == (system, *load.key)]
+        rows = list(self.turns(system, load).values())
         return median_row(rows) if rows else None
+
+    def turns(self, system: str, load: Load) -> dict[int, dict[str, Any]]:
+        """The row of each turn."""
+        return {key[-1]: row for key, row in self.runs.rows.items() if key[:-1] == (system, *load.key)}
 
     def loads(self) -> list[Load]:
         """Every load that was measured, with any server."""
-        found = {Load(*key[1:4]) for key in self.runs.rows}
+        found = {Load(*key[1:-1]) for key in self.runs.rows}
         return sorted(found, key=lambda load: tuple((value is not None, value or 0) for value in load.key))
 
 
@@ -145,30 +158,38 @@ def measure_pools(
 ) -> None:
     """The same load with ever smaller pools, largest first, until a server has lost too much.
 
+    Beside each of them, in the same turn, it is measured without a cap: what the machine does meanwhile is in both.
+
     pools: in slots; without any, shares of the most that a server had in use when nothing capped it.
     """
     pooled = [launch for launch in launches if launch.pooled]
-    uncapped = Load(clients)
-    measure_all(job, results, pooled, [uncapped], turns, measure)
-    middle = {launch.name: results.middle(launch.name, uncapped) or {} for launch in pooled}
     if not pools:
-        most = max((row.get("peak_slots") or 0.0 for row in middle.values()), default=0.0)
+        uncapped = Load(clients)
+        measure_all(job, results, pooled, [uncapped], turns, measure)
+        middle = [results.middle(launch.name, uncapped) or {} for launch in pooled]
+        most = max((row.get("peak_slots") or 0.0 for row in middle), default=0.0)
         pools = sorted({int(most * share) for share in POOLS} - {0}, reverse=True)
     left = list(pooled)
     for place, slots in enumerate(sorted(pools, reverse=True)):
         if not left:
             break
         load = Load(clients, slots=slots)
-        measure_all(job, results, left, [load], turns, measure, first=place)
+        measure_all(job, results, left, [load, Load(clients, beside=slots)], turns, measure, first=place)
         left = [launch for launch in left if kept(results, launch.name, load) >= LOST]
 
 
 def kept(results: Results, system: str, load: Load) -> float:
-    """Share of the uncapped tokens per second that a capped pool keeps; 0 where a request failed."""
-    capped, uncapped = results.middle(system, load), results.middle(system, Load(load.clients))
-    if capped is None or uncapped is None or capped["errors"] or not uncapped["tokens_per_second"]:
+    """Share of the uncapped tokens per second that a capped pool keeps, the median of the turns' shares; 0 where a
+    request failed."""
+    capped, uncapped = (results.turns(system, each) for each in (load, Load(load.clients, beside=load.slots)))
+    if any(row["errors"] for row in capped.values()):
         return 0.0
-    return (capped["tokens_per_second"] or 0.0) / uncapped["tokens_per_second"]
+    shares = [
+        (row["tokens_per_second"] or 0.0) / base
+        for turn, row in capped.items()
+        if turn in uncapped and (base := uncapped[turn]["tokens_per_second"])
+    ]
+    return median(shares) if shares else 0.0
 
 
 def _measure(job: Job, results: Results, launch: Launch, load: Load, turn: int, measure: Measure) -> None:
@@ -190,8 +211,13 @@ class HttpMeasure:
         self.asking, self.prompts = asking, prompts
 
     def __call__(self, launch: Launch, load: Load) -> dict[str, Any]:
-        with running(launch.capped(load.slots)) as server:
-            return asyncio.run(self.measure(launch, server, load))
+        try:
+            with running(launch.capped(load.slots)) as server:
+                return asyncio.run(self.measure(launch, server, load))
+        except NotStarted as error:
+            if load.slots is None:
+                raise
+            return figures([Exchange(0, ended=0.0, error=str(error))])  # the pool is too small for anything
 
     async def measure(self, launch: Launch, server: Running, load: Load) -> dict[str, Any]:
         async with httpx.AsyncClient(
@@ -205,8 +231,9 @@ class HttpMeasure:
             async def question(exchange: Exchange) -> None:
                 await ask(http, server.url, self.body(launch, server, exchange.number), exchange)
 
-            at_once = load.clients or 4
-            await closed_loop(warm, at_once, at_once)
+            # All of them end here: one that hung up would still be computed when the first measured question comes.
+            clock = asyncio.get_running_loop().time
+            await asyncio.gather(*(warm(Exchange(number, sent=clock())) for number in range(load.clients or 4)))
             async with watching(http, server.url) as watch:
                 number = load.questions(self.asking)
                 if load.clients is not None:
@@ -229,7 +256,8 @@ class HttpMeasure:
         if asking.ignore_eos:
             body["ignore_eos"] = True
         if asking.temperature:
-            body |= {"top_p": asking.top_p, "seed": number}
+            # Some servers have defaults of their own for what is not said.
+            body |= {"top_p": asking.top_p, "top_k": -1, "min_p": 0.0, "seed": number}
         return body | launch.body
 
 

@@ -36,6 +36,8 @@ class Exchange:
     """One question and what came back, filled in while it comes.
 
     measured: whether its latency counts; what is not measured keeps the load up until the last measured one has ended.
+    sent: when it was due; a client that is late with it makes the answer late.
+    finished: when the answer was said to be complete.
     tokens: of the whole answer, as the server counts them; None for one that was cut off.
     error: why there is no right answer; "" where there is one, or where the client itself hung up.
     """
@@ -44,7 +46,9 @@ class Exchange:
     measured: bool = True
     sent: float = 0.0
     ended: float | None = None
+    finished: float | None = None
     chunks: list[Chunk] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # of the chunks
     tokens: int | None = None
     prompt_tokens: int | None = None
     cached_tokens: int = 0
@@ -74,13 +78,15 @@ class Exchange:
         usage, text = chunk.get("usage") or {}, ""
         for choice in chunk["choices"]:
             text += choice.get("delta", {}).get("content") or ""
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            if choice.get("finish_reason"):
+                self.finish_reason, self.finished = choice["finish_reason"], at
         so_far = usage.get("completion_tokens")
         if so_far is not None:
             self.tokens, self.prompt_tokens = so_far, usage.get("prompt_tokens")
             self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         if text:
             self.chunks.append(Chunk(at, len(text.encode("utf-8", "replace")), so_far))
+            self.texts.append(text)
 
     def close(self, at: float) -> None:
         """The stream has ended by itself."""
@@ -103,7 +109,6 @@ async def ask(http: httpx.AsyncClient, url: str, body: dict[str, Any], exchange:
     url: the server's base, without `/v1`.
     """
     clock = asyncio.get_running_loop().time
-    exchange.sent = clock()
     try:
         async with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
@@ -141,7 +146,7 @@ async def closed_loop(ask: Ask, clients: int, measured: int) -> list[Exchange]:
 
     async def client() -> None:
         while True:
-            await talk.exchange(next(numbers))
+            await talk.exchange(next(numbers), asyncio.get_running_loop().time())
 
     await talk.until_answered([asyncio.create_task(client()) for _ in range(min(clients, measured))])
     return talk.exchanges
@@ -150,7 +155,8 @@ async def closed_loop(ask: Ask, clients: int, measured: int) -> list[Exchange]:
 async def open_loop(ask: Ask, rate: float, measured: int, seed: int) -> list[Exchange]:
     """Questions that come when they come, `rate` of them a second on average (Poisson), answered or not.
 
-    The same seed gives the same times. Questions go on coming until the first `measured` ones have ended.
+    The same seed gives the same times, and an answer's begins when its question was due. Questions go on coming until
+    the first `measured` ones have ended.
     """
     talk = _Talk(ask, measured)
     waits = random.Random(seed)
@@ -162,7 +168,7 @@ async def open_loop(ask: Ask, rate: float, measured: int, seed: int) -> list[Exc
         for number in count():
             at += waits.expovariate(rate)
             await asyncio.sleep(max(at - clock(), 0.0))
-            tasks.add(asyncio.create_task(talk.exchange(number)))
+            tasks.add(asyncio.create_task(talk.exchange(number, at)))
 
     await talk.until_answered([asyncio.create_task(arrivals())], tasks)
     return talk.exchanges
@@ -176,8 +182,8 @@ class _Talk:
         self.exchanges: list[Exchange] = []
         self._answered = asyncio.Event()
 
-    async def exchange(self, number: int) -> None:
-        exchange = Exchange(number, measured=number < self._measured)
+    async def exchange(self, number: int, due: float) -> None:
+        exchange = Exchange(number, number < self._measured, due)
         self.exchanges.append(exchange)
         await self._ask(exchange)
         if exchange.measured:

@@ -7,6 +7,7 @@ answers. Tokens per second are of all tokens that arrived within the window, who
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from .loops import looping_share
 from .serve_client import Exchange
 
 PERCENTILES = (50, 95, 99)
 DIGITS = 6  # of seconds
+_WORD = re.compile(r"\w+|[^\w\s]|\n")
 KEPT = 0.97  # of the uncapped tokens per second: what a capped pool must keep
 
 
@@ -55,6 +58,7 @@ def figures(exchanges: Sequence[Exchange], server: ServerSays | None = None) -> 
     tokens = sum(tokens_within(exchanges, began, ended))
     latencies = [_end(exchange) - exchange.sent for exchange in right]
     first = [exchange.chunks[0].at - exchange.sent for exchange in right if exchange.chunks]
+    loops = [looping(exchange) for exchange in right]
     within = [sample for sample in server.samples if began <= sample.at <= ended]
     return {
         "requests": len(right),
@@ -66,6 +70,8 @@ def figures(exchanges: Sequence[Exchange], server: ServerSays | None = None) -> 
         "latency": summary(latencies),
         "first_token": summary(first),
         "inter_token": weighted_summary([gap for exchange in right for gap in token_gaps(exchange)]),
+        "longest_pause": summary([pause for exchange in right if (pause := longest_pause(exchange)) is not None]),
+        "looping": _mean(loops),
         "answer_tokens": _mean(exchange.tokens for exchange in right),
         "prompt_tokens": _mean(exchange.prompt_tokens for exchange in right),
         "cached_tokens": _mean(exchange.cached_tokens for exchange in right),
@@ -76,6 +82,7 @@ def figures(exchanges: Sequence[Exchange], server: ServerSays | None = None) -> 
         "threads": _mean(sample.threads for sample in within),
         "early_freed": _early_freed(within),
         "latencies": [round(value, 4) for value in latencies],
+        "loops": [round(share, 3) for share in loops],
     }
 
 
@@ -114,7 +121,10 @@ def tokens_within(exchanges: Sequence[Exchange], began: float, ended: float) -> 
 
 
 def token_gaps(exchange: Exchange) -> list[tuple[float, float]]:
-    """(seconds per token, tokens) of every chunk but the first: its tokens share the wait for it alike."""
+    """(seconds per token, tokens) of every chunk but the first: its tokens share the wait for it alike.
+
+    Tokens may have no text and make no chunk: the last chunk's share the wait for the answer's finish too.
+    """
     gaps, waited = [], 0.0
     pairs = zip(exchange.chunks, exchange.chunks[1:], strict=False)
     for (before, chunk), tokens in zip(pairs, tokens_by_chunk(exchange)[1:], strict=True):
@@ -122,7 +132,31 @@ def token_gaps(exchange: Exchange) -> list[tuple[float, float]]:
         if tokens > 0:
             gaps.append((waited / tokens, tokens))
             waited = 0.0
+    if gaps:
+        seconds, tokens = gaps[-1]
+        gaps[-1] = (seconds + (waited + _silence(exchange)) / tokens, tokens)
     return gaps
+
+
+def longest_pause(exchange: Exchange) -> float | None:
+    """Seconds from one chunk to the next, or from the last to the answer's finish; None for an answer without text."""
+    times = [chunk.at for chunk in exchange.chunks]
+    if not times:
+        return None
+    return max(
+        later - earlier for earlier, later in zip(times, [*times[1:], times[-1] + _silence(exchange)], strict=True)
+    )
+
+
+def _silence(exchange: Exchange) -> float:
+    """Seconds from the last text to the chunk that says that nothing follows."""
+    return 0.0 if exchange.finished is None else max(exchange.finished - exchange.chunks[-1].at, 0.0)
+
+
+def looping(exchange: Exchange) -> float:
+    """`looping_share` of an answer by its words, marks and line breaks, since few servers tell of tokens."""
+    numbers: dict[str, int] = {}
+    return looping_share([numbers.setdefault(word, len(numbers)) for word in _WORD.findall("".join(exchange.texts))])
 
 
 def summary(values: Sequence[float]) -> dict[str, float] | None:

@@ -17,8 +17,11 @@ STYLES = (0, 7, 2, 3, 4, 5, 6, 1)  # of COLOURS
 
 
 def plot(folder: Path, results: Results, names: Sequence[str]) -> list[Path]:
-    """clients.png, rates.png and pool_N.png (N clients), each where there is anything to draw; returns their paths."""
-    uncapped = [load for load in results.loads() if load.slots is None]
+    """clients.png, rates.png and pool_N.png (N clients), each where there is anything to draw; returns their paths.
+
+    A cross is over points where requests failed.
+    """
+    uncapped = [load for load in results.loads() if load.slots is None and load.beside is None]
     clients = [load for load in uncapped if load.clients is not None]
     rates = [load for load in uncapped if load.rate is not None]
     drawn = []
@@ -42,6 +45,12 @@ def _style(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
+def _mark(panel: Any, failed: Sequence[Any]) -> None:
+    """A cross over points of servers that have failed some of what was asked."""
+    if failed:
+        panel.plot(*zip(*failed, strict=True), color="black", marker="x", markersize=8, linestyle="none")
+
+
 def _against_load(path: Path, results: Results, names: Sequence[str], loads: Sequence[Load], label: str) -> None:
     figures: Any = [("tokens_per_second", None, "tokens per second"), ("latency", "mean", "seconds per answer, mean")]
     figures.append(("first_token", "mean", "seconds to the first token, mean"))
@@ -49,14 +58,16 @@ def _against_load(path: Path, results: Results, names: Sequence[str], loads: Seq
     styles = _style(names)
     for panel, (key, part, title) in zip(axes, figures, strict=True):
         for name in names:
-            points = []
+            points, failed = [], []
             for load in loads:
                 row = results.middle(name, load)
                 value = None if row is None else row[key] if part is None else (row[key] or {}).get(part)
                 if value is not None:
                     points.append((load.clients if load.clients is not None else load.rate, value))
+                    failed += points[-1:] if row is not None and row["errors"] else []
             if points:
                 panel.plot(*zip(*points, strict=True), label=name, markersize=4, **styles[name])
+                _mark(panel, failed)
         panel.set_xscale("log", base=2)
         shown = [load.clients if load.clients is not None else load.rate for load in loads]
         panel.set_xticks(shown, [f"{value:g}" for value in shown])
@@ -77,12 +88,15 @@ def _against_pool(path: Path, results: Results, names: Sequence[str], clients: i
         if not loads:
             continue
         rows = [results.middle(name, load) or {} for load in loads]
-        axes.plot([load.slots for load in loads], [row["tokens_per_second"] or 0.0 for row in rows], label=name,
-                  markersize=4, **styles[name])  # fmt: skip
-        uncapped = results.middle(name, Load(clients))
-        if uncapped is not None and uncapped["tokens_per_second"]:
-            level, colour = KEPT * uncapped["tokens_per_second"], styles[name]["color"]
-            axes.axhline(level, color=colour, linewidth=0.7, linestyle=":")
+        points = [(load.slots, row["tokens_per_second"] or 0.0) for load, row in zip(loads, rows, strict=True)]
+        axes.plot(*zip(*points, strict=True), label=name, markersize=4, **styles[name])
+        _mark(axes, [point for point, row in zip(points, rows, strict=True) if row["errors"]])
+        # What was reached without a cap in the same turns.
+        beside = [results.middle(name, Load(clients, beside=load.slots)) or {} for load in loads]
+        level = [(load.slots, KEPT * speed) for load, row in zip(loads, beside, strict=True)
+                 if (speed := row.get("tokens_per_second"))]  # fmt: skip
+        if level:
+            axes.plot(*zip(*level, strict=True), color=styles[name]["color"], linewidth=0.7, linestyle=":")
     axes.set_xlabel(f"KV slots at most ({clients} clients; dotted: {KEPT:.0%} of what is reached uncapped)")
     axes.set_ylabel("tokens per second")
     axes.set_xlim(left=0)

@@ -21,8 +21,10 @@ from typing import Any
 
 import httpx
 
+from medusa_apar.job import machine
 from medusa_apar.loading import load
 from medusa_apar.models import hub
+from medusa_apar.models.fingerprint import fingerprint
 from medusa_apar.models.sources import locate
 
 from . import llama_server, peer_files, peers
@@ -39,9 +41,14 @@ VLLM, LLAMA_Q4, LLAMA_Q8, URL = "vllm", "llama.cpp-q4_1", "llama.cpp-q8_0", "url
 NAMES = (*OURS, VLLM, LLAMA_Q4, LLAMA_Q8)
 
 READY = 600.0  # seconds for a server to load and compile what it wants to
+QUEUE = 1_000_000  # places of our servers: one that refuses questions looks quicker than one that answers them
 STOPPING = 20.0  # seconds to end by itself
 HOST = "127.0.0.1"
 MODEL_NAME = "model"  # as the peers are told to call theirs
+
+
+class NotStarted(RuntimeError):
+    """A server has ended before it was ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +138,7 @@ def _ours(name: str, serving: Serving, folder: Path) -> Launch:
     command = (
         *(sys.executable, "-m", "medusa_apar", "serve", serving.model, "--host", HOST, "--port", "{port}"),
         *("--heads", serving.heads, *rounding, *OURS[name], "--max-requests", str(serving.clients), cache),
-        *("--threads", str(serving.threads), "--no-access-log"),
+        *("--threads", str(serving.threads), "--max-queue", str(QUEUE), "--no-access-log"),
     )
     about = {"plain": "ours, one thread and no guesses", "both": "ours, threads and guesses"}.get(name, f"ours, {name}")
     weights = serving.quantize or serving.dtype or "as loaded"
@@ -196,11 +203,11 @@ def _running(url: str, model: str | None, folder: Path) -> Launch:
 def running(launch: Launch) -> Iterator[Running]:
     """Starts a server, waits until it is ready, and stops it with all of its processes when the block ends.
 
-    RuntimeError, naming its log, where it does not come to that; ConnectionError where nobody answers at a URL.
+    RuntimeError, naming its log, where it does not come to that, and NotStarted where it has ended itself;
+    ConnectionError where nobody answers at a URL.
     """
     if not launch.command:
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = _key()
         yield Running(launch.url, launch.model or _listed(launch.url, headers), headers, local=False)
         return
     port = _free_port()
@@ -214,6 +221,50 @@ def running(launch: Launch) -> Iterator[Running]:
             raise RuntimeError(f"{launch.name} stopped while answering (exit code {code}): {_see(launch)}")
     finally:
         _stop(process)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit while the block runs, so that it stops what it has started."""
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def end(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # a second one would break the stopping off
+        raise SystemExit(128 + number)
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_model(url: str, model: str | None) -> str:
+    """The name of the model that is asked at a URL. ConnectionError and ValueError where it cannot be told."""
+    return model or _listed(base_of(url), _key())
+
+
+def weights_of(serving: Serving) -> str:
+    """A name for the weights that our servers load, those of the heads included."""
+    heads = None if serving.heads == "none" else serving.heads
+    apar = load(serving.model, heads=heads, dtype=serving.dtype, speculation="off", device="cpu")
+    return " ".join(fingerprint(its)[:12] for its in (apar.model, apar.heads) if its is not None)
+
+
+def software() -> str:
+    """Versions of all engines that may be measured."""
+    ours = ", ".join(f"{name} {version}" for name, version in machine()["versions"].items())
+    return f"{ours}, {peers.VLLM.software}, {peers.LLAMA.software}"
+
+
+def _key() -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _start(launch: Launch, port: int) -> subprocess.Popen[bytes]:
@@ -241,7 +292,7 @@ def _wait(launch: Launch, process: subprocess.Popen[bytes], url: str) -> None:
         while time.monotonic() < until:
             if process.poll() is not None:
                 code = process.returncode
-                raise RuntimeError(f"{launch.name} stopped while starting (exit code {code}): {_see(launch)}")
+                raise NotStarted(f"{launch.name} stopped while starting (exit code {code}): {_see(launch)}")
             with suppress(httpx.HTTPError):
                 if http.get(f"{url}/health").status_code == 200:
                     return

@@ -13,22 +13,32 @@ from .serve_servers import LLAMA_Q4, LLAMA_Q8, VLLM, Launch
 
 COLUMNS = (
     *("server", "weights", "tokens/s", "times", "answers/s", "latency, s: mean", "times", "p50", "p95", "p99"),
-    *("first token, s: mean", "p95", "ms per token: mean", "p99", "tokens", "slots: mean", "peak", "freed early"),
+    *(
+        "first token, s: mean",
+        "p95",
+        "ms per token: mean",
+        "p99",
+        "longest pause, s: p95",
+        "tokens",
+        "looping",
+        "slots: mean",
+        "peak",
+        "freed early",
+    ),
     "failed",
 )
 TABLE = "load.md"
 UNDER_LOAD = 16  # clients, at which most goals are set
+UNLIKE = 0.5  # tokens of a prompt by which servers may differ on average
 
 
 def times(results: Results, system: str, other: str, load: Load, *path: str) -> float | None:
     """A figure of one server by that of another: the median of the turns' ratios."""
-    ratios = []
-    for key, row in results.runs.rows.items():
-        against = results.row(other, load, key[4])
-        if key[:4] == (system, *load.key) and against is not None:
-            value, base = _at(row, path), _at(against, path)
-            if value is not None and base:
-                ratios.append(value / base)
+    ratios, others = [], results.turns(other, load)
+    for turn, row in results.turns(system, load).items():
+        value, base = _at(row, path), _at(others.get(turn), path)
+        if value is not None and base:
+            ratios.append(value / base)
     return median(ratios) if ratios else None
 
 
@@ -51,11 +61,11 @@ def table(results: Results, launches: Sequence[Launch], asking: Asking, turns: i
         "",
     ]
     for load in results.loads():
-        if load.slots is None:
+        if load.slots is None and load.beside is None:
             lines += [f"**{load}**", "", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
             lines += [_row(cells) for launch in launches if (cells := _cells(results, launch, launches[0].name, load))]
             lines.append("")
-    return "\n".join([*lines, *_pools(results, launches), *_goals(results)])
+    return "\n".join([*lines, *_doubts(results, launches, asking), *_pools(results, launches), *_goals(results)])
 
 
 def summary(results: Results, launches: Sequence[Launch]) -> dict[str, Any]:
@@ -96,12 +106,29 @@ def _cells(results: Results, launch: Launch, first: str, load: Load) -> list[str
         *(_number(_at(row, ("latency", p)), 2) for p in ("p50", "p95", "p99")),
         *(_number(_at(row, ("first_token", p)), 2) for p in ("mean", "p95")),
         *(_number(_at(row, ("inter_token", p)), 1, 1000) for p in ("mean", "p99")),
+        _number(_at(row, ("longest_pause", "p95")), 2),
         _number(row["answer_tokens"], 0),
+        _share(row["looping"]),
         _number(row["mean_slots"], 0),
         _number(row["peak_slots"], 0),
-        "-" if row["early_freed"] is None else f"{row['early_freed']:.0%}",
+        _share(row["early_freed"]),
         str(failed) if failed else "-",
     ]
+
+
+def _doubts(results: Results, launches: Sequence[Launch], asking: Asking) -> list[str]:
+    """What makes servers unlike each other that should have done the same work."""
+    lines = []
+    for load in results.loads():
+        rows = {launch.name: row for launch in launches if (row := results.middle(launch.name, load)) is not None}
+        read = {name: row["prompt_tokens"] for name, row in rows.items() if row["prompt_tokens"] and not row["errors"]}
+        if read and max(read.values()) - min(read.values()) > UNLIKE:
+            told = ", ".join(f"{name} {tokens:.1f}" for name, tokens in read.items())
+            lines.append(f"- {load}: prompts have unlike numbers of tokens, {told} on average.")
+        cached = [f"{name} {row['cached_tokens']:.1f}" for name, row in rows.items() if row["cached_tokens"]]
+        if cached and not asking.prefix_cache:
+            lines.append(f"- {load}: prompt tokens came from a cache, which was to be off: {', '.join(cached)}.")
+    return ["**Not alike**", "", *lines, ""] if lines else []
 
 
 def _pools(results: Results, launches: Sequence[Launch]) -> list[str]:
@@ -109,7 +136,8 @@ def _pools(results: Results, launches: Sequence[Launch]) -> list[str]:
     names = [launch.name for launch in launches if launch.pooled]
     for clients in _capped_clients(results):
         lines += [
-            f"**Pools capped**, {clients} clients: tokens per second, and the share of what is reached uncapped.",
+            f"**Pools capped**, {clients} clients: tokens per second, and the share of what is reached uncapped in the "
+            "same turn.",
             "",
             _row(["slots", *names]),
             _row(["---"] * (len(names) + 1)),
@@ -135,45 +163,77 @@ def _capped(results: Results, name: str, load: Load, row: dict[str, Any]) -> str
 
 
 def _pool(pool: SmallestPool) -> str:
-    return str(pool.slots) if pool.crossing is None else f"{pool.slots} (the line crosses at {pool.crossing:.0f})"
+    return (
+        f"at most {pool.slots}" if pool.crossing is None else f"{pool.slots} (the line crosses at {pool.crossing:.0f})"
+    )
 
 
 def _goals(results: Results) -> list[str]:
     """What was aimed at, wherever both sides were measured."""
     at, rows = Load(UNDER_LOAD), []
 
-    def add(goal: str, found: float | None, text: str) -> None:
+    def add(goal: str, found: str | None, load: Load, *systems: str) -> None:
         if found is not None:
-            rows.append(_row([goal, text.format(found)]))
+            rows.append(_row([goal, found + _failures(results, load, systems)]))
 
-    llamas = [times(results, "both", name, at, "tokens_per_second") for name in (LLAMA_Q4, LLAMA_Q8)]
-    add("both against vLLM, tokens/s: 3x", times(results, "both", VLLM, at, "tokens_per_second"), "{:.2f}x")
-    add("both against llama.cpp, the better one, tokens/s: 2x", min(filter(None, llamas), default=None), "{:.2f}x")
+    def speed(system: str, other: str, load: Load = at) -> str | None:
+        found = times(results, system, other, load, "tokens_per_second")
+        return None if found is None else f"{found:.2f}x"
+
+    add("both against vLLM, tokens/s: 3x", speed("both", VLLM), at, "both", VLLM)
+    llamas = {name: times(results, "both", name, at, "tokens_per_second") for name in (LLAMA_Q4, LLAMA_Q8)}
+    known = {name: found for name, found in llamas.items() if found}
+    if known:
+        better = min(known, key=lambda name: known[name])
+        goal = "both against llama.cpp, the better one, tokens/s: 2x"
+        add(goal, speed("both", better), at, "both", better)
     latency = times(results, "threads", "plain", at, "latency", "mean")
-    add("threads against plain, mean latency: -20 to -35 %", latency and latency - 1, "{:+.0%}")
-    speed = times(results, "threads", "plain", at, "tokens_per_second")
-    add("threads against plain, tokens/s: no lower", speed, "{:.2f}x")
-    pools = [smallest(results, name, UNDER_LOAD) for name in ("threads", "plain")]
-    if pools[0] is not None and pools[1] is not None:
-        add("threads against plain, smallest pool: -50 %", pools[0].slots / pools[1].slots - 1, "{:+.0%}")
+    shown = None if latency is None else f"{latency - 1:+.0%}"
+    add("threads against plain, mean latency: -20 to -35 %", shown, at, "threads", "plain")
+    add("threads against plain, tokens/s: no lower", speed("threads", "plain"), at, "threads", "plain")
+    if (shown := _pool_goal(*(smallest(results, name, UNDER_LOAD) for name in ("threads", "plain")))) is not None:
+        rows.append(_row(["threads against plain, smallest pool: -50 %", shown]))
     for on, off in (("heads", "plain"), ("both", "threads")):
         for clients in (1, UNDER_LOAD, 32):
-            speed = times(results, on, off, Load(clients), "tokens_per_second")
-            add(f"guesses ({on} against {off}), {clients} clients: 0.97x or more", speed, "{:.2f}x")
+            goal = f"guesses ({on} against {off}), {clients} clients: 0.97x or more"
+            add(goal, speed(on, off, Load(clients)), Load(clients), on, off)
     if not rows:
         return []
     return [f"**Goals**, {UNDER_LOAD} clients where none are named", "", "| goal | found |", "|---|---|", *rows, ""]
+
+
+def _pool_goal(threads: SmallestPool | None, plain: SmallestPool | None) -> str | None:
+    """Where the lines cross; where one has not, its smallest pool is only a bound."""
+    if threads is None or plain is None:
+        return None
+    if threads.crossing is None and plain.crossing is None:
+        return "not known: the smallest pools that were tried keep enough"
+    ratio = (threads.crossing or threads.slots) / (plain.crossing or plain.slots)
+    bound = "at most " if threads.crossing is None else "at least " if plain.crossing is None else ""
+    return f"{bound}{ratio - 1:+.0%}"
+
+
+def _failures(results: Results, load: Load, systems: Sequence[str]) -> str:
+    """A server that has failed some has done less work."""
+    rows = {system: results.middle(system, load) for system in systems}
+    failed = {system: sum(row["errors"].values()) for system, row in rows.items() if row is not None and row["errors"]}
+    told = ", ".join(f"{system} has failed {number}" for system, number in failed.items())
+    return f" (not comparable: {told})" if told else ""
 
 
 def _capped_clients(results: Results) -> list[int]:
     return sorted({load.clients for load in results.loads() if load.slots is not None and load.clients is not None})
 
 
-def _at(row: dict[str, Any], path: Sequence[str]) -> float | None:
+def _at(row: dict[str, Any] | None, path: Sequence[str]) -> float | None:
     value: Any = row
     for name in path:
         value = None if value is None else value[name]
     return value
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _row(cells: Sequence[str]) -> str:

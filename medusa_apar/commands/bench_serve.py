@@ -87,15 +87,19 @@ def run(args: argparse.Namespace) -> int:
         context=-(-(longest + limit + 128) // 256) * 256,  # a token is a byte at least, and templates add some
         prefix_cache=bool(args.prefix_cache),
     )
+    started = [name for name in names if name != serve_servers.URL]
+    url_model = None if args.url is None else serve_servers.asked_model(args.url, args.url_model)
     asking = serve_bench.Asking(
         *(prompts.digest(asked), limit, not args.may_stop, args.temperature, args.top_p, serving.prefix_cache),
         *(args.model, args.heads, args.quantize, args.dtype, machine()["cpu"]),
+        *(serve_servers.weights_of(serving) if started else "", serve_servers.software()),
+        *(serving.clients if started else 0, url_model),
         *(args.requests_per_client or PER_CLIENT, args.min_requests or LEAST),
         *(args.seconds or SECONDS, args.seed or 0),
     )
-    with Job(args.out, "bench", vars(args)) as job:
+    with serve_servers.ended_by_signals(), Job(args.out, "bench", vars(args)) as job:
         results = serve_bench.Results(args.out, asking)
-        launches = serve_servers.prepare(names, serving, args.out, args.url, args.url_model)
+        launches = serve_servers.prepare(names, serving, args.out, args.url, url_model)
         measure = serve_bench.HttpMeasure(asking, asked)
         serve_bench.measure_all(job, results, launches, serve_bench.loads_of(clients, args.rates or ()), turns, measure)
         if args.pool_slots_sweep is not None:

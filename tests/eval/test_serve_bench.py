@@ -1,21 +1,16 @@
 """`bench --serve`: loads, turns, what is asked, servers as processes, and what is refused."""
 
 import json
-import sys
 
-import httpx
 import pytest
 
 from medusa_apar.commands.cli import main
-from medusa_apar.eval import llama_server, serve_bench, serve_servers, serve_tables
-from medusa_apar.eval.serve_bench import Asking, Load, Results, kept, loads_of, measure_all, measure_pools
-from medusa_apar.eval.serve_servers import Launch, Serving, running
+from medusa_apar.eval import serve_bench, serve_plots, serve_tables
+from medusa_apar.eval.serve_bench import Load, Results, kept, loads_of, measure_all, measure_pools
+from medusa_apar.eval.serve_servers import Launch
 from medusa_apar.job import Job
 from tests.support.benchmarks import lines
-from tests.support.folders import forking_folder
-from tests.support.stand_in import Served, StandIn
-
-ASKING = Asking("digest", 64, True, 0.0, 1.0, False, "m", "auto", "int8", None, "a cpu", 4, 16, 60.0, 0)
+from tests.support.stand_in import ASKING, Served, StandIn
 
 
 @pytest.fixture
@@ -58,8 +53,10 @@ def test_each_load_is_asked_of_what_runs_at_a_url(command, stand_in, tmp_path, c
     body |= {"messages": [{"role": "user", "content": "ask 1"}], "stream_options": {"include_usage": True}}
     assert body in stand_in.bodies
     warm = [body for body in stand_in.bodies if body["max_tokens"] == serve_bench.WARM_UP_TOKENS]
-    assert len(warm) >= 4
+    assert len(warm) == 4  # as many as clients, and none that goes on into what is measured
+    assert all(row["date"] and row["commit"] for row in rows)
     shown = capsys.readouterr().out
+    assert "prompt tokens came from a cache, which was to be off" in shown
     assert "**1 client**" in shown and "**3 clients**" in shown and "25%" in shown
     assert shown == (tmp_path / "out" / "load.md").read_text() + "\n"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -77,6 +74,9 @@ def test_what_has_been_measured_is_not_asked_again(command, stand_in, capsys):
     with pytest.raises(AssertionError):  # the command's code is 2
         command("--clients", 1, *options[:-1], 4)
     assert "holds results with another max_tokens (3, now 4)" in capsys.readouterr().err
+    with pytest.raises(AssertionError):
+        command("--clients", 1, *options, "--url-model", "another")
+    assert "holds results with another url_model (stand-in, now another)" in capsys.readouterr().err
 
 
 def test_answers_may_stop_and_may_be_sampled(command, stand_in):
@@ -86,6 +86,7 @@ def test_answers_may_stop_and_may_be_sampled(command, stand_in):
     measured = [body for body in stand_in.bodies if body["max_tokens"] == 256]
     assert {"ignore_eos"} & set(measured[0]) == set() and measured[0]["top_p"] == 0.25
     assert [body["seed"] for body in measured[:3]] == [0, 1, 2]
+    assert {(body["top_k"], body["min_p"]) for body in measured} == {(-1, 0.0)}
 
 
 def test_questions_come_at_a_rate(command, stand_in):
@@ -158,7 +159,8 @@ class Recorded:
             "requests": 0 if speed is None else 4, "errors": {"HTTP 400: too long": 4} if speed is None else {},
             "seconds": 1.0, "tokens_per_second": speed or 0.0, "requests_per_second": 1.0, "answer_tokens": 64,
             "latency": dict.fromkeys(("mean", "p50", "p95", "p99"), 100 / (speed or 1)), "first_token": None,
-            "inter_token": None, "mean_slots": 10.0, "peak_slots": 1000.0, "early_freed": None,
+            "inter_token": None, "mean_slots": 10.0, "peak_slots": 1000.0, "early_freed": None, "looping": 0.25,
+            "longest_pause": None, "prompt_tokens": 9.0, "cached_tokens": 0.0,
         }  # fmt: skip
 
 
@@ -199,8 +201,8 @@ def test_ever_smaller_pools_are_tried_until_too_much_is_lost(tmp_path):
     results = run(tmp_path, measure, ("plain", "vllm", "threads"), work)
     tried = {name: [its[3] for its in measure.asked if its[0] == name] for name in ("plain", "threads", "vllm")}
     assert tried == {
-        "plain": [None, 900, 800, 780, 700],
-        "threads": [None, 900, 800, 780, 700, 400, 390, 300],
+        "plain": [900, None, 800, None, 780, None, 700, None],
+        "threads": [900, None, 800, None, 780, None, 700, None, 400, None, 390, None, 300, None],
         "vllm": [],
     }
     assert kept(results, "plain", Load(16, slots=700)) == pytest.approx(0.875)
@@ -209,7 +211,9 @@ def test_ever_smaller_pools_are_tried_until_too_much_is_lost(tmp_path):
     assert threads.crossing == pytest.approx(388)
     shown = serve_tables.table(results, launches(tmp_path, "plain", "vllm", "threads"), ASKING, 1)
     assert "| 700 | 87.5 (88%) | 100.0 (100%) |" in shown
-    assert "| threads against plain, smallest pool: -50 % | -50% |" in shown
+    assert "| threads against plain, smallest pool: -50 % | -50% |" in shown  # 388 of 776: both between two pools
+    assert "Smallest pool that keeps 97%: plain 780 (the line crosses at 776)" in shown
+    assert "beside" not in shown
     assert serve_tables.summary(results, launches(tmp_path, "plain"))["smallest_pools"]["plain"]["16"]["slots"] == 780
 
 
@@ -217,9 +221,56 @@ def test_pools_follow_from_what_was_in_use(tmp_path):
     measure = Recorded(lambda name, load: 100.0)
     work = lambda *its: measure_pools(*its[:3], 4, [], 1, its[3])  # noqa: E731
     results = run(tmp_path, measure, ("plain",), work)
-    slots = [its[3] for its in measure.asked[1:]]
+    slots = [its[3] for its in measure.asked[1:] if its[3] is not None]
     assert slots == [int(1000 * share) for share in serve_bench.POOLS] and slots[0] == 1000
     assert serve_tables.smallest(results, "plain", 4) == serve_tables.SmallestPool(slots[-1], None)
+
+
+def test_a_pool_is_compared_with_none_in_the_same_turn(tmp_path):
+    """The machine becomes slower and slower, which is not the pool's doing."""
+    machine = iter(100.0 - number for number in range(99))
+    measure = Recorded(lambda name, load: next(machine) * (1.0 if load.slots is None or load.slots > 50 else 0.5))
+    work = lambda *its: measure_pools(*its[:3], 4, [90, 80, 70, 60, 50, 40], 3, its[3])  # noqa: E731
+    results = run(tmp_path, measure, ("plain",), work)
+    assert serve_tables.smallest(results, "plain", 4).slots == 60
+    assert kept(results, "plain", Load(4, slots=50)) == pytest.approx(0.5, abs=0.01)
+    assert len(measure.asked) == 2 * 3 * 5  # 40 is not tried any more
+
+
+Pool = serve_tables.SmallestPool
+
+
+@pytest.mark.parametrize(
+    ("threads", "plain", "shown"),
+    [
+        (Pool(400, 390.0), Pool(800, 780.0), "-50%"),
+        (Pool(390, None), Pool(800, 780.0), "at most -50%"),
+        (Pool(400, 390.0), Pool(780, None), "at least -50%"),
+        (Pool(400, None), Pool(800, None), "not known: the smallest pools that were tried keep enough"),
+        (None, Pool(800, None), None),
+    ],
+)
+def test_a_pool_that_never_lost_enough_is_only_a_bound(threads, plain, shown):
+    assert serve_tables._pool_goal(threads, plain) == shown
+    assert serve_tables._pool(Pool(390, None)) == "at most 390"
+
+
+def test_failures_and_unlike_prompts_are_told_beside_what_they_spoil(tmp_path):
+    def measure(launch, load):
+        row = Recorded(lambda name, load: 10.0)(launch, load)
+        return row | {"plain": {"errors": {"HTTP 429: full": 2}}, "both": {"prompt_tokens": 12.0}}.get(launch.name, {})
+
+    names = ("plain", "threads", "both")
+    work = lambda *its: measure_all(*its[:3], [Load(16)], 1, its[3])  # noqa: E731
+    results = run(tmp_path, measure, names, work)
+    shown = serve_tables.table(results, launches(tmp_path, *names), ASKING, 1)
+    assert "| threads against plain, tokens/s: no lower | 1.00x (not comparable: plain has failed 2) |" in shown
+    assert "| guesses (both against threads), 16 clients: 0.97x or more | 1.00x |" in shown
+    (tmp_path / "plots").mkdir()
+    results.add("plain", Load(16, slots=9), 0, measure(Launch("plain", "", "", tmp_path), Load(16, slots=9)))
+    drawn = serve_plots.plot(tmp_path / "plots", results, names)
+    assert [path.name for path in drawn if path.stat().st_size] == ["clients.png", "pool_16.png"]
+    assert "prompts have unlike numbers of tokens, threads 9.0, both 12.0 on average" in shown and "25%" in shown
 
 
 def test_ratios_are_those_of_the_same_turn(tmp_path):
@@ -227,91 +278,3 @@ def test_ratios_are_those_of_the_same_turn(tmp_path):
     work = lambda *its: measure_all(*its[:3], [Load(16)], 3, its[3])  # noqa: E731
     results = run(tmp_path, Recorded(lambda name, load: speeds[name].pop(0)), ("plain", "both"), work)
     assert serve_tables.times(results, "both", "plain", Load(16), "tokens_per_second") == pytest.approx(1.1)
-
-
-# ---- servers
-
-
-def launch(tmp_path, *command):
-    return Launch("fake", "a fake", "none", tmp_path / "fake.log", command, pooled=True)
-
-
-def test_our_own_server_is_started_measured_and_stopped(tmp_path, monkeypatch):
-    ports, free_port = [], serve_servers._free_port
-    monkeypatch.setattr(serve_servers, "_free_port", lambda: ports.append(free_port()) or ports[-1])
-    forking_folder(tmp_path / "model")
-    asked = lines(tmp_path / "p.jsonl", {"id": 0, "prompt": "ask a"}, {"id": 1, "prompt": "ask b"})
-    given = [
-        "--model",
-        tmp_path / "model",
-        "--heads",
-        "none",
-        "--prompts",
-        asked,
-        "--systems",
-        "threads",
-        "--threads",
-        1,
-    ]
-    few = ["--clients", 2, "--requests-per-client", 2, "--min-requests", 4, "--max-new-tokens", 24]
-    out = tmp_path / "out"
-    assert main(["bench", "--serve", "--out", str(out), *map(str, [*given, *few])]) == 0
-    (row,) = map(json.loads, (out / "load.jsonl").read_text().splitlines())
-    assert row["requests"] == 4 and row["errors"] == {} and row["answer_tokens"] == 24
-    assert row["peak_slots"] >= 24 and row["cached_tokens"] == 0
-    assert "ready" in (out / "threads.log").read_text()
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{ports[0]}/health")
-
-
-@pytest.mark.parametrize(
-    ("command", "says"),
-    [
-        ((sys.executable, "-c", "print('no AVX'); exit(3)"), r"fake stopped while starting \(exit code 3\)"),
-        (("/nowhere/python",), r"fake cannot be started"),
-    ],
-)
-def test_a_server_that_does_not_start_says_where_to_look(tmp_path, command, says):
-    with pytest.raises(RuntimeError, match=says), running(launch(tmp_path, *command)):
-        raise AssertionError("it must not come to this")
-    if "-c" in command:
-        assert "no AVX" in (tmp_path / "fake.log").read_text()
-
-
-def test_a_server_that_is_not_ready_in_time_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve_servers, "READY", 0.3)
-    sleeper = (sys.executable, "-c", "import time; time.sleep(60)")
-    with pytest.raises(RuntimeError, match="was not ready within"), running(launch(tmp_path, *sleeper)):
-        pass
-
-
-def test_nobody_at_a_url_is_said_at_once(tmp_path):
-    there = Launch("http://127.0.0.1:1", "", "", tmp_path / "log", url="http://127.0.0.1:1")
-    with pytest.raises(ConnectionError, match="nobody answers at http://127.0.0.1:1"), running(there):
-        pass
-
-
-def test_our_servers_differ_in_forking_and_guessing_alone(tmp_path):
-    serving = Serving("a-model", "none", "int8", "bfloat16", threads=2, clients=8)
-    made = {its.name: its for its in serve_servers.prepare(tuple(serve_servers.OURS), serving, tmp_path, None, None)}
-    commands = {name: " ".join(its.command) for name, its in made.items()}
-    assert len({c.replace("--fork auto", "").replace("--fork off", "").replace("--speculation auto", "")
-                .replace("--speculation off", "") for c in commands.values()}) == 1  # fmt: skip
-    assert "serve a-model" in commands["plain"] and "--quantize int8 --dtype bfloat16" in commands["plain"]
-    assert "--fork off --speculation off" in commands["plain"]
-    assert "--fork auto --speculation off" in commands["threads"]
-    assert (
-        "--max-requests 8 --no-prefix-cache --threads 2" in commands["both"] and "--pool-slots" not in commands["both"]
-    )
-    assert made["both"].capped(77).command[-2:] == ("--pool-slots", "77")
-    assert made["both"].variables["OMP_NUM_THREADS"] == "2"
-
-
-def test_llama_has_room_for_all_clients(tmp_path, monkeypatch):
-    monkeypatch.setattr(llama_server, "llama_server", lambda: tmp_path / "llama-server")
-    monkeypatch.setattr(serve_servers.hub, "embedded_gguf", lambda name: tmp_path / "model.gguf")
-    serving = Serving(threads=2, clients=8, context=512)
-    (made,) = serve_servers.prepare(("llama.cpp-q4_1",), serving, tmp_path, None, None)
-    command = " ".join(made.command)
-    assert "--threads 2 --parallel 8 --ctx-size 4096 --no-cache-prompt" in command and command.startswith(str(tmp_path))
-    assert not made.pooled and made.software == "llama-cpp-python 0.3.36" and made.weights == "Q4_1, untuned base"

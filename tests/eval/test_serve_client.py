@@ -44,7 +44,7 @@ class Scripted(httpx.AsyncBaseTransport):
 
 
 def asked(transport, cut=None):
-    exchange = Exchange(0)
+    exchange = Exchange(0, sent=1.0)
 
     async def main():
         async with httpx.AsyncClient(transport=transport) as http:
@@ -68,7 +68,8 @@ def test_an_answer_is_taken_with_the_times_at_which_its_parts_came():
     assert (exchange.sent, exchange.ended) == (1.0, 4.0)
     assert exchange.chunks == [Chunk(2.0, 3), Chunk(2.5, 6)]  # two bytes are an é's
     assert (exchange.tokens, exchange.prompt_tokens, exchange.cached_tokens) == (4, 7, 2)
-    assert exchange.finish_reason == "length"
+    assert (exchange.finish_reason, exchange.finished) == ("length", 3.0)
+    assert exchange.texts == ["Hé", " there"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
@@ -122,7 +123,6 @@ class Answering:
 
     async def __call__(self, exchange):
         clock = asyncio.get_running_loop().time
-        exchange.sent = clock()
         self.now += 1
         self.peak = max(self.peak, self.now)
         try:
@@ -163,6 +163,18 @@ def test_an_open_loop_asks_at_times_drawn_from_its_seed_answered_or_not():
     assert [exchange.sent for exchange in exchanges] == wanted and quick.peak == 1
     other = run(open_loop(quick, rate=2.0, measured=6, seed=6))
     assert other[0].sent != wanted[0]
+
+
+def test_a_question_that_is_asked_late_is_late():
+    """The client itself may be held up; who asked has waited all the same."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.call_later(1.0, lambda: setattr(loop, "now", loop.now + 5.0))
+        return await open_loop(Answering(lambda number: 0.0), rate=2.0, measured=8, seed=0)
+
+    late = [exchange.ended - exchange.sent for exchange in run(main())[:8]]
+    assert min(late) == 0.0 and max(late) > 3.0
 
 
 def test_rates_are_met_on_average():

@@ -13,6 +13,8 @@ from medusa_apar.eval.serve_figures import (
     ServerSays,
     SmallestPool,
     figures,
+    longest_pause,
+    looping,
     median_row,
     smallest_pool,
     summary,
@@ -90,6 +92,22 @@ def test_tokens_of_a_chunk_are_counted_else_one_each_else_by_bytes():
 def test_a_chunk_without_a_token_waits_with_the_next():
     counted = exchange(0, 0, [(1, 1, 1), (2, 1, 1), (5, 1, 3)], 5, tokens=3)
     assert token_gaps(counted) == [(2.0, 2.0)]
+
+
+def test_tokens_without_text_wait_for_the_finish():
+    told = exchange(0, 0, [(1, 4), (2, 4)], 9, tokens=4, finished=6.0)
+    assert token_gaps(told) == [(2.5, 2.0)] and longest_pause(told) == 4.0
+    assert longest_pause(exchange(0, 0, [(1, 4), (4, 4), (5, 1)], 9, tokens=4, finished=5.0)) == 3.0
+    assert longest_pause(exchange(0, 0, [], 9, tokens=4)) is None
+    assert figures([told])["longest_pause"]["p95"] == 4.0
+
+
+def test_answers_that_loop_are_told_of():
+    rows = [exchange(n, 0, [(1, 4), (2, 4)], 2, tokens=4) for n in range(2)]
+    rows[0].texts, rows[1].texts = ["Say it ", "again.\n" * 1, *["Say it again.\n"] * 4], ["one two", " three, four"]
+    assert looping(rows[0]) == pytest.approx(0.8) and looping(rows[1]) == 0.0
+    found = figures(rows)
+    assert found["loops"] == [0.8, 0.0] and found["looping"] == pytest.approx(0.4)
 
 
 chunks = st.lists(st.tuples(st.floats(0, 50), st.integers(1, 9)), min_size=1, max_size=8)

@@ -12,6 +12,13 @@ import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from medusa_apar.eval.serve_bench import Asking
+
+ASKING = Asking(
+    *("digest", 64, True, 0.0, 1.0, False, "m", "auto", "int8", None, "a cpu", "weights", "software", 8, None),
+    *(4, 16, 60.0, 0),
+)
+
 METRICS = """# HELP medusa_apar:kv_slots KV slots by what they hold.
 # TYPE medusa_apar:kv_slots gauge
 medusa_apar:kv_slots{state="live"} 30.0
