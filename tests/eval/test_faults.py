@@ -33,11 +33,11 @@ def apar():
 def test_a_server_stands_a_campaign(apar, caplog):
     """Idle, killed, drained: a round of each."""
     with caplog.at_level(logging.ERROR):
-        pace = faults.Pace(0.0, round_seconds=60.0, cases=8, at_once=2, round_faults=8)
+        pace = faults.Pace(0.0, round_seconds=60.0, cases=6, at_once=2, round_faults=6)
         report = faults.campaign(apar, pace, seed=7)
     assert report.wrong == [] and report.rounds == 3
-    assert report.faults > 3 * 8 and report.counts["right"] > 8
-    assert {"kill", "drain"} <= set(report.events) and len(set(report.events) & {kind.__name__ for kind in FAULTS}) > 4
+    assert report.faults > 3 * 6 and report.counts["right"] > 6
+    assert {"kill", "drain"} <= set(report.events) and len(set(report.events) & {kind.__name__ for kind in FAULTS}) > 3
     said = {record.getMessage() for record in caplog.records}
     assert said <= {"the engine has died"}  # a client that goes is no error
 
@@ -220,7 +220,7 @@ def test_a_server_without_metrics_is_not_idle():
 
 
 def test_cases_know_their_texts_with_stop_strings_and_for_each_choice(apar):
-    cases = cases_of(apar, prompts.read(prompts.DEFAULT), 24, random.Random(3))
+    cases = cases_of(apar, prompts.read(prompts.DEFAULT), 16, random.Random(3))
     several = [its for its in cases if its.body.get("n", 1) > 1]
     assert several and all(len(its.ids) == len(its.texts) == its.body["n"] for its in several)
     assert any(len(set(its.texts)) > 1 for its in several if its.body["temperature"])
