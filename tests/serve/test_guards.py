@@ -204,7 +204,9 @@ def test_the_log_has_a_line_a_request_and_nothing_of_what_was_said(client, stran
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level(logging.INFO, log.name):
         ids = client.post("/v1/tokens", json={"prompt": PROMPT}, headers={"X-Request-Id": "logged"}).json()["token_ids"]
+        wait_until(lambda: caplog.records)  # the line follows the answer
         stranger.get("/v1/tokens?key=secret", headers={"Authorization": "Bearer wrong-secret"})
+        wait_until(lambda: len(caplog.records) == 2)
     lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == log.name]
     answered, refused = lines
     assert list(answered) == ["time", "id", "method", "path", "status", "ms", "prompt_tokens", "answer_tokens"]
