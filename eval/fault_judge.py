@@ -58,7 +58,8 @@ def refusal(status: int, headers: Any, content: bytes) -> str:
         said, kind = error["message"], error["type"]
     except (ValueError, KeyError, TypeError):
         raise Wrong(f"HTTP {status} with {content[:200]!r}") from None
-    if not said or not kind or (status in CLEAR and not str(headers.get("retry-after", "")).isdecimal()):
+    later = status in CLEAR and "has died" not in said  # a dead engine is mended by nobody's waiting
+    if not said or not kind or (later and not str(headers.get("retry-after", "")).isdecimal()):
         raise Wrong(f"HTTP {status} with {error}, Retry-After {headers.get('retry-after')}")
     return said
 
