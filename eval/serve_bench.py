@@ -27,7 +27,7 @@ from .serve_servers import Launch, NotStarted, Running, running
 
 RESULTS = "load.jsonl"
 WARM_UP_TOKENS = 32
-# Of the most slots that any server had in use without a cap, where nobody says which pools are tried.
+# Pools that are tried where nobody says which: shares of the most slots that any server had in use without a cap.
 POOLS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.29, 0.24, 0.2)
 LOST = 0.9  # a server that has kept less than this is not tried with still smaller pools
 

@@ -103,7 +103,7 @@ def tokens_by_chunk(exchange: Exchange) -> list[float]:
 
 
 def tokens_within(exchanges: Sequence[Exchange], began: float, ended: float) -> list[float]:
-    """Of every exchange, the tokens that came in between.
+    """The tokens of every exchange that came in between.
 
     Those of an answer that was cut off are not counted by anybody: its bytes are, at what a byte is worth in the
     answers that were not.

@@ -114,7 +114,7 @@ class StopString(str):
 
     @cached_property
     def shorter(self) -> list[int]:
-        """Of each beginning the longest part that it both begins and ends with, itself apart."""
+        """How long the longest text is with which each beginning both begins and ends, the beginning itself apart."""
         found = [0]
         for character in self[1:]:
             length = found[-1]
@@ -195,7 +195,7 @@ class _Search:
 
 
 class _Bytes:
-    """Of a byte-level tokenizer: its decoder joins all bytes and reads them as UTF-8, as this one does one by one."""
+    """A byte-level tokenizer's decoder joins all bytes and reads them as UTF-8; this one does so byte by byte."""
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
         self._bytes_of, self._inner = bytes_of, codecs.getincrementaldecoder("utf-8")("replace")
@@ -208,7 +208,7 @@ class _Bytes:
 
 
 class _Windows:
-    """Of any tokenizer: new tokens are decoded behind those that last showed something.
+    """Any tokenizer's new tokens are decoded behind those that last showed something.
 
     So a token costs no more than a few others do, whatever came before it: special tokens, which are no text, are left
     out, and a run of tokens that end in no whole character is shown but for those that may be the beginning of one.
@@ -245,7 +245,7 @@ class _Windows:
 
 
 def _piece_bytes(piece: str | None) -> bytes:
-    """Of a SentencePiece token."""
+    """What a SentencePiece token stands for."""
     byte = _BYTE_TOKEN.fullmatch(piece or "")
     return bytes([int(byte[1], 16)]) if byte else (piece or "").replace("\u2581", " ").encode()
 

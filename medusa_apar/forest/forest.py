@@ -133,7 +133,7 @@ class Forest:
         ]
         self._fields = np.array(fields)
         positions, self._draft_rows = _positions(self._fields, self._drafting)
-        # Of one owner, whatever thread they are of: a request attends over all of its slots.
+        # A request is one owner, whatever threads they are of: it attends over all of its slots.
         slots = ledger.allocate(
             positions, [(segments[0].thread.trunk, sum(segment.size for segment in segments)) for segments in requests]
         )

@@ -139,7 +139,7 @@ class SlotLedger:
         return self._cache is not None
 
     def salt(self, trunk: Thread) -> str | None:
-        """Under which the trunk's paths are shared; None: they are not."""
+        """The salt under which the trunk's paths are shared; None: they are not."""
         return self._salts.get(trunk)
 
     def found(self, thread: Thread, most: int | None = None) -> list[tuple[Thread, np.ndarray]]:

@@ -60,7 +60,7 @@ class Choice:
         self._events, self._steps, self._threads, self._began = writes_events, 0, 0, time.perf_counter()
 
     def take(self, output: RequestOutput) -> Delta:
-        """Of an answer that goes well: `Service.run` raises for what has failed or was aborted."""
+        """What an output brings; `Service.run` raises for those that have failed or were aborted."""
         reason = output.finish_reason
         self.tokens += len(output.token_ids)
         self.cached = output.cached_tokens
@@ -81,7 +81,7 @@ class Choice:
         return delta
 
     def stats(self) -> dict[str, Any]:
-        """Of an answer whose events were asked for. seconds: since the server has read the question."""
+        """What stands beside events. seconds: since the server has read the question."""
         seconds = time.perf_counter() - self._began
         return {"steps": self._steps, "tokens": self.tokens, "threads": self._threads, "seconds": round(seconds, 6)}
 

@@ -309,7 +309,7 @@ class CompletionBody(Generation):
 
 
 class TokenizeBody(Body):
-    """Of a text, or of a conversation."""
+    """A text, or a conversation."""
 
     model: Text | None = None
     prompt: Text | None = None

@@ -59,7 +59,7 @@ class Grammar:
 
     @property
     def words(self) -> int:
-        """Of a mask, 32 tokens each."""
+        """int32 words of a mask, 32 tokens each."""
         return -(-self.vocabulary // 32)
 
     def matcher(self) -> Any:

@@ -22,7 +22,7 @@ NAMES = {f"x{n}": n for n in range(MANY)}
 
 @pytest.fixture(scope="module")
 def place():
-    """Of a model that cannot fork."""
+    """A model that cannot fork."""
     return Place(medusa_apar.attach(byte_model(), tokenizer=byte_tokenizer()), "id")
 
 

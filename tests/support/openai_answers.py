@@ -43,7 +43,7 @@ class Server:
         return error
 
     def chunks(self, path: str, **body: Any) -> list[dict[str, Any]]:
-        """Of a stream, which has to end as it should."""
+        """A stream's, which has to end as it should."""
         return chunks_of(self.lines(path, **body))
 
     def lines(self, path: str, **body: Any) -> str:
@@ -98,7 +98,7 @@ def whole(answer: dict[str, Any], index: int = 0) -> dict[str, Any]:
 
 
 def _tokens(logprobs: dict[str, Any] | None) -> Iterator[tuple]:
-    """Of the older form: token by token."""
+    """The older form, token by token."""
     if logprobs is not None:
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         yield from zip(*(logprobs[name] for name in names), strict=True)

@@ -32,7 +32,7 @@ def bits(mask, vocab=VOCAB):
 
 
 def allowed_by_texts(written):
-    """Of each token, whether some text goes on so, or is complete. Where the texts leave no choice for a while, the
+    """Whether some text goes on with each token, or is complete. Where the texts leave no choice for a while, the
     longest token of what they have in common is meant."""
     said = tokenizer().decode(written)
     rests = [text[len(said) :] for text in TEXTS if text.startswith(said)]
