@@ -182,7 +182,8 @@ def run_command(arguments: list[str]) -> None:
     more = SMALL[parsed.command]
     if parsed.command == "bench" and parsed.serve:
         more = [*more, "--clients", "1", "--min-requests", "1", "--requests-per-client", "1", "--systems", "plain"]
-    elif parsed.command == "bench" and parsed.systems:  # other engines are downloads of their own, and an untuned base is of an adapter
+    elif parsed.command == "bench" and parsed.systems:
+        # Other engines are downloads of their own, and an untuned base is of an adapter.
         more = [*more, "--systems", *(name for name in parsed.systems if name not in (*PEERS, BASE))]
     assert cli.main([*arguments, *more]) == 0
 
