@@ -10,6 +10,7 @@ engine.close()
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Iterator
@@ -123,9 +124,8 @@ class Engine:
             raise ValueError(f"the request {request.id!r} has been added before: make a new one.")
         admission.check_ids(self.model, request.prompt_ids)
         admission.check_fits(self.model, self.options.pool_slots, [request.prompt_ids], request.options)
-        most = self.options.max_waiting
-        if most is not None and self.scheduler.num_waiting >= most + self.scheduler.free_places:
-            raise QueueFull(f"{most} requests are waiting already; try again later.")
+        if self._places <= 0:
+            raise QueueFull(f"{self.options.max_waiting} requests are waiting already; try again later.")
         request.sampler = self._sampler(request)
         request.guide = request.sampler.guide
         request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
@@ -155,6 +155,12 @@ class Engine:
         """How many requests have not ended."""
         return len(self._requests)
 
+    @property
+    def _places(self) -> float:
+        """How many requests could be added now; none or less: the queue is full."""
+        most = self.options.max_waiting
+        return math.inf if most is None else most + self.scheduler.free_places - self.scheduler.num_waiting
+
     def snapshot(self) -> Stats:
         """Counts so far, and how the engine stands between two steps; a copy."""
         self._count_slots()
@@ -163,6 +169,7 @@ class Engine:
             self.stats.copy(),
             running=len(running),
             waiting=self.scheduler.num_waiting,
+            places=self._places,
             threads=sum(len(request.live) for request in running),
             unfreed_slots=sum(map(self._unfreed, running)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -36,10 +37,11 @@ class Stats:
     free_slots: int = 0
     prefix_cache_queries: int = 0  # prompt tokens that were looked for in the prefix cache
     prefix_cache_hits: int = 0  # of these, that were there
-    # How the engine stood when `Engine.snapshot` copied this: requests that run, those in the queue, and live threads
-    # of those that run.
+    # How the engine stood when `Engine.snapshot` copied this: requests that run, those in the queue, how many more it
+    # would take, and live threads of those that run.
     running: int = 0
     waiting: int = 0
+    places: float = math.inf
     threads: int = 0
     unfreed_slots: int = 0  # that would be live, had none gone back before its request's end: what forking saves
     prefill_seconds: float = 0.0  # steps that fed a prompt

@@ -49,6 +49,7 @@ class Service:
         self._load = load
         self._apar: MedusaApar | None = None
         self._ready = self._draining = self._said_broken = False
+        self._places = math.inf  # answers that an idle engine takes at once
         self._settled, self._nobody = asyncio.Event(), asyncio.Event()
         self._nobody.set()
         self.num_in_flight = 0  # HTTP requests that are answered now
@@ -77,6 +78,7 @@ class Service:
             async for output in self.engine.generate(first):
                 if output.error is not None:
                     raise output.error
+            self._places = self.engine.stats().places
             self._ready = True
         except BaseException as error:
             self.failure = error
@@ -99,15 +101,10 @@ class Service:
             raise self._unavailable()
 
     def check_queue(self) -> None:
-        """`ApiError` 429 where the queue is full, by the engine's own rule and as of its last step: so a flood costs
-        no parsing. What passes may still be refused by the engine."""
-        options, stats = self.options, self.engine.stats()
-        if options.pool_slots is not None:
-            free: float = 0 if stats.running else 1
-        else:
-            free = math.inf if options.max_requests is None else options.max_requests - stats.running
-        if options.max_queue is not None and stats.waiting >= options.max_queue + free:
-            raise self._full(f"{options.max_queue} requests are waiting already; try again later.")
+        """`ApiError` 429 where the queue was full after the engine's last step, so that a flood costs no parsing. What
+        passes may still be refused by the engine."""
+        if self.engine.stats().places <= 0:
+            raise self._full(f"{self.options.max_queue} requests are waiting already; try again later.")
 
     def run(self, request: Request, http_request: HttpRequest | None = None) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of an engine's request for one HTTP request, whose body has been read.
@@ -222,12 +219,9 @@ class Service:
 
     def _check_answers_fit(self, answers: int) -> None:
         """`ApiError` 400 for more answers of one HTTP request than an idle engine takes, which could try for ever."""
-        options = self.options
-        running = options.max_requests if options.pool_slots is None else 1  # others of a pool may not fit
-        if options.max_queue is None or running is None or answers <= options.max_queue + running:
-            return
-        most = options.max_queue + running
-        raise ApiError(400, f"{answers} answers are asked for at once, but this server takes {most} at most.")
+        if answers > self._places:
+            said = f"{answers} answers are asked for at once, but this server takes {self._places:g} at most."
+            raise ApiError(400, said)
 
     def _say_broken(self, error: RuntimeError) -> None:
         if self.state == "broken" and not self._said_broken:
