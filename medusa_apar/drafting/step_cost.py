@@ -14,7 +14,7 @@ from .draft_tree import DraftTree
 class StepCost:
     """In any unit of time.
 
-    curve: (rows, cost) of some sizes, rows ascending; linear in between, and beyond the last as before it.
+    curve: (rows, cost) of some sizes, rows ascending; linear in between, and beyond the last as over its second half.
     drafts: (threads, cost) of drafting, likewise.
     """
 
@@ -110,5 +110,6 @@ def _interpolated(curve: Sequence[tuple[float, float]], at: np.ndarray) -> np.nd
     sizes, costs = np.array(curve, dtype=np.float64).T
     if len(sizes) == 1:
         return np.full(len(at), costs[0])
-    slope = (costs[-1] - costs[-2]) / (sizes[-1] - sizes[-2])
+    half = sizes[-1] / 2  # a slope between two neighbours would be their noise
+    slope = (costs[-1] - float(np.interp(half, sizes, costs))) / (sizes[-1] - max(half, sizes[0]))
     return np.interp(at, sizes, costs) + slope * np.maximum(at - sizes[-1], 0)

@@ -5,6 +5,7 @@ async_engine.py  the same for asyncio, over a thread that steps
 options.py       how an engine decodes, whatever its requests ask for
 admission.py     which requests can ever be answered
 scheduler.py     the queue, and which threads run in a step with how many draft nodes
+row_worth.py     which threads are worth their row beside so many others
 prefix_hits.py   what requests take from the prefix cache
 commit.py        what a verified segment does to threads and slots
 stopping.py      stopping criteria, limits and end tokens as transformers says them, and stop strings

@@ -95,10 +95,11 @@ class Engine:
         self.ledger = SlotLedger(runtime.pool(options.pool_slots), options.prefix_cache)
         self.cost: StepCost | LearnedCost | None = options.step_cost
         self._learned: LearnedCost | None = None
-        if options.step_cost is None and options.budget is None and options.speculation is not None:
+        if options.step_cost is None and options.budget is None:
             self.cost = self._learned = LearnedCost(known_cost(model, runtime, heads, options.draft_tree))
         budget = self._budget()
-        self.scheduler = Scheduler(self.ledger, budget, context, self._max_prefill_rows(), options.max_requests)
+        prefill = self._max_prefill_rows()
+        self.scheduler = Scheduler(self.ledger, budget, context, prefill, options.max_requests, self.cost)
         self.speculator = Speculator(options.speculation, budget, tree=options.draft_tree)
         self.fork_manager = ForkManager(context)
         self.reporters = Reporters()

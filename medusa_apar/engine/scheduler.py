@@ -1,16 +1,17 @@
 """Which requests and threads run in a step, and with how many draft nodes: when a token is made, never which.
 
 Waiting requests are admitted in the order of their priority, then of their arrival, as soon as the KV pool has room for
-what they are expected to need. In a step every running request gets a row before any gets a second. A prompt, and
-whatever else has to be fed again, goes in pieces beside requests that decode. Under memory pressure threads are
-preempted before requests, the youngest first. What a prefix cache has of a path is not fed.
+what they are expected to need. In a step every running request gets a row before any gets a second, for the thread that
+is read first; further threads run where a row is worth it (`row_worth`). A prompt, and whatever else has to be fed
+again, goes in pieces beside requests that decode. Under memory pressure threads are preempted before requests, the
+youngest first. What a prefix cache has of a path is not fed.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import NamedTuple
@@ -21,12 +22,14 @@ from medusa_apar.drafting.budget import EvenBudget, ForestBudget, thread_weights
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.draft_tree import TreeShape
 from medusa_apar.drafting.speculator import Load
+from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.forest.forest import Segment
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request, Status
 
 from .prefix_hits import is_being_fed, most_tokens, num_shared
+from .row_worth import NEAR, ChildLengths, chances, worth
 
 Candidates = Callable[[Thread], Proposal | None]
 
@@ -70,6 +73,7 @@ class Scheduler:
     """Args:
     budget: which candidates become draft nodes after every thread has its root.
     context_length: no draft node may stand at or beyond this path position.
+    cost: what a step costs; None: every thread is worth its row.
     max_prefill_rows: most rows of a step beside those of threads that decode, where there are any.
     max_requests: most requests that run at once; None: as many as the pool has room for.
     """
@@ -79,6 +83,7 @@ class Scheduler:
     context_length: int | None = None
     max_prefill_rows: int = 24
     max_requests: int | None = None
+    cost: StepCost | LearnedCost | None = None
     running: list[Request] = field(default_factory=list)  # by priority, then by arrival
     preemptions: int = 0  # of requests
     thread_preemptions: int = 0
@@ -87,6 +92,7 @@ class Scheduler:
     _waiting: list[tuple[int, int, Request]] = field(default_factory=list)  # a heap: priority, arrival
     _refed: set[Thread] = field(default_factory=set)  # preempted threads that are not whole again
     _used_share: float = 1.0  # of `max_new_tokens`, what answers have needed
+    _child_lengths: ChildLengths = field(default_factory=ChildLengths)
 
     @property
     def num_waiting(self) -> int:
@@ -114,6 +120,7 @@ class Scheduler:
                 written = sum(len(thread.tokens) - thread.num_forced for thread in request.tree.threads)
                 share = min(written / request.max_new_tokens, 2.0)
                 self._used_share = _MEMORY * self._used_share + (1 - _MEMORY) * share
+                self._child_lengths.learn(request)
         else:
             self._waiting = [entry for entry in self._waiting if entry[2] is not request]
             heapq.heapify(self._waiting)
@@ -123,7 +130,10 @@ class Scheduler:
         """What the next step will run at most."""
         going_on = [request for request in self.running if not request.done]
         speculation = any(request.options.speculation for request in going_on)
-        return Load(max(sum(map(_num_threads, going_on)), 1), len(going_on), speculation)
+        firsts = {_ready_first(request)[0] for request in going_on}
+        worthy = self._worthy(going_on, firsts, len(firsts)) | firsts
+        threads = sum(_num_threads(request, worthy) for request in going_on)
+        return Load(max(threads, 1), len(going_on), speculation)
 
     def plan(self, candidates: Candidates) -> tuple[Plan, list[list[Segment]]]:
         """The step's threads, and their segments request by request, ancestors first."""
@@ -134,8 +144,9 @@ class Scheduler:
         for request in list(self.running):
             if request in self.running:  # an older one may have preempted it meanwhile
                 self._choose_first(request, plan)
+        worthy = self._worthy(plan.requests, plan.chosen, plan.rows)
         for request in self.running:
-            self._choose_others(request, plan)
+            self._choose_others(request, plan, worthy)
         if not plan.feed:
             assert self.ledger.pool.max_slots is not None, "a running request has a live thread"
             raise MemoryError(
@@ -188,7 +199,29 @@ class Scheduler:
         if feed is not None and feed.stops:
             self._take(request, thread, feed, plan)
 
-    def _choose_others(self, request: Request, plan: Plan) -> None:
+    def _worthy(self, requests: Iterable[Request], chosen: Container[Thread], rows: int) -> set[Thread]:
+        """Threads beyond the chosen ones that are worth a row beside so many."""
+        others: list[tuple[float, Thread]] = []
+        for request in requests:
+            if len(request.live) > 1 and request.options.score_from is None:
+                others += self._chances(request, chosen)
+        if self.cost is not None and others:
+            others.sort(key=lambda pair: -pair[0])
+            costs = self.cost.rows(_rounded_up(rows + NEAR))
+            del others[worth([chance for chance, _ in others], rows, costs) :]
+        return {thread for _, thread in others}
+
+    def _chances(self, request: Request, chosen: Container[Thread]) -> Iterator[tuple[float, Thread]]:
+        """The chance of each further thread of the request that its next token is read, or that of one that can only
+        run beside it."""
+        needed: dict[Thread, float] = {}
+        for chance, (thread, _) in zip(chances(request, self._child_lengths.mean(request)), request.live, strict=True):
+            if _forks_now(thread) and thread.parent is not None:
+                needed[thread.parent] = max(chance, needed.get(thread.parent, 0.0))
+            if thread not in chosen:
+                yield max(chance, needed.get(thread, 0.0)), thread
+
+    def _choose_others(self, request: Request, plan: Plan, worthy: Container[Thread]) -> None:
         if request not in plan.requests or request.options.score_from is not None:
             return
         limit = math.inf if request.options.max_threads is None else request.options.max_threads
@@ -196,7 +229,7 @@ class Scheduler:
         for thread in _ready_first(request):
             if taken >= limit:
                 return
-            if thread in plan.chosen or _waits_for_parent(thread, plan):
+            if thread not in worthy or _waits_for_parent(thread, plan):
                 continue
             feed = self._feed(request, thread, plan)
             # What was preempted comes back only where it will not have to go again at once.
@@ -383,9 +416,14 @@ def _rank(request: Request) -> tuple[int, int]:
     return request.options.priority, request.arrival
 
 
-def _num_threads(request: Request) -> int:
-    limit = request.options.max_threads
-    return len(request.live) if limit is None else min(len(request.live), limit)
+def _num_threads(request: Request, worthy: Container[Thread]) -> int:
+    count = sum(thread in worthy for thread, _ in request.live)
+    return count if request.options.max_threads is None else min(count, request.options.max_threads)
+
+
+def _rounded_up(rows: int) -> int:
+    """Costs are kept for every number of rows that is asked for."""
+    return -(-rows // 64) * 64
 
 
 def _waits_for_parent(thread: Thread, plan: Plan) -> bool:

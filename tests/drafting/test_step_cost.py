@@ -13,7 +13,7 @@ from tests.support.acceptance import ACCEPTANCE, chance
 @given(ACCEPTANCE, st.integers(1, 12), st.floats(1, 100), st.floats(0.1, 10), st.floats(0, 2))
 def test_nodes_that_pay_are_the_best_of_all_sizes(acceptance, threads, fixed, row, level):
     tree = DraftTree.likeliest(12, acceptance)
-    cost = StepCost(((1, fixed), (9, fixed), (10, fixed + row)), ((1, level),))
+    cost = StepCost(((1, fixed), (9, fixed), (209, fixed + 200 * row)), ((1, level),))
 
     def rate(nodes):
         tokens = 1 + sum(chance(choice, acceptance) for choice in tree.choices[:nodes])

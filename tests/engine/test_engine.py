@@ -162,7 +162,7 @@ def test_a_step_with_prefill_is_predicted_to_take_twice_a_decode_steps_time_at_m
         expected = max(n for n in range(1, 300) if cost.rows(24 + n)[-1] <= 2 * cost.rows(24)[-1])
         assert engine.scheduler.max_prefill_rows == expected
         engine.close()
-    assert Engine(*parts()).scheduler.max_prefill_rows == 24  # no costs
+    assert Engine(*parts(), options=EngineOptions(budget=24)).scheduler.max_prefill_rows == 24  # no costs
 
 
 def raising_at(step):

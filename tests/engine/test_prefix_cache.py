@@ -77,12 +77,16 @@ def cold(name, ids, **changes):
 
 
 def same_bits(one, other):
-    """Every thread's tokens, and the logits that they were chosen by."""
-    assert one.text_ids == other.text_ids and len(one.tree.threads) == len(other.tree.threads)
-    for thread, its in zip(one.tree.threads, other.tree.threads, strict=True):
-        assert thread.tokens == its.tokens
-        ours, theirs = one.logits.get(thread, []), other.logits.get(its, [])
-        assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+    """The text, and of every thread that both have the tokens and the logits that they were chosen by. What nobody can
+    read any more was cut off sooner or later."""
+    assert one.text_ids == other.text_ids
+    its = {thread.key: thread for thread in other.tree.threads}
+    for thread in one.tree.threads:
+        twin = its.get(thread.key, thread)
+        length = min(len(thread.tokens), len(twin.tokens))
+        assert thread.tokens[:length] == twin.tokens[:length]
+        ours, theirs = one.logits.get(thread, []), other.logits.get(twin, [])
+        assert all(map(torch.equal, ours, theirs))
 
 
 def common(first, second) -> int:

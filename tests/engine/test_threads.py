@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import medusa_apar
-from medusa_apar import DraftTree
+from medusa_apar import DraftTree, StepCost
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from tests.support.drafters import RecallHeads
 from tests.support.models import CHILD, CONTROL, EOS, FORK, forking_model
@@ -12,6 +12,8 @@ from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts
 
 LIMIT = 40
+NEARLY_FREE = StepCost(((1, 10.0), (64, 10.1)))
+DEAR = StepCost(((1, 1.0), (64, 64.0)))  # a row costs now what it will cost later
 SEEDS = (1, 5, 11, 24)
 
 
@@ -109,8 +111,8 @@ def test_rows_that_do_not_fit_wait_and_never_show(monkeypatch, seed):
     """A pool far below what the checks would let pass: even one row's threads are preempted."""
     monkeypatch.setattr("medusa_apar.engine.admission.check_fits", lambda *args: None)
     model = forking_model(seed)
-    plain = run(model, rows=3)
-    out = run(model, rows=3, pool_slots=64)
+    plain = run(model, rows=3, budget=24)
+    out = run(model, rows=3, pool_slots=64, budget=24)
     assert plain.stats.peak_slots > 130 and out.stats.peak_slots <= 64 and out.stats.final_slots == 0
     assert torch.equal(out.sequences, plain.sequences)
     assert out.stats.thread_preemptions > 0 and out.stats.steps > 1.5 * plain.stats.steps
@@ -204,3 +206,15 @@ def test_child_end_tokens_are_not_in_the_text():
         ended = [t for t in out.paragraph_tree[0].threads[1:] if t.finish_reason == "stop"]
         assert all(thread.token_ids[-1] == EOS for thread in ended)
         assert FORK not in text and CHILD not in text and EOS not in text[:-1]
+
+
+@pytest.mark.parametrize("seed", [1, 5, 11, 24])
+def test_dear_rows_never_show_and_less_is_written_in_vain(seed):
+    model = forking_model(seed)
+    many, few = (run(model, rows=3, limit=24, step_cost=cost, speculation="off") for cost in (NEARLY_FREE, DEAR))
+    assert torch.equal(many.sequences, few.sequences)
+    written = [
+        sum(len(thread.token_ids) for tree in out.paragraph_tree for thread in tree.threads) for out in (many, few)
+    ]
+    assert few.stats.steps >= many.stats.steps
+    assert written[1] < written[0]
