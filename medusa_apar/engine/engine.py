@@ -46,7 +46,8 @@ from . import admission
 from .admission import QueueFull
 from .commit import commit
 from .options import EngineOptions
-from .scheduler import Plan, Scheduler
+from .plan import Plan
+from .scheduler import Scheduler
 from .stats import PhaseTimer, Stats
 
 

@@ -14,13 +14,11 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import NamedTuple
 
 import numpy as np
 
 from medusa_apar.drafting.budget import EvenBudget, ForestBudget, thread_weights
 from medusa_apar.drafting.candidates import Proposal
-from medusa_apar.drafting.draft_tree import TreeShape
 from medusa_apar.drafting.speculator import Load
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.forest.forest import Segment
@@ -28,44 +26,14 @@ from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request, Status
 
+from .plan import MAX_PREFILL_ROWS, Feed, Plan
 from .prefix_hits import is_being_fed, most_tokens, num_shared
 from .row_worth import NEAR, ChildLengths, chances, worth
+from .segments import segments
+from .slot_needs import SlotNeeds
 
 Candidates = Callable[[Thread], Proposal | None]
 
-_SCORED_ROWS = 512  # of a step, that score texts: 100 MB of float32 logits where the vocabulary is 49152
-MAX_PREFILL_ROWS = 4096  # of a step beside which nobody decodes
-_BACK_OFF = 0.1  # what a preemption adds to the share of their limit that answers are expected to need
-_MEMORY = 0.9  # of the running mean of what answers need, beside their limit
-
-
-class Feed(NamedTuple):
-    """Tokens to be fed so that a thread can run: (thread or ancestor, how many of its tokens in all), ancestors first.
-
-    rows: how many that are. prefills: whether they count as prefill. whole: whether the thread can then be verified.
-    found: what comes from the prefix cache first, as of `SlotLedger.found`. idle: how many slots of that no live thread
-        needs so far.
-    """
-
-    stops: list[tuple[Thread, int]]
-    rows: int
-    prefills: bool
-    whole: bool
-    found: list[tuple[Thread, np.ndarray]]
-    idle: int
-
-
-@dataclass(slots=True)
-class Plan:
-    """A step's threads. `feed`: of each thread that is fed, how many of its tokens in all."""
-
-    chosen: dict[Thread, Request] = field(default_factory=dict)  # threads that are verified
-    feed: dict[Thread, int] = field(default_factory=dict)
-    requests: dict[Request, list[Thread]] = field(default_factory=dict)  # threads that are fed, of each that runs
-    rows: int = 0  # without draft nodes
-    prefill_rows: int = 0  # of these, what is fed beyond the rows of requests that decode
-    prefill_left: int = MAX_PREFILL_ROWS
-    scored_left: int = _SCORED_ROWS
 
 
 @dataclass(slots=True)
@@ -84,6 +52,7 @@ class Scheduler:
     max_prefill_rows: int = 24
     max_requests: int | None = None
     cost: StepCost | LearnedCost | None = None
+    needs: SlotNeeds = field(init=False)
     running: list[Request] = field(default_factory=list)  # by priority, then by arrival
     preemptions: int = 0  # of requests
     thread_preemptions: int = 0
@@ -91,8 +60,10 @@ class Scheduler:
     prefix_cache_hits: int = 0  # of these, that were there
     _waiting: list[tuple[int, int, Request]] = field(default_factory=list)  # a heap: priority, arrival
     _refed: set[Thread] = field(default_factory=set)  # preempted threads that are not whole again
-    _used_share: float = 1.0  # of `max_new_tokens`, what answers have needed
     _child_lengths: ChildLengths = field(default_factory=ChildLengths)
+
+    def __post_init__(self) -> None:
+        self.needs = SlotNeeds(self.context_length)
 
     @property
     def num_waiting(self) -> int:
@@ -116,14 +87,12 @@ class Scheduler:
         """Takes out a request that has ended, wherever it stands."""
         if request in self.running:
             self.running.remove(request)
-            if request.status is Status.FINISHED and request.options.score_from is None:
-                written = sum(len(thread.tokens) - thread.num_forced for thread in request.tree.threads)
-                share = min(written / request.max_new_tokens, 2.0)
-                self._used_share = _MEMORY * self._used_share + (1 - _MEMORY) * share
+            if request.status is Status.FINISHED:
                 self._child_lengths.learn(request)
         else:
             self._waiting = [entry for entry in self._waiting if entry[2] is not request]
             heapq.heapify(self._waiting)
+        self.needs.learn(request)
         self._refed.difference_update(request.tree.threads)
 
     def load(self) -> Load:
@@ -137,6 +106,9 @@ class Scheduler:
 
     def plan(self, candidates: Candidates) -> tuple[Plan, list[list[Segment]]]:
         """The step's threads, and their segments request by request, ancestors first."""
+        if self.ledger.pool.max_slots is not None:
+            for request in self.running:
+                self.needs.note(request, self._held(request))
         self._admit()
         plan = Plan()
         if any(request.status is Status.DECODING for request in self.running):
@@ -154,7 +126,7 @@ class Scheduler:
                 "give `pool_slots` more room or lower `max_new_tokens`."
             )
         trees = self._trees(plan, candidates)
-        return plan, [self._segments(request, plan, trees) for request in plan.requests]
+        return plan, [segments(request, plan, trees, self.ledger) for request in plan.requests]
 
     # ---- who runs
 
@@ -175,15 +147,9 @@ class Scheduler:
         available = self.ledger.pool.available
         if available is None:
             return True
-        promised = sum(max(self._expected(other) - self._held(other), 0) for other in self.running)
-        own = self._expected(request) - num_shared(request, self.ledger)
+        promised = sum(max(self.needs.expected(other) - self._held(other), 0) for other in self.running)
+        own = self.needs.expected(request) - num_shared(request, self.ledger)
         return own + promised + self.budget.rows <= available
-
-    def _expected(self, request: Request) -> int:
-        if request.options.score_from is not None:
-            return len(request.prompt_ids)
-        expected = len(request.prompt_ids) + math.ceil(self._used_share * request.max_new_tokens)
-        return expected if self.context_length is None else min(expected, self.context_length)
 
     def _held(self, request: Request) -> int:
         return sum(self.ledger.cached(thread) for thread in request.tree.threads)
@@ -346,7 +312,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         for thread, _ in request.live:
             self._evict(thread)
-        self._used_share = min(self._used_share + _BACK_OFF, max(self._used_share, 1.0))
+        self.needs.back_off()
         self.running.remove(request)
         self.preemptions += 1
         request.stats.preemptions += 1
@@ -386,30 +352,6 @@ class Scheduler:
         room = self.context_length - thread.end
         return proposal if len(proposal.tokens) <= room else proposal.within(room)
 
-    def _segments(
-        self, request: Request, plan: Plan, trees: dict[Thread, tuple[Proposal, np.ndarray]]
-    ) -> list[Segment]:
-        members = plan.requests[request]
-        if len(members) > 1:
-            fed = set(members)
-            members = [thread for thread in request.tree.depth_first() if thread in fed]
-        return [
-            _verified(request, thread, *trees.get(thread, (None, None)))
-            if thread in plan.chosen
-            else self._fed(request, thread, plan.feed[thread])
-            for thread in members
-        ]
-
-    def _fed(self, request: Request, thread: Thread, stop: int) -> Segment:
-        """A segment that is not verified, or whose rows score a given text."""
-        first = request.options.score_from
-        if first is not None:  # a preempted one goes on behind what is scored
-            first += len(request.text_scores.logprobs)
-        scored = 0 if first is None else stop - max(self.ledger.cached(thread), first - 1)
-        if scored > 0:
-            return Segment(thread, stop, scored=scored, request=request)
-        return Segment(thread, stop, verified=False, request=request)
-
 
 def _rank(request: Request) -> tuple[int, int]:
     """Who goes first: by priority, then by arrival."""
@@ -441,20 +383,3 @@ def _ready_first(request: Request) -> list[Thread]:
     """Live threads in reading order, those that wait for their parent's root behind all others."""
     live = [thread for thread, _ in request.live]
     return sorted(live, key=_forks_now)
-
-
-def _verified(request: Request, thread: Thread, proposal: Proposal | None, kept: np.ndarray | None) -> Segment:
-    if proposal is None or kept is None:
-        return Segment(thread, len(thread.tokens), request=request)
-    places = np.full(len(proposal.tokens) + 1, -1)  # the last entry is the root's
-    places[kept] = np.arange(len(kept))
-    return Segment(
-        thread,
-        len(thread.tokens),
-        draft_tree=TreeShape.of(places[proposal.parents[kept]]),
-        draft_tokens=proposal.tokens[kept].tolist(),
-        forks={int(places[f]): int(places[c]) for f, c in proposal.forks.items() if places[c] >= 0},
-        proposal=proposal,
-        kept=kept,
-        request=request,
-    )

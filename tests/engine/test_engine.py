@@ -389,7 +389,7 @@ def test_a_scored_text_is_scored_whole_whatever_is_preempted_or_runs_beside_it(o
     plain = {"limit": 200, "fork": False, "eos_ids": frozenset()}
     others = [request(str(n), prompt(n), **plain) for n in range(beside)]
     with Engine(model, runtime, options=EngineOptions(**options)) as engine:
-        engine.scheduler._used_share = 0.05  # so that all are let in
+        engine.scheduler.needs.share = 0.05  # so that all are let in
         engine.add(scored)
         engine.step()
         run(engine, *others)
@@ -412,6 +412,22 @@ def test_aborts_and_scored_texts_do_not_make_admission_reckless():
         assert engine.stats.preemptions <= len(its)
 
 
+def test_admission_goes_by_what_an_answer_held_and_not_by_what_it_wrote():
+    """Threads give their slots back when they end."""
+    with Engine(*parts(), options=EngineOptions(pool_slots=400)) as engine:
+        for n in range(4):
+            one, before, most = request(str(n), prompt(n)), engine.scheduler.needs.share, 0
+            engine.add(one)
+            while engine.unfinished:
+                most = max(most, engine.ledger.pool.live)
+                engine.step()
+            held = (most - len(one.prompt_ids)) / one.max_new_tokens
+            written = sum(len(thread.token_ids) for thread in one.tree.threads) / one.max_new_tokens
+            assert engine.scheduler.needs.share == pytest.approx(0.9 * before + 0.1 * held)
+            assert held < written
+        assert not engine.scheduler.needs._peaks
+
+
 def test_a_large_limit_does_not_keep_others_waiting():
     model, steps = tiny_model("gpt2"), []
     gpt2 = model, pick_runtime(model, "auto", None, "auto")
@@ -424,7 +440,7 @@ def test_a_large_limit_does_not_keep_others_waiting():
 
 def test_a_better_priority_is_not_preempted_for_a_worse_one():
     with Engine(*parts(), options=EngineOptions(pool_slots=150)) as engine:
-        engine.scheduler._used_share = 0.05  # so that too many are let in
+        engine.scheduler.needs.share = 0.05  # so that too many are let in
         its = [request(str(n), prompt(n), fork=False, eos_ids=frozenset(), priority=9) for n in range(4)]
         for one in its:
             engine.add(one)

@@ -357,7 +357,7 @@ def test_every_text_is_a_cold_engines(data):
     its = []
     with pytest.MonkeyPatch.context() as patch, Engine(model, runtime, None, options) as engine:
         patch.setattr(prefix_cache, "_AT_ONCE", draw(st.sampled_from([1, 64])))
-        engine.scheduler._used_share = draw(st.sampled_from([1.0, 0.05]))  # of little an engine lets in too many
+        engine.scheduler.needs.share = draw(st.sampled_from([1.0, 0.05]))  # of little an engine lets in too many
         for number, how in enumerate(asked):
             ids = prompt(number, 20)
             if its:

@@ -130,7 +130,7 @@ def test_every_text_is_the_one_written_alone(data):
     running, aborted = {}, set()
     with Engine(model, runtime, draw(st.sampled_from([None, heads])), how) as engine:
         # What answers need is learned; an engine that expects too little lets in more than the pool can hold.
-        engine.scheduler._used_share = draw(st.sampled_from([1.0, 0.05]))
+        engine.scheduler.needs.share = draw(st.sampled_from([1.0, 0.05]))
         while todo or engine.unfinished:
             joining, leaving = next(schedule, (1, None))
             for _ in range(joining if engine.unfinished else 1):
@@ -174,7 +174,7 @@ def test_preempted_threads_and_requests_are_fed_again_to_the_same_text(name):
 
     how = EngineOptions(Speculation(), DraftTree.likeliest(8), step_cost=COST, pool_slots=most, max_prefill_rows=3)
     with Engine(model, runtime, heads, how) as engine:
-        engine.scheduler._used_share = 0.05
+        engine.scheduler.needs.share = 0.05
         its = asked()
         for request in its:
             engine.add(request)
