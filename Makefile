@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
 TORCH_INDEX ?=
 
-.PHONY: install demo serve test test-newest schedules bench notebooks notebooks-run lint clean
+.PHONY: install demo serve test test-newest test-litellm schedules bench notebooks notebooks-run lint clean
 
 install: $(READY)
 
@@ -50,6 +50,15 @@ test-newest:
 	$(NEWEST) -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(NEWEST) -c "import torch, transformers, peft; print(*(m.__name__ + ' ' + m.__version__ for m in (torch, transformers, peft)))"
 	$(NEWEST) -m pytest -n auto --dist loadfile $(EXACTNESS) $(ARGS)
+
+# litellm pins what we pin otherwise: it asks our server from an environment of its own.
+LITELLM := .venv-litellm/bin/python
+$(LITELLM): constraints.txt
+	$(PYTHON) -m venv .venv-litellm
+	$(LITELLM) -m pip install --disable-pip-version-check litellm
+	touch $(LITELLM)
+test-litellm: install $(LITELLM)
+	$(BIN)/python -m pytest -n 0 tests/serve/test_litellm.py $(ARGS)
 
 # 160 tokens keep it under ten minutes on two cores where transformers writes nine a second. Delete bench-results to
 # measure anew: what it holds is not answered again.

@@ -20,8 +20,8 @@ from transformers.generation import GenerationMixin
 
 from medusa_apar.engine import admission, draft_watch
 from medusa_apar.engine.engine import Engine
-from medusa_apar.engine.rescoring import Rescoring, finish, first_limit, last_limit
 from medusa_apar.engine.plan import MAX_PREFILL_ROWS
+from medusa_apar.engine.rescoring import Rescoring, finish, first_limit, last_limit
 from medusa_apar.engine.stopping import CriteriaStop, StopConditions
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.events.streaming import EndedOnce, TextColumns

@@ -35,7 +35,6 @@ from .slot_needs import SlotNeeds
 Candidates = Callable[[Thread], Proposal | None]
 
 
-
 @dataclass(slots=True)
 class Scheduler:
     """Args:

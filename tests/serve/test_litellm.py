@@ -1,0 +1,31 @@
+"""litellm's client against the server. What it pins cannot stand beside what we pin, so it runs in an environment of
+its own, which `make test-litellm` makes."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.openai_answers import CHAT, QUESTION, byte_server, whole
+
+TESTS = Path(__file__).parents[1]
+PYTHON, CLIENT = TESTS.parent / ".venv-litellm/bin/python", TESTS / "support/litellm_client.py"
+MORE = [{}, {"stop": ["e"], "temperature": 1.0, "seed": 7}, {"logit_bias": {"70": 9.0}}]
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason="litellm's environment is absent: make test-litellm makes it")
+@pytest.mark.parametrize("more", MORE, ids=str)
+def test_litellm_has_what_the_server_says(more):
+    with byte_server(seed=3) as server:
+        fields = {"max_tokens": 40, "temperature": 0.0} | more
+        command = [str(PYTHON), str(CLIENT), server.its.url, json.dumps(QUESTION), json.dumps(fields)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert run.returncode == 0, run.stderr
+        said = json.loads(run.stdout.splitlines()[-1])
+        answer = server.ask(CHAT, model="tiny", messages=QUESTION, **fields)
+    expected, usage = whole(answer), answer["usage"]
+    for way in ("whole", "streamed"):
+        assert said[way]["text"] == expected["text"] and said[way]["reason"] == expected["reason"]
+        assert said[way]["usage"] == [usage[f"{kind}_tokens"] for kind in ("prompt", "completion", "total")]
+    assert "context has" in said["refused"]
