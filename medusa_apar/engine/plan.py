@@ -40,4 +40,4 @@ class Plan:
     rows: int = 0  # without draft nodes
     prefill_rows: int = 0  # of these, what is fed beyond the rows of requests that decode
     prefill_left: int = MAX_PREFILL_ROWS
-    scored_left: int = _SCORED_ROWS
+    scored_left: int = field(default_factory=lambda: _SCORED_ROWS)

@@ -105,10 +105,10 @@ class Scheduler:
 
     def plan(self, candidates: Candidates) -> tuple[Plan, list[list[Segment]]]:
         """The step's threads, and their segments request by request, ancestors first."""
+        self._admit()
         if self.ledger.pool.max_slots is not None:
             for request in self.running:
                 self.needs.note(request, self._held(request))
-        self._admit()
         plan = Plan()
         if any(request.status is Status.DECODING for request in self.running):
             plan.prefill_left = min(self.max_prefill_rows, MAX_PREFILL_ROWS)

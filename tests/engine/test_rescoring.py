@@ -102,7 +102,7 @@ def test_one_thread_agrees_with_itself(family, runtime):
 @pytest.mark.parametrize("seed", [5, 11, 24])
 @pytest.mark.parametrize("piece", [3, 512])
 def test_agreement_is_that_of_one_plain_pass(monkeypatch, seed, piece):
-    monkeypatch.setattr("medusa_apar.engine.scheduler._SCORED_ROWS", piece)
+    monkeypatch.setattr("medusa_apar.engine.plan._SCORED_ROWS", piece)
     model = forking_model(seed)
     plain = run(model, rescore=False)
     out = run(model, RecallHeads(model, plain.paragraph_tree))
