@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
 TORCH_INDEX ?=
 
-.PHONY: install demo serve test test-newest test-litellm schedules bench notebooks notebooks-run lint clean
+.PHONY: install demo serve test test-newest test-litellm schedules faults bench notebooks notebooks-run lint clean
 
 install: $(READY)
 
@@ -42,6 +42,11 @@ EXACTNESS := $(addprefix tests/, test_generate.py test_drop_in.py test_options.p
 COUNT ?= 100000
 schedules: install
 	MEDUSA_APAR_SCHEDULES=$(COUNT) $(BIN)/python -m pytest -n 0 tests/engine/test_schedules.py $(ARGS)
+
+# A minute of bad clients against a server of a tiny model, seconds of which are in the suite; the command
+# `python -m medusa_apar.eval.faults` is ten minutes of them against the model that ships.
+faults: install
+	$(BIN)/python -m pytest -n 0 -m campaign tests/eval/test_faults.py $(ARGS)
 
 # pip is asked every time: what was newest when the environment was made is not what is newest now.
 test-newest:

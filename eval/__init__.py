@@ -27,6 +27,7 @@
     host_time.py       host time of a step and tokens per second, in two checkouts that take turns
     sampling.py        what choosing tokens costs a step
     engine.py          requests in flight in one engine: throughput, latency, slots
+    second_turn.py     what share of a chat's second turn the prefix cache has
 
 `medusa-apar bench --serve`:
 
@@ -46,6 +47,7 @@ Servers that have to stand all of it:
     fault_judge.py     whether what they get is right
     fault_cases.py     questions whose answers are known, and bodies that have to be refused
     fault_host.py      the server, and whether it leaves anything behind
+    fault_memory.py    whether the process grows
 
 The weights we ship:
 

@@ -200,7 +200,8 @@ class ThreadedEngine:
         tell = self._tells.pop(request, None)
         if tell is not None:
             engine.abort(request.id)
-            tell(RequestOutput(request.id, finish_reason="aborted", cached_tokens=request.stats.cached_tokens))
+            its = request.stats
+            tell(RequestOutput(request.id, finish_reason="aborted", cached_tokens=its.cached_tokens, queued=its.queued))
 
     def _run(self) -> None:
         try:

@@ -57,7 +57,9 @@ class RequestOutput:
 
     token_ids: its new readable tokens. finish_reason: "stop", "length", "aborted" or "error" once it has ended; `error`
     is what it failed by. events: what happened; logprobs: of each of the tokens, where the options ask for them.
-    cached_tokens: how many of its prompt's tokens came from the prefix cache.
+    cached_tokens: how many of its prompt's tokens came from the prefix cache. queued: seconds for which it had waited
+    when its first step began. prompt_logprobs: with the last one, of the prompt's tokens from `score_from` on, where
+    the options ask for both.
     """
 
     request_id: str
@@ -67,6 +69,8 @@ class RequestOutput:
     events: list[Event] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cached_tokens: int = 0
+    queued: float | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Engine:
@@ -214,6 +218,7 @@ class Engine:
         phase = PhaseTimer(self.stats.phase_seconds)
         with phase("plan"):
             plan, segments = self.scheduler.plan(self.speculator.candidates)
+            self._note_begun(plan)
         with phase("forest"):
             forest = Forest(segments, self.ledger, self.device)
             drafting = self.speculator.begin(self.scheduler.load(), len(forest.verified))
@@ -233,6 +238,7 @@ class Engine:
         with phase("draft"):
             self.speculator.draft(advances, output.hidden, self.scheduler.load(), tail.drafting)
         with phase("count"):
+            self.stats.count_iteration(plan.prefill_rows + sum(advance.gained for advance in advances))
             self._count(plan, forest, phase)
         self.reporters.stepped(plan.requests, len(forest), self.ledger.pool.live)
         return self._outputs(plan)
@@ -252,6 +258,12 @@ class Engine:
     def _is_gone(self, request: Request) -> bool:
         """Whether what it has chosen in this step counts no more."""
         return request.error is not None or request in self._to_abort
+
+    def _note_begun(self, plan: Plan) -> None:
+        """How long those have waited whose first step this is."""
+        for request in plan.requests:
+            if request.stats.queued is None:
+                request.stats.queued = time.perf_counter() - request.added
 
     def _keep_prompts(self, forest: Forest) -> None:
         """Others that begin like what was fed need not wait for its end."""
@@ -286,6 +298,7 @@ class Engine:
                 segment.proposal, segment.kept, made.nodes, segment.num_candidates, list(segment.forks)
             )
             self.speculator.learn(drafted, thread)
+            self.stats.drafts[len(made.nodes)] += 1
         self.reporters.committed(segment, made.nodes, advances)
         return advances
 
@@ -321,8 +334,10 @@ class Engine:
             logprobs = [request.logprobs[thread][index - thread.num_forced] for thread, index in told]
             events = request.watcher.take() if request.options.events else []
             if new or events or request.status.ended:
-                reason, cached = request.finish_reason if request.status.ended else None, request.stats.cached_tokens
-                outputs.append(RequestOutput(request.id, new, reason, request.error, events, logprobs, cached))
+                reason, its = request.finish_reason if request.status.ended else None, request.stats
+                output = RequestOutput(request.id, new, reason, request.error, events, logprobs, its.cached_tokens)
+                output.queued, output.prompt_logprobs = its.queued, request.text_scores.told if reason else []
+                outputs.append(output)
         return outputs
 
     def _touched(self, plan: Plan) -> Iterator[Request]:

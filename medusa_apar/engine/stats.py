@@ -23,6 +23,12 @@ class Stats:
     # "forks" (a `[Child]` below a drafted `[Fork]`).
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
+    # Draft trees, by how many of its nodes the thread then accepted, one behind the other.
+    drafts: Counter[int] = field(default_factory=Counter)
+    # Steps, by their tokens: those fed beyond the roots of threads that decode (prompts as a rule), and those that
+    # threads gained; rounded up to a power of two, 1 where there is none.
+    iteration_tokens: Counter[int] = field(default_factory=Counter)
+    iteration_tokens_sum: int = 0  # of these tokens, not rounded
     undrafted_steps: int = 0  # in which the heads were not asked, since of late they did not pay
     forks: int = 0
     requests: int = 0  # that have been added
@@ -55,6 +61,11 @@ class Stats:
     @property
     def tokens_per_step(self) -> float:
         return self.generated_tokens / max(self.steps, 1)
+
+    def count_iteration(self, tokens: int) -> None:
+        """A step has fed and gained so many."""
+        self.iteration_tokens[1 << (max(tokens, 1) - 1).bit_length()] += 1
+        self.iteration_tokens_sum += tokens
 
     def copy(self) -> Stats:
         """One that counts no further."""

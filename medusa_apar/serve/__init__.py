@@ -10,7 +10,10 @@ status_routes.py  /health, /metrics and /version
 aside.py          work that grows with a body, off the event loop
 bodies.py         the JSON of a request's body, and one sentence for what is wrong with it
 schemas.py        every field that a body can have
+tool_schemas.py   what it says of tools
+prompts.py        from texts, conversations and tools to token ids
 translate.py      from a body to requests of the engine
+tool_calls.py     what an answer calls of the tools, and how it is made to
 answers.py        from the engine's outputs to what a client reads
 forms.py          the two shapes that an answer has over the wire, whole and in chunks
 streams.py        several answers at once, and server-sent events

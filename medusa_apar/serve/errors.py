@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -48,3 +50,13 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+@contextmanager
+def refused(param: str | None = None) -> Iterator[None]:
+    """What the layers below refuse in one sentence is the client's to read."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        named = re.match(r"(\w+)=", str(error))  # "top_p=0 must be ..."
+        raise ApiError(400, str(error), param=named[1] if named else param) from error

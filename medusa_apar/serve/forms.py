@@ -41,13 +41,18 @@ class ChatForm:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def part(self, delta: Delta) -> Entry:
-        return {"delta": {"content": delta.text}, "logprobs": self._told(delta)}
+        said: Entry = {"content": delta.text} if delta.text or not delta.calls else {}
+        if delta.calls:
+            said["tool_calls"] = [{"index": call.index, **call.as_json()} for call in delta.calls]
+        return {"delta": said, "logprobs": self._told(delta)}
 
     def end(self) -> Entry:
         return {"delta": {}, "logprobs": None}
 
     def whole(self, delta: Delta) -> Entry:
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        message: Entry = {"role": "assistant", "content": delta.text, "refusal": None}
+        if delta.calls:
+            message |= {"content": delta.text or None, "tool_calls": [call.as_json() for call in delta.calls]}
         return {"message": message, "logprobs": self._told(delta)}
 
     def _told(self, delta: Delta) -> Entry | None:

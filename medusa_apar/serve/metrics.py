@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from medusa_apar.engine.stats import Stats
 
 PREFIX = "medusa_apar:"
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320)
+_TOKENS = tuple(part * 10**power for power in range(6) for part in (1, 2, 5))  # of a request
+# Of a step; each a power of two, as `Stats.iteration_tokens` counts them.
+_ITERATION_TOKENS = (1, *(1 << power for power in range(3, 15)))
 
 
 class Metrics:
@@ -30,17 +33,22 @@ class Metrics:
         def counter(name: str, said: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, said, labels, registry=self.registry)
 
-        def seconds(name: str, said: str) -> Histogram:
-            return Histogram(PREFIX + name, said, registry=self.registry, buckets=_SECONDS)
+        def histogram(name: str, said: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(PREFIX + name, said, registry=self.registry, buckets=buckets)
 
         self.prompt_tokens = counter(
             "prompt_tokens", "Tokens of the prompts that were taken, once for all choices of a request."
         )
         self.generation_tokens = counter("generation_tokens", "Tokens of the answers.")
         self.ended = counter("request_success", "Answers that came to an end.", "finished_reason")
-        self.first_token = seconds("time_to_first_token_seconds", "From the request to its first readable token.")
-        self.inter_token = seconds("inter_token_latency_seconds", "Between an answer's tokens; several at once share.")
-        self.whole = seconds("e2e_request_latency_seconds", "From the request to the end of its answer.")
+        self.first_token = histogram("time_to_first_token_seconds", "From the request to its first readable token.")
+        self.inter_token = histogram(
+            "inter_token_latency_seconds", "Between an answer's tokens; several at once share."
+        )
+        self.whole = histogram("e2e_request_latency_seconds", "From the request to the end of its answer.")
+        self.queued = histogram("request_queue_time_seconds", "In the engine's queue, up to the first step.")
+        self.prompt_lengths = histogram("request_prompt_tokens", "Tokens of an answer's prompt.", _TOKENS)
+        self.answer_lengths = histogram("request_generation_tokens", "Tokens of an answer, at its end.", _TOKENS)
         self._mean_seconds = 0.0  # of late
 
     def page(self) -> bytes:
@@ -67,26 +75,35 @@ class Measure:
     def __init__(self, metrics: Metrics, began: float) -> None:
         self._metrics = metrics
         self._began = self._last = began
-        self._first = True
+        self._waits, self._tokens = True, 0
 
-    def taken(self, prompt_tokens: int) -> None:
-        self._metrics.prompt_tokens.inc(prompt_tokens)
+    def taken(self, prompt_tokens: int, new: int) -> None:
+        """new: as many of them as no other answer of the same request has counted."""
+        self._metrics.prompt_lengths.observe(prompt_tokens)
+        self._metrics.prompt_tokens.inc(new)
+
+    def queued(self, seconds: float | None) -> None:
+        """As an output says it; None: its first step has not begun."""
+        if self._waits and seconds is not None:
+            self._waits = False
+            self._metrics.queued.observe(seconds)
 
     def wrote(self, tokens: int) -> None:
         if not tokens:
             return
         now, its = time.perf_counter(), self._metrics
         its.generation_tokens.inc(tokens)
-        if self._first:
+        if not self._tokens:
             its.first_token.observe(now - self._began)
-            self._first = False
-            tokens -= 1
-        for _ in range(tokens):
-            its.inter_token.observe((now - self._last) / tokens)
+        waited_for = tokens if self._tokens else tokens - 1
+        for _ in range(waited_for):
+            its.inter_token.observe((now - self._last) / waited_for)
+        self._tokens += tokens
         self._last = now
 
     def ended(self, reason: str) -> None:
         self._metrics.ended.labels("abort" if reason == "aborted" else reason).inc()
+        self._metrics.answer_lengths.observe(self._tokens)
         self._metrics._took(time.perf_counter() - self._began)
 
 
@@ -121,8 +138,30 @@ class _OfEngine:
             ("steps", "Forward passes.", stats.steps),
             ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_cache_hits),
+            ("spec_decode_num_drafts", "Draft trees.", stats.drafts.total()),
             ("spec_decode_num_draft_tokens", "Draft nodes.", stats.drafted.total()),
             ("spec_decode_num_accepted_tokens", "Draft nodes that were right.", stats.accepted.total()),
             ("num_preemptions", "Requests whose slots were all taken back.", stats.preemptions),
         ):
             yield CounterMetricFamily(PREFIX + name, said, value)
+        yield _by_position(stats.drafts)
+        read = "Tokens of a step: fed beyond the roots of threads that decode, and gained."
+        yield HistogramMetricFamily(
+            PREFIX + "iteration_tokens_total", read, _cumulated(stats.iteration_tokens), stats.iteration_tokens_sum
+        )
+
+
+def _by_position(drafts: Mapping[int, int]) -> Metric:
+    """drafts: as of `Stats`."""
+    said = "Draft trees of which so many nodes and one more were accepted."
+    found = CounterMetricFamily(PREFIX + "spec_decode_num_accepted_tokens_per_pos", said, labels=["position"])
+    for position in range(max(drafts, default=0)):
+        found.add_metric([str(position)], sum(count for accepted, count in drafts.items() if accepted > position))
+    return found
+
+
+def _cumulated(steps: Mapping[int, int]) -> list[tuple[str, float]]:
+    """steps: by their tokens, a power of two."""
+    bounds = [(str(float(bound)), bound) for bound in _ITERATION_TOKENS]
+    found = [(name, sum(n for tokens, n in steps.items() if tokens <= bound)) for name, bound in bounds]
+    return [*found, ("+Inf", sum(steps.values()))]

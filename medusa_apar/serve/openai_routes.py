@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,22 +14,25 @@ from fastapi.responses import JSONResponse
 
 from medusa_apar.engine.engine import RequestOutput
 from medusa_apar.events.texts import TokenTexts
+from medusa_apar.threads.request import TokenLogprobs
 
-from .answers import Choice, Delta, joined, usage
+from .answers import Choice, Delta, echoed, joined, usage
 from .aside import Aside
 from .bodies import AnyBody, inlined, read
-from .errors import ApiError
+from .errors import ApiError, refused
 from .event_texts import EventTexts, GuessTexts
 from .exchange import exchange_of
 from .forms import ChatForm, CompletionForm, Form
+from .prompts import chat_ids, check_ids, context_of, text_ids
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, Generation, TokenizeBody
 from .streams import EventStream, begun, merged
-from .translate import Asked, Place, chat, chat_ids, check_ids, completion, context_of, refused, text_ids
+from .translate import Asked, Place, chat, completion
 
 if TYPE_CHECKING:
     from .service import Service
 
 _MANY = 8  # choices, for each of which much is made, however short the body is
+_TOLD_BYTES = 64  # of an answer, for each token whose log-probabilities it tells
 _ERROR = {
     "description": "What is wrong, in one sentence.",
     "content": {
@@ -123,6 +127,7 @@ class _Serving:
     def __init__(self, service: Service) -> None:
         self.service, self._created = service, int(time.time())
         self.aside = Aside(service.options.max_queue)
+        self.written = Aside()  # what has been answered is not refused
 
     @property
     def tokenizer(self) -> Any:
@@ -165,13 +170,30 @@ async def _answer(
         return asked, _Answer(serving, body, form, asked, texts, id)
 
     # A grammar that is seen for the first time is compiled.
-    always = body.response_format is not None or (body.n or 1) > _MANY
+    always = body.response_format is not None or bool(body.must_call) or (body.n or 1) > _MANY
     asked, answer = await serving.aside(translated, len(await http.body()), always)
+    if asked.scorings:
+        told = await _scored(service, http, asked)
+        await serving.written(lambda: answer.echo(told), _TOLD_BYTES * sum(map(len, told)))
     streams = [service.run(request, http) for request in asked.requests]
     firsts = await begun(streams)
     if body.stream:
         return EventStream(answer.chunks(firsts, streams), streams)
-    return JSONResponse(await answer.whole(firsts, streams))
+    wholes = await answer.wholes(firsts, streams)
+    size = _TOLD_BYTES * sum(len(whole.told) for whole in wholes)
+    return await serving.written(lambda: JSONResponse(answer.of(wholes)), size)
+
+
+async def _scored(service: Service, http: Request, asked: Asked) -> list[list[TokenLogprobs]]:
+    """Of each prompt's tokens but the first, what `Asked.scorings` ask for."""
+    scorings = [(place, request) for place, request in enumerate(asked.scorings) if request is not None]
+    found: list[list[TokenLogprobs]] = [[] for _ in asked.scorings]
+    streams = [service.run(request, http) for _, request in scorings]
+    firsts = await begun(streams)
+    async with aclosing(merged(firsts, streams)) as outputs:
+        async for index, output in outputs:
+            found[scorings[index][0]] += output.prompt_logprobs
+    return found
 
 
 class _Answer:
@@ -180,22 +202,38 @@ class _Answer:
     def __init__(
         self, serving: _Serving, body: Generation, form: Form, asked: Asked, texts: TokenTexts, id: str
     ) -> None:
-        self._body, self._form, self._asked = body, form, asked
+        self._body, self._form, self._asked, self._texts = body, form, asked, texts
         self._head = {"id": id, "created": int(time.time()), "model": serving.service.model_name}
-        self._choices = []
-        for index in range(len(asked.requests)):
-            writes = EventTexts(serving.tokenizer, serving.guesses) if body.events else None
-            echo = asked.echoes[index] if asked.echoes else ""
-            self._choices.append(Choice(asked, texts, echo, writes))
+        self._echoes = [Delta(text) for text in asked.echoes]  # of each choice
+        self._choices = [
+            Choice(asked, texts, EventTexts(serving.tokenizer, serving.guesses) if body.events else None)
+            for _ in asked.requests
+        ]
+        self._give_echoes()
 
-    async def whole(
+    def echo(self, logprobs: Sequence[Sequence[TokenLogprobs]]) -> None:
+        """The prompts come with what `_scored` has found."""
+        echoes = self._asked.echoes[:: self._asked.n]
+        each = zip(echoes, self._asked.prompts, logprobs, strict=True)
+        made = [echoed(text, ids, its, self._texts) for text, ids, its in each]
+        self._echoes = [made[index // self._asked.n] for index in range(len(self._echoes))]
+        self._give_echoes()
+
+    def _give_echoes(self) -> None:
+        for choice, echo in zip(self._choices, self._echoes, strict=False):
+            choice.echo = echo
+
+    async def wholes(
         self, firsts: list[RequestOutput], streams: list[AsyncGenerator[RequestOutput, None]]
-    ) -> dict[str, Any]:
+    ) -> list[Delta]:
+        """All of each choice, once it has ended."""
         deltas: list[list[Delta]] = [[] for _ in self._choices]
         async with aclosing(merged(firsts, streams)) as outputs:
             async for index, output in outputs:
                 deltas[index].append(self._choices[index].take(output))
-        wholes = list(map(joined, deltas)) if deltas else self._unwritten()
+        return list(map(joined, deltas)) if deltas else self._unwritten()
+
+    def of(self, wholes: list[Delta]) -> dict[str, Any]:
         choices = []
         for index, whole in enumerate(wholes):
             entry = {"index": index, **self._form.whole(whole), "finish_reason": whole.finish_reason}
@@ -224,7 +262,8 @@ class _Answer:
         async with aclosing(merged(firsts, streams)) as outputs:
             async for index, output in outputs:
                 delta = self._choices[index].take(output)
-                if delta.text or delta.told or delta.events or (ids and delta.token_ids):
+                brings = delta.text or delta.told or delta.events or delta.calls
+                if brings or (ids and delta.token_ids):
                     entry = form.part(delta) | ({"token_ids": delta.token_ids} if ids else {})
                     yield self._chunk(index, entry, events=delta.events)
                 if delta.finish_reason is not None:
@@ -249,7 +288,7 @@ class _Answer:
 
     def _unwritten(self) -> list[Delta]:
         """Choices that are nothing but their prompts."""
-        return [] if self._choices else [Delta(echo, finish_reason="length") for echo in self._asked.echoes]
+        return [] if self._choices else [replace(echo, finish_reason="length") for echo in self._echoes]
 
     def _prompt(self, index: int) -> list[int]:
         return self._asked.prompts[index // self._asked.n]

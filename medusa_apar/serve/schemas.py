@@ -2,8 +2,8 @@
 
 A field is honoured or refused, never ignored. Those that are taken and change nothing, on purpose: `user`, `metadata`,
 `safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, `service_tier` and `store`, as they say nothing of
-the answer; `parallel_tool_calls`, as calls stay in the text that the model writes; `name`, `description` and `strict`
-of a JSON schema, which is always held to, and `strict` of a tool, which never is. A message's `name` and `tool_call_id`
+the answer; `name`, `description` and `strict` of a JSON schema, which is always held to, and `strict` of a tool, whose
+parameters are held to where the answer has to call one, and else never. A message's `name` and `tool_call_id`
 are the chat template's, and most templates read neither. null is as good as leaving a field out.
 """
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from .bodies import Body, Checked, Text, one_of, unsupported, whole_text
+from .tool_schemas import TOOL_CHOICE, CalledTool, NamedTool, Tool
 
 MOST_LOGPROBS = 20  # as OpenAI's chats have it
 MOST_CHOICES = 128
@@ -202,28 +203,22 @@ class Generation(Body):
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    # What chats alone have.
 
-class ToolFunction(Body):
-    name: Text
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    @property
+    def may_call(self) -> bool:
+        """Whether the answer may call tools."""
+        return False
 
+    @property
+    def must_call(self) -> list[Tool]:
+        """Tools one of which the answer has to call; none where it need not."""
+        return []
 
-class Tool(Body):
-    type: Literal["function"]
-    function: ToolFunction
-
-
-class CalledFunction(Body):
-    name: Text
-    arguments: Text
-
-
-class ToolCall(Body):
-    id: Text
-    type: Literal["function"]
-    function: CalledFunction
+    @property
+    def calls_once(self) -> bool:
+        """Whether the answer ends with its first call."""
+        return False
 
 
 class Message(Body):
@@ -232,7 +227,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, _CONTENT] = None  # a text, once it is read
     name: Text | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
     # What answers of OpenAI's API bring back with them.
     refusal: None = unsupported("a prompt has no refusals")
@@ -254,7 +249,7 @@ class ChatBody(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(min_length=1, fail_fast=True)] | None = None
-    tool_choice: Annotated[Any, one_of("none", "auto")] = None
+    tool_choice: Annotated[Any, TOOL_CHOICE] = None  # a word or a `NamedTool`, once it is read
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     # Taken, and without effect on the answer.
@@ -284,7 +279,25 @@ class ChatBody(Generation):
         for name in ("tool_choice", "parallel_tool_calls"):
             if getattr(self, name) is not None and not self.tools:
                 raise ValueError(f"has {name}, but no tools")
+        if isinstance(self.tool_choice, NamedTool) and not self.must_call:
+            raise ValueError(f"has a tool_choice of {self.tool_choice.name[:100]!r}, which is none of the tools")
+        if self.must_call and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("has a tool_choice and a response_format, each of which says what the answer has to be")
         return self
+
+    @property
+    def may_call(self) -> bool:
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def must_call(self) -> list[Tool]:
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools or () if tool.function.name == self.tool_choice.name][:1]
+        return list(self.tools or ()) if self.tool_choice == "required" else []
+
+    @property
+    def calls_once(self) -> bool:
+        return self.may_call and self.parallel_tool_calls is False and not self.must_call
 
 
 class CompletionBody(Generation):
@@ -301,8 +314,6 @@ class CompletionBody(Generation):
             raise ValueError("has a best_of that is not n: every answer is returned, none is chosen")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("has max_tokens=0, which needs echo=true")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("has echo and logprobs: log-probabilities of a prompt are not supported")
         if self.events and (len(self.prompt) > 1 or self.max_tokens == 0):
             raise ValueError("has apar.events, which tell of one answer: give one prompt, and max_tokens above 0")
         return self

@@ -133,7 +133,8 @@ class Service:
             async for output in outputs:
                 if not taken:
                     taken = True
-                    measure.taken(exchange.count_prompt(request.prompt_ids))
+                    measure.taken(len(request.prompt_ids), exchange.count_prompt(request.prompt_ids))
+                measure.queued(output.queued)
                 measure.wrote(len(output.token_ids))
                 exchange.answer_tokens += len(output.token_ids)
                 reason = output.finish_reason
@@ -155,6 +156,7 @@ class Service:
             reason = "aborted"
             raise
         finally:
+            exchange.answers -= 1
             if taken:
                 measure.ended(reason or "aborted")  # without one it is closed before its answer's end
             gone.cancel()

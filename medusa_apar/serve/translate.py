@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from medusa_apar import checks
 from medusa_apar.events.texts import StopString, TokenTexts
 from medusa_apar.generate import MedusaApar
-from medusa_apar.models.chat import encode_messages, rendered
-from medusa_apar.models.families import context_length, unembedding_size
+from medusa_apar.models.families import context_length
 from medusa_apar.requests import CallOptions, Sampling, engine_request, mode_of
 from medusa_apar.threads.fork_policy import fork_policy
 from medusa_apar.threads.paragraph_tree import thread_key
 from medusa_apar.threads.request import Request
 from medusa_apar.verify.guides import Guide
 
-from .errors import ApiError
-from .schemas import MOST_CHOICES, ChatBody, CompletionBody, Generation, Message
+from .errors import ApiError, refused
+from .prompts import chat_ids, check_ids, context_of, prompts_of, tools_of
+from .schemas import MOST_CHOICES, ChatBody, CompletionBody, Generation
+from .tool_calls import CLOSE, call_guide
 
-_LONG = 1 << 14  # characters that are looked at before they are tokenized
 _COMPLETION_TOKENS = 16  # of an answer whose length nobody says, as OpenAI's API has it
 _CHAT_TOKENS = 2048  # where the model does not say either how long a text can be
+_MOST_TOLD = 1 << 19  # log-probabilities of prompts, each of which is an object for a while
 # What a model's own generation config may say of answers for which the body does not.
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _SET = ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "ignore_eos")
@@ -52,7 +51,9 @@ class Asked:
 
     prompts: token ids. requests: n of each prompt, in the order of their choices; none where only the prompt is wanted.
     stops, free: as of `TextStream`. ends: tokens that are no text where an answer ends by one. echoes: what the text of
-    each choice begins with.
+    each choice begins with. scorings: where log-probabilities of the prompts are wanted, what asks for each prompt's;
+    None where it is a single token, which nothing stands before. calls: "written" where texts may hold calls of tools,
+    "guided" where each text is one.
     """
 
     prompts: list[list[int]]
@@ -62,12 +63,14 @@ class Asked:
     free: int = 0
     ends: frozenset[int] = frozenset()
     echoes: list[str] = field(default_factory=list)
+    scorings: list[Request | None] = field(default_factory=list)
+    calls: str | None = None
 
 
 def chat(body: ChatBody, place: Place) -> Asked:
     """ApiError 400 for what cannot be."""
     with refused("messages"):
-        prompt = chat_ids(place.apar, body.messages, _tools(body, place.apar), fits=True)
+        prompt = chat_ids(place.apar, body.messages, tools_of(body, place.apar), fits=True)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     wanted = body.max_completion_tokens or body.max_tokens
     name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
@@ -77,78 +80,34 @@ def chat(body: ChatBody, place: Place) -> Asked:
 
 def completion(body: CompletionBody, place: Place) -> Asked:
     """ApiError 400 for what cannot be."""
-    tokenizer: Any = place.apar.tokenizer
-    with refused("prompt"):
-        for prompt in body.prompt:
-            if isinstance(prompt, str):
-                _check_length(place.apar, prompt)
-        prompts = [text_ids(place.apar, p) if isinstance(p, str) else list(p) for p in body.prompt]
-        for ids in prompts:
-            if not ids:
-                raise ValueError("the prompt is empty: it has no token that the model could go on from.")
-            check_ids(place.apar, "prompt", ids)
+    prompts = prompts_of(body, place.apar)
     echoes = []
     if body.echo:
-        texts = [p if isinstance(p, str) else TokenTexts.of(tokenizer).decode(p) for p in body.prompt]
+        decode = TokenTexts.of(place.apar.tokenizer).decode
+        texts = [p if isinstance(p, str) else decode(p) for p in body.prompt]
         echoes = [text for text in texts for _ in range(body.n or 1)]
     length = _Length("max_tokens", body.max_tokens, _COMPLETION_TOKENS)
-    return _asked(body, place, prompts, body.logprobs, length, echoes)
+    asked = _asked(body, place, prompts, body.logprobs, length, echoes)
+    if not body.echo or body.logprobs is None:
+        return asked
+    return replace(asked, scorings=_scorings(asked, place, body.logprobs, _salt(body, place)))
 
 
-def _check_length(apar: MedusaApar, text: str) -> None:
-    """ApiError 400 for a text that cannot fit into the context, before it is tokenized, which would take long."""
-    context = context_of(apar)
-    least = 0 if context is None else TokenTexts.of(apar.tokenizer).least_tokens(text)
-    if context is not None and least >= context:
-        said = f"The model's context has {context} tokens, but the prompt has {least} or more."
-        raise ApiError(400, said, code="context_length_exceeded")
+def _scorings(asked: Asked, place: Place, logprobs: int, salt: dict[str, Any]) -> list[Request | None]:
+    """As of `Asked`."""
+    told = sum(map(len, asked.prompts)) * asked.n * (1 + logprobs)
+    if told > _MOST_TOLD:
+        said = f"echo with logprobs={logprobs} asks for {told} log-probabilities of prompts"
+        raise ApiError(400, f"{said}, at most {_MOST_TOLD} are told.", param="logprobs")
 
+    def scoring(index: int, prompt: list[int]) -> Request | None:
+        if len(prompt) == 1:
+            return None
+        name = f"{place.id}-prompt-{index}"
+        how = {"score_from": 1, "max_new_tokens": 1, "logprobs": logprobs, **salt}
+        return engine_request(place.apar, name, prompt, Sampling(), CallOptions(fork=False), **how)
 
-def text_ids(apar: MedusaApar, text: str, special: bool = True) -> list[int]:
-    tokenizer: Any = apar.tokenizer
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
-
-
-def chat_ids(
-    apar: MedusaApar, messages: Sequence[Message], tools: list[dict] | None = None, fits: bool = False
-) -> list[int]:
-    """What the chat template makes of a conversation. ValueError where it refuses that.
-
-    fits: ApiError 400 for one that is much too long for the context, without tokenizing it.
-    """
-    plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    if any("tool_calls" in message for message in plain):
-        _check_knows_tools(apar, "messages")
-    tokenizer: Any = apar.tokenizer
-    if fits and tokenizer.chat_template and sum(len(message["content"]) for message in plain) > _LONG:
-        _check_length(apar, rendered(tokenizer, plain, tools))
-    return encode_messages(tokenizer, plain, tools)["input_ids"][0].tolist()
-
-
-def context_of(apar: MedusaApar) -> int | None:
-    """Tokens of prompt and answer together, at most."""
-    config = apar.model.config.get_text_config(decoder=True)
-    known = (getattr(config, "max_position_embeddings", None), context_length(apar.model))
-    return min((length for length in known if length), default=None)
-
-
-def check_ids(apar: MedusaApar, name: str, ids: Sequence[int]) -> None:
-    """ApiError 400 for one that the model does not have."""
-    size = unembedding_size(apar.model)[0]
-    wrong = next((id for id in ids if not 0 <= id < size), None)
-    if wrong is not None:
-        said = f"{name} holds the token id {wrong}, but the model has ids from 0 to {size - 1}."
-        raise ApiError(400, said, param=name)
-
-
-@contextmanager
-def refused(param: str | None = None) -> Iterator[None]:
-    """What the layers below refuse in one sentence is the client's to read."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        named = re.match(r"(\w+)=", str(error))  # "top_p=0 must be ..."
-        raise ApiError(400, str(error), param=named[1] if named else param) from error
+    return [scoring(*each) for each in enumerate(asked.prompts)]
 
 
 class _Length(NamedTuple):
@@ -176,14 +135,12 @@ def _asked(
     chosen = _sampling(body, place.apar)
     with refused():
         limits = [_limit(place, options, len(prompt), length) for prompt in prompts]
-    shared: dict[str, Any] = {"logprobs": logprobs, "events": body.events}
+    shared: dict[str, Any] = {"logprobs": logprobs, "events": body.events, **_salt(body, place)}
     if body.apar and body.apar.acceptance:
         hot = chosen["temperature"] > 0
         shared["typical"] = checks.typical_acceptance(body.apar.acceptance) if hot else None
     if body.apar and body.apar.speculation == "off":
         shared["speculation"] = False
-    salt = f"asked {body.cache_salt}" if body.cache_salt else place.tenant and f"tenant {place.tenant}"
-    shared |= {"cache_salt": salt} if salt else {}
     requests: list[Request] = []
     with refused():
         sampling = Sampling(**chosen)
@@ -193,7 +150,16 @@ def _asked(
                 name = f"{place.id}-{len(requests)}"
                 requests.append(engine_request(place.apar, name, prompt, sampling, own, max_new_tokens=limit, **shared))
     ends = frozenset() if body.ignore_eos or not requests else requests[0].options.eos_ids
-    return Asked(prompts, requests, n, options.stop_strings or (), body.min_tokens or 0, ends, list(echoes))
+    calls = "guided" if body.must_call else "written" if body.may_call else None
+    free, stops = body.min_tokens or 0, options.stop_strings or ()
+    return Asked(prompts, requests, n, stops, free, ends, list(echoes), calls=calls)
+
+
+def _salt(body: Generation, place: Place) -> dict[str, Any]:
+    """`RequestOptions.cache_salt`, where there is one."""
+    if body.cache_salt:
+        return {"cache_salt": f"asked {body.cache_salt}"}
+    return {"cache_salt": f"tenant {place.tenant}"} if place.tenant else {}
 
 
 def _sampling(body: Generation, apar: MedusaApar) -> dict[str, Any]:
@@ -225,6 +191,9 @@ def _bias(bias: dict[str, float]) -> dict[int, float]:
 
 
 def _guide(body: Generation) -> Guide | None:
+    if body.must_call:
+        with refused("tools"):
+            return call_guide([tool.model_dump(exclude_none=True) for tool in body.must_call])
     asked = body.response_format
     if asked is None or asked.type == "text":
         return None
@@ -236,9 +205,11 @@ def _guide(body: Generation) -> Guide | None:
 def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
     ours = body.apar
     fork = None if ours is None else ours.fork
-    if body.response_format is not None and body.response_format.type != "text":
+    formed = body.response_format is not None and body.response_format.type != "text"
+    whole = "response_format" if formed else "tools" if body.may_call else None
+    if whole is not None:  # what one thread writes cannot be told to hold together otherwise
         if fork not in (None, False, "off"):
-            raise ApiError(400, "apar.fork and response_format exclude each other.", param="apar.fork")
+            raise ApiError(400, f"apar.fork and {whole} exclude each other.", param="apar.fork")
         fork = False
     max_threads = None if ours is None else ours.max_threads
     if max_threads is not None and apar.max_threads is not None and max_threads > apar.max_threads:
@@ -253,6 +224,8 @@ def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
             400, "apar.fork is true, but the model has no [Fork] and [Child] to fork with.", param="apar.fork"
         )
     stops: list[str] = [StopString(stop) for stop in body.stop or ()]
+    if body.calls_once:
+        stops.append(StopString(CLOSE))
     return CallOptions(fork=fork, max_threads=max_threads, max_depth=max_depth, stop_strings=stops or None)
 
 
@@ -302,32 +275,3 @@ def _seed(seed: int | None, choice: int) -> int | None:
     if seed is None:
         return None
     return seed & (2**63 - 1) if choice == 0 else thread_key(seed, choice) >> 1
-
-
-def _tools(body: ChatBody, apar: MedusaApar) -> list[dict] | None:
-    """tool_choice "none" leaves them out, as vLLM does."""
-    if not body.tools:
-        return None
-    _check_knows_tools(apar, "tools")
-    return None if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools]
-
-
-def _check_knows_tools(apar: MedusaApar, param: str) -> None:
-    if not re.search(r"\btools\b", str(getattr(apar.tokenizer, "chat_template", None))):
-        raise ApiError(400, f"{param} has tools, of which the model's chat template knows nothing.", param=param)
-
-
-def _plain(message: Message, name: str) -> dict[str, Any]:
-    """A message as chat templates take it: the arguments of calls are objects there."""
-    kept = message.model_dump(exclude_none=True, include={"role", "content", "name", "tool_calls", "tool_call_id"})
-    kept = {"content": "", **kept, "role": "system" if message.role == "developer" else message.role}
-    for index, call in enumerate(kept.get("tool_calls", ())):
-        try:
-            arguments = json.loads(call["function"]["arguments"])
-        except (json.JSONDecodeError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            param = f"{name}.tool_calls[{index}].function.arguments"
-            raise ApiError(400, f"{param} is not a JSON object.", param=param)
-        call["function"]["arguments"] = arguments
-    return kept

@@ -49,7 +49,8 @@ class RequestOptions:
         processors: transformers' logits processors, asked as transformers asks them.
         typical: (epsilon, delta) of Medusa's lossy acceptance, None for exact acceptance.
         scores, logits: whether `Request.scores` and `Request.logits` are kept.
-        logprobs: how many of the likeliest tokens are kept beside each token's own log-probability; None keeps nothing.
+        logprobs: how many of the likeliest tokens are kept beside each token's own log-probability, be it written or
+            scored; None keeps nothing.
         priority: of two waiting requests the one with the lower number goes first, then the one that came first.
         events: whether the engine's outputs carry the request's events.
         watcher: a `medusa_apar.events.reporter.Reporter` that is told of them in another way, or None.
@@ -118,6 +119,7 @@ class RequestStats:
     steps: int = 0  # in which one of its threads ran
     preemptions: int = 0  # times that all of its slots were taken back
     cached_tokens: int = 0  # of its prompt, that came from the prefix cache
+    queued: float | None = None  # when its first step began
     first_token: float | None = None
     finished: float | None = None
 
@@ -135,10 +137,13 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class TextScores:
-    """What plain decoding says of a given text, token by token; shorter than the text where the context ends."""
+    """What plain decoding says of a given text, token by token; shorter than the text where the context ends.
+
+    told: of the model's own distribution, control tokens included, where the options ask for it."""
 
     logprobs: list[float] = field(default_factory=list)
     chosen: list[bool] = field(default_factory=list)  # whether greedy decoding chooses the token; empty when sampling
+    told: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Request:

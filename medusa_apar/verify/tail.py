@@ -18,6 +18,7 @@ from medusa_apar.triton_kernels.reference import Verified
 
 from .device_verify import DeviceVerify
 from .host_verify import HostVerify
+from .logprobs import top
 from .recipe import Chooser
 from .scoring import score
 from .verify_result import VerifyResult
@@ -82,6 +83,7 @@ class Tail:
         ]
         chosen = [(first, segment) for _, first, segment in here if segment.request.options.score_from is None]
         host = HostVerify(chosen, output.logits, self._argmax, self._chooser)
+        likeliest = top if self._chooser is None else self._chooser.top
         for place, first, segment in here:
             if segment.request.error is not None:
                 continue
@@ -89,7 +91,7 @@ class Tail:
                 if segment.request.options.score_from is None:
                     results[place] = host(first, segment)
                 else:
-                    score(segment, output.logits[first : first + segment.scored], self._argmax)
+                    score(segment, output.logits[first : first + segment.scored], self._argmax, likeliest)
             except Exception as error:  # it ends this request alone
                 segment.request.error = error
         self._check(results, output.logits)

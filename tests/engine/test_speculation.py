@@ -63,7 +63,10 @@ def test_policies_never_show_in_samples_and_behind_processors(policy, generate):
     heads = RecallHeads(model, plain.paragraph_tree)
     out = run(model, heads, speculation=POLICIES[policy], budget=40, generate=generate)
     assert torch.equal(out.sequences, plain.sequences)
-    assert out.stats.steps < plain.stats.steps
+    stats = out.stats
+    assert stats.iteration_tokens.total() == stats.steps < plain.stats.steps
+    by_length = sum(length * count for length, count in stats.drafts.items())
+    assert by_length == stats.accepted["heads"] + stats.accepted["ngrams"] > 0 == plain.stats.drafts.total()
 
 
 @pytest.mark.parametrize("limits", [{"max_threads": 1}, {"pool_slots": 6 + 2 * 40 + 2 * 3}, {"runtime": "torch"}])

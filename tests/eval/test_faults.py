@@ -18,6 +18,7 @@ from medusa_apar.eval.fault_cases import CHAT, COMPLETION, Case, cases_of, malfo
 from medusa_apar.eval.fault_host import Host, Wrong
 from medusa_apar.eval.fault_judge import Gone, When, judge
 from medusa_apar.eval.fault_kinds import FAULTS, World
+from medusa_apar.eval.fault_memory import BOUND, growth
 from medusa_apar.heads import HydraHeads
 from medusa_apar.serve.options import ServeOptions
 from tests.support.models import CONTROL, forking_model
@@ -36,21 +37,53 @@ def test_a_server_stands_a_campaign(apar, caplog):
         pace = faults.Pace(0.0, round_seconds=60.0, cases=6, at_once=2, round_faults=6)
         report = faults.campaign(apar, pace, seed=7)
     assert report.wrong == [] and report.rounds == 3
+    assert report.growth is not None and [report.growth.warm, report.growth.end] == report.memory[1:]
     assert report.faults > 3 * 6 and report.counts["right"] > 6
     assert {"kill", "drain"} <= set(report.events) and len(set(report.events) & {kind.__name__ for kind in FAULTS}) > 3
     said = {record.getMessage() for record in caplog.records}
     assert said <= {"the engine has died"}  # a client that goes is no error
 
 
+@pytest.mark.campaign
+def test_a_server_stands_a_minute(apar):
+    """A tenth of what the command does, of which a thousand faults are asked."""
+    report = faults.campaign(apar, faults.Pace(60.0, round_seconds=5.0, cases=20), seed=1)
+    assert report.wrong == [] and report.faults >= 100 and report.counts["right"] > 100
+    assert report.rounds > 8 and set(report.events) >= {kind.__name__ for kind in FAULTS}
+    assert report.growth is not None and not report.growth.too_much
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("memory", "warm", "end", "slope"),
+    [
+        ([500, 500, 500, 500, 500, 500, 500, 500], 500, 500, 0),
+        ([100, 300, 500, 500, 500, 500, 500, 500], 500, 500, 0),  # a warm-up may take what it likes
+        ([500, 500, 500, 500, 900, 500, 500, 500], 500, 500, None),  # and one look is none
+        ([500, 500, 500, 510, 520, 530, 540, 550], 510, 540, 100),
+        ([500, 510, 600], 510, 600, 900),
+    ],
+)
+def test_memory_that_grows_is_told(memory, warm, end, slope):
+    found = growth([MIB * each for each in memory], [100 * n for n in range(1, len(memory) + 1)])
+    assert (found.warm, found.end, found.too_much) == (MIB * warm, MIB * end, MIB * (end - warm) > BOUND)
+    assert slope is None or found.per_thousand_faults == pytest.approx(MIB * slope, rel=0.1)
+    assert growth([MIB], [1]) is growth([MIB, MIB], [1, 2]) is None
+
+
 def test_the_command_says_what_it_found(apar, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(faults, "load", lambda model, quantize: apar)
-    report = faults.Report(3, faults=5, wrong=["a slot is lost"])
+    grown = growth([MIB] * 8, range(8))
+    report = faults.Report(3, faults=5, growth=grown, wrong=["a slot is lost"])
     monkeypatch.setattr(faults, "campaign", lambda *its: seen.append(its[1:]) or report)
     out = tmp_path / "new" / "faults.json"
     assert faults.main(["--seconds", "5", "--seed", "3", "--out", str(out)]) == 1
     assert seen == [(faults.Pace(5.0), 3)] and json.loads(out.read_text())["wrong"] == ["a slot is lost"]
-    assert json.loads(capsys.readouterr().out)["faults"] == 5
+    said = json.loads(capsys.readouterr().out)
+    assert said["faults"] == 5 and (said["growth"]["warm"], said["growth"]["bound"]) == (MIB, BOUND)
     report.wrong.clear()
     assert faults.main(["--seconds", "5", "--seed", "3"]) == 0
 

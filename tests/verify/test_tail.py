@@ -329,7 +329,7 @@ def scored_segment(request, cached=0):
 
 
 WAYS = {
-    "greedy": ({}, lambda path, scores: scores),
+    "greedy": ({"logprobs": 2}, lambda path, scores: scores),
     "sampled": ({"seed": 3, "processors": [TopKLogitsWarper(2)]}, None),
     "penalised": (
         {"processors": [RepetitionPenaltyLogitsProcessor(1.8)]},
@@ -361,6 +361,13 @@ def test_texts_are_scored_beside_what_decodes(verify, first):
     assert str(requests.pop("broken").error) == "this one breaks"
     for place, (way, request) in enumerate(requests.items()):
         own, scores = logits[place * rows :][:rows].clone(), request.text_scores
+        told = own.log_softmax(-1)  # of the model's own distribution, control tokens included
+        assert len(scores.told) == (rows if request.options.logprobs else 0)
+        for row, its in enumerate(scores.told):
+            assert its.logprob == pytest.approx(float(told[row, TEXT[first + row]]), abs=1e-5)
+            values, ids = told[row].topk(2)
+            assert [token for token, _ in its.top] == ids.tolist()
+            assert [value for _, value in its.top] == pytest.approx(values.tolist(), abs=1e-5)
         own[:, [FORK, CHILD]] = -torch.inf
         expected = own.log_softmax(-1)[torch.arange(rows), torch.tensor(TEXT[first:])]
         torch.testing.assert_close(torch.tensor(scores.logprobs), expected)

@@ -50,7 +50,7 @@ def unknown_part(model: PreTrainedModel) -> str | None:
         hooks = [*its["_forward_hooks"].values(), *its["_forward_pre_hooks"].values()]
         if "forward" in its:
             hooks.append(its["forward"])
-        if not all(_only_looks_on(hook) for hook in hooks):
+        if not all(only_looks_on(hook) for hook in hooks):
             return f"a {type(module).__name__} of the model has hooks"
     if torch.nn.modules.module._has_any_global_hook():
         return "all modules have hooks"
@@ -105,7 +105,7 @@ def _innermost(function: Any) -> CodeType | None:
     return None
 
 
-def _only_looks_on(hook: Any) -> bool:
+def only_looks_on(hook: Any) -> bool:
     """Whether a hook changes nothing: one of another call of ours that runs this very model in torch, or those that
     transformers leaves in a model which was asked for its hidden states once."""
     module = str(getattr(getattr(hook, "func", hook), "__module__", ""))
