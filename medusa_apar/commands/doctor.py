@@ -31,7 +31,11 @@ from medusa_apar.runtimes.cpu.runtime import unsupported_reason
 from medusa_apar.runtimes.devices import device_of
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "triton", "fschat")
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
+CPU_FLAGS = (
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "bf16", "i8mm"),  # of Arm
+)
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def doctor(console: Console, model: str | None = None, **options: Any) -> None:
@@ -178,8 +182,7 @@ def _version(package: str) -> str:
 
 
 def _cpuinfo(key: str) -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
 
 
@@ -188,7 +191,7 @@ def _cpu_model() -> str:
 
 
 def _cpu_flags() -> list[str]:
-    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()  # x86, ARM
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()  # x86, Arm
     return [flag for flag in CPU_FLAGS if flag in flags]
 
 

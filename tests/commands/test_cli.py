@@ -23,6 +23,7 @@ from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.models import hub
 from medusa_apar.runtimes.cpu import library
+from tests.support import arm
 from tests.support.folders import forking_folder, own_code
 from tests.support.models import CONTROL, VOCAB, forking_model
 from tests.support.tokenizers import save_tokenizer
@@ -398,6 +399,13 @@ def test_doctor_says_what_the_disk_holds(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert re.search(rf"^cache +{tmp_path}, \d+\.\d MB *$", out, re.M) and "base 2.5 MB" in out
     assert re.search(r"step\.so, \d\.\d MB", out) or "torch only" in out
+
+
+def test_doctor_says_what_a_processor_of_arm_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    doctor.CPUINFO.write_text(arm.CPUINFO)
+    found = next(finding for name, finding in doctor.findings() if name == "cpu features")
+    assert found.startswith("asimd asimddp bf16 i8mm; ")
 
 
 def test_doctor_counts_a_linked_file_once(tmp_path):

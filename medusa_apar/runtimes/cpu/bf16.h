@@ -3,8 +3,8 @@
 //   weights      panel[input / 2][16 outputs][2]
 //   activations  [input], bfloat16; where nothing multiplies those, floats that were rounded to them
 //
-// Three ways to take the sums round differently, so a machine has one for all rows: AMX tiles, vdpbf16ps, or floats.
-// With each, a row's sums run over its inputs in one order, however many rows there are beside it.
+// Four ways to take the sums round differently, so a machine has one for all rows: AMX tiles, vdpbf16ps, Arm's bfdot, or
+// floats. With each, a row's sums run over its inputs in one order, however many rows there are beside it.
 #pragma once
 
 #include "amx.h"
@@ -13,11 +13,31 @@
 namespace mapar {
 
 constexpr int PAIRS = 16, PAIRED_INPUTS = 2 * PAIRS;  // inputs are padded to these: one tile's
+
+// Sums of some outputs, the weights of two inputs to them, and one row's two activations.
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define MAPAR_BF16
 typedef uint16_t Half;
+constexpr int HALF_ROWS = 12, HALF_PANELS = 2;
+typedef __m512 HalfSums;
+typedef __m512bh HalfPair;
+inline HalfPair half_pair(const uint16_t* w) { return (__m512bh)_mm512_loadu_si512(w); }
+inline void half_dot(HalfSums& sums, HalfPair w, int32_t x) {
+    sums = _mm512_dpbf16_ps(sums, w, (__m512bh)_mm512_set1_epi32(x));
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define MAPAR_BF16
+typedef uint16_t Half;
+constexpr int HALF_ROWS = 6, HALF_PANELS = 1;
+typedef float32x4_t HalfSums;
+typedef bfloat16x8_t HalfPair;
+inline HalfPair half_pair(const uint16_t* w) { return vld1q_bf16((const bfloat16_t*)w); }
+inline void half_dot(HalfSums& sums, HalfPair w, int32_t x) {
+    sums = vbfdotq_f32(sums, w, vreinterpretq_bf16_s32(vdupq_n_s32(x)));
+}
 #else
 typedef float Half;
+constexpr int HALF_ROWS = LANES == 16 ? 12 : LANES == 8 ? 4 : 6, HALF_PANELS = 1;
 #endif
 #if defined(MAPAR_AMX) && defined(__AMX_BF16__) && defined(MAPAR_BF16)
 #define MAPAR_AMX_BF16
@@ -54,38 +74,33 @@ inline void quantise_bf16(const float* x, int count, int padded, Half* out) {
     }
 }
 
-#ifdef MAPAR_BF16
-constexpr int HALF_ROWS = 12, HALF_PANELS = 2;
-#else
-constexpr int HALF_ROWS = LANES == 16 ? 12 : 4, HALF_PANELS = 1;
-#endif
-
 // R rows at P panels side by side: out[panel][row][PANEL].
 template <int R, int P>
 __attribute__((noinline)) void panels_bf16(const uint16_t* panels, int inputs, const Half* x, int stride, float* out,
                                            int panel_stride) {
+    constexpr int PARTS = PANEL / LANES;
 #ifdef MAPAR_BF16
-    __m512 sums[R][P];
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) sums[r][p] = _mm512_setzero_ps();
+    constexpr int V = P * PARTS;
+    HalfSums sums[R][V] = {};
     for (int k = 0; k < inputs; k += 2) {
-        __m512bh w[P];
-#pragma GCC unroll 2
-        for (int p = 0; p < P; p++)
-            w[p] = (__m512bh)_mm512_loadu_si512(panels + (size_t)p * PANEL * inputs + k * PANEL);
+        HalfPair w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++)
+            w[v] = half_pair(panels + (size_t)(v / PARTS) * PANEL * inputs + k * PANEL + v % PARTS * 2 * LANES);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
             int32_t pair;
             std::memcpy(&pair, x + (size_t)r * stride + k, sizeof pair);
-#pragma GCC unroll 2
-            for (int p = 0; p < P; p++)
-                sums[r][p] = _mm512_dpbf16_ps(sums[r][p], w[p], (__m512bh)_mm512_set1_epi32(pair));
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) half_dot(sums[r][v], w[v], pair);
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) _mm512_storeu_ps(out + (size_t)p * panel_stride + r * PANEL, sums[r][p]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++)
+            store(out + (size_t)(v / PARTS) * panel_stride + r * PANEL + v % PARTS * LANES, (vf)sums[r][v]);
 #else
-    constexpr int PARTS = PANEL / LANES;
     for (int p = 0; p < P; p++) {
         vf sums[R][PARTS] = {};
         const uint16_t* w = panels + (size_t)p * PANEL * inputs;

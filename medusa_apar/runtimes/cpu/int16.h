@@ -41,7 +41,7 @@ inline float quantise(const float* x, int count, int padded, int16_t* out, float
 // The most steps that two factors may have where so many of their products are summed.
 inline float most_steps(int products) { return std::floor(std::sqrt((double)INT32_MAX / products)); }
 
-// Adds to each lane the products of two neighbours in a and b [WIDE].
+// Adds to each lane two of the products of a and b [WIDE]: of neighbours, on Arm of elements half a vector apart.
 inline void add_dot(vi& sums, const int16_t* a, const int16_t* b) {
 #if defined(__AVX512VNNI__)
     sums = (vi)_mm512_dpwssd_epi32((__m512i)sums, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
@@ -49,6 +49,9 @@ inline void add_dot(vi& sums, const int16_t* a, const int16_t* b) {
     sums += (vi)_mm512_madd_epi16(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
 #elif defined(__AVX2__)
     sums += (vi)_mm256_madd_epi16(_mm256_loadu_si256((const __m256i*)a), _mm256_loadu_si256((const __m256i*)b));
+#elif defined(__aarch64__)
+    const int16x8_t x = vld1q_s16(a), y = vld1q_s16(b);
+    sums = (vi)vmlal_high_s16(vmlal_s16((int32x4_t)sums, vget_low_s16(x), vget_low_s16(y)), x, y);
 #else
     for (int i = 0; i < LANES; i++) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
 #endif
@@ -66,6 +69,9 @@ inline vi4 sum4(const vi* v) {
 #endif
     const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
     return (vi4)_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+#elif defined(__aarch64__)
+    const int32x4_t low = vpaddq_s32((int32x4_t)v[0], (int32x4_t)v[1]);
+    return (vi4)vpaddq_s32(low, vpaddq_s32((int32x4_t)v[2], (int32x4_t)v[3]));
 #else
     vi4 out = {};
     for (int n = 0; n < 4; n++)
@@ -119,6 +125,19 @@ inline WovenSums in_order(const WovenSums& sums) {
     const __m256i low = (__m256i)sums.low, high = (__m256i)sums.high;
     return {(vi)_mm256_permute2x128_si256(low, high, 0x20), (vi)_mm256_permute2x128_si256(low, high, 0x31)};
 }
+#elif defined(__aarch64__)
+struct Woven {
+    int16x8_t a, b;
+};
+inline Woven weave(const int16_t* a, const int16_t* b) { return {vld1q_s16(a), vld1q_s16(b)}; }
+inline void add_products(WovenSums& sums, const Woven& rows, int32_t weights) {
+    const int16x4_t w = vreinterpret_s16_s32(vdup_n_s32(weights));
+    const int32x4_t low = vmlal_lane_s16((int32x4_t)sums.low, vget_low_s16(rows.a), w, 0),
+                    high = vmlal_high_lane_s16((int32x4_t)sums.high, rows.a, w, 0);
+    sums.low = (vi)vmlal_lane_s16(low, vget_low_s16(rows.b), w, 1);
+    sums.high = (vi)vmlal_high_lane_s16(high, rows.b, w, 1);
+}
+inline WovenSums in_order(const WovenSums& sums) { return sums; }
 #else
 struct Woven {
     const int16_t *a, *b;

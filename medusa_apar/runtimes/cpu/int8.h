@@ -12,13 +12,11 @@
 // Instructions by what the compiler was told of the machine. vpdpbusd takes four products a lane, of an unsigned and a
 // signed factor: weights get 128 more, and sums begin with what that adds (`Group::start`). vpmaddubsw adds up two
 // products in 16 bits, which 2 * 127 * 127 does not leave: the activation takes its sign from the weight, whose amount
-// is the unsigned factor. sdot has two signed ones.
+// is the unsigned factor. Arm's have two signed ones: sdot takes four products a lane, smmla eight, of two rows and two
+// outputs; what has neither adds up two products in 16 bits too.
 #pragma once
 
 #include "vectors.h"
-#if defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#endif
 
 namespace mapar {
 
@@ -75,19 +73,19 @@ inline void dot(Sums& sums, const Quad& w, int32_t x) {
     const __m256i pairs = _mm256_maddubs_epi16(w.amount, signs);
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-#elif defined(__ARM_FEATURE_DOTPROD)
-constexpr int COLUMNS = 8, VECTORS = 1, BEST_ROWS = 8;
-struct Sums {
-    int32x4_t low, high;
-};
-struct Quad {
-    int8x16_t low, high;
-};
-inline Quad quad(const int8_t* w) { return {vld1q_s8(w), vld1q_s8(w + 16)}; }
-inline Sums start_of(const Group&) { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+#elif defined(__aarch64__)
+constexpr int COLUMNS = 4, VECTORS = 4, BEST_ROWS = 6;  // 24 sums of 32 registers
+typedef int32x4_t Sums;
+typedef int8x16_t Quad;
+inline Quad quad(const int8_t* w) { return vld1q_s8(w); }
+inline Sums start_of(const Group&) { return vdupq_n_s32(0); }
 inline void dot(Sums& sums, const Quad& w, int32_t x) {
     const int8x16_t row = vreinterpretq_s8_s32(vdupq_n_s32(x));
-    sums = {vdotq_s32(sums.low, w.low, row), vdotq_s32(sums.high, w.high, row)};
+#if defined(__ARM_FEATURE_DOTPROD)
+    sums = vdotq_s32(sums, w, row);
+#else
+    sums = vpadalq_s16(sums, vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(row)), vmull_high_s8(w, row)));
+#endif
 }
 #else
 constexpr int COLUMNS = 8, VECTORS = 1, BEST_ROWS = 4;
@@ -123,10 +121,76 @@ inline void add_scaled(float* out, const ci& sums, const cf& weight_scales, floa
     before = (cf)_mm512_fmadd_ps((__m512)floats, (__m512)factor, (__m512)before);
 #elif defined(__FMA__)
     before = (cf)_mm256_fmadd_ps((__m256)floats, (__m256)factor, (__m256)before);
+#elif defined(__aarch64__)
+    before = (cf)vfmaq_f32((float32x4_t)before, (float32x4_t)floats, (float32x4_t)factor);
 #else
     before += floats * factor;
 #endif
     std::memcpy(out, &before, sizeof before);
+}
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+// As `group_sums`, by smmla. Of an odd number of rows the last goes twice.
+template <int R, int V>
+inline void group_sums_of_pairs(const int8_t* const* weights, size_t start, const int8_t* x, int stride, Sums (&sums)[R][V]) {
+    constexpr int COUPLES = (R + 1) / 2;
+    int32x4_t squares[COUPLES][V][2];
+#pragma GCC unroll 4
+    for (int c = 0; c < COUPLES; c++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) squares[c][v][0] = squares[c][v][1] = vdupq_n_s32(0);
+    for (int q = 0; q < QUADS; q += 2) {
+        int8x16_t rows[COUPLES];
+#pragma GCC unroll 4
+        for (int c = 0; c < COUPLES; c++) {
+            const int8_t *first = x + (size_t)2 * c * stride, *second = 2 * c + 1 < R ? first + stride : first;
+            rows[c] = vcombine_s8(vld1_s8(first + 4 * q), vld1_s8(second + 4 * q));
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            const int8_t* w = weights[v] + start + q * 4 * PANEL;
+            const int32x4_t four = vreinterpretq_s32_s8(quad(w)), next = vreinterpretq_s32_s8(quad(w + 4 * PANEL));
+            const int8x16_t low = vreinterpretq_s8_s32(vzip1q_s32(four, next)),
+                            high = vreinterpretq_s8_s32(vzip2q_s32(four, next));
+#pragma GCC unroll 4
+            for (int c = 0; c < COUPLES; c++) {
+                squares[c][v][0] = vmmlaq_s32(squares[c][v][0], rows[c], low);
+                squares[c][v][1] = vmmlaq_s32(squares[c][v][1], rows[c], high);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < COUPLES; c++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            const int64x2_t low = vreinterpretq_s64_s32(squares[c][v][0]), high = vreinterpretq_s64_s32(squares[c][v][1]);
+            sums[2 * c][v] = vreinterpretq_s32_s64(vzip1q_s64(low, high));
+            if (2 * c + 1 < R) sums[2 * c + 1][v] = vreinterpretq_s32_s64(vzip2q_s64(low, high));
+        }
+}
+#endif
+
+// Sums over a group of inputs, whose weights begin at `start`: R rows at V times COLUMNS outputs.
+template <int R, int V>
+inline void group_sums(const int8_t* const* weights, size_t start, const int8_t* x, int stride, const Group* groups,
+                       int group_stride, Sums (&sums)[R][V]) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    if constexpr (R > 1) return group_sums_of_pairs<R, V>(weights, start, x, stride, sums);
+#endif
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sums[r][v] = start_of(groups[r * group_stride]);
+    for (int q = 0; q < QUADS; q++) {
+        Quad w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) w[v] = quad(weights[v] + start + q * 4 * PANEL);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            int32_t four;
+            std::memcpy(&four, x + (size_t)r * stride + 4 * q, sizeof four);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) dot(sums[r][v], w[v], four);
+        }
+    }
 }
 
 // R rows at V times COLUMNS outputs: out[v][row][PANEL].
@@ -136,20 +200,8 @@ __attribute__((noinline)) void add_columns(const int8_t* const* weights, const f
     const int count = inputs / GROUP_INPUTS, group_stride = stride / GROUP_INPUTS;
     for (int g = 0; g < count; g++) {
         Sums sums[R][V];
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) sums[r][v] = start_of(groups[r * group_stride + g]);
-        for (int q = 0; q < QUADS; q++) {
-            Quad w[V];
-#pragma GCC unroll 2
-            for (int v = 0; v < V; v++) w[v] = quad(weights[v] + (size_t)g * GROUP_BYTES + q * 4 * PANEL);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++) {
-                int32_t four;
-                std::memcpy(&four, x + (size_t)r * stride + g * GROUP_INPUTS + 4 * q, sizeof four);
-#pragma GCC unroll 2
-                for (int v = 0; v < V; v++) dot(sums[r][v], w[v], four);
-            }
-        }
+        group_sums<R, V>(weights, (size_t)g * GROUP_BYTES, x + g * GROUP_INPUTS, stride, groups + g, group_stride, sums);
+#pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
             cf weight_scales;
             std::memcpy(&weight_scales, scales[v] + g * PANEL, sizeof weight_scales);

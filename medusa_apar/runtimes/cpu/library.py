@@ -251,11 +251,15 @@ def _openmp_in_use() -> str:
     return next((file for file in found if "/torch" in file), found[0] if found else "")
 
 
-def processor() -> str:
-    """What -march=native looks at, as text: a cache may be shared by machines."""
-    info = Path("/proc/cpuinfo")
+def processor(info: Path = Path("/proc/cpuinfo")) -> str:
+    """What -march=native, or Arm's -mcpu=native, looks at, as text: a cache may be shared by machines.
+
+    On x86 these are the models and their flags. On Arm they are the features, asimddp and i8mm among them, and who made
+    which parts.
+    """
     text = info.read_text() if info.is_file() else ""
-    return "".join(re.findall(r"(?:model name|flags|Features|CPU part)\s*:.*", text)[:2]) or repr(platform.uname())
+    found = re.findall(r"^(?:model name|flags|Features|CPU implementer|CPU part)\s*:.*", text, re.MULTILINE)
+    return "".join(dict.fromkeys(found)) or repr(platform.uname())
 
 
 # Where a phase's time is added up: see Step.seconds.

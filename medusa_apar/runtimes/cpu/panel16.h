@@ -11,8 +11,8 @@
 
 namespace mapar {
 
-constexpr int WIDTH = 64;                     // columns of a panel
-constexpr int AT_ONCE = LANES == 16 ? 4 : 2;  // vectors of sums for each of three rows: 12 of 32 registers, 6 of 16
+constexpr int WIDTH = 64;                    // columns of a panel
+constexpr int AT_ONCE = LANES == 8 ? 2 : 4;  // vectors of sums for each of three rows: 6 of 16 registers, 12 of 32
 
 // Adds to each lane two products: of a panel's pair and a row's.
 inline void add_pair(vi& sums, const vi& panel, int32_t row) {
@@ -22,6 +22,10 @@ inline void add_pair(vi& sums, const vi& panel, int32_t row) {
     sums += (vi)_mm512_madd_epi16((__m512i)panel, _mm512_set1_epi32(row));
 #elif defined(__AVX2__)
     sums += (vi)_mm256_madd_epi16((__m256i)panel, _mm256_set1_epi32(row));
+#elif defined(__aarch64__)
+    const int16x8_t pairs = vreinterpretq_s16_s32((int32x4_t)panel), pair = vreinterpretq_s16_s32(vdupq_n_s32(row));
+    const int32x4_t low = vmull_s16(vget_low_s16(pairs), vget_low_s16(pair)), high = vmull_high_s16(pairs, pair);
+    sums += (vi)vpaddq_s32(low, high);
 #else
     int16_t pair[2], pairs[WIDE];
     std::memcpy(pair, &row, sizeof row);

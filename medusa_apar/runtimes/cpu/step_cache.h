@@ -96,7 +96,7 @@ struct StepCache {
                 if (!d) at.fetch(values, slot, dim, at.first + s, 2);
                 const int16_t* one = values + path[s] * slot + d;
                 const int16_t* other = values + path[std::min(s + 1, count - 1)] * slot + d;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) {
                     const Woven pair = weave(one + v * WIDE, other + v * WIDE);
 #pragma GCC unroll 3

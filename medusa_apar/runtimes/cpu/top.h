@@ -12,6 +12,8 @@ inline bool any_above(vf v, float limit) {
     return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
 #elif defined(__AVX2__)
     return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+#elif defined(__aarch64__)
+    return vmaxvq_u32(vcgtq_f32((float32x4_t)v, vdupq_n_f32(limit))) != 0;
 #else
     const vi above = v > splat(limit);
     int32_t part[LANES], all = 0;

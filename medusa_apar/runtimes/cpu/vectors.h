@@ -7,12 +7,16 @@
 #include <cstring>
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace mapar {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 constexpr int LANES = 16;
+#elif defined(__aarch64__)
+constexpr int LANES = 4;
 #else
 constexpr int LANES = 8;
 #endif
@@ -34,13 +38,16 @@ inline vf fused(vf a, vf b, vf c) {
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
 }
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
-// Four vectors' sums across their lanes, every one in the same order: lane i with i + 8, then i + 4, i + 2, i + 1.
+// Four vectors' sums across their lanes, every one in the same order: lane i with i + 8, then i + 4, i + 2, i + 1; on Arm
+// neighbours first.
 inline void sum4(const vf* v, float* out) {
 #if defined(__AVX2__) || defined(__AVX512F__)
     __m128 part[4];
@@ -57,6 +64,9 @@ inline void sum4(const vf* v, float* out) {
     const __m128 a = _mm_add_ps(_mm_unpacklo_ps(part[0], part[1]), _mm_unpackhi_ps(part[0], part[1]));
     const __m128 b = _mm_add_ps(_mm_unpacklo_ps(part[2], part[3]), _mm_unpackhi_ps(part[2], part[3]));
     _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a)));
+#elif defined(__aarch64__)
+    const float32x4_t low = vpaddq_f32((float32x4_t)v[0], (float32x4_t)v[1]);
+    vst1q_f32(out, vpaddq_f32(low, vpaddq_f32((float32x4_t)v[2], (float32x4_t)v[3])));
 #else
     for (int n = 0; n < 4; n++) {
         float part[LANES];
@@ -111,8 +121,9 @@ inline void hadamard(float* x) {
     constexpr int COUNT = N / LANES;
     vf v[COUNT];
     for (int i = 0; i < COUNT; i++) {
-        v[i] = butterfly<4>(butterfly<2>(butterfly<1>(load(x + i * LANES))));
-        if (LANES > 8) v[i] = butterfly<LANES / 2>(v[i]);
+        v[i] = butterfly<2>(butterfly<1>(load(x + i * LANES)));
+        if constexpr (LANES > 4) v[i] = butterfly<4>(v[i]);
+        if constexpr (LANES > 8) v[i] = butterfly<8>(v[i]);
     }
     for (int h = 1; h < COUNT; h *= 2)
         for (int i = 0; i < COUNT; i++)

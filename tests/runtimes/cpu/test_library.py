@@ -14,6 +14,7 @@ import torch
 
 from medusa_apar.runtimes.cpu import library
 from medusa_apar.runtimes.cpu.library import address, floats
+from tests.support import arm
 
 NEEDED = {
     "of another type": (torch.zeros(4, dtype=torch.bfloat16), 4),
@@ -138,3 +139,15 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path, monkeypatch):
     finally:
         library.outcome.cache_clear()
     assert len((tmp_path / "asked").read_text().split()) == 2  # its version, and to compile
+
+
+def test_a_cache_tells_processors_of_arm_apart(tmp_path):
+    def told(text):
+        (tmp_path / "cpuinfo").write_text(text)
+        return library.processor(tmp_path / "cpuinfo")
+
+    core = arm.CPUINFO
+    little = core.replace("processor\t: 0", "processor\t: 1").replace("0xd40", "0xd46")
+    assert told(core) == told(core.replace("2100", "50") * 64)
+    others = [core.replace(f" {name}", "") for name in ("asimddp", "i8mm")]
+    assert len({told(text) for text in (core, core + little, core.replace("0x41", "0x61"), *others)}) == 5

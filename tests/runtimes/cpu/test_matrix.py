@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import platform
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,19 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from medusa_apar.runtimes.cpu import library, weights
 from medusa_apar.runtimes.cpu.weights import PackedMatrix, argmax, hadamard, interleaved, laid_out, rounded, top
+from tests.support.products import KINDS, assert_close_to_its_specification, fused, operands
 
-KINDS = ("float32", "bfloat16", "int8")
 shapes = st.tuples(st.integers(1, 80), st.integers(1, 50), st.integers(1, 150))
-
-
-def operands(rows, outputs, inputs, seed=0, bias=False):
-    generator = torch.Generator().manual_seed(seed)
-    x, weight = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
-    return x, weight, torch.randn(outputs, generator=generator) if bias else None
 
 
 @settings(max_examples=40, deadline=None)
@@ -32,10 +24,7 @@ def operands(rows, outputs, inputs, seed=0, bias=False):
 def test_products_are_those_of_the_stored_weight(shape, kind, bias, seed):
     x, weight, b = operands(*shape, seed, bias)
     packed = PackedMatrix(weight, kind, b)
-    read = rounded(x) if kind == "int8" else nn.functional.pad(x, (0, packed.struct.inputs - x.shape[1]))
-    read = read.bfloat16() if kind == "bfloat16" else read
-    expected = (read.double() @ packed.dense().double().T + (0 if b is None else b)).float()
-    torch.testing.assert_close(packed(x), expected, rtol=1e-5, atol=1e-6 * float(x.abs().max()) * shape[2] ** 0.5 * 4)
+    assert_close_to_its_specification(packed(x), packed, x)
 
 
 @settings(max_examples=40, deadline=None)
@@ -256,7 +245,7 @@ def test_every_instruction_set_has_the_same_sums(machine):
         x, weight, bias = operands(rows, 88, 200, rows, True)
         packed = PackedMatrix(weight, "int8", bias)
         expected = packed(x)
-        if machine == "x86-64" or "fma" not in Path("/proc/cpuinfo").read_text().split():
+        if machine == "x86-64" or not fused():
             torch.testing.assert_close(product(machine, packed, x), expected, rtol=1e-5, atol=1e-4)
         else:
             assert torch.equal(product(machine, packed, x), expected)
@@ -288,11 +277,3 @@ def test_the_largest_steps_do_not_saturate(machine):
             assert (packed.panels.abs() == 127).all()
             made = product(machine, packed, first.expand(20, 128).contiguous() * other)
             torch.testing.assert_close(made, torch.full((20, 16), 2.0 * sign * other), rtol=1e-6, atol=0)
-
-
-@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for Arm")
-@pytest.mark.parametrize("machine", ["armv8-a", "armv8.2-a+dotprod"])
-def test_it_compiles_for_arm(machine, tmp_path):
-    source = Path(__file__).with_name("multiply.cpp")
-    options = [*library.FLAGS, f"-march={machine}", "-fopenmp", f"-I{library.FOLDER}", "-c"]
-    subprocess.run(["aarch64-linux-gnu-g++", *options, str(source), "-o", str(tmp_path / "m.o")], check=True)
