@@ -7,6 +7,7 @@ import pytest
 import setuptools  # noqa: F401  it replaces distutils, and inductor fails where that was imported before
 import torch
 
+import medusa_apar
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.eval import chat_endpoint
 from tests.support.player import Player
@@ -29,6 +30,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Tiny models are slower on two threads than on one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2 with the shipped heads, on both cores; for tests that are marked `real`."""
+    torch.set_num_threads(2)
+    yield medusa_apar.load("smollm2-135m")
     torch.set_num_threads(1)
 
 
