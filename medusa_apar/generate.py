@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,13 +34,12 @@ from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_mode
-from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 
-from . import checks
+from . import checks, new_request
 from .call import Prepared, answer, callers_arguments
 from .output import MedusaAparOutput
-from .requests import CallOptions, Sampling, engine_request
+from .requests import CallOptions
 
 logger = logging.getLogger(__name__)
 
@@ -197,56 +195,7 @@ class MedusaApar:
         self._fit()
         return Engine(self.model, self.runtime, self.heads, replace(self.options, **changes))
 
-    def request(
-        self,
-        id: str,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int = 256,
-        sampling: Sampling | None = None,
-        fork: bool | str | None = None,
-        fork_if: ForkIf | None = None,
-        max_threads: int | None = None,
-        max_depth: int | None = None,
-        events: Consumer | bool = False,
-        stop_strings: str | list[str] | None = None,
-        scores: bool = False,
-        logits: bool = False,
-        logprobs: int | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        speculation: bool = True,
-    ) -> Request:
-        """A request for `Engine.add`.
-
-        Args:
-            id: names it in its engine and its outputs.
-            prompt: token ids; or a text, which the tokenizer encodes as it is, without a chat template.
-            sampling: None decodes greedily.
-            fork, fork_if, max_threads, max_depth, stop_strings: as of a call of the hook.
-            events: True has them come with the engine's outputs; a consumer is called with each.
-            scores, logits, logprobs, priority, cache_salt, speculation: as of `RequestOptions`.
-
-        Raises ValueError, in one sentence, for what cannot be.
-        """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("a prompt that is text needs the tokenizer: pass tokenizer=... to attach.")
-            prompt = cast(Any, self.tokenizer)(prompt)["input_ids"]
-        consumer = None if isinstance(events, bool) else events
-        asked = CallOptions(fork, fork_if, max_threads, max_depth, events=consumer, stop_strings=stop_strings)
-        sampling = Sampling() if sampling is None else sampling
-        kept = {
-            "scores": scores,
-            "logits": logits,
-            "logprobs": logprobs,
-            "priority": priority,
-            "cache_salt": cache_salt,
-            "speculation": speculation,
-            "events": events is True,
-        }
-        ids = list(cast(Sequence[int], prompt))
-        return engine_request(self, id, ids, sampling, asked, max_new_tokens=max_new_tokens, **kept)
+    request = new_request.request
 
     def __copy__(self) -> MedusaApar:
         other = object.__new__(type(self))

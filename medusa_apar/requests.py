@@ -1,14 +1,13 @@
-"""What a caller asks for, as requests of an engine: forking, sampling, limits."""
+"""What a caller asks for: forking, sampling, limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -19,17 +18,12 @@ from transformers import (
 )
 from transformers.generation import StopStringCriteria
 
-from medusa_apar.engine.admission import check_ids
-from medusa_apar.engine.stopping import TextStop
 from medusa_apar.events import Consumer
-from medusa_apar.events.reporter import Reporter
-from medusa_apar.events.texts import TextStream, TokenTexts
-from medusa_apar.models.families import unembedding_size
 from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.fork_policy import ForkIf, fork_mode, fork_policy
 from medusa_apar.threads.fork_rule import ForkRule
-from medusa_apar.threads.request import Request, RequestOptions
-from medusa_apar.verify.guides import Grammar, Guide, GuideLogitsProcessor, compiled
+from medusa_apar.threads.request import RequestOptions
+from medusa_apar.verify.guides import Grammar, Guide, GuideLogitsProcessor
 from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
 from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 
@@ -185,53 +179,3 @@ def stop_string_criteria(asked: CallOptions, tokenizer: Any) -> list[Callable]:
     if tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to generate or attach.")
     return [StopStringCriteria(tokenizer=tokenizer, stop_strings=asked.stop_strings)]
-
-
-def text_stop(strings: str | Sequence[str] | None, tokenizer: Any, free: int = 0) -> TextStop | None:
-    """What ends a request at stop strings, none of which ends within the first `free` tokens; None without any.
-
-    ValueError where one is empty, or there is no tokenizer to read them with.
-    """
-    stops = [strings] if isinstance(strings, str) else list(strings or ())
-    if not stops:
-        return None
-    if tokenizer is None:
-        raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to attach.")
-    if not all(stops):
-        raise ValueError("one of the stop strings is empty.")
-    return TextStop(TextStream(TokenTexts.of(tokenizer), stops, free))
-
-
-def engine_request(
-    apar: MedusaApar, id: str, prompt_ids: Sequence[int], sampling: Sampling, asked: CallOptions, **options: Any
-) -> Request:
-    """A request for an engine of `apar`. ValueError for what cannot be, before it is added anywhere.
-
-    A guide is compiled here, in the caller's thread: `compiled` says how long that takes.
-    """
-    check_ids(apar.model, prompt_ids)
-    vocabulary = unembedding_size(apar.model)[0]
-    for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-        checks.check_named_ids(name, ids, vocabulary)
-    control = () if apar.control_token_ids is None else apar.control_token_ids.ids
-    if not set(control).isdisjoint(sampling.stop_token_ids):
-        raise ValueError("stop_token_ids name a control token, which is never read.")
-    if sampling.min_tokens > (most := options.get("max_new_tokens", RequestOptions().max_new_tokens)):
-        raise ValueError(f"min_tokens={sampling.min_tokens} are more than max_new_tokens={most}.")
-    eos = (apar.model.generation_config or GenerationConfig()).eos_token_id
-    eos_ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
-    asked, grammar = replace(asked, seed=asked.seed if sampling.seed is None else sampling.seed), None
-    if sampling.guide is not None:
-        asked, grammar = replace(asked, fork=False), compiled(sampling.guide, apar.tokenizer, vocabulary, eos_ids)
-    shared = shared_options(apar, asked, apar.tokenizer, sampling.temperature > 0)
-    its = replace(
-        shared,
-        eos_ids=eos_ids,
-        ignore_eos=sampling.ignore_eos,
-        stop_ids=frozenset(sampling.stop_token_ids),
-        stop=text_stop(asked.stop_strings, apar.tokenizer, sampling.min_tokens),
-        processors=sampling.processors(len(prompt_ids), apar.control_token_ids, eos_ids, grammar),
-        watcher=None if asked.events is None else Reporter(asked.events, keep=False),
-        **options,
-    )
-    return Request(id, list(prompt_ids), its)

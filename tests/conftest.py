@@ -7,23 +7,32 @@ import pytest
 import setuptools  # noqa: F401  it replaces distutils, and inductor fails where that was imported before
 import torch
 
+import medusa_apar
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.eval import chat_endpoint
 from tests.support.player import Player
 
-# Files that take minutes go first, so that no process is left with one of them at the end.
+# Files that take minutes go first, the longest before all others, so that no process is left with one at the end.
 LONG = (
-    "test_browser.py",
-    "test_notebooks.py",
     "test_interpreted.py",
-    "test_real_model.py",
+    "test_notebooks.py",
     "test_aot.py",
+    "test_schedules.py",
+    "test_real_model.py",
+    "test_browser.py",
+    "test_rescoring.py",
     "test_threads.py",
 )
 
 
+def pytest_configure(config):
+    """xdist would begin with the files of most tests, and end with the longest, which have one or two."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
     if "campaign" in config.option.markexpr:
         return
     long = [item for item in items if item.get_closest_marker("campaign")]
@@ -34,6 +43,14 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Tiny models are slower on two threads than on one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2 with the shipped heads, on both cores; for tests that are marked `real`."""
+    torch.set_num_threads(2)
+    yield medusa_apar.load("smollm2-135m")
     torch.set_num_threads(1)
 
 

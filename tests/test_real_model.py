@@ -16,16 +16,9 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def apar():
-    torch.set_num_threads(2)
-    yield medusa_apar.load("smollm2-135m")
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def answer(apar):
-    inputs = encode(apar.tokenizer, QUESTION)
-    return apar.generate(**inputs, max_new_tokens=192, do_sample=False, return_dict_in_generate=True)
+def answer(smollm2):
+    inputs = encode(smollm2.tokenizer, QUESTION)
+    return smollm2.generate(**inputs, max_new_tokens=192, do_sample=False, return_dict_in_generate=True)
 
 
 def test_answers_with_threads_and_accepted_drafts(answer):
@@ -36,14 +29,14 @@ def test_answers_with_threads_and_accepted_drafts(answer):
     assert answer.stats.final_slots == 0
 
 
-def test_every_thread_is_plain_greedy_decoding(apar, answer):
+def test_every_thread_is_plain_greedy_decoding(smollm2, answer):
     """Each token is the likeliest behind its path, in one forward pass a thread; one thread is generated as well."""
     (tree,) = answer.paragraph_tree
-    rule = ControlTokensLogitsProcessor(apar.control_token_ids, tree.trunk.num_forced)
-    assert assert_chosen_tokens_are_the_models(apar.model, [tree], process=rule) >= 192
+    rule = ControlTokensLogitsProcessor(smollm2.control_token_ids, tree.trunk.num_forced)
+    assert assert_chosen_tokens_are_the_models(smollm2.model, [tree], process=rule) >= 192
     thread = tree.threads[1]
     path = torch.tensor([thread.path_ids])
-    plain = apar.model.generate(
+    plain = smollm2.model.generate(
         input_ids=path,
         attention_mask=torch.ones_like(path),
         max_new_tokens=len(thread.token_ids),
@@ -54,36 +47,36 @@ def test_every_thread_is_plain_greedy_decoding(apar, answer):
     assert thread.token_ids == plain[0, path.shape[1] :].tolist()
 
 
-def test_the_medusa_heads_beside_the_hydra_heads_draft_the_same_answer(apar, answer):
+def test_the_medusa_heads_beside_the_hydra_heads_draft_the_same_answer(smollm2, answer):
     medusa = medusa_apar.load("smollm2-135m", heads="medusa")
-    assert (medusa.heads.kind, apar.heads.kind) == ("medusa", "hydra")
-    inputs = encode(apar.tokenizer, QUESTION)
+    assert (medusa.heads.kind, smollm2.heads.kind) == ("medusa", "hydra")
+    inputs = encode(smollm2.tokenizer, QUESTION)
     out = medusa.generate(**inputs, max_new_tokens=192, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, answer.sequences)
     assert out.stats.steps < sum(out.stats.accepted_lengths.values()) and max(out.stats.accepted_lengths) >= 2
 
 
-def test_without_forks_it_is_transformers_generate(apar):
-    inputs = encode(apar.tokenizer, "Write one sentence about the sea.")
-    control = apar.control_token_ids
-    plain = apar.model.generate(
+def test_without_forks_it_is_transformers_generate(smollm2):
+    inputs = encode(smollm2.tokenizer, "Write one sentence about the sea.")
+    control = smollm2.control_token_ids
+    plain = smollm2.model.generate(
         **inputs, max_new_tokens=48, do_sample=False, suppress_tokens=[control.fork_id, control.child_id]
     )
-    ours = apar.model.generate(**inputs, max_new_tokens=48, do_sample=False, custom_generate=apar, fork=False)
+    ours = smollm2.model.generate(**inputs, max_new_tokens=48, do_sample=False, custom_generate=smollm2, fork=False)
     assert torch.equal(ours, plain)
 
 
-def test_sampling_is_the_same_with_heads_and_without(apar):
-    inputs = encode(apar.tokenizer, QUESTION)
-    bare = medusa_apar.attach(apar.model, None, apar.control_token_ids)
+def test_sampling_is_the_same_with_heads_and_without(smollm2):
+    inputs = encode(smollm2.tokenizer, QUESTION)
+    bare = medusa_apar.attach(smollm2.model, None, smollm2.control_token_ids)
     options = {"max_new_tokens": 48, "do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": 7}
-    assert torch.equal(apar.generate(**inputs, **options), bare.generate(**inputs, **options))
+    assert torch.equal(smollm2.generate(**inputs, **options), bare.generate(**inputs, **options))
 
 
-def test_int8_threads_are_what_the_rounded_weights_choose_alone(apar):
+def test_int8_threads_are_what_the_rounded_weights_choose_alone(smollm2):
     """Bit by bit: no tie is allowed, and the heads are rounded too."""
-    rounded = medusa_apar.attach(apar.model, apar.heads, apar.control_token_ids, quantize="int8")
-    inputs = encode(apar.tokenizer, QUESTION)
+    rounded = medusa_apar.attach(smollm2.model, smollm2.heads, smollm2.control_token_ids, quantize="int8")
+    inputs = encode(smollm2.tokenizer, QUESTION)
     out = rounded.generate(**inputs, max_new_tokens=192, do_sample=False, return_dict_in_generate=True)
     assert rounded.runtime.facts.kind == "int8" and out.stats.steps < out.stats.generated_tokens / 2
     counts = {"threads": 0, "tokens": 0}
@@ -105,14 +98,15 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
-def test_an_answer_in_json_keeps_to_its_schema(apar, sampling):
+def test_an_answer_in_json_keeps_to_its_schema(smollm2, sampling):
     """Beside one that forks; and it is the one without guesses."""
     pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
     question = "Describe a pet as JSON: its name, its kind, its age and what it likes."
-    prompt = encode(apar.tokenizer, question)["input_ids"][0].tolist()
+    prompt = encode(smollm2.tokenizer, question)["input_ids"][0].tolist()
     chosen = medusa_apar.Sampling(**sampling, guide=medusa_apar.Guide.json_schema(SCHEMA))
     texts = []
-    for one in (apar, medusa_apar.attach(apar.model, None, apar.control_token_ids, tokenizer=apar.tokenizer)):
+    bare = medusa_apar.attach(smollm2.model, None, smollm2.control_token_ids, tokenizer=smollm2.tokenizer)
+    for one in (smollm2, bare):
         guided = one.request("guided", prompt, sampling=chosen, max_new_tokens=120)
         beside = one.request("beside", prompt, max_new_tokens=60)
         with one.engine() as engine:
@@ -124,7 +118,7 @@ def test_an_answer_in_json_keeps_to_its_schema(apar, sampling):
         assert guided.finish_reason == "stop"
         texts.append(guided.text_ids)
     assert texts[0] == texts[1]
-    pet = json.loads(apar.tokenizer.decode(texts[0], skip_special_tokens=True))
+    pet = json.loads(smollm2.tokenizer.decode(texts[0], skip_special_tokens=True))
     assert list(pet) == SCHEMA["required"] and pet["kind"] in SCHEMA["properties"]["kind"]["enum"]
     assert len(pet["name"]) <= 20 and 0 <= pet["age"] <= 30 and 1 <= len(pet["likes"]) <= 3
     assert all(isinstance(liked, str) and len(liked) <= 20 for liked in pet["likes"])

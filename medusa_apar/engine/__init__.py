@@ -1,6 +1,7 @@
 """Runs steps for requests that join and leave at any of them: plan, forward, verify, commit, draft.
 
 engine.py        `Engine`: add, abort, step, close
+outputs.py       what a step brings one request
 async_engine.py  the same for asyncio, over a thread that steps
 options.py       how an engine decodes, whatever its requests ask for
 admission.py     which requests can ever be answered
@@ -14,5 +15,6 @@ commit.py        what a verified segment does to threads and slots
 stopping.py      stopping criteria, limits and end tokens as transformers says them, and stop strings
 rescoring.py     a finished answer held against plain decoding, weak threads written anew
 draft_watch.py   says once where heads guess no better than chance
+counting.py      what is counted of its steps, and how it stands between two
 stats.py         what an engine counted and measured
 """

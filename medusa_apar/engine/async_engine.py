@@ -13,7 +13,8 @@ from typing import Protocol
 
 from medusa_apar.threads.request import Request
 
-from .engine import Engine, RequestOutput
+from .engine import Engine
+from .outputs import RequestOutput
 from .stats import Stats
 
 

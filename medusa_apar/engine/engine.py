@@ -15,18 +15,14 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.advance import Advance, DraftResult
-from medusa_apar.drafting.budget import EvenBudget, ForestBudget
-from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.drafter import Heads
 from medusa_apar.drafting.speculator import Speculator
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
-from medusa_apar.events import Event
 from medusa_apar.events.reporter import Reporters
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.slot_ledger import SlotLedger
@@ -35,8 +31,7 @@ from medusa_apar.runtimes.devices import device_of
 from medusa_apar.runtimes.measure import keep_learned, known_cost
 from medusa_apar.runtimes.runtime import Runtime
 from medusa_apar.threads.fork_manager import ForkManager
-from medusa_apar.threads.paragraph_tree import Thread
-from medusa_apar.threads.request import Request, Status, TokenLogprobs
+from medusa_apar.threads.request import Request, Status
 from medusa_apar.verify.processor_state import StateWatch
 from medusa_apar.verify.sampler import Sampler
 from medusa_apar.verify.tail import Tail
@@ -45,32 +40,12 @@ from medusa_apar.verify.verify_result import VerifyResult
 from . import admission
 from .admission import QueueFull
 from .commit import commit
+from .counting import Counting
 from .options import EngineOptions
+from .outputs import RequestOutput, keep_scores, next_output
 from .plan import Plan
 from .scheduler import Scheduler
 from .stats import PhaseTimer, Stats
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """What a step has brought one request.
-
-    token_ids: its new readable tokens. finish_reason: "stop", "length", "aborted" or "error" once it has ended; `error`
-    is what it failed by. events: what happened; logprobs: of each of the tokens, where the options ask for them.
-    cached_tokens: how many of its prompt's tokens came from the prefix cache. queued: seconds for which it had waited
-    when its first step began. prompt_logprobs: with the last one, of the prompt's tokens from `score_from` on, where
-    the options ask for both.
-    """
-
-    request_id: str
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: Exception | None = None
-    events: list[Event] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    cached_tokens: int = 0
-    queued: float | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Engine:
@@ -102,13 +77,14 @@ class Engine:
         self._learned: LearnedCost | None = None
         if options.step_cost is None and options.budget is None:
             self.cost = self._learned = LearnedCost(known_cost(model, runtime, heads, options.draft_tree))
-        budget = self._budget()
-        prefill = self._max_prefill_rows()
+        budget = options.forest_budget(self.device.type, self.cost, runtime.facts.max_nodes)
+        prefill = options.prefill_rows(self.device.type, self.cost)
         self.scheduler = Scheduler(self.ledger, budget, context, prefill, options.max_requests, self.cost)
         self.speculator = Speculator(options.speculation, budget, tree=options.draft_tree)
         self.fork_manager = ForkManager(context)
         self.reporters = Reporters()
         self.stats = Stats(drafted=self.speculator.drafted, accepted=self.speculator.accepted)
+        self._counting = Counting(self.stats, self.ledger, self.scheduler, self.speculator)
         self._requests: dict[str, Request] = {}  # that have not ended
         self._watches: dict[tuple[int, ...], StateWatch] = {}
         self._arrivals = 0
@@ -169,21 +145,7 @@ class Engine:
 
     def snapshot(self) -> Stats:
         """Counts so far, and how the engine stands between two steps; a copy."""
-        self._count_slots()
-        running = self.scheduler.running
-        return replace(
-            self.stats.copy(),
-            running=len(running),
-            waiting=self.scheduler.num_waiting,
-            places=self._places,
-            threads=sum(len(request.live) for request in running),
-            unfreed_slots=sum(map(self._unfreed, running)),
-        )
-
-    def _unfreed(self, request: Request) -> int:
-        """Slots that a request would hold now if its threads' had stayed after their ends; a last token has none."""
-        cached = self.ledger.cached
-        return sum(len(each.tokens) - 1 if each.ended else cached(each) for each in request.tree.threads)
+        return self._counting.snapshot(self._places)
 
     def close(self) -> None:
         """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""
@@ -193,7 +155,7 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
         self._leave()
-        self._count_slots()
+        self._counting.slots()
         if self._learned is not None and not was_closed:
             keep_learned(self.model, self.runtime, self.heads, self.options.draft_tree, self._learned)
 
@@ -218,7 +180,7 @@ class Engine:
         phase = PhaseTimer(self.stats.phase_seconds)
         with phase("plan"):
             plan, segments = self.scheduler.plan(self.speculator.candidates)
-            self._note_begun(plan)
+            self._counting.begun(plan)
         with phase("forest"):
             forest = Forest(segments, self.ledger, self.device)
             drafting = self.speculator.begin(self.scheduler.load(), len(forest.verified))
@@ -238,8 +200,8 @@ class Engine:
         with phase("draft"):
             self.speculator.draft(advances, output.hidden, self.scheduler.load(), tail.drafting)
         with phase("count"):
-            self.stats.count_iteration(plan.prefill_rows + sum(advance.gained for advance in advances))
-            self._count(plan, forest, phase)
+            self._counting.step(plan, forest, phase, advances)
+            self._learn_cost(plan, forest, phase)
         self.reporters.stepped(plan.requests, len(forest), self.ledger.pool.live)
         return self._outputs(plan)
 
@@ -258,12 +220,6 @@ class Engine:
     def _is_gone(self, request: Request) -> bool:
         """Whether what it has chosen in this step counts no more."""
         return request.error is not None or request in self._to_abort
-
-    def _note_begun(self, plan: Plan) -> None:
-        """How long those have waited whose first step this is."""
-        for request in plan.requests:
-            if request.stats.queued is None:
-                request.stats.queued = time.perf_counter() - request.added
 
     def _keep_prompts(self, forest: Forest) -> None:
         """Others that begin like what was fed need not wait for its end."""
@@ -289,10 +245,9 @@ class Engine:
         went_on += [(child, first, 1) for child, first in made.begun]
         advances = []
         for member, its, gained in went_on:
-            self._keep(request, member, its, gained)
+            keep_scores(request, member, its, gained)
             advances.append(Advance(request, member, gained, its.row, its.drafted))
-        self.stats.forks += made.forks
-        self.stats.accepted_lengths.update(advance.gained for advance in advances)
+        self._counting.committed(advances, made.forks)
         if segment.proposal is not None:
             drafted = DraftResult(
                 segment.proposal, segment.kept, made.nodes, segment.num_candidates, list(segment.forks)
@@ -312,10 +267,7 @@ class Engine:
                 request.error = error
             else:
                 self.ledger.free_unneeded(*self.fork_manager.trim(request))
-        self.stats.generated_tokens += len(request.text) - before
-        request.stats.steps += 1
-        if before == 0 < len(request.text):
-            request.stats.first_token = time.perf_counter() - request.added
+        self._counting.published(request, before)
 
     def _outputs(self, plan: Plan) -> list[RequestOutput]:
         """What is new of each request; those that are done or have failed leave the engine."""
@@ -328,15 +280,7 @@ class Engine:
                 self._end(request, Status.ABORTED, "aborted")
             elif request.done:
                 self._end(request, Status.FINISHED, request.finish_reason or "stop")
-            start, request.sent = request.sent, len(request.text_ids)
-            new = request.text_ids[start:]
-            told = [] if request.options.logprobs is None else request.text[start:]
-            logprobs = [request.logprobs[thread][index - thread.num_forced] for thread, index in told]
-            events = request.watcher.take() if request.options.events else []
-            if new or events or request.status.ended:
-                reason, its = request.finish_reason if request.status.ended else None, request.stats
-                output = RequestOutput(request.id, new, reason, request.error, events, logprobs, its.cached_tokens)
-                output.queued, output.prompt_logprobs = its.queued, request.text_scores.told if reason else []
+            if (output := next_output(request)) is not None:
                 outputs.append(output)
         return outputs
 
@@ -363,7 +307,7 @@ class Engine:
         self.fork_manager.trim(request)
         self.ledger.free_unneeded(*request.tree.threads)
         self.ledger.leave(request.tree.trunk)
-        self._count_slots()
+        self._counting.slots()
         self.scheduler.remove(request)
         self.speculator.forget(request.tree.threads)
         self.reporters.ended(request)
@@ -374,32 +318,15 @@ class Engine:
         if not self._requests:
             self._leave()
 
-    def _count(self, plan: Plan, forest: Forest, phase: PhaseTimer) -> None:
-        stats = self.stats
-        stats.steps += 1
-        stats.forward_tokens += len(forest)
-        stats.undrafted_steps = self.speculator.undrafted_steps
-        stats.preemptions, stats.thread_preemptions = self.scheduler.preemptions, self.scheduler.thread_preemptions
-        stats.peak_threads = max(stats.peak_threads, len(forest.verified))
-        stats.peak_slots = self.ledger.pool.peak
-        stats.prefix_cache_queries = self.scheduler.prefix_cache_queries
-        stats.prefix_cache_hits = self.scheduler.prefix_cache_hits
-        self._count_slots()
-        if self._learned is not None and not plan.prefill_rows:
+    def _learn_cost(self, plan: Plan, forest: Forest, phase: PhaseTimer) -> None:
+        if self._learned is None:
+            return
+        if not plan.prefill_rows:
             # A GPU is waited for while results are read.
             waited = phase.seconds["verify"] if self.device.type == "cuda" else 0.0
             self._learned.observe(len(forest), phase.seconds["forward"] + waited)
-        if self._learned is not None and self.speculator.last_draft is not None:
+        if self.speculator.last_draft is not None:
             self._learned.observe_draft(*self.speculator.last_draft)
-        if plan.prefill_rows:
-            stats.prefill_seconds += phase.total
-        else:
-            stats.decode_seconds += phase.total
-
-    def _count_slots(self) -> None:
-        stats, pool = self.stats, self.ledger.pool
-        stats.live_slots, stats.cached_slots = pool.live, pool.cached
-        stats.free_slots = (pool.capacity if pool.max_slots is None else pool.max_slots) - pool.in_use
 
     # ---- what it is made of
 
@@ -433,40 +360,3 @@ class Engine:
             watch.shared |= watch.users > 1
             sampler.watch = watch
         return sampler
-
-    def _budget(self) -> ForestBudget | EvenBudget:
-        speculation, rows = self.options.speculation, self.options.max_rows(self.device.type)
-        if speculation is None:
-            return EvenBudget(0, DraftTree([]))
-        if speculation.plan == "even":
-            return EvenBudget(rows, self.options.draft_tree, self.cost)
-        return ForestBudget(rows, self.cost, self.runtime.facts.max_nodes, speculation.thread_weights)
-
-    def _max_prefill_rows(self) -> int:
-        """So many rows more than a full step's that a step takes twice as long as that at most."""
-        if self.options.max_prefill_rows is not None:
-            return self.options.max_prefill_rows
-        rows = self.options.max_rows(self.device.type)
-        if self.cost is None:
-            return rows
-        costs = self.cost.rows(16 * rows)
-        return max(int((costs <= 2 * costs[rows - 1]).sum()) - rows, 1)
-
-    def _keep(self, request: Request, thread: Thread, result: VerifyResult, gained: int) -> None:
-        """Keeps scores of a thread's new tokens; those of forced ones say that nothing else was possible."""
-        for kept, new in ((request.scores, result.scores), (request.logits, result.logits)):
-            if new:
-                own = kept.setdefault(thread, [])
-                own += new[:gained]
-                own += [_forced(token, own[-1]) for token in thread.token_ids[len(own) :]]
-        if result.logprobs:
-            told = request.logprobs.setdefault(thread, [])
-            told += result.logprobs[:gained]
-            told += [TokenLogprobs(0.0)] * (len(thread.token_ids) - len(told))
-
-
-def _forced(token: int, like: torch.Tensor) -> torch.Tensor:
-    """Scores of an inserted token, as transformers writes those of forced ones: nothing else was possible."""
-    scores = torch.full_like(like, -torch.inf)
-    scores[token] = 0
-    return scores

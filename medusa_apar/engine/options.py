@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from medusa_apar.drafting.budget import EvenBudget, ForestBudget
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.options import Speculation
-from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 
 # Rows of a forest, at most: past these a step's cost grows with every row (DESIGN.md, facts).
 MAX_ROWS = {"cpu": 24, "cuda": 64}
@@ -55,3 +56,24 @@ class EngineOptions:
     def max_rows(self, device: str) -> int:
         """Rows of a step's forest, at most, on a device of this type."""
         return MAX_ROWS.get(device, MAX_ROWS["cpu"]) if self.budget is None else self.budget
+
+    def forest_budget(
+        self, device: str, cost: StepCost | LearnedCost | None, max_nodes: int | None
+    ) -> ForestBudget | EvenBudget:
+        """What chooses the nodes of a step's forest. max_nodes: of one thread, as many as the runtime takes."""
+        speculation, rows = self.speculation, self.max_rows(device)
+        if speculation is None:
+            return EvenBudget(0, DraftTree([]))
+        if speculation.plan == "even":
+            return EvenBudget(rows, self.draft_tree, cost)
+        return ForestBudget(rows, cost, max_nodes, speculation.thread_weights)
+
+    def prefill_rows(self, device: str, cost: StepCost | LearnedCost | None) -> int:
+        """Where nobody says how many: with a full step's beside them a step takes twice as long as that at most."""
+        if self.max_prefill_rows is not None:
+            return self.max_prefill_rows
+        rows = self.max_rows(device)
+        if cost is None:
+            return rows
+        costs = cost.rows(16 * rows)
+        return max(int((costs <= 2 * costs[rows - 1]).sum()) - rows, 1)

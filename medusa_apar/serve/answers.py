@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medusa_apar.engine.engine import RequestOutput
+from medusa_apar.engine.outputs import RequestOutput
 from medusa_apar.events import StepFinished, ThreadStarted
 from medusa_apar.events.texts import TextStream, TokenTexts
 from medusa_apar.threads.request import TokenLogprobs

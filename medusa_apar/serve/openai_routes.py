@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from medusa_apar.engine.engine import RequestOutput
+from medusa_apar.engine.outputs import RequestOutput
 from medusa_apar.events.texts import TokenTexts
 from medusa_apar.threads.request import TokenLogprobs
 

@@ -13,7 +13,8 @@ from starlette.requests import Request as HttpRequest
 
 from medusa_apar.engine.admission import QueueFull
 from medusa_apar.engine.async_engine import AsyncEngine, ThreadedEngine
-from medusa_apar.engine.engine import Engine, RequestOutput
+from medusa_apar.engine.engine import Engine
+from medusa_apar.engine.outputs import RequestOutput
 from medusa_apar.generate import MedusaApar
 from medusa_apar.threads.request import Request
 

@@ -12,7 +12,8 @@ from medusa_apar import checks
 from medusa_apar.events.texts import StopString, TokenTexts
 from medusa_apar.generate import MedusaApar
 from medusa_apar.models.families import context_length
-from medusa_apar.requests import CallOptions, Sampling, engine_request, mode_of
+from medusa_apar.new_request import engine_request
+from medusa_apar.requests import CallOptions, Sampling, mode_of
 from medusa_apar.threads.fork_policy import fork_policy
 from medusa_apar.threads.paragraph_tree import thread_key
 from medusa_apar.threads.request import Request

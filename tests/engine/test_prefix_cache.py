@@ -172,6 +172,36 @@ def test_a_request_finds_what_one_that_still_runs_has_fed(name):
     assert warm.text_ids == cold(name, warm.prompt_ids).text_ids
 
 
+def test_what_a_step_feeds_is_not_taken_from_what_the_same_step_preempts():
+    """A request is fed again: a thread, and the trunk up to its fork. Then a thread of another that wrote the same
+    is preempted, and leaves the trunk up to the next fork in the cache. What was planned goes on where it was."""
+    never = {"eos_ids": frozenset(), "limit": 60}
+    with shared(pool_slots=600, max_prefill_rows=500) as engine:
+        ledger, pool, scheduler = engine.ledger, engine.ledger.pool, engine.scheduler
+        twin, first = (request(name, prompt(4), priority=rank, **never) for name, rank in (("twin", 2), ("first", 0)))
+        beside = request("beside", prompt(2, 5), fork=False, priority=1, **never)
+        for ahead, one in ((0, twin), (7, beside), (0, first)):
+            for _ in range(ahead):
+                engine.step()
+            engine.add(one)
+        while ledger.cached(first.tree.trunk) < 56:
+            engine.step()
+        earlier, later = first.tree.threads[1:3]
+        assert earlier.parent is later.parent is first.tree.trunk and earlier.seen + 4 < later.seen < 56
+        scheduler._preempt(first)
+        ledger.reset_prefix_cache()
+        scheduler._used_share = 0.0  # that it is let in where it only just fits
+        pool.max_slots = pool.live + earlier.seen + len(earlier.tokens)  # no room for a row of the others
+        engine.step()
+        checked(engine)
+        assert engine.stats.thread_preemptions > 0 and ledger.cached(first.tree.trunk) == earlier.seen
+        ((member, slots), *_) = ledger.found(later)
+        assert member is first.tree.trunk and len(slots) == later.seen - earlier.seen
+        pool.max_slots = 600
+        run(engine)
+    assert first.text_ids == cold("cpu", first.prompt_ids, **never).text_ids
+
+
 @pytest.mark.parametrize(("rows", "length"), [(None, 500), (7, 500), (7, 504)])  # the last: a piece of one row
 def test_requests_that_arrive_together_feed_what_is_common_once(rows, length):
     config = LlamaConfig(**WIDE | {"max_position_embeddings": 2048, "num_hidden_layers": 1}, eos_token_id=EOS)

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from medusa_apar.engine.engine import Engine
+from medusa_apar.engine.counting import Counting
 from tests.support.bytes_writer import ids_of
 from tests.support.openai_answers import CHAT, COMPLETION, QUESTION, byte_server, chunks_of, put_together, whole
 
@@ -352,7 +352,7 @@ def test_an_engine_that_breaks_in_the_middle_of_a_stream_says_so(monkeypatch):
         body = {"model": "tiny", "messages": QUESTION, "max_tokens": 400, "extra_body": {"apar": {"fork": False}}}
         stream = client.chat.completions.create(**body, temperature=0, stream=True)
         assert next(stream).choices[0].delta.role == "assistant"
-        monkeypatch.setattr(Engine, "_count", broken)
+        monkeypatch.setattr(Counting, "step", broken)
         with pytest.raises(openai.APIError, match="the engine has died"):
             list(stream)
         error = server.refusal(CHAT, {"messages": QUESTION}, 503)

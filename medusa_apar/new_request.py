@@ -1,0 +1,127 @@
+"""A request for `Engine.add`, made of what a caller asks for and checked before it is added anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers import GenerationConfig
+
+from medusa_apar.engine.admission import check_ids
+from medusa_apar.engine.stopping import TextStop
+from medusa_apar.events import Consumer
+from medusa_apar.events.reporter import Reporter
+from medusa_apar.events.texts import TextStream, TokenTexts
+from medusa_apar.models.families import unembedding_size
+from medusa_apar.threads.fork_policy import ForkIf
+from medusa_apar.threads.request import Request, RequestOptions
+from medusa_apar.verify.guides import compiled
+
+from . import checks
+from .requests import CallOptions, Sampling, shared_options
+
+if TYPE_CHECKING:
+    from .generate import MedusaApar
+
+
+def request(
+    apar: MedusaApar,
+    id: str,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    fork: bool | str | None = None,
+    fork_if: ForkIf | None = None,
+    max_threads: int | None = None,
+    max_depth: int | None = None,
+    events: Consumer | bool = False,
+    stop_strings: str | list[str] | None = None,
+    scores: bool = False,
+    logits: bool = False,
+    logprobs: int | None = None,
+    priority: int = 0,
+    cache_salt: str = "",
+    speculation: bool = True,
+) -> Request:
+    """A request for `Engine.add`.
+
+    Args:
+        id: names it in its engine and its outputs.
+        prompt: token ids; or a text, which the tokenizer encodes as it is, without a chat template.
+        sampling: None decodes greedily.
+        fork, fork_if, max_threads, max_depth, stop_strings: as of a call of the hook.
+        events: True has them come with the engine's outputs; a consumer is called with each.
+        scores, logits, logprobs, priority, cache_salt, speculation: as of `RequestOptions`.
+
+    Raises ValueError, in one sentence, for what cannot be.
+    """
+    if isinstance(prompt, str):
+        if apar.tokenizer is None:
+            raise ValueError("a prompt that is text needs the tokenizer: pass tokenizer=... to attach.")
+        prompt = cast(Any, apar.tokenizer)(prompt)["input_ids"]
+    consumer = None if isinstance(events, bool) else events
+    asked = CallOptions(fork, fork_if, max_threads, max_depth, events=consumer, stop_strings=stop_strings)
+    sampling = Sampling() if sampling is None else sampling
+    kept = {
+        "scores": scores,
+        "logits": logits,
+        "logprobs": logprobs,
+        "priority": priority,
+        "cache_salt": cache_salt,
+        "speculation": speculation,
+        "events": events is True,
+    }
+    ids = list(cast(Sequence[int], prompt))
+    return engine_request(apar, id, ids, sampling, asked, max_new_tokens=max_new_tokens, **kept)
+
+
+def engine_request(
+    apar: MedusaApar, id: str, prompt_ids: Sequence[int], sampling: Sampling, asked: CallOptions, **options: Any
+) -> Request:
+    """A request for an engine of `apar`. ValueError for what cannot be, before it is added anywhere.
+
+    A guide is compiled here, in the caller's thread: `compiled` says how long that takes.
+    """
+    check_ids(apar.model, prompt_ids)
+    vocabulary = unembedding_size(apar.model)[0]
+    for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        checks.check_named_ids(name, ids, vocabulary)
+    control = () if apar.control_token_ids is None else apar.control_token_ids.ids
+    if not set(control).isdisjoint(sampling.stop_token_ids):
+        raise ValueError("stop_token_ids name a control token, which is never read.")
+    if sampling.min_tokens > (most := options.get("max_new_tokens", RequestOptions().max_new_tokens)):
+        raise ValueError(f"min_tokens={sampling.min_tokens} are more than max_new_tokens={most}.")
+    eos = (apar.model.generation_config or GenerationConfig()).eos_token_id
+    eos_ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
+    asked, grammar = replace(asked, seed=asked.seed if sampling.seed is None else sampling.seed), None
+    if sampling.guide is not None:
+        asked, grammar = replace(asked, fork=False), compiled(sampling.guide, apar.tokenizer, vocabulary, eos_ids)
+    shared = shared_options(apar, asked, apar.tokenizer, sampling.temperature > 0)
+    its = replace(
+        shared,
+        eos_ids=eos_ids,
+        ignore_eos=sampling.ignore_eos,
+        stop_ids=frozenset(sampling.stop_token_ids),
+        stop=text_stop(asked.stop_strings, apar.tokenizer, sampling.min_tokens),
+        processors=sampling.processors(len(prompt_ids), apar.control_token_ids, eos_ids, grammar),
+        watcher=None if asked.events is None else Reporter(asked.events, keep=False),
+        **options,
+    )
+    return Request(id, list(prompt_ids), its)
+
+
+def text_stop(strings: str | Sequence[str] | None, tokenizer: Any, free: int = 0) -> TextStop | None:
+    """What ends a request at stop strings, none of which ends within the first `free` tokens; None without any.
+
+    ValueError where one is empty, or there is no tokenizer to read them with.
+    """
+    stops = [strings] if isinstance(strings, str) else list(strings or ())
+    if not stops:
+        return None
+    if tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer: pass tokenizer=... to attach.")
+    if not all(stops):
+        raise ValueError("one of the stop strings is empty.")
+    return TextStop(TextStream(TokenTexts.of(tokenizer), stops, free))
