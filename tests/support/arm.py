@@ -46,8 +46,9 @@ def compiled(machine, source, made, *options):
 
 
 @functools.cache
-def program(machine):
-    return compiled(machine, FOLDER / "arm.cpp", Path(tempfile.mkdtemp()) / "arm", "-O2", "-static")
+def program(machine, *options):
+    """`arm.cpp` for such a machine."""
+    return compiled(machine, FOLDER / "arm.cpp", Path(tempfile.mkdtemp()) / "arm", *options, "-O1", "-static")
 
 
 def emulated(machine):
@@ -55,16 +56,13 @@ def emulated(machine):
     return [EMULATOR, "-cpu", MACHINES[machine]]
 
 
-def _run(machine, calls):
+def _run(machine, calls, *options):
     """What `arm.cpp` writes about calls, each a list of operands in bytes."""
-    read = b"".join(
-        part
-        for operands in calls
-        for part in (struct.pack("<i", len(operands)), *(struct.pack("<q", len(each)) + each for each in operands))
-    )
-    return subprocess.run(
-        [*emulated(machine), str(program(machine))], input=read, stdout=subprocess.PIPE, check=True
-    ).stdout
+    read = b""
+    for operands in calls:
+        read += struct.pack("<i", len(operands)) + b"".join(struct.pack("<q", len(each)) + each for each in operands)
+    command = [*emulated(machine), str(program(machine, *options))]
+    return subprocess.run(command, input=read, stdout=subprocess.PIPE, check=True).stdout
 
 
 def products(machine, packed, inputs):
@@ -74,27 +72,18 @@ def products(machine, packed, inputs):
         return b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
     matrix, weights = packed.struct, [data(tensor) for tensor in (packed.panels, packed.scales, packed.bias)]
-    made = _run(
-        machine,
-        [
-            [
-                struct.pack("<6i", matrix.kind, matrix.outputs, matrix.inputs, *x.shape, packed.outputs),
-                *weights,
-                data(x),
-            ]
-            for x in inputs
-        ],
-    )
-    sizes = [len(x) * packed.outputs for x in inputs]
-    parts = torch.frombuffer(bytearray(made), dtype=torch.float32).split(sizes)
-    return [part.view(-1, packed.outputs) for part in parts]
+    sizes = (matrix.kind, matrix.outputs, matrix.inputs)
+    calls = [[struct.pack("<6i", *sizes, *x.shape, packed.outputs), *weights, data(x)] for x in inputs]
+    made = torch.frombuffer(bytearray(_run(machine, calls)), dtype=torch.float32)
+    return [part.view(-1, packed.outputs) for part in made.split([len(x) * packed.outputs for x in inputs])]
 
 
 def attend(machine, heads, steps, longest, keys, values, paths, lengths, queries):
     """`attend` of `attend.cpp` on such a machine: its result, and the pool's keys, values and scales."""
     capacity = len(keys)
     sizes = struct.pack("<4i", capacity, len(lengths), longest, steps)
-    made = _run(machine, [[bytes(heads), sizes, *(x.tobytes() for x in (keys, values, paths, lengths, queries))]])
+    operands = [bytes(heads), sizes, *(x.tobytes() for x in (keys, values, paths, lengths, queries))]
+    made = _run(machine, [operands], "-DATTENTION")
     kept = np.int16 if steps else np.float32
     shapes = ((queries.shape, np.float32), (keys.shape, kept), (values.shape, kept))
     found, start = [], 0

@@ -129,10 +129,11 @@ inline void add_scaled(float* out, const ci& sums, const cf& weight_scales, floa
     std::memcpy(out, &before, sizeof before);
 }
 
+// A group's sums of pairs of rows by smmla; its weights begin at `start`. Of an odd number of rows the last goes twice.
 #if defined(__ARM_FEATURE_MATMUL_INT8)
-// As `group_sums`, by smmla. Of an odd number of rows the last goes twice.
+constexpr bool SMMLA = true;
 template <int R, int V>
-inline void group_sums_of_pairs(const int8_t* const* weights, size_t start, const int8_t* x, int stride, Sums (&sums)[R][V]) {
+inline void sums_of_pairs(const int8_t* const* weights, size_t start, const int8_t* x, int stride, Sums (&sums)[R][V]) {
     constexpr int COUPLES = (R + 1) / 2;
     int32x4_t squares[COUPLES][V][2];
 #pragma GCC unroll 4
@@ -168,30 +169,11 @@ inline void group_sums_of_pairs(const int8_t* const* weights, size_t start, cons
             if (2 * c + 1 < R) sums[2 * c + 1][v] = vreinterpretq_s32_s64(vzip2q_s64(low, high));
         }
 }
-#endif
-
-// Sums over a group of inputs, whose weights begin at `start`: R rows at V times COLUMNS outputs.
+#else
+constexpr bool SMMLA = false;
 template <int R, int V>
-inline void group_sums(const int8_t* const* weights, size_t start, const int8_t* x, int stride, const Group* groups,
-                       int group_stride, Sums (&sums)[R][V]) {
-#if defined(__ARM_FEATURE_MATMUL_INT8)
-    if constexpr (R > 1) return group_sums_of_pairs<R, V>(weights, start, x, stride, sums);
+void sums_of_pairs(const int8_t* const* weights, size_t start, const int8_t* x, int stride, Sums (&sums)[R][V]);
 #endif
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sums[r][v] = start_of(groups[r * group_stride]);
-    for (int q = 0; q < QUADS; q++) {
-        Quad w[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) w[v] = quad(weights[v] + start + q * 4 * PANEL);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            int32_t four;
-            std::memcpy(&four, x + (size_t)r * stride + 4 * q, sizeof four);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) dot(sums[r][v], w[v], four);
-        }
-    }
-}
 
 // R rows at V times COLUMNS outputs: out[v][row][PANEL].
 template <int R, int V>
@@ -200,8 +182,24 @@ __attribute__((noinline)) void add_columns(const int8_t* const* weights, const f
     const int count = inputs / GROUP_INPUTS, group_stride = stride / GROUP_INPUTS;
     for (int g = 0; g < count; g++) {
         Sums sums[R][V];
-        group_sums<R, V>(weights, (size_t)g * GROUP_BYTES, x + g * GROUP_INPUTS, stride, groups + g, group_stride, sums);
+        if constexpr (SMMLA && R > 1) {
+            sums_of_pairs(weights, (size_t)g * GROUP_BYTES, x + g * GROUP_INPUTS, stride, sums);
+        } else {
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++) sums[r][v] = start_of(groups[r * group_stride + g]);
+            for (int q = 0; q < QUADS; q++) {
+                Quad w[V];
 #pragma GCC unroll 4
+                for (int v = 0; v < V; v++) w[v] = quad(weights[v] + (size_t)g * GROUP_BYTES + q * 4 * PANEL);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++) {
+                    int32_t four;
+                    std::memcpy(&four, x + (size_t)r * stride + g * GROUP_INPUTS + 4 * q, sizeof four);
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; v++) dot(sums[r][v], w[v], four);
+                }
+            }
+        }
         for (int v = 0; v < V; v++) {
             cf weight_scales;
             std::memcpy(&weight_scales, scales[v] + g * PANEL, sizeof weight_scales);
