@@ -18,6 +18,8 @@ from .fault_cases import Case, malformed
 from .fault_host import PATIENCE, Wrong
 from .fault_judge import Gone, When, judge, parse, refusal
 
+SENT = "sent_when"  # of a response of `posted`
+
 
 @dataclass
 class World:
@@ -54,24 +56,34 @@ async def ask(
     alone: nobody else asks, so that nothing may be refused.
     """
     body = case.body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
-    sent = world.ending
     try:
         async with asyncio.timeout(PATIENCE), posted(world, case.path, json=body, headers=headers) as response:
             content = await response.aread()
     except TimeoutError:
         raise Wrong(f"no answer to {body} within {PATIENCE:.0f} seconds") from None
-    when = When(sent, world.ending, alone)
+    when = When(response.extensions[SENT], world.ending, alone)
     world.counts[judge(case, response.status_code, response.headers, content, stream, when)] += 1
     return response.headers
 
 
 @asynccontextmanager
 async def posted(world: World, path: str, **more: Any) -> AsyncIterator[httpx.Response]:
-    """The answer, once it has begun. Gone where nobody listens any more and nobody has to; Wrong where one is lost."""
+    """The answer, once it has begun. Gone where nobody listens any more and nobody has to; Wrong where one is lost.
+
+    Its extension `SENT` is `world.ending` as it was when all of the request had been written: a busy machine may have
+    taken its time until then.
+    """
     sent, begun = world.ending, False
+
+    async def trace(event: str, _: Any) -> None:
+        nonlocal sent
+        if event.endswith("send_request_body.complete"):
+            sent = world.ending
+
     try:
-        async with world.http.stream("POST", world.url + path, **more) as response:
+        async with world.http.stream("POST", world.url + path, extensions={"trace": trace}, **more) as response:
             begun = True
+            response.extensions[SENT] = sent
             yield response
     except httpx.HTTPError as error:
         lost(world, sent, error, begun)
@@ -118,7 +130,7 @@ async def look_around(world: World) -> None:
 
 async def hang_up(world: World) -> None:
     """A client that goes somewhere in the middle, of a stream or of a wait for a whole answer."""
-    case, rng, sent = world.case(), world.rng, world.ending
+    case, rng = world.case(), world.rng
     body = case.body | {"stream": rng.random() < 0.7, "max_tokens": world.room(case)}
     body.pop("stop", None)
     seconds, chunks = rng.choice([0.0, 0.005, 0.02, 0.1]), rng.randint(0, 4)
@@ -128,7 +140,7 @@ async def hang_up(world: World) -> None:
         nonlocal came
         async with posted(world, case.path, json=body) as response:
             if response.status_code != 200:
-                await _refused(world, response, sent)
+                await _refused(world, response)
                 return ""
             came = "in the middle of its answer"
             left = chunks
@@ -144,9 +156,9 @@ async def hang_up(world: World) -> None:
         world.counts[f"hung up {came}"] += 1
 
 
-async def _refused(world: World, response: httpx.Response, sent: str) -> None:
+async def _refused(world: World, response: httpx.Response) -> None:
     said = refusal(response.status_code, response.headers, await response.aread())
-    if not When(sent, world.ending).may_refuse(response.status_code):
+    if not When(response.extensions[SENT], world.ending).may_refuse(response.status_code):
         raise Wrong(f"HTTP {response.status_code} ({said}) for a client that would have hung up")
 
 
@@ -165,21 +177,23 @@ async def no_http(world: World) -> None:
 
 
 async def malformed_body(world: World) -> None:
-    case, sent = world.case(), world.ending
+    case = world.case()
     body = malformed(case, world.rng)
     async with posted(
         world, case.path, content=body, headers={"Content-Type": "application/json"}, timeout=PATIENCE
     ) as response:
-        status, said = response.status_code, refusal(response.status_code, response.headers, await response.aread())
+        status, sent = response.status_code, response.extensions[SENT]
+        said = refusal(response.status_code, response.headers, await response.aread())
     if not 400 <= status < 500 and not (status == 503 and When(sent, world.ending).may_refuse(status)):
         raise Wrong(f"HTTP {status} ({said}) for the body {body[:200]!r}")
 
 
 async def slow_reader(world: World) -> None:
     """Reads a little at a time, and must get all of it."""
-    case, sent = world.case(), world.ending
+    case = world.case()
     async with _Raw(world) as raw:
         await raw.send(_request(case, stream=True))
+        sent = world.ending
         content = b""
         async with asyncio.timeout(PATIENCE):
             while part := await raw.read(PATIENCE, world.rng.randint(1, 700)):
@@ -193,9 +207,10 @@ async def slow_reader(world: World) -> None:
 
 async def no_reader(world: World) -> None:
     """Asks for much, reads no more of it than its status, and goes after a while."""
-    case, sent = world.case(), world.ending
+    case = world.case()
     async with _Raw(world) as raw:
         await raw.send(_request(case, stream=True, max_tokens=world.room(case), apar={"events": True}, n=1))
+        sent = world.ending
         await asyncio.sleep(world.rng.choice([0.05, 0.3]))
         status = (await raw.read(0.01, len(b"HTTP/1.1 200")))[-3:].decode("latin-1")
     if status == "200":

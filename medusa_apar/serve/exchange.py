@@ -15,9 +15,8 @@ _NAME = "exchange"  # in the ASGI scope's state
 class Exchange:
     """id: the client's `X-Request-Id`, else one of ours. It names nothing in the engine, where equal ids would meet.
     tenant: tells clients with different API keys apart and says nothing of the key; "" where there are no keys.
-    began: when its head had been read, by `time.perf_counter`. answers: the engine's requests that it asks for now, and
-    that have not ended.
-    prompt_tokens, answer_tokens: of all its answers; a prompt that several answers share counts once.
+    began: when its head had been read, by `time.perf_counter`. answers: the engine's requests that it asks for and that
+    have not ended. prompt_tokens, answer_tokens: of all its answers; a prompt that several answers share counts once.
     """
 
     id: str = ""

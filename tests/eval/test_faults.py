@@ -47,9 +47,9 @@ def test_a_server_stands_a_campaign(apar, caplog):
 @pytest.mark.campaign
 def test_a_server_stands_a_minute(apar):
     """A tenth of what the command does, of which a thousand faults are asked."""
-    report = faults.campaign(apar, faults.Pace(60.0, round_seconds=5.0, cases=20), seed=1)
+    report = faults.campaign(apar, faults.Pace(60.0, round_seconds=4.0, cases=8), seed=1)
     assert report.wrong == [] and report.faults >= 100 and report.counts["right"] > 100
-    assert report.rounds > 8 and set(report.events) >= {kind.__name__ for kind in FAULTS}
+    assert report.rounds > 3 and set(report.events) >= {kind.__name__ for kind in FAULTS}
     assert report.growth is not None and not report.growth.too_much
 
 
