@@ -167,7 +167,7 @@ def test_a_request_finds_what_one_that_still_runs_has_fed(name):
 
 
 def test_what_a_step_feeds_is_not_taken_from_what_the_same_step_preempts():
-    """A request is fed again: its first thread with the trunk up to a fork. Then a thread of another that wrote the same
+    """A request is fed again: a thread, and the trunk up to its fork. Then a thread of another that wrote the same
     is preempted, and leaves the trunk up to the next fork in the cache. What was planned goes on where it was."""
     never = {"eos_ids": frozenset(), "limit": 60}
     with shared(pool_slots=600, max_prefill_rows=500) as engine:
