@@ -29,7 +29,7 @@ serve: install
 
 # A process a core, a file of tests to each; ARGS="-n 0 tests/kv/test_pool.py" runs one file plainly.
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # What must be exact, with the newest releases of everything, as pip resolves them for a new user: no constraints.txt.
 NEWEST := .venv-newest/bin/python

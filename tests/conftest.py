@@ -12,19 +12,27 @@ from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.eval import chat_endpoint
 from tests.support.player import Player
 
-# Files that take minutes go first, so that no process is left with one of them at the end.
+# Files that take minutes go first, the longest before all others, so that no process is left with one at the end.
 LONG = (
-    "test_browser.py",
-    "test_notebooks.py",
     "test_interpreted.py",
-    "test_real_model.py",
+    "test_notebooks.py",
     "test_aot.py",
+    "test_schedules.py",
+    "test_real_model.py",
+    "test_browser.py",
+    "test_rescoring.py",
     "test_threads.py",
 )
 
 
+def pytest_configure(config):
+    """xdist would begin with the files of most tests, and end with the longest, which have one or two."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)
