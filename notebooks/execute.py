@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,21 @@ class NotebookError(Exception):
     """One sentence: which notebook, which cell, what to do."""
 
 
-def check(path: Path, limit: int = LIMIT) -> None:
-    """Fails where the stored outputs are not those of the stored sources, or the notebook does not run."""
+def check(path: Path, limit: int = LIMIT, smaller: Mapping[str, str] | None = None) -> None:
+    """Fails where the stored outputs are not those of the stored sources, or the notebook does not run.
+
+    smaller: parts of its sources, and what is run in their place. Each has to stand there.
+    """
     notebook = nbformat.read(path, as_version=4)
-    for number, cell in enumerate(code_cells(notebook), 1):
+    cells = code_cells(notebook)
+    for number, cell in enumerate(cells, 1):
         if reason := stale(cell, number):
             raise NotebookError(f"{path.name}: {named(cell, number)} {reason}. Run: python notebooks/execute.py {path}")
+    for part, instead in (smaller or {}).items():
+        if not any(part in cell.source for cell in cells):
+            raise NotebookError(f"{path.name}: no cell has {part!r}")
+        for cell in cells:
+            cell.source = cell.source.replace(part, instead)
     execute(notebook, path, limit)
 
 
