@@ -67,11 +67,15 @@ def options(how, seed, fork=True, **changes):
     )
 
 
-@cache
 def alone(name, prompt, how, seed, fork, limit):
-    """The text of a request that has an engine for itself, without drafts."""
+    """The text of a request that has an engine for itself, without drafts. A limit cuts it short, and does no more."""
+    return whole(name, prompt, how, None if how in ("greedy", "penalised") else seed, fork)[:limit]
+
+
+@cache
+def whole(name, prompt, how, seed, fork):
     model, runtime, _ = backend(name)
-    request = Request("alone", PROMPTS[prompt], options(how, seed, fork, max_new_tokens=limit))
+    request = Request("alone", PROMPTS[prompt], options(how, seed, fork))
     with Engine(model, runtime) as engine:
         engine.add(request)
         while engine.unfinished:
