@@ -33,7 +33,7 @@ def useless(model):
 
 
 def test_bad_heads_warn_once_over_calls(caplog):
-    model = tiny_model(seed=5, eos=-50.0)
+    model = tiny_model("wide_llama", seed=5, eos=-50.0)
     apar = medusa_apar.attach(model, useless(model), speculation="even")
     count = right = 0
     for seed in range(60):
@@ -51,7 +51,7 @@ def test_bad_heads_warn_once_over_calls(caplog):
 
 
 def test_a_copy_of_the_hook_counts_with_it(caplog):
-    model = tiny_model(seed=5, eos=-50.0)
+    model = tiny_model("wide_llama", seed=5, eos=-50.0)
     apar = medusa_apar.attach(model, useless(model), speculation="even")
     for seed in range(60):
         drafted(apar.speculating(apar.options.speculation), model, prompts(1, 6, seed=seed))
@@ -59,7 +59,7 @@ def test_a_copy_of_the_hook_counts_with_it(caplog):
 
 
 def test_good_heads_and_what_makes_good_heads_look_bad_say_nothing(caplog):
-    model = tiny_model(seed=5, eos=-50.0)
+    model = tiny_model("wide_llama", seed=5, eos=-50.0)
     inputs = prompts(2, 6)
     tree = medusa_apar.attach(model).generate(**inputs, **GREEDY, return_dict_in_generate=True).paragraph_tree
     good = medusa_apar.attach(model, RecallHeads(model, tree))

@@ -203,7 +203,7 @@ def test_drafts_and_schedules_never_show(monkeypatch):
 
 
 @pytest.mark.parametrize("max_depth", [1, 3])
-@pytest.mark.parametrize(("seed", "judged"), [(5, 64), (24, 64), (24, 6)])
+@pytest.mark.parametrize(("seed", "judged"), [(5, 64), (24, 6)])
 def test_every_limit_is_the_unlimited_run_cut_short(monkeypatch, seed, judged, max_depth):
     """With few tokens known beyond the limit, rewriting makes answers too short, and more has to be written."""
     monkeypatch.setattr("medusa_apar.engine.rescoring.JUDGED", judged)
