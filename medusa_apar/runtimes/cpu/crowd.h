@@ -2,8 +2,9 @@
 //
 // A step's threads meet some 270 times. Where another process has one's core for a turn of the scheduler, 4 ms, all of
 // them wait: beside one busy process two threads take 3.7 times as long as alone, and one thread 1.9 times (a step of
-// 9 ms, two cores, `python -m medusa_apar.eval.rows`). So a team whose threads wait for their cores shrinks by those that do, and now and then a step tries
-// whether the cores are free again. A row's bits do not depend on the number of threads.
+// 9 ms, two cores, `python -m medusa_apar.eval.rows`). So a team whose threads wait for their cores shrinks by those that
+// do, where fewer would be sooner done, and now and then some steps try whether the cores are free again. A row's bits do
+// not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <climits>
 #include <cstdint>
 #include <cstdlib>
+#include <ctime>
 #include <mutex>
 #if defined(__linux__)
 #include <fcntl.h>
@@ -72,8 +74,8 @@ class Crowd {
             if (now >= again_ + pause_) pause_ = FIRST_PAUSE;
             return;
         }
-        // One may be chance; but whoever has just tried knows.
-        if (++in_a_row_ < 2 && pause_ == FIRST_PAUSE) return;
+        // A thread that has slept may wake on the core of the one that woke it, and wait there until it is moved.
+        if (++in_a_row_ < PATIENCE) return;
         most_ = std::max(1, team - waiting);
         again_ = now + pause_;
         pause_ = std::min(2 * pause_, LONGEST_PAUSE);
@@ -82,6 +84,7 @@ class Crowd {
 
    private:
     static constexpr std::chrono::milliseconds FIRST_PAUSE{200}, LONGEST_PAUSE{3200};  // between two tries
+    static constexpr int PATIENCE = 3;  // steps, each of which says the same
     std::mutex lock_;
     std::atomic<int> most_{INT_MAX};
     int in_a_row_ = 0;
@@ -94,21 +97,50 @@ inline Crowd& crowd() {
     return here;
 }
 
-// Watches one step. Every thread of its team says when it has ended its part.
+// How long the calling thread has run, in nanoseconds.
+inline uint64_t ran() {
+    timespec now;
+    return clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now) ? 0 : now.tv_sec * 1000000000ull + now.tv_nsec;
+}
+
+// Watches one step. Every thread of its team says when it begins and ends its part.
 class Watch {
    public:
     explicit Watch(int threads) : threads_(threads), team(crowd().team_of(threads)) {}
-    ~Watch() { crowd().saw(team, threads_, waiting_, Crowd::Clock::now()); }
+    ~Watch() {
+        const auto now = Crowd::Clock::now();
+        crowd().saw(team, threads_, too_many(team, waiting_, ran_, (now - started_).count()), now);
+    }
+    void began() {
+        waited().passed();
+        begin() = ran();
+    }
     void ended() {
-        static thread_local Waited waited;
-        const std::chrono::nanoseconds wait(waited.passed()), took = Crowd::Clock::now() - started_;
+        const std::chrono::nanoseconds wait(waited().passed()), took = Crowd::Clock::now() - started_;
+        ran_ += ran() - begin();
         if (wait > took / 4) waiting_++;
     }
 
+    // By how many threads a team is too large, `waiting` of which waited for cores in a step that took so long, while
+    // all of them together ran for so long: none, where the others would have been at it longer. A server's own
+    // threads hold a core for a moment after each step; where teams shrank for them the server had half its speed.
+    static int too_many(int team, int waiting, uint64_t ran, uint64_t took) {
+        return ran / std::max(1, team - waiting) < took ? waiting : 0;
+    }
+
    private:
+    static Waited& waited() {
+        static thread_local Waited here;
+        return here;
+    }
+    static uint64_t& begin() {
+        static thread_local uint64_t here;
+        return here;
+    }
     const int threads_;
     const Crowd::Clock::time_point started_ = Crowd::Clock::now();
     std::atomic<int> waiting_{0};
+    std::atomic<uint64_t> ran_{0};
 
    public:
     const int team;

@@ -307,6 +307,7 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
     Watch watch(threads);
 #pragma omp parallel num_threads(watch.team)
     {
+        watch.began();
         Clock clock{s.seconds};
         Blocks blocks(m.heads, s.rows, s.longest);
         const Share rows = share(s.rows), verified = share(s.verified);

@@ -42,9 +42,9 @@ class Crowd:
         return team
 
 
-def test_a_single_busy_moment_changes_nothing_and_two_do(code):
+def test_busy_moments_change_nothing_and_three_steps_in_a_row_do(code):
     crowd = Crowd(code, 4)
-    for waiting in (0, 1, 0, 3, 0, 1):
+    for waiting in (0, 1, 0, 3, 2, 0, 1, 1):
         assert crowd.step(waiting) == 4
     assert crowd.team == 4
     crowd.step(1)
@@ -62,9 +62,9 @@ def test_someone_is_always_left(code):
 def test_tries_become_rarer_while_others_stay_and_end_when_they_leave(code):
     crowd, tries = Crowd(code, 2), []
     for _ in range(2000):
-        if crowd.step(1) == 2:
-            tries.append(crowd.now)
-    gaps = [after - before for before, after in zip(tries[2:], tries[3:], strict=False)]
+        if crowd.step(1) == 2 and (not tries or crowd.now - tries[-1] > 30):
+            tries.append(crowd.now)  # the first step of each
+    gaps = [after - before for before, after in zip(tries[1:], tries[2:], strict=False)]
     assert gaps == sorted(gaps) and 200 <= gaps[0] < 450 and 3200 <= gaps[-1] < 3300
     assert len(tries) < 20
     left = crowd.now
@@ -73,8 +73,7 @@ def test_tries_become_rarer_while_others_stay_and_end_when_they_leave(code):
     for _ in range(1000):
         assert crowd.step(0) == 2
     # And whoever comes back is met as at first.
-    crowd.step(1)
-    assert crowd.step(1) == 2 and crowd.team == 1
+    assert [crowd.step(1) for _ in range(3)] == [2, 2, 2] and crowd.team == 1
     back = crowd.now
     while crowd.step(0) == 1:
         assert crowd.now - back < 300
@@ -86,6 +85,16 @@ def test_a_team_is_never_empty_or_larger_than_it_may_be(code, threads, steps):
     for waiting in steps:
         assert 1 <= crowd.step(waiting) <= threads
     code.crowd_delete(crowd.crowd)
+
+
+def test_a_team_shrinks_only_where_fewer_would_be_sooner_done(code):
+    def too_many(team, waiting, ran, took):
+        return code.crowd_too_many(team, waiting, ctypes.c_double(ran), ctypes.c_double(took))
+
+    assert too_many(2, 1, 18e6, 36e6) == 1  # beside a busy process: one thread would take the 18 ms
+    assert too_many(2, 1, 18e6, 12e6) == 0  # beside threads that hold a core for a moment
+    assert too_many(4, 1, 40e6, 20e6) == 1 and too_many(4, 1, 40e6, 13e6) == 0
+    assert too_many(2, 2, 18e6, 36e6) == 2 and too_many(2, 0, 1e6, 36e6) == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/thread-self/schedstat"), reason="nobody tells how long a thread waits")

@@ -345,7 +345,7 @@ def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
 
 def test_without_wide_instructions_int8_has_the_same_sums(tmp_path, monkeypatch):
     """The plain C++ behind the intrinsics; what it adds in float32 may round otherwise, without fused products."""
-    monkeypatch.setattr(library, "FLAGS", ("-O1", *library.FLAGS[1:]))  # which it takes a third of the time
+    monkeypatch.setattr(library, "FLAGS", ("-O1", *library.FLAGS[1:]))  # sums are looked at, and no times
     monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path))
     plain = library._open(library._compiled(library.compilers()[0], "-march=x86-64"))
     x, weight = torch.randn(7, 200), torch.randn(35, 200)
