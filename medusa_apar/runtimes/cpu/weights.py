@@ -202,7 +202,8 @@ def rounded(x: Tensor) -> Tensor:
     groups = hadamard(padded.view(*x.shape[:-1], -1, GROUP_INPUTS)) * GROUP_INPUTS**0.5
     peaks = groups.abs().amax(-1, keepdim=True)
     scales = peaks / 127 / GROUP_INPUTS**0.5 * (peaks >= 1e-36)
-    steps = (groups * (127 / peaks.clamp_min(1e-36))).round() * scales
+    # In float64, where the product is exact: compiled code rounds it once, to an integer, by a fused multiply-add.
+    steps = (groups.double() * (127 / peaks.clamp_min(1e-36)).double()).round().float() * scales
     return hadamard(steps).view(padded.shape)
 
 
