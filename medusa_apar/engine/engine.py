@@ -79,7 +79,9 @@ class Engine:
             self.cost = self._learned = LearnedCost(known_cost(model, runtime, heads, options.draft_tree))
         budget = options.forest_budget(self.device.type, self.cost, runtime.facts.max_nodes)
         prefill = options.prefill_rows(self.device.type, self.cost)
-        self.scheduler = Scheduler(self.ledger, budget, context, prefill, options.max_requests, self.cost)
+        self.scheduler = Scheduler(
+            self.ledger, budget, context, max_prefill_rows=prefill, max_requests=options.max_requests, cost=self.cost
+        )
         self.speculator = Speculator(options.speculation, budget, tree=options.draft_tree)
         self.fork_manager = ForkManager(context)
         self.reporters = Reporters()

@@ -18,7 +18,7 @@ from medusa_apar.threads.request import Request
 
 _TYPICAL = 48.0  # tokens of a child, before any has ended
 _PRIOR = 2.0  # children that other answers count for beside an answer's own
-NEAR = 16  # rows over which the price of one is measured
+PRICED_ROWS = 16  # over which the price of one is measured
 _MEMORY = 0.98  # of what is known of children's lengths, at each child: half of it are the last 35
 
 
@@ -41,7 +41,7 @@ class ChildLengths:
     def learn(self, request: Request) -> None:
         """Takes over what an answer that has ended tells."""
         tokens, ends = _counts(request)
-        fading = _MEMORY**ends
+        fading = _MEMORY ** max(ends, tokens * self._ends / self._tokens)  # of those that were cut, too
         self._tokens, self._ends = fading * self._tokens + tokens, fading * self._ends + ends
 
 
@@ -55,16 +55,16 @@ def chances(request: Request, mean: float) -> list[float]:
     return [_erlang(place, (limit - before) / mean) for place, (_, before) in enumerate(request.live)]
 
 
-def worth(chances: Sequence[float], rows: int, costs: np.ndarray) -> int:
+def worth(likely: Sequence[float], rows: int, costs: np.ndarray) -> int:
     """How many rows more give the most tokens for the time.
 
-    chances: of further rows' tokens to be read, descending. rows: that run in any case, each for a token. costs:
-    float64 [rows + NEAR or more], of 1, 2, ... rows. What a row costs is the mean over the next `NEAR` rows: a few
-    measured ones differ by more than that from moment to moment.
+    likely: the chance of each further row's token to be read, descending. rows: that run in any case, each for a token.
+    costs: float64 [rows + PRICED_ROWS or more], of 1, 2, ... rows. What a row costs is the mean over the next
+    `PRICED_ROWS`: a few measured ones differ by more than that from moment to moment.
     """
     first = costs[rows - 1]
-    each = (costs[rows + NEAR - 1] - first) / NEAR
-    gained = rows + np.concatenate([[0.0], np.cumsum(chances)])
+    each = (costs[rows + PRICED_ROWS - 1] - first) / PRICED_ROWS
+    gained = rows + np.concatenate([[0.0], np.cumsum(likely)])
     return int(np.argmax(gained / (first + each * np.arange(len(gained)))))
 
 

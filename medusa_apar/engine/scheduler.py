@@ -1,10 +1,10 @@
 """Which requests and threads run in a step, and with how many draft nodes: when a token is made, never which.
 
 Waiting requests are admitted in the order of their priority, then of their arrival, as soon as the KV pool has room for
-what they are expected to need. In a step every running request gets a row before any gets a second, for the thread that
-is read first; further threads run where a row is worth it (`row_worth`). A prompt, and whatever else has to be fed
-again, goes in pieces beside requests that decode. Under memory pressure threads are preempted before requests, the
-youngest first. What a prefix cache has of a path is not fed.
+what they are expected to need. In a step every running request that can run gets a row before any gets a second, for
+the first thread in reading order that can; further threads run where a row is worth it (`row_worth`). A prompt, and
+whatever else has to be fed again, goes in pieces beside requests that decode. Under memory pressure threads are
+preempted before requests, the youngest first. What a prefix cache has of a path is not fed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from medusa_apar.threads.request import Request, Status
 
 from .plan import MAX_PREFILL_ROWS, Feed, Plan
 from .prefix_hits import is_being_fed, most_tokens, num_shared
-from .row_worth import NEAR, ChildLengths, chances, worth
+from .row_worth import PRICED_ROWS, ChildLengths, chances, worth
 from .segments import segments
 from .slot_needs import SlotNeeds
 
@@ -115,7 +115,7 @@ class Scheduler:
         for request in list(self.running):
             if request in self.running:  # an older one may have preempted it meanwhile
                 self._choose_first(request, plan)
-        worthy = self._worthy(plan.requests, plan.chosen, plan.rows)
+        worthy = self._worthy(plan.requests, plan.feed, max(len(plan.chosen), 1))
         for request in self.running:
             self._choose_others(request, plan, worthy)
         if not plan.feed:
@@ -138,7 +138,7 @@ class Scheduler:
             self.running.append(request)
             self.running.sort(key=_rank)
             request.status = Status.PREFILLING
-            if self.ledger.shares and not request.stats.preemptions:
+            if self.ledger.shares and not request.stats.preemptions and request.options.score_from is None:
                 self.prefix_cache_queries += len(request.prompt_ids)
 
     def _has_room(self, request: Request) -> bool:
@@ -164,27 +164,29 @@ class Scheduler:
         if feed is not None and feed.stops:
             self._take(request, thread, feed, plan)
 
-    def _worthy(self, requests: Iterable[Request], chosen: Container[Thread], rows: int) -> set[Thread]:
-        """Threads beyond the chosen ones that are worth a row beside so many."""
+    def _worthy(self, requests: Iterable[Request], taken: Container[Thread], rows: int) -> set[Thread]:
+        """Threads beyond those that are taken which are worth a row beside so many that decode."""
         others: list[tuple[float, Thread]] = []
         for request in requests:
             if len(request.live) > 1 and request.options.score_from is None:
-                others += self._chances(request, chosen)
+                others += self._chances(request, taken)
         if self.cost is not None and others:
             others.sort(key=lambda pair: -pair[0])
-            costs = self.cost.rows(_rounded_up(rows + NEAR))
+            costs = self.cost.rows(_rounded_up(rows + PRICED_ROWS))
             del others[worth([chance for chance, _ in others], rows, costs) :]
         return {thread for _, thread in others}
 
-    def _chances(self, request: Request, chosen: Container[Thread]) -> Iterator[tuple[float, Thread]]:
+    def _chances(self, request: Request, taken: Container[Thread]) -> Iterator[tuple[float, Thread]]:
         """The chance of each further thread of the request that its next token is read, or that of one that can only
         run beside it."""
         needed: dict[Thread, float] = {}
-        for chance, (thread, _) in zip(chances(request, self._child_lengths.mean(request)), request.live, strict=True):
+        within = request.live[: request.options.max_threads]
+        for chance, (thread, _) in zip(chances(request, self._child_lengths.mean(request)), within, strict=False):
+            chance = max(chance, needed.get(thread, 0.0))
             if _forks_now(thread) and thread.parent is not None:
                 needed[thread.parent] = max(chance, needed.get(thread.parent, 0.0))
-            if thread not in chosen:
-                yield max(chance, needed.get(thread, 0.0)), thread
+            if thread not in taken:
+                yield chance, thread
 
     def _choose_others(self, request: Request, plan: Plan, worthy: Container[Thread]) -> None:
         if request not in plan.requests or request.options.score_from is not None:

@@ -24,9 +24,11 @@ class SlotNeeds:
     _peaks: dict[Request, int] = field(default_factory=dict)  # of unfinished requests, behind their prompts
 
     def expected(self, request: Request) -> int:
+        """Slots for prompt and answer; a preempted one needs what it had."""
         if request.options.score_from is not None:
             return len(request.prompt_ids)
-        expected = len(request.prompt_ids) + math.ceil(self.share * request.max_new_tokens)
+        behind = max(math.ceil(self.share * request.max_new_tokens), self._peaks.get(request, 0))
+        expected = len(request.prompt_ids) + behind
         return expected if self.context_length is None else min(expected, self.context_length)
 
     def note(self, request: Request, held: int) -> None:
@@ -41,4 +43,5 @@ class SlotNeeds:
         """Takes over what a request that has ended tells, if it has been answered."""
         peak = self._peaks.pop(request, None)
         if peak is not None and request.status is Status.FINISHED and request.options.score_from is None:
-            self.share = _MEMORY * self.share + (1 - _MEMORY) * min(peak / request.max_new_tokens, 2.0)
+            needed = (peak + 1) / request.max_new_tokens  # the last step's token has had a slot, too
+            self.share = _MEMORY * self.share + (1 - _MEMORY) * min(needed, 2.0)

@@ -68,12 +68,12 @@ def _replaced(its: dict[str, Any]) -> Iterator[Any]:
     forward = its.get("forward")
     yield None if forward is None or only_looks_on(forward) else forward
     for name in _HOOKS:
-        yield [(number, id(hook)) for number, hook in list(its[name].items()) if not only_looks_on(hook)]
+        yield [(number, hook) for number, hook in list(its[name].items()) if not only_looks_on(hook)]
 
 
 def _settings(attributes: dict[str, Any]) -> list[tuple[str, str]]:
     """Of a module or a config. Which attention a config names is our own doing: `attention.forest_attention`."""
-    known = ((name, value) for name, value in attributes.items() if _is_setting(value))
+    known = ((name, value) for name, value in list(attributes.items()) if _is_setting(value))
     own = (*_HOOKS, "_attn_implementation", "_attn_implementation_internal")
     return [(name, repr(value)) for name, value in known if name not in own]
 

@@ -61,7 +61,7 @@ class Choice:
         self.echo: Delta | None = None
         self._ends = asked.ends
         self._text, self._before = TextStream(texts, asked.stops, asked.free), 0
-        self._calls = None if asked.calls is None else ToolCalls(asked.calls == "guided")
+        self._calls = None if asked.calls is None else ToolCalls(asked.calls == "guided", asked.calls == "once")
         self._events, self._steps, self._threads, self._began = writes_events, 0, 0, time.perf_counter()
 
     def take(self, output: RequestOutput) -> Delta:

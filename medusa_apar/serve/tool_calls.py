@@ -16,6 +16,7 @@ from medusa_apar.json_files import is_text, parse
 from medusa_apar.verify.guides import Guide
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_DATA = ("const", "enum", "default", "examples")  # of a schema, what is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,14 @@ class ToolCalls:
     White space beside a call is no text. The last call need not be closed, as the answer may stop right behind it.
 
     guided: the whole text is the JSON of one call, without marks around it, as `call_guide` has it written.
+    once: calls behind the first are left out.
 
     count: calls so far.
     """
 
-    def __init__(self, guided: bool = False) -> None:
+    def __init__(self, guided: bool = False, once: bool = False) -> None:
         self.count = 0
-        self._guided = guided
+        self._guided, self._once = guided, once
         self._held = ""  # what may be or become a call
         self._looked = 0  # characters of it in which no end begins
         self._space, self._behind_call = "", False  # white space that is text unless a call stands beside it
@@ -84,8 +86,9 @@ class ToolCalls:
     def _take(self, whole: str, body: str | None, said: list[str], calls: list[ToolCall]) -> None:
         call = None if body is None else _call(body, self.count)
         if call is not None:
-            calls.append(call)
-            self.count += 1
+            if not (self._once and self.count):
+                calls.append(call)
+                self.count += 1
             self._space, self._behind_call = "", True
             return
         text = self._space + whole
@@ -118,11 +121,11 @@ def _moved(schema: Any, place: str) -> Any:
     """A schema that stands within another, at a place: its references to itself follow."""
     if isinstance(schema, list):
         return [_moved(each, place) for each in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or "$id" in schema:  # whose references start at itself
         return schema
-    moved = {name: _moved(value, place) for name, value in schema.items()}
+    moved = {name: value if name in _DATA else _moved(value, place) for name, value in schema.items()}
     reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
         moved["$ref"] = place + reference[1:]
     return moved
 

@@ -54,7 +54,7 @@ class Asked:
     stops, free: as of `TextStream`. ends: tokens that are no text where an answer ends by one. echoes: what the text of
     each choice begins with. scorings: where log-probabilities of the prompts are wanted, what asks for each prompt's;
     None where it is a single token, which nothing stands before. calls: "written" where texts may hold calls of tools,
-    "guided" where each text is one.
+    "once" where the first of them is all that counts, "guided" where each text is one.
     """
 
     prompts: list[list[int]]
@@ -106,7 +106,8 @@ def _scorings(asked: Asked, place: Place, logprobs: int, salt: dict[str, Any]) -
             return None
         name = f"{place.id}-prompt-{index}"
         how = {"score_from": 1, "max_new_tokens": 1, "logprobs": logprobs, **salt}
-        return engine_request(place.apar, name, prompt, Sampling(), CallOptions(fork=False), **how)
+        with refused("prompt"):
+            return engine_request(place.apar, name, prompt, Sampling(), CallOptions(fork=False), **how)
 
     return [scoring(*each) for each in enumerate(asked.prompts)]
 
@@ -151,7 +152,9 @@ def _asked(
                 name = f"{place.id}-{len(requests)}"
                 requests.append(engine_request(place.apar, name, prompt, sampling, own, max_new_tokens=limit, **shared))
     ends = frozenset() if body.ignore_eos or not requests else requests[0].options.eos_ids
-    calls = "guided" if body.must_call else "written" if body.may_call else None
+    calls = None
+    if body.may_call and not _is_formed(body):
+        calls = "guided" if body.must_call else "once" if body.calls_once else "written"
     free, stops = body.min_tokens or 0, options.stop_strings or ()
     return Asked(prompts, requests, n, stops, free, ends, list(echoes), calls=calls)
 
@@ -203,12 +206,16 @@ def _guide(body: Generation) -> Guide | None:
         return Guide() if schema is None else Guide.json_schema(schema)
 
 
+def _is_formed(body: Generation) -> bool:
+    """Whether the answer is JSON."""
+    return body.response_format is not None and body.response_format.type != "text"
+
+
 def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
     ours = body.apar
     fork = None if ours is None else ours.fork
-    formed = body.response_format is not None and body.response_format.type != "text"
-    whole = "response_format" if formed else "tools" if body.may_call else None
-    if whole is not None:  # what one thread writes cannot be told to hold together otherwise
+    whole = "response_format" if _is_formed(body) else "tools" if body.may_call else None
+    if whole is not None:  # what is parsed as a whole has to be written by one thread
         if fork not in (None, False, "off"):
             raise ApiError(400, f"apar.fork and {whole} exclude each other.", param="apar.fork")
         fork = False
@@ -225,7 +232,7 @@ def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
             400, "apar.fork is true, but the model has no [Fork] and [Child] to fork with.", param="apar.fork"
         )
     stops: list[str] = [StopString(stop) for stop in body.stop or ()]
-    if body.calls_once:
+    if body.calls_once and not _is_formed(body):
         stops.append(StopString(CLOSE))
     return CallOptions(fork=fork, max_threads=max_threads, max_depth=max_depth, stop_strings=stops or None)
 

@@ -421,11 +421,30 @@ def test_admission_goes_by_what_an_answer_held_and_not_by_what_it_wrote():
             while engine.unfinished:
                 most = max(most, engine.ledger.pool.live)
                 engine.step()
-            held = max(most - len(one.prompt_ids), 0) / one.max_new_tokens
+            held = (max(most - len(one.prompt_ids), 0) + 1) / one.max_new_tokens
             written = sum(len(thread.token_ids) for thread in one.tree.threads) / one.max_new_tokens
             assert engine.scheduler.needs.share == pytest.approx(0.9 * before + 0.1 * held)
-            assert held < written
+            assert held <= written
         assert not engine.scheduler.needs._peaks
+
+
+def test_answers_of_one_token_teach_that_all_of_their_limit_is_needed():
+    with Engine(*parts(), options=EngineOptions(pool_slots=400)) as engine:
+        run(engine, *(request(str(n), prompt(n), limit=1, fork=False) for n in range(40)))
+        assert engine.scheduler.needs.share == pytest.approx(1.0)
+
+
+def test_a_preempted_answer_waits_for_what_it_had():
+    with Engine(*parts(), options=EngineOptions(pool_slots=400)) as engine:
+        one = request("one", prompt(3), fork=False, eos_ids=frozenset())
+        engine.add(one)
+        for _ in range(20):
+            engine.step()
+        needs = engine.scheduler.needs
+        needs.share = 0.05
+        had = sum(map(engine.ledger.cached, one.tree.threads))
+        engine.scheduler._preempt(one)
+        assert had - 2 <= needs.expected(one) <= had
 
 
 def test_a_large_limit_does_not_keep_others_waiting():

@@ -89,6 +89,8 @@ def same_bits(one, other):
         assert thread.tokens[:length] == twin.tokens[:length]
         ours, theirs = one.logits.get(thread, []), other.logits.get(twin, [])
         assert all(map(torch.equal, ours, theirs))
+    for each in (one, other):
+        assert all(index - thread.num_forced < len(each.logits.get(thread, [])) for thread, index in each.text)
 
 
 def common(first, second) -> int:
@@ -190,7 +192,8 @@ def test_what_a_step_feeds_is_not_taken_from_what_the_same_step_preempts():
         assert earlier.parent is later.parent is first.tree.trunk and earlier.seen + 4 < later.seen < 56
         scheduler._preempt(first)
         ledger.reset_prefix_cache()
-        scheduler._used_share = 0.0  # that it is let in where it only just fits
+        scheduler.needs.share = 0.0  # that it is let in where it only just fits
+        scheduler.needs._peaks.clear()
         pool.max_slots = pool.live + earlier.seen + len(earlier.tokens)  # no room for a row of the others
         engine.step()
         checked(engine)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.engine.row_worth import ChildLengths, chances, worth
+from medusa_apar.engine.scheduler import Scheduler
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions
 from tests.support.models import CHILD, EOS, FORK
@@ -54,6 +55,16 @@ def test_lengths_are_learned_from_children_that_end():
     assert known.mean(request_with([(3, True)] * 3 + [(80, False)] * 5)) > 60
 
 
+def test_answers_whose_children_are_all_cut_do_not_make_later_ones_endless():
+    known = ChildLengths()
+    for _ in range(5000):
+        known.learn(request_with([(10, False)] * 3))
+    long = known.mean(request_with([]))
+    for _ in range(100):
+        known.learn(request_with([(20, True)] * 3))
+    assert long < 3000 and known.mean(request_with([])) < 30
+
+
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=20).map(lambda found: sorted(found, reverse=True)),
     st.integers(1, 9),
@@ -79,3 +90,11 @@ def test_certain_rows_run_wherever_a_step_has_a_cost_of_its_own():
     assert worth([1.0] * 8, 16, costs) == 8
     assert worth([0.1] * 8, 16, costs) == 0
     assert worth([0.1] * 8, 1, NEARLY_FREE.rows(32)) == 8
+
+
+def test_a_thread_that_another_can_only_run_beside_is_worth_as_much():
+    request = request_with([(5, False), (0, False)], trunk=0)  # the second child's [Fork] is the trunk's root
+    found = {thread: chance for chance, thread in Scheduler(None, None)._chances(request, ())}
+    first, second, trunk = found
+    assert trunk is request.tree.trunk and found[trunk] == found[second] < found[first]
+    assert found[trunk] > chances(request, 48.0)[-1]

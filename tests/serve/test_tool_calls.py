@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import medusa_apar
-from medusa_apar.serve.tool_calls import ToolCall, ToolCalls
+from medusa_apar.serve.tool_calls import ToolCall, ToolCalls, _moved
 from tests.support.byte_chat import SPECIAL
 from tests.support.models import CONTROL, EOS
 from tests.support.openai_answers import CHAT, Server, byte_server, put_together, whole
@@ -194,6 +194,24 @@ def test_one_call_is_enough_where_they_must_not_be_parallel(server):
     body = asked("3", tools=TOOLS, parallel_tool_calls=False, stream=False)
     assert heard(server, **body) == (None, [("f", {})], "tool_calls")
     assert server.ask(CHAT, **body)["usage"]["completion_tokens"] == 3
+
+
+def test_calls_behind_the_only_one_are_left_out_wherever_the_text_goes_on():
+    """`min_tokens` may let it."""
+    two = '<tool_call>{"name": "a"}</tool_call>\n<tool_call>{"name": "b"}</tool_call> said'
+    parts = ToolCalls(once=True)
+    (said, calls), (rest, more) = parts.push(two), parts.end()
+    assert [call.name for call in calls + more] == ["a"] and (said + rest).strip() == "said"
+
+
+def test_a_schema_within_another_keeps_its_references_and_its_data():
+    schema = {
+        "$ref": "#/$defs/x",
+        "$defs": {"x": {"const": {"$ref": "#/y"}}, "z": {"$ref": "#anchor"}, "own": {"$id": "u", "$ref": "#/a"}},
+    }
+    moved = _moved(schema, "#/at")
+    assert moved["$ref"] == "#/at/$defs/x" and moved["$defs"] == schema["$defs"]
+    assert _moved({"$ref": "#"}, "#/at") == {"$ref": "#/at"}
 
 
 def test_an_answer_that_may_call_has_one_thread(server):

@@ -121,9 +121,9 @@ class Watch {
         if (wait > took / 4) waiting_++;
     }
 
-    // By how many threads a team is too large, `waiting` of which waited for cores in a step that took so long, while
-    // all of them together ran for so long: none, where the others would have been at it longer. A server's own
-    // threads hold a core for a moment after each step; where teams shrank for them the server had half its speed.
+    // How many threads to drop: those that waited for cores, if the rest alone would have been sooner done, else none.
+    // A server's own threads hold a core for a moment after each step, for which no team should shrink. `ran`, of all
+    // threads, has what they spun at their barriers (`Barrier`), so that a team is rather kept.
     static int too_many(int team, int waiting, uint64_t ran, uint64_t took) {
         return ran / std::max(1, team - waiting) < took ? waiting : 0;
     }
