@@ -16,7 +16,7 @@ import numpy as np
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
 
-_TYPICAL = 48.0  # tokens of a child, before any has ended
+_TYPICAL = 48.0  # tokens of a child, as far as nothing else is known: it counts as one that has ended
 _PRIOR = 2.0  # children that other answers count for beside an answer's own
 PRICED_ROWS = 16  # over which the price of one is measured
 _MEMORY = 0.98  # of what is known of children's lengths, at each child: half of it are the last 35
@@ -30,18 +30,19 @@ class ChildLengths:
     of a constant chance of ending at each token.
     """
 
-    _tokens: float = _TYPICAL
-    _ends: float = 1.0
+    _tokens: float = 0.0
+    _ends: float = 0.0
 
     def mean(self, request: Request) -> float:
         """Expected tokens of a child of this answer."""
         tokens, ends = _counts(request)
-        return (tokens + _PRIOR * self._tokens / self._ends) / (ends + _PRIOR)
+        usual = (self._tokens + _TYPICAL) / (self._ends + 1)
+        return (tokens + _PRIOR * usual) / (ends + _PRIOR)
 
     def learn(self, request: Request) -> None:
         """Takes over what an answer that has ended tells."""
         tokens, ends = _counts(request)
-        fading = _MEMORY ** max(ends, tokens * self._ends / self._tokens)  # of those that were cut, too
+        fading = _MEMORY ** max(ends, 1)  # children that are all cut should not count for long either
         self._tokens, self._ends = fading * self._tokens + tokens, fading * self._ends + ends
 
 

@@ -178,7 +178,7 @@ def test_what_a_step_feeds_is_not_taken_from_what_the_same_step_preempts():
     """A request is fed again: a thread, and the trunk up to its fork. Then a thread of another that wrote the same
     is preempted, and leaves the trunk up to the next fork in the cache. What was planned goes on where it was."""
     never = {"eos_ids": frozenset(), "limit": 60}
-    with shared(pool_slots=600, max_prefill_rows=500) as engine:
+    with shared(pool_slots=600, max_prefill_rows=500, budget=24) as engine:  # every thread is worth its row
         ledger, pool, scheduler = engine.ledger, engine.ledger.pool, engine.scheduler
         twin, first = (request(name, prompt(4), priority=rank, **never) for name, rank in (("twin", 2), ("first", 0)))
         beside = request("beside", prompt(2, 5), fork=False, priority=1, **never)
