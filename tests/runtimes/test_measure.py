@@ -86,7 +86,7 @@ def test_a_model_with_long_steps_is_measured_coarsely(attached, monkeypatch):
 
 def test_costs_between_and_beyond_what_was_measured():
     cost = StepCost(((1, 10.0), (3, 14.0), (4, 20.0)), ((1, 1.0),))
-    assert cost.rows(6).tolist() == [10.0, 12.0, 14.0, 20.0, 26.0, 32.0]
+    assert cost.rows(6).tolist() == [10.0, 12.0, 14.0, 20.0, 24.0, 28.0]
     assert cost.drafting(5) == 1.0 and StepCost(((1, 1.0),)).drafting(5) == 0.0
 
 
