@@ -36,7 +36,7 @@ def test_depth_threads_and_slots_stay_within_bounds(server, temperature):
     answer = server.ask(COMPLETION, **WILD, temperature=temperature, seed=1)
     events, stats = answer["apar"]["events"], server.its.service.engine.stats()
     written = [token for event in events if event["event"] == "TokensAccepted" for token in event["token_ids"]]
-    assert written.count(FORK) > 5 and CHILD not in written  # or nothing here would be wild
+    assert written.count(FORK) > 2 and CHILD not in written  # or nothing here would be wild
     assert max(depths(events).values()) == DEPTH
     assert 1 < stats.peak_threads <= THREADS and stats.peak_slots <= SLOTS
     assert answer["usage"]["completion_tokens"] <= LIMIT
