@@ -112,7 +112,7 @@ def test_reading_order_and_slots_where_a_rule_forks(data):
 
 
 def test_chosen_tokens_are_the_models(listed):
-    assert assert_chosen_tokens_are_the_models(list_writer(), listed.paragraph_tree, seed=3) > 150
+    assert assert_chosen_tokens_are_the_models(list_writer(), listed.paragraph_tree, seed=3) > 120
 
 
 def test_greedy_tokens_are_those_of_plain_generate():
