@@ -58,8 +58,8 @@ def spied(function, calls: list):
 
 def test_what_is_fed_again_after_preemption_decodes_the_same():
     model = forking_model(24)
-    plain = run(model, "sdpa", limit=12, speculation="off")
-    ours = run(model, "triton", limit=12, pool_slots=36, speculation="off")
+    plain = run(model, "sdpa", limit=12, speculation="off", budget=24)
+    ours = run(model, "triton", limit=12, pool_slots=36, speculation="off", budget=24)
     assert torch.equal(ours.sequences, plain.sequences)
     assert plain.stats.peak_slots > 36 >= ours.stats.peak_slots
     assert ours.stats.preemptions > 0 and ours.stats.thread_preemptions > 3
