@@ -166,11 +166,11 @@ class Scheduler:
 
     def _worthy(self, requests: Iterable[Request], taken: Container[Thread], rows: int) -> set[Thread]:
         """Threads beyond those that are taken which are worth a row beside so many that decode."""
-        others: list[tuple[float, Thread]] = []
-        for request in requests:
-            if len(request.live) > 1 and request.options.score_from is None:
-                others += self._chances(request, taken)
-        if self.cost is not None and others:
+        shared = [one for one in requests if len(one.live) > 1 and one.options.score_from is None]
+        if self.cost is None:
+            return {thread for request in shared for thread, _ in request.live if thread not in taken}
+        others = [pair for request in shared for pair in self._chances(request, taken)]
+        if others:
             others.sort(key=lambda pair: -pair[0])
             costs = self.cost.rows(_rounded_up(rows + PRICED_ROWS))
             del others[worth([chance for chance, _ in others], rows, costs) :]

@@ -72,7 +72,7 @@ def _replaced(its: dict[str, Any]) -> Iterator[Any]:
 
 
 def _settings(attributes: dict[str, Any]) -> list[tuple[str, str]]:
-    """Of a module or a config. Which attention a config names is our own doing: `attention.forest_attention`."""
+    """A module's or a config's settings, but for which attention it names: `attention.forest_attention` sets that."""
     known = ((name, value) for name, value in list(attributes.items()) if _is_setting(value))
     own = (*_HOOKS, "_attn_implementation", "_attn_implementation_internal")
     return [(name, repr(value)) for name, value in known if name not in own]

@@ -13,7 +13,7 @@ from medusa_apar.engine.stats import Stats
 PREFIX = "medusa_apar:"
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320)
 _TOKENS = tuple(part * 10**power for power in range(6) for part in (1, 2, 5))  # of a request
-# Of a step; each a power of two, as `Stats.iteration_tokens` counts them.
+# Tokens of a step, each bound a power of two, as `Stats.iteration_tokens` counts them.
 _ITERATION_TOKENS = (1, *(1 << power for power in range(3, 15)))
 
 

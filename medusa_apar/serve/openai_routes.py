@@ -185,7 +185,7 @@ async def _answer(
 
 
 async def _scored(service: Service, http: Request, asked: Asked) -> list[list[TokenLogprobs]]:
-    """Of each prompt's tokens but the first, what `Asked.scorings` ask for."""
+    """Log-probabilities of each prompt's tokens but the first, where `Asked.scorings` ask for them."""
     scorings = [(place, request) for place, request in enumerate(asked.scorings) if request is not None]
     found: list[list[TokenLogprobs]] = [[] for _ in asked.scorings]
     streams = [service.run(request, http) for _, request in scorings]

@@ -355,7 +355,7 @@ def test_what_other_code_and_other_settings_have_made_is_dropped(change):
 
 
 def test_passes_beside_it_change_nothing():
-    """Those of another engine of the same model have hooks of ours in it, which only look on."""
+    """Another engine's passes leave hooks of ours in the model, which only look on."""
     model = forking_model(9, "wide_llama")
     runtime = pick_runtime(model, "torch", None, "auto")
     before = ModelState(model)

@@ -39,7 +39,9 @@ def run(heads=None, limit=LIMIT, model=None, rows=None, sampling=SEEDED, fork="l
 
 @pytest.fixture(scope="module")
 def listed():
-    out = run()
+    with pytest.MonkeyPatch.context() as patched:  # every thread has a row, so that much can be compared
+        patched.setattr("medusa_apar.engine.scheduler.worth", lambda likely, *_: len(likely))
+        out = run()
     kinds = {(t.continues_parent, t.finish_reason) for tree in out.paragraph_tree for t in tree.threads[1:]}
     assert (False, "stop") in kinds and any(continues_parent for continues_parent, _ in kinds) and out.stats.forks >= 8
     return out
@@ -112,7 +114,7 @@ def test_reading_order_and_slots_where_a_rule_forks(data):
 
 
 def test_chosen_tokens_are_the_models(listed):
-    assert assert_chosen_tokens_are_the_models(list_writer(), listed.paragraph_tree, seed=3) > 120
+    assert assert_chosen_tokens_are_the_models(list_writer(), listed.paragraph_tree, seed=3) > 150
 
 
 def test_greedy_tokens_are_those_of_plain_generate():
