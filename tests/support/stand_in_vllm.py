@@ -1,0 +1,166 @@
+"""A stand-in for vLLM's client: true greedy tokens of a tiny model, one request after the other, under a random schedule.
+
+The real one takes half a minute to start; `tests/vllm` asks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from medusa_apar.engine.vllm import compat
+from medusa_apar.engine.vllm.stretch import Stretch
+
+
+class QueueOverflowError(Exception):
+    """vLLM's, by its name."""
+
+
+class EngineDeadError(Exception):
+    """vLLM's, by its name."""
+
+
+class SpokenPlainly:
+    """A dialect whose prompts are paths, and whose parameters are the whole stretch."""
+
+    is_full = staticmethod(compat.is_full)
+
+    def prompt_of(self, stretch: Stretch) -> list[int]:
+        return list(stretch.prompt_ids)
+
+    def params_of(self, stretch: Stretch) -> Stretch:
+        return stretch
+
+
+class Model:
+    """Which tokens a model would choose behind a path, the likeliest first; each path is asked once."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._known = model, dict[tuple[int, ...], list[int]]()
+        self.log_probs: dict[tuple[int, ...], torch.Tensor] = {}
+
+    @torch.no_grad()
+    def likeliest(self, path: Sequence[int]) -> list[int]:
+        key = tuple(path)
+        if key not in self._known:
+            logits = self._model(input_ids=torch.tensor([key])).logits[0, -1].float()
+            self.log_probs[key] = logits.log_softmax(-1)
+            self._known[key] = logits.argsort(descending=True, stable=True).tolist()
+        return self._known[key]
+
+
+@dataclass
+class StandIn:
+    """Args:
+    refuses: how likely a request finds the queue full. dies_after: tokens after which everything fails.
+    fails: makes the error of a request with this many tokens behind its prompt; None for none.
+    """
+
+    model: Model
+    seed: int = 0
+    longest_delta: int = 3
+    refuses: float = 0.0
+    dies_after: int | None = None
+    fails: Any = None
+    open: int = 0
+    asked: int = 0
+    written: int = 0
+    errored: bool = False
+    ids: set[str] = field(default_factory=set)
+    ranks: dict[str, set[int | None]] = field(default_factory=dict)
+    priorities: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+
+    async def generate(
+        self,
+        prompt: list[int],
+        sampling_params: Stretch,
+        request_id: str,
+        *,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        assert request_id not in self.ids, "vLLM would take two requests for one"
+        self.ids.add(request_id)
+        self.ranks.setdefault(request_id.split(".")[0], set()).add(data_parallel_rank)
+        self.priorities[request_id] = priority
+        self.asked += 1
+        self.open += 1
+        try:
+            await self._pause()
+            if self._random.random() < self.refuses:
+                raise QueueOverflowError
+            async for output in self._written(prompt, sampling_params):
+                yield output
+        finally:
+            self.open -= 1
+
+    async def _written(self, prompt: list[int], params: Stretch) -> AsyncGenerator[Any, None]:
+        assert params.max_tokens >= 1
+        own: list[int] = []
+        reason = None
+        while reason is None:
+            delta: list[int] = []
+            for _ in range(self._random.randint(1, self.longest_delta)):
+                delta.append(self._next(prompt, own, params))
+                own.append(delta[-1])
+                if delta[-1] in params.stop_ids and len(own) > params.min_tokens:
+                    reason = "stop"
+                elif len(own) >= params.max_tokens:
+                    reason = "length"
+                if reason is not None:
+                    break
+            self.written += len(delta)
+            if self.dies_after is not None and self.written >= self.dies_after:
+                self.errored = True
+            if self.errored:
+                raise EngineDeadError
+            if self.fails is not None and (error := self.fails(prompt + own)) is not None:
+                raise error
+            yield self._output(prompt, own, delta, params, reason)
+            await self._pause()
+
+    def _next(self, prompt: list[int], own: list[int], params: Stretch) -> int:
+        banned = {
+            ban[-1] for ban in params.banned if tuple(own[len(own) - len(ban) + 1 :]) == ban[:-1] or len(ban) == 1
+        }
+        if len(own) < params.min_tokens:
+            banned |= params.stop_ids
+        likeliest = [token for token in self.model.likeliest(prompt + own) if token not in banned]
+        if params.sampling.seed is None:
+            return likeliest[0]
+        return random.Random(f"{params.sampling.seed} {len(own)}").choice(likeliest[:3])
+
+    def _output(self, prompt: list[int], own: list[int], delta: list[int], params: Stretch, reason: Any) -> Any:
+        logprobs = None
+        if (count := params.sampling.logprobs) is not None:
+            start = len(own) - len(delta)
+            logprobs = [self._told([*prompt, *own[: start + n]], token, count) for n, token in enumerate(delta)]
+        prompts = None
+        if params.prompt_logprobs is not None and len(own) == len(delta):
+            prompts = [None]
+            prompts += [self._told(prompt[:n], prompt[n], params.prompt_logprobs) for n in range(1, len(prompt))]
+        its = SimpleNamespace(token_ids=delta, finish_reason=reason, logprobs=logprobs)
+        return SimpleNamespace(outputs=[its], num_cached_tokens=0, finished=reason is not None, prompt_logprobs=prompts)
+
+    def _told(self, path: list[int], token: int, count: int) -> dict[int, Any]:
+        likeliest = self.model.likeliest(path)
+        log_probs = self.model.log_probs[tuple(path)]
+        wanted = {*likeliest[:count], token}
+        return {
+            each: SimpleNamespace(logprob=log_probs[each].item(), rank=likeliest.index(each) + 1) for each in wanted
+        }
+
+    async def _pause(self) -> None:
+        for _ in range(self._random.randint(1, 4)):
+            await asyncio.sleep(0)
+        if self._random.random() < 0.2:
+            await asyncio.sleep(self._random.random())
