@@ -49,8 +49,8 @@ class Guide:
 class Grammar:
     """A guide compiled for a tokenizer and a model's vocabulary; requests share it.
 
-    schema: the guide's. vocabulary: tokens that the model writes. end_ids: those that end a text which is complete. tokenizer_size: tokens
-        that the tokenizer has, at least as many.
+    schema: the guide's. vocabulary: tokens that the model writes. end_ids: those that end a text which is complete.
+    tokenizer_size: tokens that the tokenizer has, at least as many.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM's client: true greedy tokens of a tiny model, one request after the other, under a random schedule.
+"""A stand-in for vLLM's client: a tiny model's true greedy tokens, under a random schedule.
 
 The real one takes half a minute to start; `tests/vllm` asks it.
 """
