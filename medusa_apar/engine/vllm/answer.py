@@ -71,7 +71,8 @@ class Answer:
         self._sampling, self._shared = sampling, shared
         self._tasks: dict[Thread, asyncio.Task[None]] = {}  # of threads that were not stopped
         self._stopped: list[asyncio.Task[None]] = []
-        self._held: dict[Thread, asyncio.Future[None]] = {}  # live threads that wait
+        self._to_wait = set[Thread]()  # as of the last review
+        self._held: dict[Thread, asyncio.Future[None]] = {}  # those that do
         self._running: set[Thread] = set()  # those that vLLM writes
         self._stretches = 0
         self._done = asyncio.Event()
@@ -86,7 +87,7 @@ class Answer:
         if request.options.score_from is None:
             self._start(request.tree.trunk)
         else:
-            self._tasks[request.tree.trunk] = asyncio.create_task(self._guarded(self._score()))
+            self._tasks[request.tree.trunk] = asyncio.create_task(self._guarded(self._score))
         try:
             await self._done.wait()
         finally:
@@ -98,16 +99,15 @@ class Answer:
 
     def review(self) -> None:
         """Lets threads go on that waited, and has others wait, as things stand now."""
-        waiting = self._shared.lead.waiting(self.request, self._running, self._shared.rows)
-        for thread in [thread for thread in self._held if thread not in waiting]:
-            future = self._held.pop(thread)
-            if not future.done():
+        self._to_wait = self._shared.lead.waiting(self.request, self._running, self._shared.rows)
+        for thread, future in self._held.items():
+            if thread not in self._to_wait and not future.done():
                 future.set_result(None)
 
     # ---- threads
 
     def _start(self, thread: Thread) -> None:
-        self._tasks[thread] = asyncio.create_task(self._guarded(self._write(thread)))
+        self._tasks[thread] = asyncio.create_task(self._guarded(self._write, thread))
 
     def _stop(self, threads: Iterable[Thread]) -> None:
         """Cancels tasks, each once: a second time would break off what the first has vLLM do."""
@@ -120,9 +120,9 @@ class Answer:
         self._error = self._error or error
         self._done.set()
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         try:
-            await work
+            await work(*args)
         except Exception as error:
             self._fail(error)
 
@@ -136,15 +136,13 @@ class Answer:
 
     async def _turn(self, thread: Thread) -> None:
         """Waits while the thread is held back."""
-        while thread.live and thread in self._waiting():
+        self.review()
+        if thread in self._to_wait:
             self._held[thread] = asyncio.get_running_loop().create_future()
             try:
                 await self._held[thread]
             finally:
-                self._held.pop(thread, None)
-
-    def _waiting(self) -> set[Thread]:
-        return self._shared.lead.waiting(self.request, self._running, self._shared.rows)
+                del self._held[thread]
 
     async def _part(self, thread: Thread, banned: frozenset[int]) -> frozenset[int]:
         """One request of vLLM for a thread; what may not come next, where it has written that."""
@@ -173,7 +171,7 @@ class Answer:
                 self._after(thread)
                 if thread.ended or thread.ends_with_forced:
                     return _NOTHING
-                if not banned and thread in self._waiting():
+                if not banned and thread in self._to_wait:
                     shared.thread_preemptions += 1
                     return _NOTHING
         if len(thread.tokens) == before:
