@@ -72,7 +72,7 @@ def check_version() -> str:
 
 
 def started(args: Any) -> tuple[Any, Counts]:
-    """An `AsyncLLM` of `AsyncEngineArgs`, and what it counts. It takes half a minute, and any thread may wait for it."""
+    """An `AsyncLLM` of `AsyncEngineArgs`, and what it counts. It takes half a minute; any thread may wait for it."""
     check_version()
     from vllm.v1.engine.async_llm import AsyncLLM
 
