@@ -23,7 +23,7 @@ from .errors import ApiError, refused
 from .event_texts import EventTexts, GuessTexts
 from .exchange import exchange_of
 from .forms import ChatForm, CompletionForm, Form
-from .prompts import chat_ids, check_ids, context_of, text_ids
+from .prompts import chat_ids, check_ids, text_ids
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, Generation, TokenizeBody
 from .streams import EventStream, begun, merged
 from .translate import Asked, Place, chat, completion
@@ -97,7 +97,7 @@ def router(service: Service) -> APIRouter:
         def answer() -> Response:
             ids = _tokens_of(service, body)
             names = serving.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-            known = {"count": len(ids), "max_model_len": context_of(service.apar)}
+            known = {"count": len(ids), "max_model_len": service.facts.context}
             return JSONResponse({**known, "tokens": ids, "token_strs": names})
 
         return await serving.aside(answer, len(await http.body()))
@@ -108,7 +108,7 @@ def router(service: Service) -> APIRouter:
         serving.check(body.model)
 
         def answer() -> Response:
-            check_ids(service.apar, "tokens", body.tokens)
+            check_ids(service.facts, "tokens", body.tokens)
             return JSONResponse({"prompt": serving.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)})
 
         return await serving.aside(answer, len(await http.body()))
@@ -131,14 +131,14 @@ class _Serving:
 
     @property
     def tokenizer(self) -> Any:
-        return self.service.apar.tokenizer
+        return self.service.facts.tokenizer
 
     @cached_property
     def guesses(self) -> GuessTexts:
         return GuessTexts(self.tokenizer)
 
     def card(self) -> dict[str, Any]:
-        name, context = self.service.model_name, context_of(self.service.apar)
+        name, context = self.service.model_name, self.service.facts.context
         return {
             **{"id": name, "object": "model", "created": self._created, "owned_by": "medusa-apar"},
             **{"root": name, "parent": None, "max_model_len": context},
@@ -163,7 +163,7 @@ async def _answer(
     service, texts = serving.service, TokenTexts.of(serving.tokenizer)
     form = form_of(texts, logprobs)
     id = service.new_id(form.prefix)
-    place = Place(service.apar, id, service.options.pool_slots, exchange_of(http).tenant)
+    place = Place(service.facts, id, service.backend.pool_slots, exchange_of(http).tenant)
 
     def translated() -> tuple[Asked, _Answer]:
         asked = translate(body, place)
@@ -297,5 +297,5 @@ class _Answer:
 def _tokens_of(service: Service, body: TokenizeBody) -> list[int]:
     if body.messages is not None:
         with refused("messages"):
-            return chat_ids(service.apar, body.messages)
-    return text_ids(service.apar, body.prompt or "", body.add_special_tokens is not False)
+            return chat_ids(service.facts, body.messages)
+    return text_ids(service.facts, body.prompt or "", body.add_special_tokens is not False)
