@@ -57,12 +57,12 @@ _ERROR = {
     },
 }
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 413, 429, 500, 503), _ERROR)
-_NO_RESPONSES = "there is no /v1/responses here, as answers are not kept: use /v1/chat/completions"
 
 AnyGeneration = TypeVar("AnyGeneration", bound=Generation)
 
 
-def router(service: Service) -> APIRouter:
+def router(service: Service, prefix: str = "/v1") -> APIRouter:
+    """prefix: of OpenAI's own routes."""
     routes, serving = APIRouter(responses=_ERRORS), _Serving(service)
 
     def post(path: str, schema: type[AnyBody]) -> Callable:
@@ -70,21 +70,21 @@ def router(service: Service) -> APIRouter:
         content = {"application/json": {"schema": inlined(schema)}}
         return routes.post(path, openapi_extra={"requestBody": {"required": True, "content": content}})
 
-    @post("/v1/chat/completions", ChatBody)
+    @post(f"{prefix}/chat/completions", ChatBody)
     async def chat_completions(http: Request) -> Response:
         body = await read(http, ChatBody, serving.aside)
         return await _answer(serving, http, body, ChatForm, chat, body.logprobs is True)
 
-    @post("/v1/completions", CompletionBody)
+    @post(f"{prefix}/completions", CompletionBody)
     async def completions(http: Request) -> Response:
         body = await read(http, CompletionBody, serving.aside)
         return await _answer(serving, http, body, CompletionForm, completion, body.logprobs is not None)
 
-    @routes.get("/v1/models")
+    @routes.get(f"{prefix}/models")
     async def list_models() -> Response:
         return JSONResponse({"object": "list", "data": [serving.card()]})
 
-    @routes.get("/v1/models/{model:path}")
+    @routes.get(f"{prefix}/models/{{model:path}}")
     async def retrieve_model(model: str) -> Response:
         serving.check(model)
         return JSONResponse(serving.card())
@@ -113,10 +113,11 @@ def router(service: Service) -> APIRouter:
 
         return await serving.aside(answer, len(await http.body()))
 
-    @routes.api_route("/v1/responses", methods=["GET", "POST"], include_in_schema=False)
-    @routes.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+    @routes.api_route(f"{prefix}/responses", methods=["GET", "POST"], include_in_schema=False)
+    @routes.api_route(f"{prefix}/responses/{{rest:path}}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
     async def responses() -> Response:
-        raise ApiError(404, _NO_RESPONSES)
+        said = f"there is no {prefix}/responses here, as answers are not kept: use {prefix}/chat/completions"
+        raise ApiError(404, said)
 
     return routes
 
