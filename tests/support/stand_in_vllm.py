@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from medusa_apar import requests
 from medusa_apar.engine.vllm import compat
+from medusa_apar.engine.vllm.options import VllmOptions
 from medusa_apar.engine.vllm.stretch import Stretch
+from medusa_apar.engine.vllm.vllm_engine import VllmEngine
+from medusa_apar.facts import ModelFacts
+from medusa_apar.generate import MedusaApar
+from medusa_apar.models.families import unembedding_size
+from medusa_apar.serve.options import ServeOptions
+from medusa_apar.verify.guides import Guide, compiled
 
 
 class QueueOverflowError(Exception):
@@ -39,27 +47,34 @@ class SpokenPlainly:
 
 
 class Model:
-    """Which tokens a model would choose behind a path, the likeliest first; each path is asked once."""
+    """The logits of a tiny model behind paths, each of which is asked once.
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._known = model, dict[tuple[int, ...], list[int]]()
-        self.log_probs: dict[tuple[int, ...], torch.Tensor] = {}
+    tokenizer: for answers that have to be JSON.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self._model, self.tokenizer = model, tokenizer
+        self._known = dict[tuple[int, ...], torch.Tensor]()
+        self.vocabulary = unembedding_size(model)[0]
 
     @torch.no_grad()
-    def likeliest(self, path: Sequence[int]) -> list[int]:
+    def logits(self, path: Sequence[int]) -> torch.Tensor:
         key = tuple(path)
         if key not in self._known:
-            logits = self._model(input_ids=torch.tensor([key])).logits[0, -1].float()
-            self.log_probs[key] = logits.log_softmax(-1)
-            self._known[key] = logits.argsort(descending=True, stable=True).tolist()
+            self._known[key] = self._model(input_ids=torch.tensor([key])).logits[0, -1].float()
         return self._known[key]
+
+    def log_probs(self, path: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """And which ids are the likeliest."""
+        log_probs = self.logits(path).log_softmax(-1)
+        return log_probs, log_probs.argsort(descending=True, stable=True).tolist()
 
 
 @dataclass
 class StandIn:
     """Args:
     refuses: how likely a request finds the queue full. dies_after: tokens after which everything fails.
-    fails: makes the error of a request with this many tokens behind its prompt; None for none.
+    fails: makes the error of a request whose path it is given; None for none. naps: whether it sleeps now and then.
     """
 
     model: Model
@@ -68,6 +83,7 @@ class StandIn:
     refuses: float = 0.0
     dies_after: int | None = None
     fails: Any = None
+    naps: bool = True
     open: int = 0
     asked: int = 0
     written: int = 0
@@ -106,11 +122,11 @@ class StandIn:
     async def _written(self, prompt: list[int], params: Stretch) -> AsyncGenerator[Any, None]:
         assert params.max_tokens >= 1
         own: list[int] = []
-        reason = None
+        reason, scorers = None, self._scorers(prompt, params)
         while reason is None:
             delta: list[int] = []
             for _ in range(self._random.randint(1, self.longest_delta)):
-                delta.append(self._next(prompt, own, params))
+                delta.append(self._next(prompt, own, params, scorers))
                 own.append(delta[-1])
                 if delta[-1] in params.stop_ids and len(own) > params.min_tokens:
                     reason = "stop"
@@ -128,16 +144,29 @@ class StandIn:
             yield self._output(prompt, own, delta, params, reason)
             await self._pause()
 
-    def _next(self, prompt: list[int], own: list[int], params: Stretch) -> int:
+    def _next(self, prompt: list[int], own: list[int], params: Stretch, scorers: list[Any]) -> int:
         banned = {
             ban[-1] for ban in params.banned if tuple(own[len(own) - len(ban) + 1 :]) == ban[:-1] or len(ban) == 1
         }
         if len(own) < params.min_tokens:
             banned |= params.stop_ids
-        likeliest = [token for token in self.model.likeliest(prompt + own) if token not in banned]
-        if params.sampling.seed is None:
-            return likeliest[0]
-        return random.Random(f"{params.sampling.seed} {len(own)}").choice(likeliest[:3])
+        ids, scores = torch.tensor([prompt + own]), self.model.logits(prompt + own)[None].clone()
+        scores[0, sorted(banned)] = -torch.inf
+        for scorer in scorers:
+            scores = scorer(ids, scores)
+        scores[0, sorted(banned)] = -torch.inf  # a bias or a penalty may not bring them back
+        if (seed := params.sampling.seed) is not None:
+            noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed((seed + len(own)) % 2**63))
+            scores = scores.log_softmax(-1) - (-noise.log()).log()
+        return int(scores.argmax())
+
+    def _scorers(self, prompt: list[int], params: Stretch) -> list[Any]:
+        its = params.sampling
+        guide = None if its.schema is None else Guide(its.schema)
+        grammar = guide and compiled(guide, self.model.tokenizer, self.model.vocabulary, params.stop_ids)
+        named = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+        known = {name: getattr(its, name) for name in (*named, "frequency_penalty", "logit_bias")}
+        return requests.Sampling(**known, guide=guide).processors(len(prompt), None, params.stop_ids, grammar)
 
     def _output(self, prompt: list[int], own: list[int], delta: list[int], params: Stretch, reason: Any) -> Any:
         logprobs = None
@@ -152,8 +181,7 @@ class StandIn:
         return SimpleNamespace(outputs=[its], num_cached_tokens=0, finished=reason is not None, prompt_logprobs=prompts)
 
     def _told(self, path: list[int], token: int, count: int) -> dict[int, Any]:
-        likeliest = self.model.likeliest(path)
-        log_probs = self.model.log_probs[tuple(path)]
+        log_probs, likeliest = self.model.log_probs(path)
         wanted = {*likeliest[:count], token}
         return {
             each: SimpleNamespace(logprob=log_probs[each].item(), rank=likeliest.index(each) + 1) for each in wanted
@@ -162,5 +190,32 @@ class StandIn:
     async def _pause(self) -> None:
         for _ in range(self._random.randint(1, 4)):
             await asyncio.sleep(0)
-        if self._random.random() < 0.2:
+        if self.naps and self._random.random() < 0.2:
             await asyncio.sleep(self._random.random())
+
+
+class StandInBackend:
+    """What `serve.backends.VllmBackend` is, over the stand-in."""
+
+    name = "vllm"
+    pool_slots = None
+
+    def __init__(self, load: Callable[[], MedusaApar], options: ServeOptions) -> None:
+        self._load, self._options = load, options
+        self.engine: Any = NotStarted()
+
+    async def start(self) -> ModelFacts:
+        self.apar = await asyncio.to_thread(self._load)
+        context = self.apar.facts.context
+        assert context is not None
+        options = VllmOptions(self._options.max_requests, self._options.max_queue)
+        self.client = StandIn(Model(self.apar.model, self.apar.tokenizer), naps=False)
+        self.engine = VllmEngine(self.client, context, options, dialect=SpokenPlainly())
+        return self.apar.facts
+
+
+class NotStarted:
+    healthy = False
+
+    async def close(self) -> None:
+        pass
