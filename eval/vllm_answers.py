@@ -20,7 +20,7 @@ from medusa_apar.engine.vllm.vllm_engine import VllmEngine
 from medusa_apar.threads.request import Request, RequestOptions
 
 # Blocks of 32 are the smallest that vLLM's CPU build takes. Compiling would take most of the time.
-ARGS = {
+ARGS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
     "block_size": 32,

@@ -1,4 +1,4 @@
-"""The Medusa heads that ship, as `convert --to vllm` writes them: vLLM loads them, and they are as often right there."""
+"""The Medusa heads that ship, as `convert --to vllm` writes them: vLLM loads them, and is as often right."""
 
 import asyncio
 
