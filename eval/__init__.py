@@ -35,10 +35,17 @@
     serve_client.py    the client: one question and its stream, closed and open loops
     serve_figures.py   from when what came to latencies, tokens per second and slots
     serve_metrics.py   what a server tells of itself while it works
-    serve_servers.py   ours, vLLM and llama.cpp as processes, or a URL
+    serve_launch.py    what is settled before a server starts
+    serve_vllm.py      vLLM's own server, and ours over vLLM
+    serve_servers.py   these, ours and llama.cpp as processes, or a URL
     llama_server.py    llama.cpp's own server, compiled
     serve_tables.py    the figures side by side, pools, and what was aimed at
     serve_plots.py     latency and throughput against clients, throughput against a capped pool
+
+Threads on vLLM:
+
+    vllm_answers.py    the same questions answered by our own engine and by ours over vLLM
+    vllm_parallel.py   whether they are equal where vLLM divides the model, or its answers
 
 Servers that have to stand all of it:
 

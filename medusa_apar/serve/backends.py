@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Protocol
 
+from medusa_apar.engine.stats import Stats
 from medusa_apar.facts import ModelFacts
 
 from .options import ServeOptions
@@ -12,7 +13,9 @@ from .options import ServeOptions
 if TYPE_CHECKING:
     from medusa_apar.engine.async_engine import AsyncEngine
     from medusa_apar.engine.engine import Engine
+    from medusa_apar.engine.outputs import RequestOutput
     from medusa_apar.generate import MedusaApar
+    from medusa_apar.threads.request import Request
 
 
 class Backend(Protocol):
@@ -28,6 +31,28 @@ class Backend(Protocol):
 
     async def start(self) -> ModelFacts:
         """Loads the model, and returns once the engine takes requests. Raises what went wrong."""
+
+
+class NoEngine:
+    """Stands where an engine is still being made."""
+
+    healthy = False
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        raise RuntimeError("the engine takes no requests: it is not started.")
+        yield
+
+    def abort(self, request: Request) -> None:
+        pass
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        return True
+
+    async def close(self) -> None:
+        pass
+
+    def stats(self) -> Stats:
+        return Stats()
 
 
 class NativeBackend:
