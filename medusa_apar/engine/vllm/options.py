@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Rows that a step could have for what it costs without any. Two CPU cores gave 45, 77 and 108 ms for 1, 4 and 16 rows of
-# a model of 135 million parameters. A GPU's step waits for memory up to its peak arithmetic over its bandwidth, some 295
-# rows on an H100 in bfloat16: computed, not measured.
+# Rows that a step could have for what it costs without any. A prototype on two CPU cores had 45, 77 and 108 ms for 1, 4
+# and 16 rows of a model of 135 million parameters. A GPU's step waits for memory up to its peak arithmetic over its
+# bandwidth, some 295 rows on an H100 in bfloat16: computed, not measured.
 CPU_FREE_ROWS, GPU_FREE_ROWS = 10.0, 256.0
 
 
