@@ -31,8 +31,8 @@ def fields(schema):
 
 
 @pytest.fixture(scope="module")
-def server():
-    with byte_server(seed=3, max_requests=4, max_queue=4) as server:
+def server(engine):
+    with byte_server(seed=3, engine=engine, max_requests=4, max_queue=4) as server:
         yield server
         server.its.wait_until_idle()
 

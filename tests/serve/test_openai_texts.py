@@ -76,7 +76,8 @@ def test_answers_fork_and_characters_go_over_threads_borders(server):
         pieces = [text for event in events if event["event"] == "TokensAccepted" for text in event["texts"]]
         crossing += sum(event["event"] == "ThreadStarted" for event in events) > 2 and "" in pieces
     assert crossing >= 2
-    assert server.its.service.engine.stats().accepted.total()  # stop strings and ends stand in runs of guesses, too
+    if server.its.service.backend.name == "native":
+        assert server.its.service.engine.stats().accepted.total()  # stop strings and ends stand in runs of guesses, too
 
 
 prompts = st.text(alphabet=LETTERS, min_size=1, max_size=4)

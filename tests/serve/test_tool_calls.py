@@ -152,8 +152,8 @@ def script_writer():
 
 
 @pytest.fixture(scope="module")
-def server():
-    with running(script_writer) as its, its.client() as client:
+def server(engine):
+    with running(script_writer, engine=engine) as its, its.client() as client:
         yield Server(its, client)
 
 

@@ -94,6 +94,7 @@ class StandIn:
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
+        self._cached: dict[str, list[list[int]]] = {}  # paths by salt
 
     async def generate(
         self,
@@ -123,6 +124,8 @@ class StandIn:
         assert params.max_tokens >= 1
         own: list[int] = []
         reason, scorers = None, self._scorers(prompt, params)
+        cached = max((_common(prompt[:-1], path) for path in self._cached.get(params.cache_salt, ())), default=0)
+        self._cached.setdefault(params.cache_salt, []).append(prompt)
         while reason is None:
             delta: list[int] = []
             for _ in range(self._random.randint(1, self.longest_delta)):
@@ -141,7 +144,7 @@ class StandIn:
                 raise EngineDeadError
             if self.fails is not None and (error := self.fails(prompt + own)) is not None:
                 raise error
-            yield self._output(prompt, own, delta, params, reason)
+            yield self._output(prompt, own, delta, params, reason, cached)
             await self._pause()
 
     def _next(self, prompt: list[int], own: list[int], params: Stretch, scorers: list[Any]) -> int:
@@ -168,7 +171,9 @@ class StandIn:
         known = {name: getattr(its, name) for name in (*named, "frequency_penalty", "logit_bias")}
         return requests.Sampling(**known, guide=guide).processors(len(prompt), None, params.stop_ids, grammar)
 
-    def _output(self, prompt: list[int], own: list[int], delta: list[int], params: Stretch, reason: Any) -> Any:
+    def _output(
+        self, prompt: list[int], own: list[int], delta: list[int], params: Stretch, reason: Any, cached: int
+    ) -> Any:
         logprobs = None
         if (count := params.sampling.logprobs) is not None:
             start = len(own) - len(delta)
@@ -178,7 +183,9 @@ class StandIn:
             prompts = [None]
             prompts += [self._told(prompt[:n], prompt[n], params.prompt_logprobs) for n in range(1, len(prompt))]
         its = SimpleNamespace(token_ids=delta, finish_reason=reason, logprobs=logprobs)
-        return SimpleNamespace(outputs=[its], num_cached_tokens=0, finished=reason is not None, prompt_logprobs=prompts)
+        return SimpleNamespace(
+            outputs=[its], num_cached_tokens=cached, finished=reason is not None, prompt_logprobs=prompts
+        )
 
     def _told(self, path: list[int], token: int, count: int) -> dict[int, Any]:
         log_probs, likeliest = self.model.log_probs(path)
@@ -192,6 +199,12 @@ class StandIn:
             await asyncio.sleep(0)
         if self.naps and self._random.random() < 0.2:
             await asyncio.sleep(self._random.random())
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class StandInBackend:

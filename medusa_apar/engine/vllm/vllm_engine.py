@@ -224,6 +224,7 @@ class VllmEngine:
         return Stats(
             steps=counts.steps,
             generated_tokens=shared.generated_tokens,
+            written_tokens=shared.written_tokens,
             forward_tokens=forward,
             forks=shared.forks,
             requests=self._arrivals,

@@ -206,7 +206,7 @@ def test_events_tell_the_whole_answer(seed, longest_delta, refuses, number):
     recording = Recording.of([event for output in outputs for event in output.events])
     text = [thread.tokens[index] for thread, index in recording.text()]
     assert text[: len(written(number)[0])] == [token for output in outputs for token in output.token_ids]
-    assert all(thread.ended for thread in recording.tree_of("a").threads)
+    assert all(thread.ended for thread in recording.trees[0].threads)
 
 
 @settings(max_examples=20, deadline=None)
