@@ -14,7 +14,7 @@ from medusa_apar.serve.vllm_plugin import Plugin
 from tests.support.folders import forking_folder
 from tests.support.vllm_client import client_of, speak_plainly
 
-PROMPT, LIMIT, KEY = [7, 8, 9, 10], 40, "a-key"
+PROMPT, LIMIT, KEY = [7, 8, 18, 10], 40, "a-key"
 
 
 @pytest.fixture(scope="module")
