@@ -40,16 +40,13 @@ def stretch_of(request: Request, thread: Thread, sampling: Sampling, room: int, 
     """
     options = request.options
     seed = None if options.seed is None else thread_key(options.seed, thread.key, len(thread.tokens)) >> 1
-    least = 0
-    if not banned and (holding := min_tokens_of(options.processors)):
-        path = request.path(thread)
-        least = max((tokens_left(each, path) for each in holding if each.held(path)[0]), default=0)
+    stop_ids = request.end_ids(thread) | options.stop_ids
     return Stretch(
         prompt_ids=[*thread.ancestor_ids(), *thread.tokens],
         sampling=replace(sampling, seed=seed),
         max_tokens=1 if banned else room,
-        min_tokens=min(least, room),
-        stop_ids=request.end_ids(thread) | options.stop_ids,
+        min_tokens=0 if banned else min(_min_tokens(request, thread, stop_ids), room),
+        stop_ids=stop_ids,
         banned=(*_fork_bans(request, thread), *((token,) for token in sorted(banned))),
         cache_salt=options.cache_salt,
     )
@@ -70,6 +67,17 @@ def forbids(request: Request, thread: Thread, token: int) -> frozenset[int]:
         if token in each.end_ids and each.held(request.path(thread))[0]:
             return frozenset(each.end_ids)
     return frozenset()
+
+
+def _min_tokens(request: Request, thread: Thread, stop_ids: frozenset[int]) -> int:
+    """For how many tokens all of `stop_ids` are held back: vLLM knows no difference among them."""
+    holding = min_tokens_of(request.options.processors)
+    if not holding:
+        return 0
+    path = request.path(thread)
+    left = {each: tokens_left(each, path) for each in holding if each.held(path)[0]}
+    each_left = (max((n for its, n in left.items() if token in its.end_ids), default=0) for token in stop_ids)
+    return min(each_left, default=0)
 
 
 def _fork_bans(request: Request, thread: Thread) -> tuple[tuple[int, ...], ...]:

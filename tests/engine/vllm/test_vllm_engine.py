@@ -79,7 +79,7 @@ SCHEDULES = {
 }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     **SCHEDULES,
     free_rows=st.sampled_from([0.5, 3.0, 1000.0]),
@@ -102,7 +102,7 @@ def test_no_schedule_shows(seed, longest_delta, refuses, free_rows, asked, most,
     assert all(len(used) == 1 for used in client.ranks.values())  # where the prefix cache has the rest of the answer
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(**SCHEDULES, dies_after=st.integers(1, 150))
 def test_a_core_that_dies_fails_each_answer_once(seed, longest_delta, refuses, dies_after):
     client = StandIn(parts()[2], seed, longest_delta, refuses, dies_after)
@@ -125,7 +125,7 @@ def test_a_core_that_dies_fails_each_answer_once(seed, longest_delta, refuses, d
             assert result[0] == written(number)[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(**SCHEDULES, goes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), max_size=4))
 def test_readers_that_go_leave_nothing(seed, longest_delta, refuses, goes):
     """Whoever goes, whenever: its requests of vLLM are closed, and the others' texts are what they were."""
@@ -193,7 +193,7 @@ def test_what_a_request_asks_for_is_what_the_native_engine_does(seed, longest_de
     assert [[id for id, _ in each.top] for each in logprobs] == [[id for id, _ in each.top] for each in told]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(**SCHEDULES, number=st.integers(0, 5))
 def test_events_tell_the_whole_answer(seed, longest_delta, refuses, number):
     client = StandIn(parts()[2], seed, longest_delta, refuses)
@@ -204,12 +204,12 @@ def test_events_tell_the_whole_answer(seed, longest_delta, refuses, number):
 
     outputs = clockwork.run(run())
     recording = Recording.of([event for output in outputs for event in output.events])
-    text = [thread.tokens[index] for thread, index in recording.text("a")]
+    text = [thread.tokens[index] for thread, index in recording.text()]
     assert text[: len(written(number)[0])] == [token for output in outputs for token in output.token_ids]
     assert all(thread.ended for thread in recording.tree_of("a").threads)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seeds=st.lists(st.integers(0, 2**32), min_size=2, max_size=2), number=st.integers(0, 5), noise=st.integers(0, 9))
 def test_a_seed_gives_one_text_whatever_comes_when(seeds, number, noise):
     """vLLM's noise comes from the seed of each request: threads have their own, and sampled ones never stop halfway."""
@@ -275,10 +275,11 @@ def test_little_is_written_in_vain_where_rows_are_dear():
             texts = await asyncio.gather(*(answer(engine, request(str(n), p, 60)) for n, p in enumerate(PROMPTS)))
             return sum(len(ids) for ids, _ in texts)
 
-        return client.written / clockwork.run(run())
+        shown = clockwork.run(run())
+        return client.written / shown
 
-    client_waste = waste(0.5), waste(1000.0)
-    assert client_waste[0] < 0.8 * client_waste[1]
+    dear, free = waste(0.5), waste(1000.0)
+    assert dear < 0.8 * free
 
 
 def test_answers_are_admitted_and_not_threads():
