@@ -110,6 +110,8 @@ def run(words: list[str]) -> None:
     program = Path(words[0]).name
     if program == "make":
         run_target(words)
+    elif "vllm" in words and program != "pip":
+        assert words_of_vllm(words) <= {word for path in (ROOT / "tests/vllm").iterdir() for word in tried_in(path)}
     elif program == "medusa-apar":
         run_command(words[1:])
     elif program == "pip":
@@ -118,6 +120,18 @@ def run(words: list[str]) -> None:
         assert COMMANDS.index(words) > COMMANDS.index(["make", "serve"])  # which is when it is sent
     else:
         nobody_runs(words)
+
+
+def words_of_vllm(words: list[str]) -> set[str]:
+    """What tests/vllm has to have tried of a command with vLLM, whose own flags are not ours to try."""
+    return set(words) & {"medusa-apar", "serve", "--engine", "VLLM_PLUGINS=medusa_apar"}
+
+
+def tried_in(path: Path) -> set[str]:
+    text = path.read_text(encoding="utf-8") if path.suffix == ".py" else ""
+    found = set(re.findall(r"[\w-]+", text))
+    plugin = {"VLLM_PLUGINS=medusa_apar"} if {"VLLM_PLUGINS", "medusa_apar"} <= found else set()
+    return found | plugin | ({"medusa-apar"} if "medusa_apar" in found else set())
 
 
 def nobody_runs(words: list[str]) -> NoReturn:
