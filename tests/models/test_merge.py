@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from medusa_apar.commands import cli
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
-from medusa_apar.models.merge import merge
+from medusa_apar.models.merge import merge, plain_folder
+from medusa_apar.models.sources import locate
 from medusa_apar.threads.control_tokens import ControlTokens
 from tests.support.folders import lora_of, own_code
 from tests.support.tokenizers import WORDS, save_tokenizer
@@ -139,6 +140,30 @@ def test_dtype(tmp_path):
         else:
             for one, other in zip(model.parameters(), exact.parameters(), strict=True):
                 assert torch.equal(one, other.to(stored))
+
+
+def test_a_merged_model_is_kept_as_long_as_it_is_made_from_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "cache"))
+    base, adapter = make_base(tmp_path / "base", True), tmp_path / "adapter"
+    expected = make_adapter(base, adapter, [3, 4], (3, 4))
+    MedusaHeads.random(AutoModelForCausalLM.from_pretrained(base), 2).save_pretrained(adapter)
+
+    def kept(dtype=None):
+        return plain_folder(locate(adapter), dtype)
+
+    first = kept()
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(first).eval(), (3, 4)), expected)
+    assert ControlTokens.from_pretrained(first) == ControlTokens(3, 4, max_depth=1)
+    assert not (first / "medusa").exists() and not list(first.glob("adapter*"))
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    assert kept() == first and (first / "model.safetensors").stat().st_mtime_ns == written
+    folders = [first, kept(torch.bfloat16)]
+    assert AutoModelForCausalLM.from_pretrained(folders[-1], dtype="auto").dtype == torch.bfloat16
+    make_adapter(base, adapter, [3, 5], (3, 5))
+    folders.append(kept())
+    make_base(base, True)  # the same numbers, but who knows
+    folders.append(kept())
+    assert len(set(folders)) == 4 and plain_folder(locate(first)) is None is plain_folder(locate(base))
 
 
 def test_refusals_and_force(tmp_path, capsys):
