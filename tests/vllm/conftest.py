@@ -4,9 +4,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from medusa_apar.eval.vllm_answers import native
-from medusa_apar.models.merge import merge
+from medusa_apar.models.merge import plain_folder
+from medusa_apar.models.sources import locate
 
 QUESTIONS = (
     "How can I sleep better at night?",
@@ -27,8 +29,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def merged(tmp_path_factory):
-    return merge("smollm2-135m", tmp_path_factory.mktemp("model") / "merged")
+def merged():
+    """The folder that `serve --engine vllm` makes too."""
+    return plain_folder(locate("smollm2-135m"), torch.float32)
 
 
 @pytest.fixture(scope="session")
