@@ -40,6 +40,13 @@
     serve_tables.py    the figures side by side, pools, and what was aimed at
     serve_plots.py     latency and throughput against clients, throughput against a capped pool
 
+Answers in threads on many engines of vLLM, simulated:
+
+    cluster.py         one thread an answer against threads, by answers in flight and replicas
+    cluster_answers.py what answers ask of the engines, step by step
+    cluster_engine.py  which requests an engine runs, and which blocks of KV they hold
+    cluster_trees.py   recorded paragraph trees, how long and where they fork
+
 Servers that have to stand all of it:
 
     faults.py          a campaign of bad clients, rounds of them, and what has to hold at the end
