@@ -35,15 +35,19 @@
     serve_client.py    the client: one question and its stream, closed and open loops
     serve_figures.py   from when what came to latencies, tokens per second and slots
     serve_metrics.py   what a server tells of itself while it works
-    serve_servers.py   ours, vLLM and llama.cpp as processes, or a URL
+    serve_launch.py    what is settled before a server starts
+    serve_vllm.py      vLLM's own server, and ours over vLLM
+    serve_servers.py   these, ours and llama.cpp as processes, or a URL
     llama_server.py    llama.cpp's own server, compiled
     serve_tables.py    the figures side by side, pools, and what was aimed at
     serve_plots.py     latency and throughput against clients, throughput against a capped pool
 
-Answers in threads on many engines of vLLM, simulated:
+Threads on vLLM:
 
-    cluster.py         one thread an answer against threads, by answers in flight and replicas
-    cluster_answers.py what answers ask of the engines, step by step
+    vllm_answers.py    the same questions answered by our own engine and by ours over vLLM
+    vllm_parallel.py   whether they are equal where vLLM divides the model, or its answers
+    cluster.py         many engines of vLLM, simulated: threads against one thread an answer
+    cluster_answers.py what answers ask of those engines, step by step
     cluster_engine.py  which requests an engine runs, and which blocks of KV they hold
     cluster_trees.py   recorded paragraph trees, how long and where they fork
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
+import medusa_apar
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import write_text
 from medusa_apar.loading import load
@@ -24,6 +25,7 @@ from medusa_apar.models.fingerprint import fingerprint
 from medusa_apar.runtimes.cpu.library import processor
 
 WORKERS = Path(__file__).parent / "peers_workers"
+MAPPED = ("heads", "triton_kernels", "eval")  # which lie beside the package in a checkout (setup.py)
 FINISHED = "finished.json"  # a killed installation leaves an environment without it
 
 
@@ -119,6 +121,30 @@ def install(environment: Environment) -> Path:
             run_logged([*command, "uninstall", "--yes", *environment.removed], log, doing)
         write_text(marker, environment.contents)
     return environment.python
+
+
+def own_package() -> Path:
+    """A folder for another environment's PYTHONPATH, by which its Python finds this very package, and nothing else.
+
+    It holds links, so that it is never older than what runs here, and is named after them. Nothing is built or
+    installed: an environment that is shared with others, and takes gigabytes, stays as it is. A checkout could not
+    stand there itself, as its `triton_kernels` would be found under the name of a package that vLLM knows.
+    """
+    package = Path(medusa_apar.__file__).parent.absolute()
+    parts = {path.name: path for path in package.iterdir() if path.name != "__pycache__"}
+    for name in MAPPED:
+        spec = importlib.util.find_spec(f"medusa_apar.{name}")
+        assert spec is not None and spec.submodule_search_locations
+        parts[name] = Path(spec.submodule_search_locations[0]).absolute()
+    told = json.dumps(sorted((name, str(path)) for name, path in parts.items()))
+
+    def build(_: Path, folder: Path) -> None:
+        inside = folder / medusa_apar.__name__
+        inside.mkdir()
+        for name, path in parts.items():
+            (inside / name).symlink_to(path)
+
+    return hub.build_once(peers_dir() / f"own-{hashlib.sha256(told.encode()).hexdigest()[:12]}", build)
 
 
 def merged(apar: MedusaApar, model: str) -> Path:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,24 @@ PERCENTILES = (50, 95, 99)
 DIGITS = 6  # of seconds
 _WORD = re.compile(r"\w+|[^\w\s]|\n")
 KEPT = 0.97  # of the uncapped tokens per second: what a capped pool must keep
+
+
+class Counts(NamedTuple):
+    """What a server has counted since it started.
+
+    steps: forward passes. shown: tokens of its answers. ended: those of answers that have come to an end. written: by
+    threads, for whoever reads it or not. unread: of these, in requests that run and not in their answers so far.
+    queries, hits: tokens that were looked for in its prefix cache, and those that were there: of prompts, and over vLLM
+    of the paths of children too.
+    """
+
+    steps: float = 0.0
+    shown: float = 0.0
+    ended: float = 0.0
+    written: float = 0.0
+    unread: float = 0.0
+    queries: float = 0.0
+    hits: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +54,7 @@ class Sample:
     live_slots: float
     threads: float = 0.0
     unfreed_slots: float | None = None
+    counts: Counts = Counts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +100,31 @@ def figures(exchanges: Sequence[Exchange], server: ServerSays | None = None) -> 
         "peak_slots": server.peak_slots,
         "threads": _mean(sample.threads for sample in within),
         "early_freed": _early_freed(within),
+        **work(within),
         "latencies": [round(value, 4) for value in latencies],
         "loops": [round(share, 3) for share in loops],
     }
+
+
+def work(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """What a server has computed between the first sample and the last, beside what it has shown.
+
+    `steps`; `tokens_per_step`, shown ones; `generated_per_100`: tokens written for a hundred shown, of the answers that
+    ended meanwhile, since of one that runs nobody knows yet what will be read; `prefix_hits`: a share of 1.
+    """
+    found: dict[str, float | None] = dict.fromkeys(("steps", "tokens_per_step", "generated_per_100", "prefix_hits"))
+    if not samples:
+        return found
+    first, last = samples[0].counts, samples[-1].counts
+    more = Counts(*(after - before for before, after in zip(first, last, strict=True)))
+    if more.steps:
+        found |= {"steps": more.steps, "tokens_per_step": more.shown / more.steps}
+    if more.written and more.ended:
+        in_vain = more.written - more.unread - more.shown
+        found["generated_per_100"] = 100 * (1 + in_vain / more.ended)
+    if more.queries:
+        found["prefix_hits"] = more.hits / more.queries
+    return found
 
 
 def tokens_by_chunk(exchange: Exchange) -> list[float]:
@@ -214,7 +255,7 @@ def median_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The middle of several turns, figure by figure; errors are all of theirs."""
     found: dict[str, Any] = {}
     for key in rows[0]:
-        values = [row[key] for row in rows if row[key] is not None]
+        values = [row[key] for row in rows if row.get(key) is not None]
         if key == "errors":
             found[key] = dict(sum((Counter(row[key]) for row in rows), Counter()))
         elif not values:

@@ -10,13 +10,22 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from .serve_figures import Sample, ServerSays
+from .serve_figures import Counts, Sample, ServerSays
 
 EVERY = 0.25  # seconds between two looks
 PREFIX = "medusa_apar:"
 LIVE, PEAK = f'{PREFIX}kv_slots{{state="live"}}', f"{PREFIX}kv_slots_peak"
 THREADS = f"{PREFIX}threads_running"
 UNFREED = f"{PREFIX}kv_slots_unfreed"
+COUNTED = {  # what a server does not tell stays 0
+    "steps": "steps_total",
+    "shown": "generation_tokens_total",
+    "ended": "request_generation_tokens_sum",
+    "written": "written_tokens_total",
+    "unread": "unread_tokens",
+    "queries": "prefix_cache_queries_total",
+    "hits": "prefix_cache_hits_total",
+}
 _LINE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*(?:\{.*\})?) (?P<value>\S+)", re.MULTILINE)
 
 
@@ -40,7 +49,8 @@ class Watch:
         if LIVE not in found:
             return
         self.peak_slots = found.get(PEAK)
-        self.samples.append(Sample(at, found[LIVE], found.get(THREADS, 0.0), found.get(UNFREED)))
+        counts = Counts(**{name: found.get(PREFIX + metric, 0.0) for name, metric in COUNTED.items()})
+        self.samples.append(Sample(at, found[LIVE], found.get(THREADS, 0.0), found.get(UNFREED), counts))
 
     def says(self) -> ServerSays:
         return ServerSays(tuple(self.samples), self.peak_slots)

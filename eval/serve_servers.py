@@ -1,4 +1,4 @@
-"""The servers of the load benchmark: ours with and without its parts, vLLM, llama.cpp, or whatever answers at a URL.
+"""The servers of the load benchmark: ours with and without its parts, vLLM, ours over vLLM, llama.cpp, or a URL.
 
 One is alive at a time, each in a process of its own with a port of its own, started for one setting and stopped after
 it: no setting finds what another has left in a cache.
@@ -15,9 +15,8 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -27,8 +26,9 @@ from medusa_apar.models import hub
 from medusa_apar.models.fingerprint import fingerprint
 from medusa_apar.models.sources import locate
 
-from . import llama_server, peer_files, peers
+from . import llama_server, peer_files, peers, serve_vllm
 from .serve_client import message_of
+from .serve_launch import HOST, MODEL_NAME, QUEUE, Launch, Serving
 from .systems import UNTUNED
 
 OURS = {
@@ -37,57 +37,15 @@ OURS = {
     "heads": ("--fork", "off", "--speculation", "auto"),
     "both": ("--fork", "auto", "--speculation", "auto"),
 }
-VLLM, LLAMA_Q4, LLAMA_Q8, URL = "vllm", "llama.cpp-q4_1", "llama.cpp-q8_0", "url"
-NAMES = (*OURS, VLLM, LLAMA_Q4, LLAMA_Q8)
+LLAMA_Q4, LLAMA_Q8, URL = "llama.cpp-q4_1", "llama.cpp-q8_0", "url"
+NAMES = (*OURS, *serve_vllm.NAMES, LLAMA_Q4, LLAMA_Q8)
 
 READY = 600.0  # seconds for a server to load and compile what it wants to
-QUEUE = 1_000_000  # places of our servers: one that refuses questions looks quicker than one that answers them
 STOPPING = 20.0  # seconds to end by itself
-HOST = "127.0.0.1"
-MODEL_NAME = "model"  # as the peers are told to call theirs
 
 
 class NotStarted(RuntimeError):
     """A server has ended before it was ready."""
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """How every server is started. threads: of the CPU. context: tokens that a prompt and its answer have at most."""
-
-    model: str = "smollm2-135m"
-    heads: str = "auto"
-    quantize: str | None = None
-    dtype: str | None = None
-    threads: int = 1
-    clients: int = 1  # at once, at most
-    context: int = 2048
-    prefix_cache: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How a server comes to be there.
-
-    command: with `{port}` for its port; empty for one that runs already, at `url`. body: what its requests have beside
-    what everybody's have. pooled: whether `--pool-slots` caps it.
-    """
-
-    name: str
-    about: str
-    weights: str
-    log: Path
-    command: tuple[str, ...] = ()
-    variables: dict[str, str] = field(default_factory=dict)
-    body: dict[str, Any] = field(default_factory=dict)
-    software: str = ""
-    pooled: bool = False
-    url: str = ""
-    model: str | None = None
-
-    def capped(self, slots: int | None) -> Launch:
-        """With so many KV slots at most."""
-        return self if slots is None else replace(self, command=(*self.command, "--pool-slots", str(slots)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +61,11 @@ def prepare(names: Sequence[str], serving: Serving, folder: Path, url: str | Non
 
     url, model: of the one that runs already. ValueError where one cannot stand beside ours.
     """
+    vllm = serve_vllm.launches([name for name in names if name in serve_vllm.NAMES], serving, folder)
     return [
         _ours(name, serving, folder) if name in OURS
         else _running(url, model, folder) if name == URL and url is not None
-        else _vllm(serving, folder) if name == VLLM
+        else vllm[name] if name in vllm
         else _llama(name, serving, folder)
         for name in names
     ]  # fmt: skip
@@ -144,37 +103,6 @@ def _ours(name: str, serving: Serving, folder: Path) -> Launch:
     weights = serving.quantize or serving.dtype or "as loaded"
     variables = {"OMP_NUM_THREADS": str(serving.threads), "MEDUSA_APAR_API_KEY": ""}
     return Launch(name, about, weights, folder / f"{name}.log", command, variables, pooled=True)
-
-
-def _vllm(serving: Serving, folder: Path) -> Launch:
-    environment = peers.VLLM
-    python = peer_files.install(environment)
-    # The tuned weights, from which both control tokens are banned, as the benchmark of latency has them.
-    apar = load(serving.model, heads=None, speculation="off", dtype="bfloat16", device="cpu")
-    merged = peer_files.merged(apar, serving.model)
-    control = apar.control_token_ids
-    banned = () if control is None else control.ids
-    del apar
-    cache = "--enable-prefix-caching" if serving.prefix_cache else "--no-enable-prefix-caching"
-    command = (
-        *(str(python), "-E", "-m", "vllm.entrypoints.openai.api_server", "--model", str(merged)),
-        *("--served-model-name", MODEL_NAME, "--host", HOST, "--port", "{port}", "--dtype", "bfloat16"),
-        *("--max-model-len", str(serving.context), "--max-num-seqs", str(serving.clients), cache),
-        *("--disable-uvicorn-access-log", "--disable-log-stats"),
-    )
-    variables = {
-        "OMP_NUM_THREADS": str(serving.threads),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    if (library := environment.folder / peers.PEERS["vllm"].preload).exists():
-        variables["LD_PRELOAD"] = str(library)
-    body = {"logit_bias": {str(token): -100 for token in banned}} if banned else {}
-    about = "vLLM for CPUs, control tokens suppressed"
-    log = folder / f"{VLLM}.log"
-    return Launch(VLLM, about, "bfloat16", log, command, variables, body, environment.software)
 
 
 def _llama(name: str, serving: Serving, folder: Path) -> Launch:

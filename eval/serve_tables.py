@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from .serve_bench import Asking, Load, Results, kept, pools_of
 from .serve_figures import KEPT, SmallestPool, smallest_pool
-from .serve_servers import LLAMA_Q4, LLAMA_Q8, VLLM, Launch
+from .serve_launch import Launch
+from .serve_servers import LLAMA_Q4, LLAMA_Q8
+from .serve_vllm import PLAIN, THREADS, VLLM
 
 COLUMNS = (
     *("server", "weights", "tokens/s", "times", "answers/s", "latency, s: mean", "times", "p50", "p95", "p99"),
@@ -21,15 +23,33 @@ COLUMNS = (
         "longest pause, s: p95",
         "tokens",
         "looping",
+        "engine steps",
+        "tokens per step",
+        "generated per 100 shown",
+        "prefix hits",
         "slots: mean",
         "peak",
         "freed early",
     ),
     "failed",
 )
+WORK = (("steps", 0), ("tokens_per_step", 2), ("generated_per_100", 0))
 TABLE = "load.md"
 UNDER_LOAD = 16  # clients, at which most goals are set
 UNLIKE = 0.5  # tokens of a prompt by which servers may differ on average
+
+
+class Aim(NamedTuple):
+    """What threads over vLLM are to reach, times what one thread does; generated: tokens per 100 shown, at most."""
+
+    clients: int
+    per_step: float
+    speed: float
+    sooner: float
+    generated: int | None = None
+
+
+AIMS = (Aim(1, 1.72, 1.45, 1.45, 125), Aim(4, 1.32, 1.3, 1.4), Aim(16, 1.0, 1.0, 1.05, 115))
 
 
 def times(results: Results, system: str, other: str, load: Load, *path: str) -> float | None:
@@ -55,7 +75,7 @@ def table(results: Results, launches: Sequence[Launch], asking: Asking, turns: i
     lines = [
         f"{asking.model}, {asking.cpu}; {chosen} answers of at most {asking.max_tokens} tokens {ends}; "
         f"{'medians of ' + str(turns) + ' turns' if turns > 1 else 'one turn'}, prefix caches "
-        f"{'on' if asking.prefix_cache else 'off'}. Times are against {launches[0].name}, in the same turn.",
+        f"{_caches(launches, asking)}. Times are against {launches[0].name}, in the same turn.",
         "",
         *(_engine(launch) for launch in launches),
         "",
@@ -85,6 +105,16 @@ def summary(results: Results, launches: Sequence[Launch]) -> dict[str, Any]:
     return {"systems": engines, "loads": rows, "smallest_pools": pools, "kept": KEPT}
 
 
+def _caches(launches: Sequence[Launch], asking: Asking) -> str:
+    cached = [launch.name for launch in launches if launch.cached]
+    if asking.prefix_cache or not cached:
+        return "on" if asking.prefix_cache else "off"
+    return (
+        f"off, but on in {' and '.join(cached)}: prompts differ, so that beside a chat's fixed beginning, and the few "
+        "prompts that had warmed it up, an answer finds there what its own threads have left"
+    )
+
+
 def _engine(launch: Launch) -> str:
     software = f", {launch.software}" if launch.software else ""
     return f"- {launch.name}: {launch.about} ({launch.weights}{software})"
@@ -109,6 +139,8 @@ def _cells(results: Results, launch: Launch, first: str, load: Load) -> list[str
         _number(_at(row, ("longest_pause", "p95")), 2),
         _number(row["answer_tokens"], 0),
         _share(row["looping"]),
+        *(_number(row.get(key), digits) for key, digits in WORK),
+        _share(row.get("prefix_hits")),
         _number(row["mean_slots"], 0),
         _number(row["peak_slots"], 0),
         _share(row["early_freed"]),
@@ -125,7 +157,8 @@ def _doubts(results: Results, launches: Sequence[Launch], asking: Asking) -> lis
         if read and max(read.values()) - min(read.values()) > UNLIKE:
             told = ", ".join(f"{name} {tokens:.1f}" for name, tokens in read.items())
             lines.append(f"- {load}: prompts have unlike numbers of tokens, {told} on average.")
-        cached = [f"{name} {row['cached_tokens']:.1f}" for name, row in rows.items() if row["cached_tokens"]]
+        uncached = [launch.name for launch in launches if launch.name in rows and not launch.cached]
+        cached = [f"{name} {tokens:.1f}" for name in uncached if (tokens := rows[name]["cached_tokens"])]
         if cached and not asking.prefix_cache:
             lines.append(f"- {load}: prompt tokens came from a cache, which was to be off: {', '.join(cached)}.")
     return ["**Not alike**", "", *lines, ""] if lines else []
@@ -197,9 +230,32 @@ def _goals(results: Results) -> list[str]:
         for clients in (1, UNDER_LOAD, 32):
             goal = f"guesses ({on} against {off}), {clients} clients: 0.97x or more"
             add(goal, speed(on, off, Load(clients)), Load(clients), on, off)
+    _goals_over_vllm(results, add)
     if not rows:
         return []
     return [f"**Goals**, {UNDER_LOAD} clients where none are named", "", "| goal | found |", "|---|---|", *rows, ""]
+
+
+def _goals_over_vllm(results: Results, add: Callable[..., None]) -> None:
+    """`add`: of a goal, what was found or None, the load, and the systems that it is about."""
+    pair = THREADS, PLAIN
+    for aim in AIMS:
+        load = Load(aim.clients)
+        what = f"threads against plain over vLLM, {load}"
+
+        for figure, least, found in (
+            ("tokens per engine step", aim.per_step, times(results, *pair, load, "tokens_per_step")),
+            ("tokens/s", aim.speed, times(results, *pair, load, "tokens_per_second")),
+            ("as soon, on average", aim.sooner, times(results, PLAIN, THREADS, load, "latency", "mean")),
+        ):
+            add(f"{what}, {figure}: {least:g}x", None if found is None else f"{found:.2f}x", load, *pair)
+        written = (results.middle(THREADS, load) or {}).get("generated_per_100")
+        if aim.generated is not None and written is not None:
+            goal = f"threads over vLLM, {load}, generated per 100 shown: {aim.generated} at most"
+            add(goal, f"{written:.0f}", load, THREADS)
+    slots = times(results, *pair, Load(UNDER_LOAD), "mean_slots")
+    shown = None if slots is None else f"{slots - 1:+.0%}"
+    add("threads against plain over vLLM, mean slots: -20 %", shown, Load(UNDER_LOAD), *pair)
 
 
 def _pool_goal(threads: SmallestPool | None, plain: SmallestPool | None) -> str | None:
@@ -228,7 +284,7 @@ def _capped_clients(results: Results) -> list[int]:
 def _at(row: dict[str, Any] | None, path: Sequence[str]) -> float | None:
     value: Any = row
     for name in path:
-        value = None if value is None else value[name]
+        value = None if value is None else value.get(name)
     return value
 
 

@@ -40,6 +40,7 @@ between tokens, KV slots. Each server is started for one load and stopped after 
 
   plain     one thread and no guesses       threads  heads  both
   vllm  llama.cpp-q4_1  llama.cpp-q8_0      in environments of their own, as above
+  vllm-plain  vllm-threads  our server over vLLM (serve --engine vllm), in that environment, without threads and with
   --url     whatever runs there already
 
 --clients are so many at once, each of which asks anew when it is answered; --rates are questions a second, whether or
@@ -62,6 +63,7 @@ losses against that system, in both orders.
   medusa-apar bench --temperature 0.7 --top-p 0.9 --systems hf base ours-ar threads heads ours --out sampled
   medusa-apar bench --serve --quantize int8 --prompts vicuna --out serve
   medusa-apar bench --serve --quantize int8 --prompts vicuna --clients 16 --systems both vllm llama.cpp-q8_0 --out peers
+  medusa-apar bench --serve --prompts vicuna --clients 1 4 16 --systems vllm-plain vllm-threads vllm --out over-vllm
   medusa-apar bench --serve --quantize int8 --clients 16 --systems plain threads --pool-slots-sweep --out pools
 """
 

@@ -30,6 +30,9 @@ class Counting:
         """Counts what a verified segment has brought its thread and the children that began with it."""
         self.stats.forks += forks
         self.stats.accepted_lengths.update(advance.gained for advance in advances)
+        for advance in advances:
+            self.stats.written_tokens += advance.gained
+            advance.request.stats.written_tokens += advance.gained
 
     def published(self, request: Request, before: int) -> None:
         """Counts a step of a request whose text had `before` tokens."""
@@ -76,6 +79,7 @@ class Counting:
             waiting=self.scheduler.num_waiting,
             places=places,
             threads=sum(len(request.live) for request in running),
+            unread_tokens=sum(request.stats.written_tokens - len(request.text) for request in running),
             unfreed_slots=sum(map(self._unfreed, running)),
         )
 

@@ -17,6 +17,8 @@ class Stats:
 
     steps: int = 0  # forward passes, prefill included, and those of rescoring
     generated_tokens: int = 0  # visible tokens in the answers
+    # Tokens that threads chose, control and end tokens and those that nobody reads in the end included.
+    written_tokens: int = 0
     forward_tokens: int = 0  # rows of all forests, prompts included
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens gained by a thread in a step -> how often
     # Draft nodes, and those that were right, by who proposed them: "heads", "ngrams" (what had been written before),
@@ -49,6 +51,7 @@ class Stats:
     waiting: int = 0
     places: float = math.inf
     threads: int = 0
+    unread_tokens: int = 0  # written in requests that run, but not in their texts so far
     unfreed_slots: int = 0  # that would be live, had none gone back before its request's end: what forking saves
     prefill_seconds: float = 0.0  # steps that fed a prompt
     decode_seconds: float = 0.0  # all other steps

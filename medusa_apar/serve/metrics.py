@@ -125,6 +125,7 @@ class _OfEngine:
             ("threads_running", "Live threads of the requests that run.", stats.threads),
             ("kv_cache_usage_perc", "Live KV slots, of 1.", stats.live_slots / max(slots_there_are, 1)),
             ("kv_slots_peak", "Most KV slots in use at once so far.", stats.peak_slots),
+            ("unread_tokens", "Written in requests that run, but not in their answers so far.", stats.unread_tokens),
             ("kv_slots_unfreed", "Live ones, had none been freed before its request ended.", stats.unfreed_slots),
         ):
             yield GaugeMetricFamily(PREFIX + name, said, value)
@@ -134,6 +135,7 @@ class _OfEngine:
         yield slots
         for name, said, value in (
             ("forks", "Threads that were forked.", stats.forks),
+            ("written_tokens", "Tokens that threads wrote, those included that nobody reads.", stats.written_tokens),
             ("forward_tokens", "Rows of all forward passes, prompts and draft nodes included.", stats.forward_tokens),
             ("steps", "Forward passes.", stats.steps),
             ("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", stats.prefix_cache_queries),

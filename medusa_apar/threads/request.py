@@ -118,6 +118,7 @@ class RequestStats:
 
     steps: int = 0  # in which one of its threads ran
     preemptions: int = 0  # times that all of its slots were taken back
+    written_tokens: int = 0  # that its threads chose, control and end tokens included
     cached_tokens: int = 0  # of its prompt, that came from the prefix cache
     queued: float | None = None  # when its first step began
     first_token: float | None = None

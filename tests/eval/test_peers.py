@@ -5,6 +5,8 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,6 +237,34 @@ def test_the_merged_model_is_the_one_our_systems_run(folder, tmp_path, monkeypat
     for (name, ours), theirs in zip(apar.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     assert peer_files.merged(apar, "nowhere") == saved
+
+
+def test_another_python_finds_this_very_package_and_nothing_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "cache"))
+    folder = peer_files.own_package()
+    assert peer_files.own_package() == folder and [path.name for path in folder.iterdir()] == ["medusa_apar"]
+    names = [f"medusa_apar.{name}" for name in ("__main__", "heads", "triton_kernels", "eval.peer_files")]
+    code = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {names}), sep='\\n')"
+    code += "; assert find_spec('triton_kernels') is None"
+    ran = subprocess.run(
+        [sys.executable, "-S", "-c", code],  # -S: without what is installed here
+        env={"PYTHONPATH": str(folder)}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    found = [Path(line) for line in ran.stdout.splitlines()]
+    assert ran.stderr == "" and all(path.is_relative_to(folder) for path in found)
+    assert [path.resolve() for path in found] == [Path(find_spec(name).origin).resolve() for name in names]
+
+
+def test_files_that_come_or_go_make_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "medusa_apar").mkdir()
+    (tmp_path / "medusa_apar" / "__init__.py").touch()
+    monkeypatch.setattr(peer_files.medusa_apar, "__file__", str(tmp_path / "medusa_apar" / "__init__.py"))
+    before = peer_files.own_package()
+    (tmp_path / "medusa_apar" / "new.py").touch()
+    after = peer_files.own_package()
+    assert before != after and (after / "medusa_apar" / "new.py").exists()
+    assert not (before / "medusa_apar" / "new.py").exists()
 
 
 # ---- what the table says

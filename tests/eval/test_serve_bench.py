@@ -1,6 +1,7 @@
 """`bench --serve`: loads, turns, what is asked, servers as processes, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,7 @@ def test_each_load_is_asked_of_what_runs_at_a_url(command, stand_in, tmp_path, c
         assert row["errors"] == {} and row["answer_tokens"] == 7 and row["prompt_tokens"] == 5
         assert row["chunks"] == 4 and row["cached_tokens"] == 1 and row["stopped"] == 0
         assert (row["mean_slots"], row["peak_slots"], row["threads"]) == (30, 55, 3)
+        assert row["steps"] is row["generated_per_100"] is None  # its counts stand still
         assert row["early_freed"] == pytest.approx(0.25) and row["tokens"] >= 7 * row["requests"] - 1e-3
         assert 0 < row["first_token"]["mean"] < row["latency"]["mean"] <= row["latency"]["p99"]
     body = {"model": "stand-in", "max_tokens": 7, "temperature": 0.0, "stream": True, "ignore_eos": True}
@@ -111,7 +113,10 @@ def test_a_server_that_answers_nothing_is_one_sentence(command, stand_in):
     [
         (["--serve", "--check"], "--check is not for --serve"),
         (["--serve", "--runtime", "cpu"], "--runtime is not for --serve"),
-        (["--serve", "--systems", "hf"], "server 'hf' is none of plain, threads, heads, both, vllm, llama.cpp-q4_1"),
+        (
+            ["--serve", "--systems", "hf"],
+            "server 'hf' is none of plain, threads, heads, both, vllm, vllm-plain",
+        ),
         (["--serve", "--systems", "plain", "plain"], "--systems names one twice: plain plain"),
         (["--serve", "--url", "localhost:8000"], "localhost:8000 is no address of a server"),
         (["--serve", "--url", "http://a:x"], "http://a:x is no address of a server"),
@@ -271,6 +276,33 @@ def test_failures_and_unlike_prompts_are_told_beside_what_they_spoil(tmp_path):
     drawn = serve_plots.plot(tmp_path / "plots", results, names)
     assert [path.name for path in drawn if path.stat().st_size] == ["clients.png", "pool_16.png"]
     assert "prompts have unlike numbers of tokens, threads 9.0, both 12.0 on average" in shown and "25%" in shown
+
+
+def test_threads_over_vllm_stand_beside_one_thread_there(tmp_path):
+    def measure(launch, load):
+        row = Recorded(lambda name, load: 10.0)(launch, load)
+        if launch.name == "vllm":
+            return row | dict.fromkeys(("steps", "tokens_per_step", "generated_per_100", "prefix_hits"))
+        plain = {"steps": 1024.0, "tokens_per_step": 1.0, "generated_per_100": 100.4, "prefix_hits": 0.5}
+        threads = {"steps": 600.0, "tokens_per_step": 1.75, "generated_per_100": 131.0, "mean_slots": 8.0}
+        threads["latency"] = dict.fromkeys(("mean", "p50", "p95", "p99"), 8.0)
+        return row | plain | (threads if launch.name == "vllm-threads" else {})
+
+    names = ("vllm", "vllm-plain", "vllm-threads")
+    work = lambda *its: measure_all(*its[:3], loads_of([1, 16], []), 1, its[3])  # noqa: E731
+    results = run(tmp_path, measure, names, work)
+    theirs, *ours = launches(tmp_path, *names)
+    shown = serve_tables.table(results, [theirs, *(replace(its, cached=True) for its in ours)], ASKING, 1)
+    assert "prefix caches off, but on in vllm-plain and vllm-threads: prompts differ" in shown
+    assert "| 25% | 600 | 1.75 | 131 | 50% | 8 |" in shown and "| 25% | - | - | - | - | 10 |" in shown
+    said = "threads against plain over vLLM, 1 client"
+    assert (
+        f"| {said}, tokens per engine step: 1.72x | 1.75x |" in shown
+        and f"| {said}, tokens/s: 1.45x | 1.00x |" in shown
+    )
+    assert f"| {said}, as soon, on average: 1.45x | 1.25x |" in shown
+    assert "| threads over vLLM, 16 clients, generated per 100 shown: 115 at most | 131 |" in shown
+    assert "| threads against plain over vLLM, mean slots: -20 % | -20% |" in shown and "4 clients" not in shown
 
 
 def test_ratios_are_those_of_the_same_turn(tmp_path):

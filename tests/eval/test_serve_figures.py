@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from medusa_apar.eval.serve_client import Chunk, Exchange
 from medusa_apar.eval.serve_figures import (
+    Counts,
     Sample,
     ServerSays,
     SmallestPool,
@@ -22,6 +23,7 @@ from medusa_apar.eval.serve_figures import (
     tokens_by_chunk,
     tokens_within,
     weighted_summary,
+    work,
 )
 from medusa_apar.eval.serve_metrics import LIVE, Watch, parse
 from tests.support.stand_in import METRICS
@@ -80,6 +82,44 @@ def test_nothing_that_was_answered_leaves_no_figures():
     found = figures([exchange(0, 1.0, [], ended=1.0, error="ConnectError: nobody")])
     assert found["latency"] is None and found["inter_token"] is None and found["tokens_per_second"] is None
     assert found["requests"] == 0 and found["tokens"] == 0
+
+
+def test_what_a_server_computed_is_told_beside_what_it_showed():
+    """Two answers of 10 shown tokens, for which 12 and 15 were written; others ran before and run on."""
+    before = Counts(steps=5, shown=4, ended=0, written=6, unread=2, queries=8, hits=0)
+    after = Counts(steps=21, shown=30, ended=20, written=39, unread=2, queries=48, hits=10)
+    samples = [Sample(1, 0.0, counts=before), Sample(2, 0.0), Sample(3, 0.0, counts=after)]
+    found = work(samples)
+    assert found == {
+        "steps": 16,
+        "tokens_per_step": 26 / 16,
+        "generated_per_100": pytest.approx(135),
+        "prefix_hits": 0.25,
+    }
+    says = ServerSays([Sample(9, 0.0), *(Sample(10 + its.at, 0.0, counts=its.counts) for its in samples)])
+    assert {name: figures(two_clients(), says)[name] for name in found} == found
+
+
+def test_a_server_that_does_not_count_computes_nobody_knows_what():
+    nothing = dict.fromkeys(("steps", "tokens_per_step", "generated_per_100", "prefix_hits"))
+    assert work([]) == work([Sample(1, 0.0), Sample(2, 0.0)]) == nothing
+    some = [Sample(1, 0.0), Sample(2, 0.0, counts=Counts(steps=3, shown=6, ended=6))]  # as vLLM's would, say
+    assert work(some) == nothing | {"steps": 3, "tokens_per_step": 2}
+
+
+answers = st.tuples(st.integers(1, 50), st.integers(0, 20))  # tokens shown, and written in vain
+
+
+@given(st.lists(answers, min_size=1), st.lists(st.tuples(st.integers(0, 50), st.integers(0, 30))), st.integers(0, 99))
+def test_answers_that_run_make_no_difference_to_what_is_generated_for_100(ended, running, before):
+    """Neither those that run at the end, with tokens shown and tokens ahead, nor what was written `before`."""
+    shown, in_vain, more, ahead = (sum(its[place] for its in which) for which in (ended, running) for place in (0, 1))
+    written = shown + in_vain + more + ahead
+    before = min(before, written - 1)
+    first = Counts(written=before, unread=before)
+    last = Counts(shown=shown + more, ended=shown, written=written, unread=ahead)
+    found = work([Sample(1, 0.0, counts=first), Sample(2, 0.0, counts=last)])["generated_per_100"]
+    assert found == pytest.approx(100 * (shown + in_vain) / shown)
 
 
 def test_tokens_of_a_chunk_are_counted_else_one_each_else_by_bytes():
@@ -172,6 +212,8 @@ def test_a_middle_row_is_the_median_of_each_figure():
     found = median_row([row(1.0, 5.0, {"a": 1}), row(9.0, None, {}), row(2.0, 7.0, {"a": 2, "b": 1})])
     assert found["tokens_per_second"] == 2.0 and found["latency"] == {"mean": 6.0, "p50": 12.0}
     assert found["errors"] == {"a": 3, "b": 1} and found["slots"] is None
+    older = row(3.0, 1.0, {})
+    assert median_row([row(1.0, 5.0, {}) | {"steps": 4.0}, older])["steps"] == 4.0  # which had not told yet
 
 
 # ---- what a server tells
@@ -188,4 +230,5 @@ def test_a_server_without_slots_tells_nothing():
     watch.see({"vllm:num_requests_running": 1.0}, 1.0)
     assert watch.says() == ServerSays()
     watch.see(parse(METRICS), 2.0)
-    assert watch.says() == ServerSays((Sample(2.0, 30.0, 3.0, 40.0),), 55.0)
+    counts = Counts(steps=20, shown=50, ended=40, written=70, unread=6)
+    assert watch.says() == ServerSays((Sample(2.0, 30.0, 3.0, 40.0, counts),), 55.0)

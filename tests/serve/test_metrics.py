@@ -36,6 +36,7 @@ def test_names_are_those_that_dashboards_read(server):
         *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
         *("kv_cache_usage_perc", "request_success_total", "kv_slots", "kv_slots_peak", "prefix_cache_queries_total"),
         *("prefix_cache_hits_total", "threads_running", "forks_total", "forward_tokens_total", "steps_total"),
+        *("written_tokens_total", "unread_tokens"),
         *("request_queue_time_seconds", "request_prompt_tokens", "request_generation_tokens", "num_preemptions_total"),
         *("spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total", "iteration_tokens_total"),
         *("spec_decode_num_accepted_tokens_total", "spec_decode_num_accepted_tokens_per_pos_total"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+from medusa_apar.serve.backends import NativeBackend
 from tests.support.bytes_writer import bytes_writer
 from tests.support.serving import Running, running
 
@@ -24,7 +25,7 @@ def byte_server(seed: int = 0, **options: Any) -> Iterator[Server]:
 
 class Server:
     def __init__(self, its: Running, client: Any) -> None:
-        self.its, self.client, self.apar = its, client, its.service.apar
+        self.its, self.client, self.apar = its, client, cast(NativeBackend, its.service.backend).apar
         self.tokenizer: Any = self.apar.tokenizer
 
     def ask(self, path: str, **body: Any) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from pydantic import BaseModel
 
 import medusa_apar
 from medusa_apar import MedusaApar
+from medusa_apar.new_request import engine_request
+from medusa_apar.requests import CallOptions, Sampling
 from medusa_apar.serve.app import create_app
 from medusa_apar.serve.options import ServeOptions
 from medusa_apar.serve.server import Server, listen, serve
@@ -72,8 +74,9 @@ def tokens_router(service: Service, hold: Hold) -> APIRouter:
     @routes.post("/v1/tokens")
     async def tokens(body: Asked, http: HttpRequest) -> Any:
         slow = body.held or body.pause
-        request = service.apar.request(
-            service.new_id(), body.prompt, max_new_tokens=body.max_tokens, fork="off" if slow else "auto"
+        asked = CallOptions(fork="off" if slow else "auto")
+        request = engine_request(
+            service.facts, service.new_id(), body.prompt, Sampling(), asked, max_new_tokens=body.max_tokens
         )
         if slow:
             stop = hold if body.held else _pausing(body.pause)

@@ -26,6 +26,11 @@ medusa_apar:kv_slots{state="free"} 70.0
 medusa_apar:kv_slots_peak 55.0
 medusa_apar:kv_slots_unfreed 40.0
 medusa_apar:threads_running 3.0
+medusa_apar:steps_total 20.0
+medusa_apar:generation_tokens_total 50.0
+medusa_apar:request_generation_tokens_sum 40.0
+medusa_apar:written_tokens_total 70.0
+medusa_apar:unread_tokens 6.0
 """
 
 

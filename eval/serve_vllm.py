@@ -1,0 +1,95 @@
+"""vLLM as servers of the load benchmark: its own, and ours over its engine.
+
+Both run with the Python, the engine and the environment variables of the peers' vLLM, on the same merged weights. Ours
+is `medusa-apar serve --engine vllm`, and finds this very package through `peer_files.own_package`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_apar.loading import load
+from medusa_apar.threads.control_tokens import ControlTokens
+
+from . import peer_files, peers
+from .serve_launch import HOST, MODEL_NAME, QUEUE, Launch, Serving
+
+VLLM, PLAIN, THREADS = "vllm", "vllm-plain", "vllm-threads"
+
+THREADS_OF_AN_ANSWER = 3  # that run at once, if all answers have so many; prototypes had 54 for 16
+BLOCK = 32  # tokens; the CPU's smallest, whereas its default of 128 leaves children little to share
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The environment's Python, the model folder with the tuning merged in, and its control tokens."""
+
+    python: Path
+    model: Path
+    control: ControlTokens | None
+
+    def command(self, *module: str) -> tuple[str, ...]:
+        return (str(self.python), *module, "--host", HOST, "--port", "{port}", "--dtype", "bfloat16")
+
+
+def launches(names: Sequence[str], serving: Serving, folder: Path) -> dict[str, Launch]:
+    """How to start each of them, with all on disk that they need."""
+    if not names:
+        return {}
+    python = peer_files.install(peers.VLLM)
+    apar = load(serving.model, heads=None, speculation="off", dtype="bfloat16", device="cpu")
+    prepared = Prepared(python, peer_files.merged(apar, serving.model), apar.control_token_ids)
+    return {name: NAMES[name](name, serving, prepared, folder / f"{name}.log") for name in names}
+
+
+def _theirs(name: str, serving: Serving, its: Prepared, log: Path) -> Launch:
+    """vLLM's own server, the control tokens banned, as the benchmark of latency has them."""
+    command = (
+        *its.command("-E", "-m", "vllm.entrypoints.openai.api_server", "--model", str(its.model)),
+        *("--served-model-name", MODEL_NAME, "--max-model-len", str(serving.context)),
+        *("--max-num-seqs", str(serving.clients), *_cache(serving.prefix_cache)),
+        *("--disable-uvicorn-access-log", "--disable-log-stats"),
+    )
+    body = {} if its.control is None else {"logit_bias": {str(token): -100 for token in its.control.ids}}
+    about = "vLLM for CPUs, control tokens suppressed"
+    return Launch(name, about, "bfloat16", log, command, _variables(serving), body, peers.VLLM.software)
+
+
+def _ours(name: str, serving: Serving, its: Prepared, log: Path) -> Launch:
+    """Our server over vLLM's engine. Its prefix cache is on: threads share a prompt and each other's text by it."""
+    fork, about, rows = OURS[name]
+    command = (
+        *its.command("-m", "medusa_apar", "serve", str(its.model), "--engine", "vllm"),
+        *("--fork", fork, "--max-requests", str(serving.clients), "--max-queue", str(QUEUE), "--no-access-log"),
+        *("--block-size", str(BLOCK), "--max-model-len", str(serving.context)),
+        *("--max-num-seqs", str(rows * serving.clients), *_cache(True)),
+    )
+    ours = {"PYTHONPATH": str(peer_files.own_package()), "MEDUSA_APAR_API_KEY": ""}
+    variables = _variables(serving) | ours
+    return Launch(name, about, "bfloat16", log, command, variables, software=peers.VLLM.software, cached=True)
+
+
+OURS = {  # --fork, what it is, and sequences that vLLM runs at once for each client
+    PLAIN: ("off", "ours over vLLM, one thread", 1),
+    THREADS: ("auto", "ours over vLLM, threads", THREADS_OF_AN_ANSWER),
+}
+NAMES: dict[str, Callable[[str, Serving, Prepared, Path], Launch]] = {VLLM: _theirs, **dict.fromkeys(OURS, _ours)}
+
+
+def _cache(on: bool) -> tuple[str]:
+    return ("--enable-prefix-caching" if on else "--no-enable-prefix-caching",)
+
+
+def _variables(serving: Serving) -> dict[str, str]:
+    variables = {
+        "OMP_NUM_THREADS": str(serving.threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if (library := peers.VLLM.folder / peers.PEERS["vllm"].preload).exists():
+        variables["LD_PRELOAD"] = str(library)
+    return variables
