@@ -155,16 +155,18 @@ class VllmBackend:
 
 def engine_over(client: Any, options: ServeOptions, **how: Any) -> AsyncEngine:
     """Our engine over a client of vLLM's; how: `counts` and `owned` of `VllmEngine`."""
-    from medusa_apar.engine.vllm.options import VllmOptions
+    from medusa_apar.engine.vllm.options import CPU_FREE_ROWS, GPU_FREE_ROWS, VllmOptions
     from medusa_apar.engine.vllm.vllm_engine import VllmEngine
 
     parallel = client.vllm_config.parallel_config
     # Where somebody else spreads requests over ranks, those of this process are not ours to choose.
     spread = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
+    on_cpu = client.vllm_config.device_config.device_type == "cpu"
     its = VllmOptions(
         max_requests=options.max_requests,
         max_waiting=options.max_queue,
         data_parallel_size=1 if spread else parallel.data_parallel_size,
+        free_rows=CPU_FREE_ROWS if on_cpu else GPU_FREE_ROWS,
         speculates=client.vllm_config.speculative_config is not None,
     )
     return VllmEngine(client, client.model_config.max_model_len, its, **how)
