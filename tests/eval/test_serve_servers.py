@@ -151,19 +151,26 @@ def on_vllm(tmp_path, monkeypatch):
         return SimpleNamespace(control_token_ids=CONTROL)
 
     monkeypatch.setattr(serve_vllm, "load", load)
+    monkeypatch.setattr(serve_vllm.peers, "medusa_heads", lambda name, model: tmp_path / "heads")
     serving = Serving("a-model", "none", "int8", threads=2, clients=8, context=512)
     made = {its.name: its for its in serve_servers.prepare(tuple(serve_vllm.NAMES), serving, tmp_path, None, None)}
     assert loaded == ["a-model"]
     return made
 
 
-def test_ours_over_vllm_differ_in_forking_and_in_room_for_threads(on_vllm):
-    plain, threads = (on_vllm[name].command for name in ("vllm-plain", "vllm-threads"))
-    assert [pair for pair in zip(plain, threads, strict=True) if len(set(pair)) > 1] == [("off", "auto"), ("8", "24")]
+def test_ours_over_vllm_differ_in_forking_and_heads_alone(on_vllm, tmp_path):
+    plain, threads, heads, both = (on_vllm[f"vllm-{name}"].command for name in serve_servers.OURS)
+
+    def differ(one, other):
+        return [pair for pair in zip(one, other, strict=True) if len(set(pair)) > 1]
+
+    guess = [("none", str(tmp_path / "heads"))]
+    assert differ(plain, threads) == differ(heads, both) == [("off", "auto")]
+    assert differ(plain, heads) == differ(threads, both) == guess
     command = " ".join(threads)
     assert "-m medusa_apar serve" in command and "merged a-model --engine vllm" in command
-    assert "--dtype bfloat16 --fork auto --max-requests 8 --max-queue 1000000" in command
-    assert "--block-size 32 --max-model-len 512 --max-num-seqs 24 --enable-prefix-caching" in command
+    assert "--dtype bfloat16 --fork auto --heads none --max-requests 8 --max-queue 1000000" in command
+    assert "--block-size 32 --max-model-len 512 --max-num-seqs 24 --prefix-cache" in command
     assert on_vllm["vllm-threads"].cached and on_vllm["vllm-plain"].cached and not on_vllm["vllm-threads"].pooled
 
 
