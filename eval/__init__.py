@@ -42,6 +42,11 @@
     serve_tables.py    the figures side by side, pools, and what was aimed at
     serve_plots.py     latency and throughput against clients, throughput against a capped pool
 
+Threads on vLLM:
+
+    vllm_answers.py    the same questions answered by our own engine and by ours over vLLM
+    vllm_parallel.py   whether they are equal where vLLM divides the model, or its answers
+
 Servers that have to stand all of it:
 
     faults.py          a campaign of bad clients, rounds of them, and what has to hold at the end

@@ -15,6 +15,7 @@ import psutil
 
 from medusa_apar.engine.engine import Engine
 from medusa_apar.generate import MedusaApar
+from medusa_apar.serve.backends import NativeBackend
 from medusa_apar.serve.options import ServeOptions
 from medusa_apar.serve.server import Server, listen
 from medusa_apar.serve.service import Service
@@ -45,14 +46,14 @@ class _Deadly:
         raise Killed("the campaign has killed this thread")
 
 
-class _Killable(Service):
-    """Its engine's thread dies in the middle of the next step once it is to."""
+class _Killable(NativeBackend):
+    """The engine's thread dies in the middle of the next step once it is to."""
 
     native: Engine | None = None
     kill = False
 
-    def _make(self) -> Engine:
-        engine = super()._make()
+    def make(self) -> Engine:
+        engine = super().make()
         step = engine.step
 
         def stepping() -> list[Any]:
@@ -75,7 +76,8 @@ class Host:
 
     def __init__(self, apar: MedusaApar, options: ServeOptions) -> None:
         self._threads_before = set(threading.enumerate())
-        self.service = _Killable(lambda: apar, "faults", options)
+        self._backend = _Killable(lambda: apar, options)
+        self.service = Service(self._backend, "faults", options)
         self._listener = listen(options.host, 0)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # its connections have it too
         self.port: int = self._listener.getsockname()[1]
@@ -91,7 +93,7 @@ class Host:
 
     def kill(self) -> None:
         """The engine's thread dies in its next forward pass."""
-        self.service.kill = True
+        self._backend.kill = True
 
     def drain(self) -> None:
         """What the first SIGTERM does."""
@@ -103,7 +105,7 @@ class Host:
             self._server.should_exit = True
         _wait("the server does not end", lambda: not self._thread.is_alive())
         self._listener.close()
-        engine = self.service.native
+        engine = self._backend.native
         assert engine is not None
         if engine.unfinished:
             raise Wrong(f"{engine.unfinished} requests have not ended")

@@ -33,7 +33,6 @@ from medusa_apar.generate import MedusaApar
 from medusa_apar.job import machine, quiet, write_text
 from medusa_apar.loading import load
 from medusa_apar.serve.options import ServeOptions
-from medusa_apar.serve.prompts import context_of
 
 from . import prompts
 from .fault_cases import Case, cases_of
@@ -155,7 +154,7 @@ def _least_slots(apar: MedusaApar, cases: list[Case]) -> int:
 
 def _room(apar: MedusaApar, case: Case, slots: int | None) -> int:
     """Tokens that a case may ask for so that it fits: many, so that somebody can hang up in the middle of them."""
-    context = context_of(apar)
+    context = apar.facts.context
     most = LONG if context is None else min(LONG, context - len(case.prompt_ids))
     return next((limit for limit in range(most, 1, -1) if _fits(apar, case, limit, slots)), 1)
 

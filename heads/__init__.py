@@ -6,6 +6,8 @@ hydra.py             `HydraHeads`, each head sees the tokens drafted before it
 drafters.py          what drafts with them beside a runtime: in torch, from packed weights, with the Triton kernels
 weight_copies.py     what drafting copies of weights, kept until those change
 checkpoints.py       the head files found in the wild (V1, V2, Medusa-2, vLLM), read into one form
+layouts.py           heads in no layout: read from any, told of in a line, written where nothing is destroyed
+vllm_layout.py       the layout that vLLM's Medusa drafter loads, and `export` into it
 convert.py           `medusa-apar convert`: heads from one file layout into another
 ask.py               the tuned model answers prompts with our own engine, threads included
 own_answers.py       `medusa-apar answer`: such answers as a corpus

@@ -237,23 +237,6 @@ def state_dict(heads: HeadTensors) -> dict[str, Tensor]:
     return state
 
 
-def vllm_state_dict(heads: HeadTensors) -> dict[str, Tensor]:
-    """The same in vLLM's naming. A shared unembedding is the caller's to add, as `lm_head.weight`."""
-    return vllm_names(state_dict(heads))
-
-
-def vllm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """V1 or V2 keys -> vLLM's."""
-    named = {}
-    for key, value in state.items():
-        if match := re.fullmatch(r"(\d+)\.(\d+)\.linear\.(weight|bias)", key):
-            key = f"blocks.{match[1]}.layers.{match[2]}.{match[3]}"
-        elif match := re.fullmatch(r"(\d+)\.\d+\.weight", key):
-            key = f"lm_heads.{match[1]}.weight"
-        named[key] = value
-    return named
-
-
 # ---- files
 
 

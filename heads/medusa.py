@@ -13,10 +13,11 @@ from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.models.families import unembedding_size
 from medusa_apar.runtimes.devices import device_of
 
-from . import checkpoints
+from . import checkpoints, vllm_layout
 from .checkpoints import HeadTensors
 from .draft_heads import DraftHeads, ResidualBlock, tree_tensors, zeros
 from .drafters import KernelDrafter, TorchDrafter
+from .layouts import Heads
 from .weight_copies import DraftRows
 
 
@@ -94,35 +95,28 @@ class MedusaHeads(DraftHeads):
         checkpoints.write(Path(folder), checkpoints.state_dict(self.tensors()), config, dtype)
 
     def export_vllm(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
-        """The folder that vLLM's Medusa reads: `--speculative-config '{"method": "medusa", "model": FOLDER, ...}'`."""
+        """The folder that vLLM's Medusa reads: `--speculative-config '{"method": "medusa", "model": FOLDER, ...}'`.
+
+        The base's unembedding is written along, and a truncated draft vocabulary is whole there: see `vllm_layout.py`.
+        """
         checkpoints.check_counts(self.num_heads, self.num_layers)
-        state = checkpoints.vllm_state_dict(self.tensors())
-        if self.unembedding is None:
-            base = self._base[0].get_output_embeddings().weight.detach()[: self.vocab_size]
-            state["lm_head.weight"] = base if self.token_map is None else base[self.token_map]
-        config = {
-            "architectures": ["MedusaModel"],
-            "model_type": "medusa",
-            "hidden_size": self.hidden_size,
-            "vocab_size": self.vocab_size,
-            "truncated_vocab_size": self.draft_vocab_size,
-            "num_heads": self.num_heads,
-            "num_hidden_layers": self.num_layers,
-            "medusa_fc_bias": True,
-            "original_lm_head": self.unembedding is None,
-        }
-        checkpoints.write(Path(folder), state, config, dtype, name="model.safetensors")
+        base = self._base[0]
+        file = checkpoints.parse(checkpoints.state_dict(self.tensors()))
+        whole = vllm_layout.with_whole_rows(file, base.get_output_embeddings().weight.detach().cpu())
+        heads = Heads(whole, "vllm", Path(folder), base.name_or_path, unembedding_size(base)[0], has_bias=True)
+        content = vllm_layout.state_dict(heads), vllm_layout.config(heads)
+        checkpoints.write(heads.folder, *content, dtype, vllm_layout.FILE)
 
     def tensors(self) -> HeadTensors:
-        """A copy of the block weights on the CPU, in the form of `checkpoints`."""
+        """On the CPU, in the form of `checkpoints`; block weights are copies."""
         shape = (self.num_layers, self.num_heads, self.hidden_size, self.hidden_size)
         weight = torch.empty(shape, dtype=self.dtype, device="cpu")
         bias = torch.empty(shape[:-1], dtype=self.dtype, device="cpu")
         for layer in range(self.num_layers):
             weight[layer] = self.get_parameter(f"blocks.{layer}.weight").detach()
             bias[layer] = self.get_parameter(f"blocks.{layer}.bias").detach()
-        unembedding = None if self.unembedding is None else self.unembedding.detach()
-        return HeadTensors(weight, bias, unembedding, self.token_map)
+        unembedding = None if self.unembedding is None else self.unembedding.detach().cpu()
+        return HeadTensors(weight, bias, unembedding, None if self.token_map is None else self.token_map.cpu())
 
     # ---- drafting
 

@@ -14,6 +14,7 @@ Each folder is a room, and a room imports only from the rows below its own:
     serve/            an OpenAI-compatible server over one engine
     generate.py       the drop-in: `attach`, `MedusaApar.generate`
     call.py           one call of it: rows become requests, and these its output
+    facts.py          what requests are made for, whichever engine answers them
     requests.py       what a caller asks for: forking, sampling, limits
     new_request.py    a request of an engine, made of it and checked
     loading.py        `load` and `save_pretrained`

@@ -4,4 +4,5 @@ import sys
 
 from medusa_apar.commands.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that vLLM spawns import this file
+    sys.exit(main())

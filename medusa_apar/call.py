@@ -105,8 +105,9 @@ def answer(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> MedusaAp
 def _request_options(apar: MedusaApar, prepared: Prepared, asked: CallOptions) -> tuple[RequestOptions, StopConditions]:
     """The options that all rows share, and what ends a row's text."""
     config, tokenizer = prepared.config, prepared.tokenizer
-    options = shared_options(apar, asked, tokenizer, bool(config.do_sample))
-    mode = mode_of(apar, asked)
+    facts = apar.facts
+    options = shared_options(facts, asked, tokenizer, bool(config.do_sample))
+    mode = mode_of(facts, asked)
     ends = StopConditions.of(prepared.stopping_criteria, config, prepared.input_ids.shape[1], one_thread=mode == "off")
     ends.criteria.extend(stop_string_criteria(asked, tokenizer))
     checks.check_rescored(config, asked, mode, prepared.streamer, ends.criteria)

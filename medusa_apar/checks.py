@@ -6,7 +6,7 @@ import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper
@@ -14,7 +14,7 @@ from transformers.generation import GenerationMode
 
 from medusa_apar.drafting.draft_tree import DEFAULT_ACCEPTANCE
 from medusa_apar.heads import DraftHeads
-from medusa_apar.models.families import SWITCHING_ROPE, context_length, rope_kinds
+from medusa_apar.models.families import SWITCHING_ROPE, context_length, embedding_rows, rope_kinds
 from medusa_apar.triton_kernels.reference import TypicalAcceptance
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _is_number(value: object) -> bool:
 
 
 def check_ids(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    vocab_size = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    vocab_size = embedding_rows(model)
     if input_ids.dtype.is_floating_point or input_ids.dtype.is_complex or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids are {input_ids.dtype}, but token ids are integers.")
     wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]

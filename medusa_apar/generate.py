@@ -38,6 +38,7 @@ from medusa_apar.triton_kernels.reference import TypicalAcceptance
 
 from . import checks, new_request
 from .call import Prepared, answer, callers_arguments
+from .facts import ModelFacts
 from .output import MedusaAparOutput
 from .requests import CallOptions
 
@@ -74,6 +75,12 @@ class MedusaApar:
         self._fits = False  # whether `generate` has just seen to it
         self._left_compiled = False  # whether the CPU runtime was left for what the model had become
         self._take(runtime)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """As of now: what they are of may change, and they do not."""
+        names = ("tokenizer", "control_token_ids", "fork", "max_threads", "max_depth", "typical")
+        return ModelFacts.of(self.model, **{name: getattr(self, name) for name in names})
 
     def _take(self, runtime: Runtime) -> None:
         self.runtime = runtime

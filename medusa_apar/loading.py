@@ -104,7 +104,7 @@ def load(
     access = {"revision": source.revision, "token": token, "trust_remote_code": trust_remote_code}
     tokenizer = read_tokenizer(source.tokenizer or base, **access)
     tokenizer.padding_side = "left"  # answers go on at the right end; many tokenizers are saved as training had them
-    control = _control_tokens(apar, source, tokenizer, name)
+    control = control_tokens(apar, source, tokenizer, name)
     model = read_model(base, chosen, device_map=device_map, **access)
     placed = getattr(model, "hf_device_map", None)
     _check_devices(placed)
@@ -201,7 +201,8 @@ def heads_name(heads: str | Path, source: Source) -> str | Path:
     return str(heads)
 
 
-def _control_tokens(apar: Any, source: Source, tokenizer: Any, name: str | Path) -> ControlTokens | None:
+def control_tokens(apar: Any, source: Source, tokenizer: Any, name: str | Path) -> ControlTokens | None:
+    """Those of a located model; apar: as of `load`, which has taken a folder's name into the source."""
     if apar is None or apar is False:
         return None
     if isinstance(apar, ControlTokens):

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers import GenerationConfig
-
 from medusa_apar.engine.admission import check_ids
 from medusa_apar.engine.stopping import TextStop
 from medusa_apar.events import Consumer
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.events.texts import TextStream, TokenTexts
-from medusa_apar.models.families import unembedding_size
 from medusa_apar.threads.fork_policy import ForkIf
 from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.verify.guides import compiled
 
 from . import checks
+from .facts import ModelFacts
 from .requests import CallOptions, Sampling, shared_options
 
 if TYPE_CHECKING:
@@ -74,38 +72,37 @@ def request(
         "events": events is True,
     }
     ids = list(cast(Sequence[int], prompt))
-    return engine_request(apar, id, ids, sampling, asked, max_new_tokens=max_new_tokens, **kept)
+    return engine_request(apar.facts, id, ids, sampling, asked, max_new_tokens=max_new_tokens, **kept)
 
 
 def engine_request(
-    apar: MedusaApar, id: str, prompt_ids: Sequence[int], sampling: Sampling, asked: CallOptions, **options: Any
+    facts: ModelFacts, id: str, prompt_ids: Sequence[int], sampling: Sampling, asked: CallOptions, **options: Any
 ) -> Request:
-    """A request for an engine of `apar`. ValueError for what cannot be, before it is added anywhere.
+    """A request for any engine of a model. ValueError for what cannot be, before it is added anywhere.
 
     A guide is compiled here, in the caller's thread: `compiled` says how long that takes.
     """
-    check_ids(apar.model, prompt_ids)
-    vocabulary = unembedding_size(apar.model)[0]
+    check_ids(facts.input_vocabulary, prompt_ids)
     for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-        checks.check_named_ids(name, ids, vocabulary)
-    control = () if apar.control_token_ids is None else apar.control_token_ids.ids
+        checks.check_named_ids(name, ids, facts.vocabulary)
+    control = () if facts.control_token_ids is None else facts.control_token_ids.ids
     if not set(control).isdisjoint(sampling.stop_token_ids):
         raise ValueError("stop_token_ids name a control token, which is never read.")
     if sampling.min_tokens > (most := options.get("max_new_tokens", RequestOptions().max_new_tokens)):
         raise ValueError(f"min_tokens={sampling.min_tokens} are more than max_new_tokens={most}.")
-    eos = (apar.model.generation_config or GenerationConfig()).eos_token_id
+    eos, tokenizer = facts.generation_config.eos_token_id, facts.tokenizer
     eos_ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
     asked, grammar = replace(asked, seed=asked.seed if sampling.seed is None else sampling.seed), None
     if sampling.guide is not None:
-        asked, grammar = replace(asked, fork=False), compiled(sampling.guide, apar.tokenizer, vocabulary, eos_ids)
-    shared = shared_options(apar, asked, apar.tokenizer, sampling.temperature > 0)
+        asked, grammar = replace(asked, fork=False), compiled(sampling.guide, tokenizer, facts.vocabulary, eos_ids)
+    shared = shared_options(facts, asked, tokenizer, sampling.temperature > 0)
     its = replace(
         shared,
         eos_ids=eos_ids,
         ignore_eos=sampling.ignore_eos,
         stop_ids=frozenset(sampling.stop_token_ids),
-        stop=text_stop(asked.stop_strings, apar.tokenizer, sampling.min_tokens),
-        processors=sampling.processors(len(prompt_ids), apar.control_token_ids, eos_ids, grammar),
+        stop=text_stop(asked.stop_strings, tokenizer, sampling.min_tokens),
+        processors=sampling.processors(len(prompt_ids), facts.control_token_ids, eos_ids, grammar),
         watcher=None if asked.events is None else Reporter(asked.events, keep=False),
         **options,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -28,10 +28,7 @@ from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
 from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
 
 from . import checks
-
-if TYPE_CHECKING:
-    from .generate import MedusaApar
-
+from .facts import ModelFacts
 
 _TEMPERATURES = f"0, or from {checks.COLDEST} on"
 
@@ -144,20 +141,20 @@ class Sampling:
         return cast(SequenceBiasLogitsProcessor, self._bias)
 
 
-def mode_of(apar: MedusaApar, asked: CallOptions) -> str:
+def mode_of(facts: ModelFacts, asked: CallOptions) -> str:
     """Where answers fork: "auto", "off" or "lists"."""
-    mode = fork_mode(apar.fork if asked.fork is None else asked.fork)
-    return "off" if mode == "auto" and apar.control_token_ids is None else mode
+    mode = fork_mode(facts.fork if asked.fork is None else asked.fork)
+    return "off" if mode == "auto" and facts.control_token_ids is None else mode
 
 
-def shared_options(apar: MedusaApar, asked: CallOptions, tokenizer: Any, samples: bool) -> RequestOptions:
+def shared_options(facts: ModelFacts, asked: CallOptions, tokenizer: Any, samples: bool) -> RequestOptions:
     """What a generate call's rows and an engine's requests settle alike: forking, threads, seed and acceptance.
 
     samples: whether tokens are sampled; a seed that nobody names is drawn from torch's global generator.
     """
     checks.check_limits(max_threads=asked.max_threads, max_depth=asked.max_depth)
-    max_depth = apar.max_depth if asked.max_depth is None else asked.max_depth
-    mode, control = mode_of(apar, asked), apar.control_token_ids
+    max_depth = facts.max_depth if asked.max_depth is None else asked.max_depth
+    mode, control = mode_of(facts, asked), facts.control_token_ids
     seed = asked.seed if samples else None
     if samples and seed is None:
         seed = int(torch.randint(2**62, (), dtype=torch.long, device="cpu"))
@@ -165,10 +162,10 @@ def shared_options(apar: MedusaApar, asked: CallOptions, tokenizer: Any, samples
         policy=fork_policy(mode, asked.fork_if, max_depth, tokenizer),
         rule=None if control is None else ForkRule.of(control, max_depth, mode == "auto"),
         fork_if=asked.fork_if if mode == "auto" else None,
-        max_threads=asked.max_threads or apar.max_threads,
+        max_threads=asked.max_threads or facts.max_threads,
         seed=seed,
         # Greedy decoding is temperature 0, where Medusa accepts the likeliest token and no other.
-        typical=apar.typical if samples else None,
+        typical=facts.typical if samples else None,
     )
 
 

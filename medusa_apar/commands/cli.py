@@ -17,7 +17,7 @@ from medusa_apar.arguments import MAX_THREADS, number
 from medusa_apar.reading import out_of_memory
 from medusa_apar.threads.fork_policy import FORKS
 
-from . import SUBCOMMANDS
+from . import SUBCOMMANDS, serve
 
 PROGRAM = "medusa-apar"
 MAX_PROMPT = 1 << 24  # bytes of standard input
@@ -137,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = list(sys.argv[1:] if argv is None else argv)
         for argument in given:
             _check_text(argument)
-        args = parser().parse_args(given)
+        root = parser()
+        args, unknown = root.parse_known_args(given)
+        if unknown and not serve.takes_flags(args):
+            root.error(f"unrecognized arguments: {' '.join(unknown)}")
+        args.given, args.engine_flags = given, unknown
         code = COMMANDS[args.command](args) if args.command else run_help()
         sys.stdout.flush()
         return code

@@ -10,9 +10,11 @@ SOURCE is a folder, a head file or a Hub id in any of these layouts, which is to
 
 What the target cannot hold is refused with a sentence. Making v2 heads into v1, vllm or apar needs the base's
 unembedding, making a medusa2 model all of the base's weights: from --base, or the base that the heads' config names.
+vLLM does not load a truncated draft vocabulary: such heads get a row for every token, those they lack from the base. So
+the file is as large as the base's unembedding at least, and half as large with --dtype bfloat16 as in float32.
 
 examples:
-  medusa-apar convert heads/weights/smollm2-135m --to vllm --out vllm-heads --dtype bfloat16
+  medusa-apar convert heads/weights/smollm2-135m/medusa --to vllm --out vllm-heads --dtype bfloat16
   medusa-apar convert FasterDecoding/medusa-vicuna-7b-v1.3 --to vllm --out vllm-heads
   medusa-apar convert my-heads --to medusa2 --base my-model --out my-medusa-model
   medusa-apar convert my-medusa-model --to v2 --out my-heads

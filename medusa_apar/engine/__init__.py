@@ -3,6 +3,8 @@
 engine.py        `Engine`: add, abort, step, close
 outputs.py       what a step brings one request
 async_engine.py  the same for asyncio, over a thread that steps
+inbox.py         what one reader of its outputs has not read yet
+vllm/            the same verbs over vLLM
 options.py       how an engine decodes, whatever its requests ask for
 admission.py     which requests can ever be answered
 scheduler.py     the queue, and which threads run in a step with how many draft nodes

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_apar.models.families import context_length
+from medusa_apar.models.families import context_length, max_positions
 from medusa_apar.threads.request import RequestOptions
 
 
@@ -16,9 +14,8 @@ class QueueFull(RuntimeError):
     """The engine takes no further request now; it may later."""
 
 
-def check_ids(model: PreTrainedModel, prompt_ids: Sequence[int]) -> None:
-    """ValueError for a token that the model does not know."""
-    size = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+def check_ids(size: int, prompt_ids: Sequence[int]) -> None:
+    """ValueError for a token that a model of so many does not know."""
     wrong = next((token for token in prompt_ids if not 0 <= token < size), None)
     if wrong is not None:
         raise ValueError(f"the prompt holds {wrong}, but the model's vocabulary has ids from 0 to {size - 1}.")
@@ -32,7 +29,7 @@ def check_fits(
     max_slots: of the KV pool; None where it grows. The longest path has to fit into it alone.
     """
     longest, limit = max(map(len, prompts)), context_length(model)
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest + 1
+    context = max_positions(model) or longest + 1
     scoring = options.score_from is not None
     if options.score_from is not None and options.score_from >= min(map(len, prompts)):
         raise ValueError(f"score_from={options.score_from} leaves no token of the text to score.")

@@ -8,12 +8,12 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import fields
 from typing import Protocol
 
 from medusa_apar.threads.request import Request
 
 from .engine import Engine
+from .inbox import Inbox
 from .outputs import RequestOutput
 from .stats import Stats
 
@@ -50,53 +50,6 @@ class AsyncEngine(Protocol):
 Tell = Callable[[RequestOutput | Exception], None]
 
 
-class _Inbox:
-    """What one reader has not read yet, as one output: a reader that never reads costs no more than its answer."""
-
-    def __init__(self) -> None:
-        self._loop, self._filled = asyncio.get_running_loop(), asyncio.Event()
-        self._lock = threading.Lock()  # of what follows
-        self._output: RequestOutput | None = None
-        self._error: Exception | None = None
-
-    def put(self, what: RequestOutput | Exception) -> None:
-        """In the engine's thread. RuntimeError where the reader's loop is closed."""
-        if self._loop.is_closed():
-            raise RuntimeError("the event loop is closed.")
-        with self._lock:
-            told = self._output is not None or self._error is not None
-            if isinstance(what, Exception):
-                self._error = what
-            elif self._output is None:
-                self._output = what
-            else:
-                _merge(self._output, what)
-        if not told:
-            self._loop.call_soon_threadsafe(self._filled.set)
-
-    async def take(self) -> RequestOutput:
-        """In the reader's loop. Raises what was put, once all that came before it is read."""
-        await self._filled.wait()
-        with self._lock:
-            output, self._output = self._output, None
-            if output is None:
-                assert self._error is not None
-                raise self._error
-            if self._error is None:
-                self._filled.clear()
-            return output
-
-
-def _merge(output: RequestOutput, later: RequestOutput) -> None:
-    """Makes one output of two of the same request: lists go on, of all else the later counts."""
-    for field in fields(output):
-        old, new = getattr(output, field.name), getattr(later, field.name)
-        if isinstance(old, list):
-            old += new
-        else:
-            setattr(output, field.name, new)
-
-
 class ThreadedEngine:
     """An `AsyncEngine` over our own engine, which a thread of its own makes, steps and closes.
 
@@ -125,7 +78,7 @@ class ThreadedEngine:
         return self
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        inbox = _Inbox()
+        inbox = Inbox()
 
         def tell(output: RequestOutput | Exception) -> None:
             try:

@@ -26,7 +26,7 @@ from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.events.reporter import Reporters
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.kv.slot_ledger import SlotLedger
-from medusa_apar.models.families import context_length
+from medusa_apar.models.families import context_length, embedding_rows
 from medusa_apar.runtimes.devices import device_of
 from medusa_apar.runtimes.measure import keep_learned, known_cost
 from medusa_apar.runtimes.runtime import Runtime
@@ -106,7 +106,7 @@ class Engine:
             raise ValueError(f"a request named {request.id!r} is unfinished.")
         if request.added or request.status is not Status.WAITING:
             raise ValueError(f"the request {request.id!r} has been added before: make a new one.")
-        admission.check_ids(self.model, request.prompt_ids)
+        admission.check_ids(embedding_rows(self.model), request.prompt_ids)
         admission.check_fits(self.model, self.options.pool_slots, [request.prompt_ids], request.options)
         if self._places <= 0:
             raise QueueFull(f"{self.options.max_waiting} requests are waiting already; try again later.")

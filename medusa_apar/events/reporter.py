@@ -109,6 +109,11 @@ class Reporter:
         for thread in members:
             self._tell_tokens(request, thread, [])
 
+    def wrote(self, request: Request, thread: Thread) -> None:
+        """A thread went on in a step whose forest nobody knows, and may have forked."""
+        self._tell_tokens(request, thread, [])
+        self._start(request)
+
     def stepped(self, requests: Sequence[Request], rows: int, slots_kept: int) -> None:
         """A step of these requests has ended, cancelled threads included."""
         step = self._step
@@ -196,9 +201,19 @@ class Reporters:
             reporter.planned(own, slots_used)
             self._deliver(reporter)
 
+    def began(self, request: Request, slots_used: int) -> None:
+        """A step, of which nothing but the tokens is known that it brings."""
+        if request.watcher is not None:
+            request.watcher.planned((), slots_used)
+            self._deliver(request.watcher)
+
     def committed(self, segment: Segment, nodes: Sequence[int], advances: Sequence[Advance]) -> None:
         if segment.request.watcher is not None:
             segment.request.watcher.committed(segment, nodes, advances)
+
+    def wrote(self, request: Request, thread: Thread) -> None:
+        if request.watcher is not None:
+            request.watcher.wrote(request, thread)
 
     def stepped(self, requests: Iterable[Request], rows: int, slots_kept: int) -> None:
         """rows: of the step's forest. slots_kept: of the KV pool, now that it is committed."""

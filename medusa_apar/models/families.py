@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def context_length(model: PreTrainedModel) -> int | None:
     another's tokens; they are kept below the switch.
     """
     config = model.config.get_text_config(decoder=True)
-    length = getattr(config, "max_position_embeddings", None)
+    length = max_positions(model)
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return length  # learned positions: there is no embedding beyond
@@ -51,8 +51,18 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model was made for, prompt and answer together; None where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def rope_kinds(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list(rope.values()) if all(isinstance(kind, dict) for kind in rope.values()) else [rope]
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Tokens that can be fed."""
+    return cast(Tensor, model.get_input_embeddings().weight).shape[0]
 
 
 def unembedding_size(model: PreTrainedModel) -> tuple[int, int]:

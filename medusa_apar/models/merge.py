@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from medusa_apar.job import write_text
@@ -53,15 +55,57 @@ def merge(
     adapter_weights(source.adapter)
     model, tokenizer = merged_model(source, dtype, trust_remote_code)
     with new_model_folder(out) as built:
-        model.save_pretrained(built)
-        tokenizer.save_pretrained(built)
-        if source.control and (source.control / CONFIG_NAME).is_file():
-            config = json_object(source.control / CONFIG_NAME)
-            config["merged_from"] = config.pop("base", source.base)  # the folder is its own base now
-            write_text(built / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+        _save(source, model, tokenizer, built)
         if source.heads:
             _copy_heads(source.heads, built / head_files.SUBFOLDER)
     return out
+
+
+def plain_folder(source: Source, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Path | None:
+    """A located model as a folder that plain transformers and vLLM read, without its heads.
+
+    The first call merges its adapter, or unpacks its GGUF file, into the cache folder, where later ones find it by what
+    it was made from. None where it needs neither: its base is what they read.
+
+    dtype: of the weights; None keeps the base's.
+    """
+    if source.adapter is None and not is_gguf(source.base):
+        return None
+    name = f"merged-{_origin(source)[:16]}-{'own' if dtype is None else str(dtype).removeprefix('torch.')}"
+
+    def build(_: Path, folder: Path) -> None:
+        _save(source, *merged_model(source, dtype, trust_remote_code), folder)
+
+    return hub.build_once(hub.cache_dir() / "models" / name, build)
+
+
+def _save(source: Source, model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if source.control and (source.control / CONFIG_NAME).is_file():
+        config = json_object(source.control / CONFIG_NAME)
+        config["merged_from"] = config.pop("base", source.base)  # the folder is its own base now
+        write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+
+
+def _origin(source: Source) -> str:
+    """Names what a merged model is made from, without reading the base's weights: these are told by when they were
+    written, or on the Hub by their commit."""
+    base, parts = expanded(source.base), [source.base]
+    if source.base in hub.EMBEDDED:
+        parts.append(hub.embedded_model_path(source.base).name)
+    elif base.exists():
+        files = sorted(path for path in base.iterdir() if path.is_file()) if base.is_dir() else [base]
+        parts += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    else:
+        found = try_to_load_from_cache(source.base, "config.json", revision=source.revision)
+        parts.append(Path(found).parent.name if isinstance(found, str) else str(source.revision))
+    if source.adapter:
+        parts.append(hub.sha256_of(adapter_weights(source.adapter)))
+    for folder, file in ((source.adapter, "adapter_config.json"), (source.control, CONFIG_NAME)):
+        if folder and (folder / file).is_file():
+            parts.append(hub.sha256_of(folder / file))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def merged_model(source: Source, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -3,6 +3,9 @@
 options.py        `ServeOptions`: how a server serves
 errors.py         `ApiError`: what a client is told, in OpenAI's words
 exchange.py       what is known of one HTTP request while it is answered
+backends.py       `Backend`: what answers; our own engine
+vllm_backend.py   vLLM in its place
+vllm_plugin.py    the other way round: this server within vLLM's own
 service.py        `Service`: the model behind the routes, from loading to draining
 metrics.py        what Prometheus reads
 guards.py         what every request passes first: its id and log line, the key, its page, whether the server can answer

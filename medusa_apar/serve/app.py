@@ -23,17 +23,18 @@ from .guards import REQUEST_ID, BodyGuard, Exchanges, Gate, KeyGuard, LengthGuar
 from .service import Service
 
 
-def create_app(service: Service, more: Sequence[APIRouter] = ()) -> FastAPI:
-    """The application of a service, which is started with it and closed with it.
+def create_app(service: Service, more: Sequence[APIRouter] = (), prefix: str = "/v1") -> FastAPI:
+    """The application of a service, which is started with it and closed with it, unless it is mounted in another:
+    nobody tells it when that begins and ends.
 
-    more: routes beside the server's own.
+    more: routes beside the server's own. prefix: where OpenAI's routes lie.
     """
     options = service.options
     guards = [
         Middleware(Exchanges),
         Middleware(KeyGuard, keys=options.api_keys),
         Middleware(PageGuard, options=options),
-        Middleware(Gate, service=service),
+        Middleware(Gate, service=service, prefix=prefix),
         Middleware(BodyGuard),
         Middleware(LengthGuard, most=options.max_body_bytes),
     ]
@@ -65,7 +66,7 @@ def create_app(service: Service, more: Sequence[APIRouter] = ()) -> FastAPI:
             HTTPException: _http_error,
         },
     )
-    for router in (status_routes.router(service), openai_routes.router(service), page.router(), *more):
+    for router in (status_routes.router(service), openai_routes.router(service, prefix), page.router(prefix), *more):
         app.include_router(router)
     return app
 

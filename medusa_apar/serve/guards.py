@@ -40,6 +40,13 @@ access_log = logging.getLogger("medusa_apar.access")
 logger = logging.getLogger("medusa_apar.serve")
 
 
+def path_of(scope: Scope) -> str:
+    """Within the application, which may be mounted in another."""
+    path, root = scope["path"], scope.get("root_path", "")
+    inside = path.removeprefix(root)
+    return (inside or "/") if inside[:1] in ("", "/") else path
+
+
 def needs_key(path: str) -> bool:
     """All do but /health and the page's own files."""
     return path not in ("/", "/health") and not path.startswith("/page/")
@@ -125,7 +132,7 @@ class KeyGuard:
             known = sum(hmac.compare_digest(digest, its) for its in self._digests) > 0
             if known and scheme.lower() == "bearer":
                 exchange_of_scope(scope).tenant = digest.hex()
-            elif needs_key(scope["path"]):
+            elif needs_key(path_of(scope)):
                 said = "this server asks for an API key: send it as 'Authorization: Bearer KEY'"
                 error = ApiError(401, said, headers={"WWW-Authenticate": "Bearer"}, code="invalid_api_key")
                 await error.response()(scope, receive, send)
@@ -149,7 +156,7 @@ class PageGuard:
         self._open = not options.api_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._open and scope["type"] == "http" and needs_key(scope["path"]):
+        if self._open and scope["type"] == "http" and needs_key(path_of(scope)):
             headers = Headers(scope=scope)
             origin = headers.get("origin")
             if origin is not None and not self._may_ask(origin, headers):
@@ -181,24 +188,29 @@ class PageGuard:
 
 class Gate:
     """503 while the server does not answer new requests, 429 where its queue is full; counts those that it answers, so
-    that a drain can wait."""
+    that a drain can wait.
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self._service = app, service
+    prefix: of the routes that need a place in the queue."""
+
+    def __init__(self, app: ASGIApp, service: Service, prefix: str) -> None:
+        self.app, self._service, self._prefix = app, service, prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or answers_always(scope["path"]):
+        if scope["type"] != "http" or answers_always(path_of(scope)):
             await self.app(scope, receive, send)
             return
         try:
             self._service.check_answers()
-            if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+            if scope["method"] == "POST" and self._queues(path_of(scope)):
                 self._service.check_queue()
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
         with self._service.in_flight():
             await self.app(scope, receive, send)
+
+    def _queues(self, path: str) -> bool:
+        return path.startswith(f"{self._prefix}/") and path not in ("/tokenize", "/detokenize")
 
 
 class BodyGuard:

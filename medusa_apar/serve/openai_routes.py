@@ -23,7 +23,7 @@ from .errors import ApiError, refused
 from .event_texts import EventTexts, GuessTexts
 from .exchange import exchange_of
 from .forms import ChatForm, CompletionForm, Form
-from .prompts import chat_ids, check_ids, context_of, text_ids
+from .prompts import chat_ids, check_ids, text_ids
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, Generation, TokenizeBody
 from .streams import EventStream, begun, merged
 from .translate import Asked, Place, chat, completion
@@ -57,12 +57,12 @@ _ERROR = {
     },
 }
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 413, 429, 500, 503), _ERROR)
-_NO_RESPONSES = "there is no /v1/responses here, as answers are not kept: use /v1/chat/completions"
 
 AnyGeneration = TypeVar("AnyGeneration", bound=Generation)
 
 
-def router(service: Service) -> APIRouter:
+def router(service: Service, prefix: str = "/v1") -> APIRouter:
+    """prefix: of OpenAI's own routes."""
     routes, serving = APIRouter(responses=_ERRORS), _Serving(service)
 
     def post(path: str, schema: type[AnyBody]) -> Callable:
@@ -70,21 +70,21 @@ def router(service: Service) -> APIRouter:
         content = {"application/json": {"schema": inlined(schema)}}
         return routes.post(path, openapi_extra={"requestBody": {"required": True, "content": content}})
 
-    @post("/v1/chat/completions", ChatBody)
+    @post(f"{prefix}/chat/completions", ChatBody)
     async def chat_completions(http: Request) -> Response:
         body = await read(http, ChatBody, serving.aside)
         return await _answer(serving, http, body, ChatForm, chat, body.logprobs is True)
 
-    @post("/v1/completions", CompletionBody)
+    @post(f"{prefix}/completions", CompletionBody)
     async def completions(http: Request) -> Response:
         body = await read(http, CompletionBody, serving.aside)
         return await _answer(serving, http, body, CompletionForm, completion, body.logprobs is not None)
 
-    @routes.get("/v1/models")
+    @routes.get(f"{prefix}/models")
     async def list_models() -> Response:
         return JSONResponse({"object": "list", "data": [serving.card()]})
 
-    @routes.get("/v1/models/{model:path}")
+    @routes.get(f"{prefix}/models/{{model:path}}")
     async def retrieve_model(model: str) -> Response:
         serving.check(model)
         return JSONResponse(serving.card())
@@ -97,7 +97,7 @@ def router(service: Service) -> APIRouter:
         def answer() -> Response:
             ids = _tokens_of(service, body)
             names = serving.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-            known = {"count": len(ids), "max_model_len": context_of(service.apar)}
+            known = {"count": len(ids), "max_model_len": service.facts.context}
             return JSONResponse({**known, "tokens": ids, "token_strs": names})
 
         return await serving.aside(answer, len(await http.body()))
@@ -108,15 +108,16 @@ def router(service: Service) -> APIRouter:
         serving.check(body.model)
 
         def answer() -> Response:
-            check_ids(service.apar, "tokens", body.tokens)
+            check_ids(service.facts, "tokens", body.tokens)
             return JSONResponse({"prompt": serving.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)})
 
         return await serving.aside(answer, len(await http.body()))
 
-    @routes.api_route("/v1/responses", methods=["GET", "POST"], include_in_schema=False)
-    @routes.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+    @routes.api_route(f"{prefix}/responses", methods=["GET", "POST"], include_in_schema=False)
+    @routes.api_route(f"{prefix}/responses/{{rest:path}}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
     async def responses() -> Response:
-        raise ApiError(404, _NO_RESPONSES)
+        said = f"there is no {prefix}/responses here, as answers are not kept: use {prefix}/chat/completions"
+        raise ApiError(404, said)
 
     return routes
 
@@ -131,14 +132,14 @@ class _Serving:
 
     @property
     def tokenizer(self) -> Any:
-        return self.service.apar.tokenizer
+        return self.service.facts.tokenizer
 
     @cached_property
     def guesses(self) -> GuessTexts:
         return GuessTexts(self.tokenizer)
 
     def card(self) -> dict[str, Any]:
-        name, context = self.service.model_name, context_of(self.service.apar)
+        name, context = self.service.model_name, self.service.facts.context
         return {
             **{"id": name, "object": "model", "created": self._created, "owned_by": "medusa-apar"},
             **{"root": name, "parent": None, "max_model_len": context},
@@ -163,7 +164,7 @@ async def _answer(
     service, texts = serving.service, TokenTexts.of(serving.tokenizer)
     form = form_of(texts, logprobs)
     id = service.new_id(form.prefix)
-    place = Place(service.apar, id, service.options.pool_slots, exchange_of(http).tenant)
+    place = Place(service.facts, id, service.backend.pool_slots, exchange_of(http).tenant)
 
     def translated() -> tuple[Asked, _Answer]:
         asked = translate(body, place)
@@ -297,5 +298,5 @@ class _Answer:
 def _tokens_of(service: Service, body: TokenizeBody) -> list[int]:
     if body.messages is not None:
         with refused("messages"):
-            return chat_ids(service.apar, body.messages)
-    return text_ids(service.apar, body.prompt or "", body.add_special_tokens is not False)
+            return chat_ids(service.facts, body.messages)
+    return text_ids(service.facts, body.prompt or "", body.add_special_tokens is not False)

@@ -38,6 +38,8 @@ HEADERS = {
     "Cache-Control": "no-cache",  # asked for anew each time, and answered 304 where nothing has changed
 }
 
+_API = b'<meta name="api" content="%s" />'  # where the page finds the API
+
 
 class File(NamedTuple):
     """tag: of its content, as HTTP's ETag writes it."""
@@ -54,14 +56,22 @@ def page_files() -> dict[str, File]:
     for entry in files(__package__).joinpath("page_files").iterdir():
         media_type = TYPES.get(entry.name.rpartition(".")[2])
         if media_type is not None:
-            content = entry.read_bytes()
-            found[entry.name] = File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+            found[entry.name] = _file(entry.read_bytes(), media_type)
     return found
 
 
-def router() -> APIRouter:
-    """`/` and `/page/NAME`. They need no key and tell nothing of the model: the page asks the API as clients do."""
-    routes, known = APIRouter(include_in_schema=False), page_files()
+def _file(content: bytes, media_type: str) -> File:
+    return File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+
+
+def router(prefix: str = "/v1") -> APIRouter:
+    """`/` and `/page/NAME`. They need no key and tell nothing of the model: the page asks the API as clients do.
+
+    prefix: of OpenAI's routes, which the page asks beside itself, wherever it is mounted.
+    """
+    routes, index = APIRouter(include_in_schema=False), page_files()["index.html"]
+    whole = index.content.replace(_API % b"v1/", _API % f"{prefix}/".lstrip("/").encode())
+    known = page_files() | {"index.html": _file(whole, index.media_type)}
 
     def answer(request: Request, file: File | None) -> Response:
         if file is None:
@@ -72,7 +82,7 @@ def router() -> APIRouter:
         return Response(file.content, media_type=file.media_type, headers=headers)
 
     @routes.api_route("/", methods=["GET", "HEAD"])
-    async def index(request: Request) -> Response:
+    async def whole_page(request: Request) -> Response:
         return answer(request, known["index.html"])
 
     @routes.api_route("/page/{name}", methods=["GET", "HEAD"])

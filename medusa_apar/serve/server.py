@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import socket
 import sys
@@ -116,8 +117,11 @@ class Server(uvicorn.Server):
 
 
 def _end(code: int) -> NoReturn:
-    """Ends the process at once: no thread that still computes is waited for, or torn while it does."""
+    """Ends the process at once, and the processes of its engine: no thread that still computes is waited for, or torn
+    while it does."""
     sys.stdout.flush()
+    for child in multiprocessing.active_children():
+        child.terminate()
     os._exit(code)
 
 

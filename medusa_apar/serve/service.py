@@ -8,20 +8,26 @@ import math
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request as HttpRequest
 
 from medusa_apar.engine.admission import QueueFull
-from medusa_apar.engine.async_engine import AsyncEngine, ThreadedEngine
-from medusa_apar.engine.engine import Engine
 from medusa_apar.engine.outputs import RequestOutput
-from medusa_apar.generate import MedusaApar
+from medusa_apar.facts import ModelFacts
+from medusa_apar.new_request import engine_request
+from medusa_apar.requests import CallOptions, Sampling
 from medusa_apar.threads.request import Request
 
+from .backends import Backend, NativeBackend
 from .errors import ApiError
 from .exchange import Exchange, exchange_of
 from .metrics import Metrics
 from .options import ServeOptions
+
+if TYPE_CHECKING:
+    from medusa_apar.engine.async_engine import AsyncEngine
+    from medusa_apar.generate import MedusaApar
 
 logger = logging.getLogger("medusa_apar.serve")
 
@@ -34,21 +40,22 @@ class Service:
     """One model and its engine, which many HTTP requests share.
 
     Args:
-        load: returns the model; called once, in the engine's thread.
+        backend: what answers; what returns the model is our own engine, over that.
         model_name: by which clients know it.
 
-    Attributes: `engine`, `metrics`, `options`, `model_name`, and `apar` once it is loaded. All methods belong to the
-    event loop.
+    Attributes: `backend`, `engine`, `metrics`, `options`, `model_name`, and `facts` once the model is loaded. All
+    methods belong to the event loop.
     """
 
-    def __init__(self, load: Callable[[], MedusaApar], model_name: str, options: ServeOptions | None = None) -> None:
+    def __init__(
+        self, backend: Backend | Callable[[], MedusaApar], model_name: str, options: ServeOptions | None = None
+    ) -> None:
         self.options = ServeOptions() if options is None else options
+        self.backend: Backend = NativeBackend(backend, self.options) if callable(backend) else backend
         self.model_name = model_name
-        self.engine: AsyncEngine = ThreadedEngine(self._make)
-        self.metrics = Metrics(self.engine.stats)
+        self.metrics = Metrics(lambda: self.engine.stats())
         self.failure: BaseException | None = None  # what ended the start
-        self._load = load
-        self._apar: MedusaApar | None = None
+        self._facts: ModelFacts | None = None
         self._ready = self._draining = self._said_broken = False
         self._places = math.inf  # answers that an idle engine takes at once
         self._settled, self._nobody = asyncio.Event(), asyncio.Event()
@@ -56,10 +63,14 @@ class Service:
         self.num_in_flight = 0  # HTTP requests that are answered now
 
     @property
-    def apar(self) -> MedusaApar:
-        if self._apar is None:
+    def engine(self) -> AsyncEngine:
+        return self.backend.engine
+
+    @property
+    def facts(self) -> ModelFacts:
+        if self._facts is None:
             raise self._unavailable()
-        return self._apar
+        return self._facts
 
     @property
     def state(self) -> str:
@@ -73,9 +84,9 @@ class Service:
     async def start(self) -> None:
         """Loads, makes the engine, and has it run its first steps. Raises what went wrong, which `failure` keeps."""
         try:
-            assert isinstance(self.engine, ThreadedEngine)
-            await self.engine.start()
-            first = self.apar.request("warm-up", [0], max_new_tokens=4)  # so that heads are asked too
+            self._facts = await self.backend.start()
+            # Of several tokens, so that heads are asked too.
+            first = engine_request(self._facts, "warm-up", [0], Sampling(), CallOptions(), max_new_tokens=4)
             async for output in self.engine.generate(first):
                 if output.error is not None:
                     raise output.error
@@ -204,10 +215,6 @@ class Service:
     async def close(self) -> None:
         self._draining = True
         await self.engine.close()
-
-    def _make(self) -> Engine:
-        self._apar = self._load()
-        return self._apar.engine(**self.options.engine_changes())
 
     def _unavailable(self) -> ApiError:
         said = {

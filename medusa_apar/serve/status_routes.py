@@ -28,6 +28,6 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": __version__}
+        return {"version": __version__, "engine": service.backend.name}
 
     return routes

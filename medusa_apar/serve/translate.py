@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from medusa_apar import checks
 from medusa_apar.events.texts import StopString, TokenTexts
-from medusa_apar.generate import MedusaApar
-from medusa_apar.models.families import context_length
+from medusa_apar.facts import ModelFacts
 from medusa_apar.new_request import engine_request
 from medusa_apar.requests import CallOptions, Sampling, mode_of
 from medusa_apar.threads.fork_policy import fork_policy
@@ -20,7 +19,7 @@ from medusa_apar.threads.request import Request
 from medusa_apar.verify.guides import Guide
 
 from .errors import ApiError, refused
-from .prompts import chat_ids, check_ids, context_of, prompts_of, tools_of
+from .prompts import chat_ids, check_ids, prompts_of, tools_of
 from .schemas import MOST_CHOICES, ChatBody, CompletionBody, Generation
 from .tool_calls import CLOSE, call_guide
 
@@ -40,7 +39,7 @@ class Place:
     tenant: whose prompts share cached beginnings.
     """
 
-    apar: MedusaApar
+    facts: ModelFacts
     id: str
     pool_slots: int | None = None
     tenant: str = ""
@@ -71,20 +70,20 @@ class Asked:
 def chat(body: ChatBody, place: Place) -> Asked:
     """ApiError 400 for what cannot be."""
     with refused("messages"):
-        prompt = chat_ids(place.apar, body.messages, tools_of(body, place.apar), fits=True)
+        prompt = chat_ids(place.facts, body.messages, tools_of(body, place.facts), fits=True)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     wanted = body.max_completion_tokens or body.max_tokens
     name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-    default = getattr(place.apar.model.generation_config, "max_new_tokens", None)
+    default = getattr(place.facts.generation_config, "max_new_tokens", None)
     return _asked(body, place, [prompt], logprobs, _Length(name, wanted, default))
 
 
 def completion(body: CompletionBody, place: Place) -> Asked:
     """ApiError 400 for what cannot be."""
-    prompts = prompts_of(body, place.apar)
+    prompts = prompts_of(body, place.facts)
     echoes = []
     if body.echo:
-        decode = TokenTexts.of(place.apar.tokenizer).decode
+        decode = TokenTexts.of(place.facts.tokenizer).decode
         texts = [p if isinstance(p, str) else decode(p) for p in body.prompt]
         echoes = [text for text in texts for _ in range(body.n or 1)]
     length = _Length("max_tokens", body.max_tokens, _COMPLETION_TOKENS)
@@ -107,7 +106,7 @@ def _scorings(asked: Asked, place: Place, logprobs: int, salt: dict[str, Any]) -
         name = f"{place.id}-prompt-{index}"
         how = {"score_from": 1, "max_new_tokens": 1, "logprobs": logprobs, **salt}
         with refused("prompt"):
-            return engine_request(place.apar, name, prompt, Sampling(), CallOptions(fork=False), **how)
+            return engine_request(place.facts, name, prompt, Sampling(), CallOptions(fork=False), **how)
 
     return [scoring(*each) for each in enumerate(asked.prompts)]
 
@@ -133,8 +132,8 @@ def _asked(
         raise ApiError(
             400, f"{len(prompts)} prompts times n={n} are more than {MOST_CHOICES} answers of one request.", param="n"
         )
-    options = _call_options(body, place.apar)
-    chosen = _sampling(body, place.apar)
+    options = _call_options(body, place.facts)
+    chosen = _sampling(body, place.facts)
     with refused():
         limits = [_limit(place, options, len(prompt), length) for prompt in prompts]
     shared: dict[str, Any] = {"logprobs": logprobs, "events": body.events, **_salt(body, place)}
@@ -149,8 +148,8 @@ def _asked(
         for prompt, limit in zip(prompts, limits, strict=True):
             for choice in range(n if limit else 0):
                 own = replace(options, seed=_seed(body.seed, choice))
-                name = f"{place.id}-{len(requests)}"
-                requests.append(engine_request(place.apar, name, prompt, sampling, own, max_new_tokens=limit, **shared))
+                name, its = f"{place.id}-{len(requests)}", shared | {"max_new_tokens": limit}
+                requests.append(engine_request(place.facts, name, prompt, sampling, own, **its))
     ends = frozenset() if body.ignore_eos or not requests else requests[0].options.eos_ids
     calls = None
     if body.may_call and not _is_formed(body):
@@ -166,19 +165,19 @@ def _salt(body: Generation, place: Place) -> dict[str, Any]:
     return {"cache_salt": f"tenant {place.tenant}"} if place.tenant else {}
 
 
-def _sampling(body: Generation, apar: MedusaApar) -> dict[str, Any]:
+def _sampling(body: Generation, facts: ModelFacts) -> dict[str, Any]:
     """Arguments of `Sampling` but for the seed; OpenAI's defaults where neither body nor model says anything."""
-    config = apar.model.generation_config
+    config = facts.generation_config
     known = {name: value for name in _DEFAULTS if (value := getattr(config, name, None)) is not None}
     asked = {name: value for name in (*_SET, "temperature") if (value := getattr(body, name)) is not None}
     if body.top_k is not None:
         asked["top_k"] = max(body.top_k, 0)  # -1 keeps all, as vLLM has it
     if body.stop_token_ids:
-        check_ids(apar, "stop_token_ids", body.stop_token_ids)
+        check_ids(facts, "stop_token_ids", body.stop_token_ids)
         asked["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias:
         asked["logit_bias"] = _bias(body.logit_bias)
-        check_ids(apar, "logit_bias", list(asked["logit_bias"]))
+        check_ids(facts, "logit_bias", list(asked["logit_bias"]))
     if (guide := _guide(body)) is not None:
         asked["guide"] = guide
     whole = {"temperature": 1.0} | known | asked
@@ -211,7 +210,7 @@ def _is_formed(body: Generation) -> bool:
     return body.response_format is not None and body.response_format.type != "text"
 
 
-def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
+def _call_options(body: Generation, facts: ModelFacts) -> CallOptions:
     ours = body.apar
     fork = None if ours is None else ours.fork
     whole = "response_format" if _is_formed(body) else "tools" if body.may_call else None
@@ -219,15 +218,15 @@ def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
         if fork not in (None, False, "off"):
             raise ApiError(400, f"apar.fork and {whole} exclude each other.", param="apar.fork")
         fork = False
-    max_threads = None if ours is None else ours.max_threads
-    if max_threads is not None and apar.max_threads is not None and max_threads > apar.max_threads:
+    max_threads, most = None if ours is None else ours.max_threads, facts.max_threads
+    if max_threads is not None and most is not None and max_threads > most:
         raise ApiError(
             400,
-            f"apar.max_threads is {max_threads}, but this server runs at most {apar.max_threads} threads of an answer.",
+            f"apar.max_threads is {max_threads}, but this server runs at most {most} threads of an answer.",
             param="apar.max_threads",
         )
     max_depth = None if ours is None else ours.max_depth
-    if fork is True and apar.control_token_ids is None:
+    if fork is True and facts.control_token_ids is None:
         raise ApiError(
             400, "apar.fork is true, but the model has no [Fork] and [Child] to fork with.", param="apar.fork"
         )
@@ -239,7 +238,7 @@ def _call_options(body: Generation, apar: MedusaApar) -> CallOptions:
 
 def _limit(place: Place, options: CallOptions, prompt: int, length: _Length) -> int:
     """Tokens of the answer, at most. ApiError 400, with the numbers, where prompt and answer cannot fit."""
-    context, slots = context_of(place.apar), place.pool_slots
+    context, slots = place.facts.context, place.pool_slots
     room = _room(place, options, prompt, context)
     default = (length.default or _CHAT_TOKENS) if room is None else min(room, length.default or room)
     limit = default if length.wanted is None else length.wanted
@@ -262,13 +261,13 @@ def _limit(place: Place, options: CallOptions, prompt: int, length: _Length) -> 
 
 def _room(place: Place, options: CallOptions, prompt: int, context: int | None) -> int | None:
     """Most tokens of an answer behind so long a prompt; None where nothing bounds it."""
-    slots, apar = place.pool_slots, place.apar
+    slots, facts = place.pool_slots, place.facts
     most = None if context is None else context - prompt
     if slots is None or most is not None and most <= 0:
         return most
-    depth = apar.max_depth if options.max_depth is None else options.max_depth
-    policy = fork_policy(mode_of(apar, options), None, depth, apar.tokenizer)
-    positions = context_length(apar.model)
+    depth = facts.max_depth if options.max_depth is None else options.max_depth
+    policy = fork_policy(mode_of(facts, options), None, depth, facts.tokenizer)
+    positions = facts.positions
 
     def needed(answer: int) -> int:
         """As `admission.check_fits` has it."""

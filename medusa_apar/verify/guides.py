@@ -49,12 +49,14 @@ class Guide:
 class Grammar:
     """A guide compiled for a tokenizer and a model's vocabulary; requests share it.
 
-    vocabulary: tokens that the model writes. end_ids: those that end a text which is complete. tokenizer_size: tokens
-        that the tokenizer has, at least as many.
+    schema: the guide's. vocabulary: tokens that the model writes. end_ids: those that end a text which is complete.
+    tokenizer_size: tokens that the tokenizer has, at least as many.
     """
 
-    def __init__(self, matcher: Any, vocabulary: int, end_ids: Collection[int], tokenizer_size: int) -> None:
-        self._matcher, self._tokenizer_size = matcher, tokenizer_size
+    def __init__(
+        self, schema: str, matcher: Any, vocabulary: int, end_ids: Collection[int], tokenizer_size: int
+    ) -> None:
+        self.schema, self._matcher, self._tokenizer_size = schema, matcher, tokenizer_size
         self.vocabulary, self.end_ids = vocabulary, frozenset(end_ids)
 
     @property
@@ -192,7 +194,7 @@ class _Compiler:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
             raise ValueError(f"the JSON schema is not supported: {_first_line(matcher.get_error())}")
-        return Grammar(matcher, self._vocabulary, self._end_ids, self._size)
+        return Grammar(guide.schema, matcher, self._vocabulary, self._end_ids, self._size)
 
 
 _compilers: weakref.WeakKeyDictionary[Any, dict[tuple, _Compiler]] = weakref.WeakKeyDictionary()

@@ -48,7 +48,7 @@ def test_options_of_the_model_reach_its_loading(served, monkeypatch):
     monkeypatch.setattr(loading, "load", lambda *names, **options: loaded.append((names, options)))
     for words in ((), ("m", "--heads", "none", "--speculation", "off", "--fork", "lists", "--max-threads", "4")):
         assert cli.main(["serve", *words]) == 0
-        served[-1]._load()
+        served[-1].backend._load()
     assert served[0].options == ServeOptions()
     (names, options), (_, others) = loaded
     assert names == ("smollm2-135m",) and options["heads"] == "auto" and options["speculation"] is None

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import medusa_apar
 from medusa_apar.commands import cli
-from medusa_apar.heads import MedusaHeads
+from medusa_apar.heads import MedusaHeads, vllm_layout
 from medusa_apar.heads.checkpoints import normalise, read
 from medusa_apar.heads.convert import LAYOUTS, convert
 from medusa_apar.models.head_files import FILES
@@ -22,11 +22,11 @@ HIDDEN, VOCABULARY = 16, 37
 MAP = [4, 30, 2, 11]
 
 
-def make_base(folder, dtype=torch.float32, tied=False, **save_options):
+def make_base(folder, dtype=torch.float32, tied=False, hidden=HIDDEN, vocabulary=VOCABULARY, **save_options):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -85,6 +85,17 @@ def in_vllm_names(state):
 
 def unembedding(base):
     return AutoModelForCausalLM.from_pretrained(base, dtype="auto").get_output_embeddings().weight.detach()
+
+
+def with_whole_rows(state, base):
+    """What vLLM's layout makes of heads with a token_map: rows that a head lacks are the base's."""
+    whole = dict(state)
+    token_map = whole.pop("token_map").long()
+    for key, rows in state.items():
+        if len(key.split(".")) == 3 and len(rows) == len(token_map):
+            whole[key] = unembedding(base).to(rows.dtype).clone()
+            whole[key][token_map] = rows
+    return whole
 
 
 def write(layout, folder, state, base, pickled=False, bias=True):
@@ -169,7 +180,7 @@ def test_there_and_back_again(bases, case):
         or (target == "apar" and not case["tied"])
     )
     with tempfile.TemporaryDirectory() as scratch:
-        a, b, again = (Path(scratch) / name for name in ("a", "b", "again"))
+        a, b, again, expected = (Path(scratch) / name for name in ("a", "b", "again", "expected"))
         write(source, a, state, base, case["pickled"], case["bias"])
         if not expressible:
             with pytest.raises(ValueError):
@@ -181,8 +192,11 @@ def test_there_and_back_again(bases, case):
         assert (read_from.heads, read_from.layers) == (written.heads, written.layers) == (case["heads"], case["layers"])
         assert written.bytes > 0
         convert(b, source, again, file_format="pt" if case["pickled"] and source in ("v1", "v2") else None)
-        assert all_tensors(again) == before
         assert all_tensors(a) == before
+        if case["token_map"] is not None and "vllm" in (source, target):
+            write(source, expected, with_whole_rows(state, base), base, case["pickled"], case["bias"])
+            before = all_tensors(expected)
+        assert all_tensors(again) == before
 
 
 def test_vllm_shared_rows_become_v1_and_return(tmp_path, base):
@@ -203,6 +217,57 @@ def test_the_same_logits_in_every_layout(tmp_path, base):
         convert(tmp_path / "v2", layout, tmp_path / layout, base=str(base))
         again = MedusaHeads.from_pretrained(tmp_path / layout, model)
         torch.testing.assert_close(again.logits(x), heads.logits(x))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_truncated_vocabulary_is_whole_for_vllm(tmp_path, base, capsys, own):
+    state = blocks_and_rows(2, 1, own, rows=len(MAP)) | {"token_map": torch.tensor(MAP)}
+    write("v1" if own else "v2", tmp_path / "a", state, base)
+    (tmp_path / "a" / "config.json").write_text("{}")  # whose heads they are, the command has to be told
+    command = ["convert", str(tmp_path / "a"), "--to", "vllm", "--out", str(tmp_path / "b")]
+    assert "--base" in refused(capsys, *command[1:])
+    assert cli.main([*command, "--base", str(base)]) == 0
+    assert "token_map is left out, as vLLM cannot load it" in capsys.readouterr().err
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCABULARY,
+        "truncated_vocab_size": VOCABULARY,
+        "num_heads": 2,
+        "num_hidden_layers": 1,
+        "medusa_fc_bias": True,
+        "original_lm_head": not own,
+        "base_model_name_or_path": "",
+    }
+    expected = in_vllm_names(with_whole_rows(state, base)) | ({} if own else {"lm_head.weight": unembedding(base)})
+    written = load_file(tmp_path / "b" / "model.safetensors")
+    assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
+
+
+def test_a_drafter_for_the_model_that_vllm_serves(tmp_path, base):
+    """Which may have gained tokens since the heads were made; another model's heads are refused."""
+    write("v1", tmp_path / "v1", blocks_and_rows(3, 1, True, torch.float16), base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(VOCABULARY + 5, mean_resizing=False)
+    model.save_pretrained(tmp_path / "grown")
+    assert vllm_layout.export(tmp_path / "v1", tmp_path / "grown", tmp_path / "out", torch.bfloat16) == 3
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vocab_size"] == config["truncated_vocab_size"] == VOCABULARY + 5 and not config["original_lm_head"]
+    old, new = blocks_and_rows(3, 1, True, torch.float16)["2.1.weight"], unembedding(tmp_path / "grown")
+    rows = load_file(tmp_path / "out" / "model.safetensors")["lm_heads.2.weight"]
+    assert torch.equal(rows, torch.cat([old, new[VOCABULARY:].half()]).bfloat16())
+    assert vllm_layout.export(tmp_path / "out", tmp_path / "grown", tmp_path / "out") == 3  # in place of what was there
+    for width, tokens, words in (
+        (2 * HIDDEN, VOCABULARY, f"these heads have hidden size {HIDDEN}, and the base has {2 * HIDDEN}"),
+        (HIDDEN, VOCABULARY - 1, f"these heads draft from {VOCABULARY} tokens, and the base has {VOCABULARY - 1}"),
+    ):
+        make_base(tmp_path / "other", hidden=width, vocabulary=tokens)
+        with pytest.raises(ValueError, match=words):
+            vllm_layout.export(tmp_path / "v1", tmp_path / "other", tmp_path / "new")
+    with pytest.raises(FileExistsError, match="holds a model"):
+        vllm_layout.export(tmp_path / "v1", base, base)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_medusa_2_model_is_still_the_model(tmp_path, base):
@@ -325,7 +390,7 @@ def test_refusals(tmp_path, base, capsys):
         (("v1", "--to", "apar"), "residual blocks differ"),
         (("v2", "--to", "medusa2"), "draft from 4 of the vocabulary's tokens, and the medusa2 layout has no token_map"),
         (("v2", "--to", "apar"), "no token_map"),
-        (("orphan", "--to", "vllm"), "name the base model with --base: the vllm layout holds a copy"),
+        (("orphan", "--to", "vllm"), "name the base model with --base: vLLM's layout holds rows of its unembedding"),
         (("orphan", "--to", "medusa2"), "a medusa2 model holds its weights"),
         (("hydra", "--to", "v2"), "holds hydra heads, which exist in no other format"),
         (("nothing/at/all", "--to", "v2"), "is no file, folder or Hub id"),

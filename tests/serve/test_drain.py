@@ -113,9 +113,8 @@ def test_a_drain_waits_for_no_client_that_neither_reads_nor_sends(apar, monkeypa
         unsent.close()
 
 
-def test_a_server_whose_first_step_has_failed_is_not_ready():
-    apar = tiny_apar()
-    apar.request = lambda *_, **__: 1 / 0
+def test_a_server_whose_first_step_has_failed_is_not_ready(apar, monkeypatch):
+    monkeypatch.setattr(services, "engine_request", lambda *_, **__: 1 / 0)
 
     async def start():
         service = Service(lambda: apar, "tiny")

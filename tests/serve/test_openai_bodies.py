@@ -23,7 +23,7 @@ NAMES = {f"x{n}": n for n in range(MANY)}
 @pytest.fixture(scope="module")
 def place():
     """A model that cannot fork."""
-    return Place(medusa_apar.attach(byte_model(), tokenizer=byte_tokenizer()), "id")
+    return Place(medusa_apar.attach(byte_model(), tokenizer=byte_tokenizer()).facts, "id")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_true_is_refused_where_nothing_can_fork(place):
 
 
 def test_a_text_much_too_long_is_refused_before_it_is_tokenized(place, monkeypatch):
-    monkeypatch.setattr(type(place.apar.tokenizer), "_encode_plus", None)
+    monkeypatch.setattr(type(place.facts.tokenizer), "_encode_plus", None)
     said = "context has 1024 tokens, but the prompt has [0-9]+ or more"
     for prompt in ("a" * 20_000, ["a", "é" * 20_000]):
         with pytest.raises(ApiError, match=said) as refused:

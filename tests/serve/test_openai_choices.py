@@ -21,8 +21,8 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "flag", "schema": SCHEM
 
 
 @pytest.fixture(scope="module")
-def server():
-    with byte_server(seed=3) as server:
+def server(engine):
+    with byte_server(seed=3, engine=engine) as server:
         yield server
 
 

@@ -20,8 +20,8 @@ CONTEXT = 512
 
 
 @pytest.fixture(scope="module")
-def server():
-    with byte_server(seed=3) as server:
+def server(engine):
+    with byte_server(seed=3, engine=engine) as server:
         yield server
 
 

@@ -23,8 +23,8 @@ quickly = settings(max_examples=10, deadline=None, suppress_health_check=[Health
 
 
 @pytest.fixture(scope="module")
-def server():
-    with byte_server(seed=3, max_requests=8) as server:
+def server(engine):
+    with byte_server(seed=3, max_requests=8, engine=engine) as server:
         yield server
 
 

@@ -12,8 +12,8 @@ PLAIN = {"echo": True, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def server():
-    with byte_server(seed=3) as server:
+def server(engine):
+    with byte_server(seed=3, engine=engine) as server:
         yield server
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from tests.support.bytes_writer import bytes_writer
 from tests.support.serving import Running, running
@@ -16,15 +16,15 @@ QUESTION = [{"role": "user", "content": "aé?"}]
 
 
 @contextmanager
-def byte_server(seed: int = 0, **options: Any) -> Iterator[Server]:
+def byte_server(seed: int = 0, engine: str = "native", **options: Any) -> Iterator[Server]:
     json_type = {"Content-Type": "application/json"}  # of bodies that a test writes itself
-    with running(lambda: bytes_writer(seed), **options) as its, its.client(headers=json_type) as client:
+    with running(lambda: bytes_writer(seed), engine=engine, **options) as its, its.client(headers=json_type) as client:
         yield Server(its, client)
 
 
 class Server:
     def __init__(self, its: Running, client: Any) -> None:
-        self.its, self.client, self.apar = its, client, its.service.apar
+        self.its, self.client, self.apar = its, client, cast(Any, its.service.backend).apar
         self.tokenizer: Any = self.apar.tokenizer
 
     def ask(self, path: str, **body: Any) -> dict[str, Any]:

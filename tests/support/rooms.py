@@ -17,7 +17,7 @@ ROOMS = {
     "commands": ("commands",),
     "eval": ("eval",),
     "serve": ("serve",),
-    "top": ("generate", "call", "requests", "new_request", "loading", "output", "checks", "custom_generate"),
+    "top": ("generate", "call", "facts", "requests", "new_request", "loading", "output", "checks", "custom_generate"),
     "heads": ("heads",),
     "display": ("display",),
     "engine": ("engine",),

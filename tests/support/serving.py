@@ -25,12 +25,16 @@ from pydantic import BaseModel
 
 import medusa_apar
 from medusa_apar import MedusaApar
+from medusa_apar.new_request import engine_request
+from medusa_apar.requests import CallOptions, Sampling
 from medusa_apar.serve.app import create_app
+from medusa_apar.serve.backends import NativeBackend
 from medusa_apar.serve.options import ServeOptions
 from medusa_apar.serve.server import Server, listen, serve
 from medusa_apar.serve.service import Service
 from medusa_apar.threads.request import Request
 from tests.support.models import CONTROL, forking_model
+from tests.support.stand_in_vllm import StandInBackend
 from tests.support.tokenizers import tiny_tokenizer
 
 PLAIN: Any = {"trust_env": False, "verify": False}  # reading certificates is what takes a client its time
@@ -72,8 +76,9 @@ def tokens_router(service: Service, hold: Hold) -> APIRouter:
     @routes.post("/v1/tokens")
     async def tokens(body: Asked, http: HttpRequest) -> Any:
         slow = body.held or body.pause
-        request = service.apar.request(
-            service.new_id(), body.prompt, max_new_tokens=body.max_tokens, fork="off" if slow else "auto"
+        asked = CallOptions(fork="off" if slow else "auto")
+        request = engine_request(
+            service.facts, service.new_id(), body.prompt, Sampling(), asked, max_new_tokens=body.max_tokens
         )
         if slow:
             stop = hold if body.held else _pausing(body.pause)
@@ -146,9 +151,10 @@ def wait_until(true: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def running(load: Any, ready: bool = True, **options: Any) -> Iterator[Running]:
+def running(load: Any, ready: bool = True, engine: str = "native", **options: Any) -> Iterator[Running]:
     """A server in a thread of this process, which no signal reaches: `server.handle_exit` stands for one."""
-    service = Service(load, "tiny", ServeOptions(port=0, access_log=False, **options))
+    chosen = ServeOptions(port=0, access_log=False, **options)
+    service = Service({"native": NativeBackend, "vllm": StandInBackend}[engine](load, chosen), "tiny", chosen)
     hold, listener = Hold(), listen("127.0.0.1", 0)
     server = Server(service, create_app(service, [tokens_router(service, hold)]))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)

@@ -13,6 +13,8 @@ export class Refused extends Error {
 // No answer, or one that broke off.
 export class Gone extends Error {}
 
+// Where OpenAI's routes lie, seen from the page.
+const API = document.querySelector('meta[name="api"]').content;
 const KEY = "medusa-apar key";
 
 // For this tab alone, and forgotten with it.
@@ -45,7 +47,7 @@ async function ask(path, options = {}) {
 }
 
 export async function modelName() {
-  const models = await (await ask("v1/models")).json();
+  const models = await (await ask(`${API}models`)).json();
   return models.data[0].id;
 }
 
@@ -59,7 +61,7 @@ export async function isReady() {
 
 // The chunks of an answer. Aborting the signal hangs up, at which the server stops within a step.
 export async function* chunks(body, signal) {
-  const response = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
+  const response = await ask(`${API}chat/completions`, { method: "POST", body: JSON.stringify(body), signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {

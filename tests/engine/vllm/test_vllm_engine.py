@@ -1,0 +1,438 @@
+"""The engine over vLLM, asked through a stand-in: under any schedule the native engine's text, or one clear error."""
+
+import asyncio
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+
+from medusa_apar.engine.admission import QueueFull
+from medusa_apar.engine.engine import Engine
+from medusa_apar.engine.vllm.options import VllmOptions
+from medusa_apar.engine.vllm.vllm_engine import VllmEngine
+from medusa_apar.events.recording import Recording
+from medusa_apar.runtimes.pick import pick_runtime
+from medusa_apar.threads.control_tokens import ControlTokens
+from medusa_apar.threads.fork_policy import ControlTokenForks
+from medusa_apar.threads.fork_rule import ForkRule
+from medusa_apar.threads.request import Request, RequestOptions, Status
+from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
+from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
+from tests.support import clockwork
+from tests.support.models import CHILD, CONTROL, EOS, FORK, forking_model
+from tests.support.stand_in_vllm import Model, SpokenPlainly, StandIn
+
+PROMPTS = [[7, 8, 9 + n, 10] for n in range(6)]
+CONTEXT = 256
+
+
+@cache
+def parts():
+    model = forking_model(13, "wide_llama")  # some of its answers have dozens of threads
+    return model, pick_runtime(model, "torch", None, "auto"), Model(model)
+
+
+def request(name, prompt, limit=24, **changes):
+    how = {"eos_ids": frozenset({EOS}), "policy": ControlTokenForks(), "rule": ForkRule.of(CONTROL)}
+    return Request(name, prompt, RequestOptions(max_new_tokens=limit, **how | changes))
+
+
+def native(its):
+    model, runtime, _ = parts()
+    with Engine(model, runtime) as engine:
+        engine.add(its)
+        outputs = []
+        while engine.unfinished:
+            outputs += engine.step()
+    return its.text_ids, its.finish_reason, [each for output in outputs for each in output.logprobs]
+
+
+@cache
+def written(number, limit=24):
+    return native(request("alone", PROMPTS[number], limit))
+
+
+def engine_of(client, **options):
+    return VllmEngine(client, CONTEXT, VllmOptions(**options), dialect=SpokenPlainly())
+
+
+async def answer(engine, its):
+    outputs = [output async for output in engine.generate(its)]
+    assert all(output.finish_reason is None for output in outputs[:-1])
+    return [token for output in outputs for token in output.token_ids], outputs[-1]
+
+
+async def left_nothing(engine, client):
+    """No task, no stream, no answer."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert client.open == 0 and engine.stats().running == engine.stats().waiting == engine._shared.rows == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+SCHEDULES = {
+    "seed": st.integers(0, 2**32),
+    "longest_delta": st.integers(1, 5),
+    "refuses": st.sampled_from([0.0, 0.1, 0.5]),
+}
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    **SCHEDULES,
+    free_rows=st.sampled_from([0.5, 3.0, 1000.0]),
+    asked=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([5, 12, 24])), min_size=1, max_size=5),
+    most=st.sampled_from([1, 2, None]),
+    ranks=st.integers(1, 3),
+)
+def test_no_schedule_shows(seed, longest_delta, refuses, free_rows, asked, most, ranks):
+    client = StandIn(parts()[2], seed, longest_delta, refuses)
+
+    async def run():
+        engine = engine_of(client, max_requests=most, free_rows=free_rows, data_parallel_size=ranks)
+        each = [request(str(n), PROMPTS[number], limit) for n, (number, limit) in enumerate(asked)]
+        answers = await asyncio.gather(*(answer(engine, its) for its in each))
+        await left_nothing(engine, client)
+        return answers
+
+    for (ids, last), (number, limit) in zip(clockwork.run(run()), asked, strict=True):
+        assert (ids, last.finish_reason) == written(number, limit)[:2]
+    assert all(len(used) == 1 for used in client.ranks.values())  # where the prefix cache has the rest of the answer
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SCHEDULES, dies_after=st.integers(1, 150))
+def test_a_core_that_dies_fails_each_answer_once(seed, longest_delta, refuses, dies_after):
+    client = StandIn(parts()[2], seed, longest_delta, refuses, dies_after)
+
+    async def run():
+        engine = engine_of(client)
+        tasks = [answer(engine, request(str(n), prompt)) for n, prompt in enumerate(PROMPTS)]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert engine.healthy is not client.errored
+        if client.errored:
+            with pytest.raises(RuntimeError, match="the engine has broken"):
+                await answer(engine, request("late", PROMPTS[0]))
+        await left_nothing(engine, client)
+        return results
+
+    for number, result in enumerate(clockwork.run(run())):
+        if isinstance(result, BaseException):
+            assert isinstance(result, RuntimeError) and "the engine has broken" in str(result) and client.errored
+        else:
+            assert result[0] == written(number)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SCHEDULES, goes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), max_size=4))
+def test_readers_that_go_leave_nothing(seed, longest_delta, refuses, goes):
+    """Whoever goes, whenever: its requests of vLLM are closed, and the others' texts are what they were."""
+    client = StandIn(parts()[2], seed, longest_delta, refuses)
+    gone = dict(goes)
+
+    async def some(engine, number):
+        stream = engine.generate(request(str(number), PROMPTS[number]))
+        for _ in range(gone[number]):
+            if (await anext(stream, None)) is None:
+                break
+        await stream.aclose()
+
+    async def run():
+        engine = engine_of(client, max_requests=4)
+        work = [
+            some(engine, number) if number in gone else answer(engine, request(str(number), PROMPTS[number]))
+            for number in range(6)
+        ]
+        results = await asyncio.gather(*work)
+        await left_nothing(engine, client)
+        return results
+
+    for number, result in enumerate(clockwork.run(run())):
+        assert number in gone or result[0] == written(number)[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    **SCHEDULES,
+    number=st.integers(0, 5),
+    changes=st.sampled_from(
+        [
+            {"logprobs": 2},
+            {"rule": ForkRule.of(CONTROL, fork=False)},
+            {"rule": ForkRule.of(CONTROL, max_depth=1)},
+            {"ignore_eos": True},
+            {"stop_ids": frozenset({11, 12, 13, 14, 15})},
+            {"fork_if": lambda point: sum(point.path_ids) % 2 == 0},
+            {"max_threads": 1},
+            {"processors": (MinTokensLogitsProcessor(4, 20, [EOS], CONTROL),)},
+            {
+                "processors": (MinTokensLogitsProcessor(4, 12, [11, 12, 13, 14, 15], CONTROL, True),),
+                "stop_ids": frozenset({11, 12, 13, 14, 15}),
+            },
+            {"stop": lambda its: len(its.text) > 2 and sum(its.text_ids[-2:]) % 9 == 0},
+        ]
+    ),
+)
+def test_what_a_request_asks_for_is_what_the_native_engine_does(seed, longest_delta, refuses, number, changes):
+    client = StandIn(parts()[2], seed, longest_delta, refuses)
+
+    async def run():
+        engine = engine_of(client)
+        outputs = [output async for output in engine.generate(request("a", PROMPTS[number], **changes))]
+        await left_nothing(engine, client)
+        return outputs
+
+    outputs = clockwork.run(run())
+    ids, reason, told = native(request("alone", PROMPTS[number], **changes))
+    assert [token for output in outputs for token in output.token_ids] == ids
+    assert outputs[-1].finish_reason == reason
+    logprobs = [each for output in outputs for each in output.logprobs]
+    assert [each.logprob for each in logprobs] == pytest.approx([each.logprob for each in told], abs=1e-4)
+    assert [[id for id, _ in each.top] for each in logprobs] == [[id for id, _ in each.top] for each in told]
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SCHEDULES, number=st.integers(0, 5))
+def test_events_tell_the_whole_answer(seed, longest_delta, refuses, number):
+    client = StandIn(parts()[2], seed, longest_delta, refuses)
+
+    async def run():
+        engine = engine_of(client)
+        return [output async for output in engine.generate(request("a", PROMPTS[number], events=True))]
+
+    outputs = clockwork.run(run())
+    recording = Recording.of([event for output in outputs for event in output.events])
+    text = [thread.tokens[index] for thread, index in recording.text("a")]
+    assert text[: len(written(number)[0])] == [token for output in outputs for token in output.token_ids]
+    assert all(thread.ended for thread in recording.tree_of("a").threads)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds=st.lists(st.integers(0, 2**32), min_size=2, max_size=2), number=st.integers(0, 5), noise=st.integers(0, 9))
+def test_a_seed_gives_one_text_whatever_comes_when(seeds, number, noise):
+    """vLLM's noise comes from the seed of each request: threads have their own, and sampled ones never stop halfway."""
+
+    async def run(seed):
+        client = StandIn(parts()[2], seed, 4, 0.2)
+        engine = engine_of(client, free_rows=0.5)
+        its = request("a", PROMPTS[number], seed=noise, processors=(TemperatureLogitsWarper(0.7),))
+        return await answer(engine, its)
+
+    (one, _), (other, _) = (clockwork.run(run(seed)) for seed in seeds)
+    assert one == other
+
+
+def test_threads_of_one_answer_have_noise_of_their_own():
+    client, seeds = StandIn(parts()[2]), []
+
+    class Watched(SpokenPlainly):
+        def params_of(self, stretch):
+            seeds.append(stretch.sampling.seed)
+            return stretch
+
+    async def run():
+        engine = VllmEngine(client, CONTEXT, dialect=Watched())
+        await answer(engine, request("a", PROMPTS[0], 60, seed=3))
+
+    clockwork.run(run())
+    assert len(seeds) > 3 and len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_what_is_read_first_goes_first():
+    """Children before what their parent writes behind them, in their order; an answer before those that came later."""
+    client = StandIn(parts()[2])
+
+    async def run():
+        engine = engine_of(client, free_rows=1000.0)
+        each = [request(str(n), prompt, 60) for n, prompt in enumerate(PROMPTS)]
+        await asyncio.gather(*(answer(engine, its) for its in each))
+        return each
+
+    compared = 0
+    for number, its in enumerate(clockwork.run(run())):
+        of = {
+            its.tree.threads[int(name.split(".")[1])]: value
+            for name, value in client.priorities.items()
+            if name.split(".")[0] == str(number)
+        }
+        for thread, value in of.items():
+            siblings = [of[child] for child in thread.children if child in of]
+            assert siblings == sorted(set(siblings)) and all(child < value for child in siblings)
+            compared += len(siblings)
+        others = [value for name, value in client.priorities.items() if int(name.split(".")[0]) > number]
+        assert all(max(of.values()) < other for other in others)
+    assert compared > 20
+
+
+def test_little_is_written_in_vain_where_rows_are_dear():
+    def waste(free_rows):
+        client = StandIn(parts()[2], longest_delta=1)
+
+        async def run():
+            engine = engine_of(client, free_rows=free_rows)
+            texts = await asyncio.gather(*(answer(engine, request(str(n), p, 60)) for n, p in enumerate(PROMPTS)))
+            return sum(len(ids) for ids, _ in texts)
+
+        return client.written / clockwork.run(run())
+
+    client_waste = waste(0.5), waste(1000.0)
+    assert client_waste[0] < 0.8 * client_waste[1]
+
+
+def test_answers_are_admitted_and_not_threads():
+    client = StandIn(parts()[2])
+
+    async def run():
+        engine = engine_of(client, max_requests=1, max_waiting=1)
+        streams = [engine.generate(request(str(n), PROMPTS[n])) for n in range(3)]
+        firsts = [await anext(stream) for stream in streams[:2]]
+        assert not any(first.token_ids for first in firsts)
+        with pytest.raises(QueueFull, match="1 requests are waiting"):
+            await anext(streams[2])
+        assert engine.stats().places == 0 and engine.stats().waiting == 1
+        rest = [[output async for output in stream] for stream in streams[:2]]
+        await left_nothing(engine, client)
+        return rest
+
+    for number, outputs in enumerate(clockwork.run(run())):
+        assert [token for output in outputs for token in output.token_ids] == written(number)[0]
+
+
+@pytest.mark.parametrize(
+    "changes, error, said",
+    [
+        ({"scores": True}, NotImplementedError, "vLLM has no scores"),
+        ({"typical": object(), "seed": 1}, NotImplementedError, "vLLM has no typical acceptance"),
+        ({"processors": (lambda ids, scores: scores,)}, NotImplementedError, "no logits processors"),
+        ({"score_from": 5}, ValueError, None),
+    ],
+)
+def test_what_cannot_be_is_refused_before_vllm_is_asked(changes, error, said):
+    client = StandIn(parts()[2])
+
+    async def run():
+        prompt = list(range(7, 7 + CONTEXT % 50)) * 50 if said is None else PROMPTS[0]
+        with pytest.raises(error, match=said or "max_model_len is 256"):
+            await answer(engine_of(client), request("a", prompt, **changes))
+
+    clockwork.run(run())
+    assert client.asked == 0
+
+
+def test_presence_and_frequency_penalties_keep_an_answer_to_one_thread():
+    """A child's request of vLLM does not know what was written before it."""
+    client = StandIn(parts()[2])
+
+    async def run():
+        processors = (PresenceFrequencyLogitsProcessor(4, 0.5, 0.0, CONTROL.ids),)
+        its = request("a", PROMPTS[0], 60, processors=processors)
+        await answer(engine_of(client), its)
+        return its
+
+    assert len(clockwork.run(run()).tree.threads) == 1
+    assert len(native(request("a", PROMPTS[0], 60))[0]) and client.asked >= 1
+
+
+def test_an_error_of_one_request_is_its_own():
+    client = StandIn(parts()[2], fails=lambda path: LookupError("of a request") if path[2] == 10 else None)
+
+    async def run():
+        engine = engine_of(client)
+        bad, good = await asyncio.gather(
+            answer(engine, request("bad", PROMPTS[1])), answer(engine, request("good", PROMPTS[0]))
+        )
+        assert engine.healthy
+        await left_nothing(engine, client)
+        return bad, good
+
+    (_, last), (ids, _) = clockwork.run(run())
+    assert last.finish_reason == "error" and isinstance(last.error, LookupError)
+    assert ids == written(0)[0]
+
+
+def test_a_prompt_is_scored():
+    client, prompt = StandIn(parts()[2]), [7, 8, 9, 10, 11, 12]
+
+    def its():
+        return request("a", prompt, 1, score_from=1, logprobs=2, rule=None, policy=ControlTokenForks())
+
+    async def run():
+        return [output async for output in engine_of(client).generate(its())]
+
+    model, runtime, _ = parts()
+    with Engine(model, runtime) as engine:
+        engine.add(its())
+        expected = [output for _ in range(9) for output in engine.step()][-1].prompt_logprobs
+    told = clockwork.run(run())[-1].prompt_logprobs
+    assert [each.logprob for each in told] == pytest.approx([each.logprob for each in expected], abs=1e-4)
+    assert [[id for id, _ in each.top] for each in told] == [[id for id, _ in each.top] for each in expected]
+
+
+def test_drain_waits_and_close_does_not():
+    async def run(timeout):
+        client = StandIn(parts()[2])
+        engine = engine_of(client)
+        task = asyncio.create_task(answer(engine, request("a", PROMPTS[0])))
+        await asyncio.sleep(0)
+        done = await engine.drain(timeout)
+        assert not engine.healthy
+        with pytest.raises(RuntimeError, match="takes no requests"):
+            await answer(engine, request("late", PROMPTS[0]))
+        try:
+            return done, (await task)[0]
+        except RuntimeError as error:
+            return done, str(error)
+
+    assert clockwork.run(run(None)) == (True, written(0)[0])
+    assert clockwork.run(run(0.0)) == (False, "the engine was closed.")
+
+
+def test_an_abort_by_another_ends_the_iterator():
+    client = StandIn(parts()[2])
+
+    async def run():
+        engine = engine_of(client)
+        its, reasons = request("a", PROMPTS[0], 200), []
+        async for output in engine.generate(its):
+            engine.abort(its)
+            reasons.append(output.finish_reason)
+        engine.abort(its)  # one that has ended stays as it is
+        await left_nothing(engine, client)
+        return reasons, its.status
+
+    reasons, status = clockwork.run(run())
+    assert reasons[-1] == "aborted" and set(reasons[:-1]) <= {None} and status is Status.ABORTED
+
+
+def test_a_penalty_that_reads_the_prompt_goes_along():
+    """vLLM's repetition penalty reads a request's prompt, which is the path, as ours does."""
+    seen = []
+
+    class Watched(SpokenPlainly):
+        def params_of(self, stretch):
+            seen.append(stretch.sampling.repetition_penalty)
+            return stretch
+
+    async def run():
+        engine = VllmEngine(StandIn(parts()[2]), CONTEXT, dialect=Watched())
+        await answer(engine, request("a", PROMPTS[0], processors=(RepetitionPenaltyLogitsProcessor(1.3),)))
+
+    clockwork.run(run())
+    assert set(seen) == {1.3}
+
+
+def test_the_stand_in_forks_as_vllm_may():
+    """Bans of sequences do not see the prompt: the stand-in, as vLLM, does write a `[Fork]` where none may be."""
+    client = StandIn(parts()[2])
+    rule = ForkRule.of(ControlTokens(FORK, CHILD))
+
+    async def run():
+        engine = engine_of(client)
+        each = [request(str(n), prompt, 60, rule=rule) for n, prompt in enumerate(PROMPTS)]
+        await asyncio.gather(*(answer(engine, its) for its in each))
+        return each
+
+    asked = sum(len(its.tree.threads) for its in clockwork.run(run()))
+    assert client.asked > asked  # parts that were asked again with `[Fork]` banned
