@@ -38,7 +38,8 @@ class Prepared:
     control: ControlTokens | None
 
     def command(self, *module: str) -> tuple[str, ...]:
-        return (str(self.python), *module, "--host", HOST, "--port", "{port}", "--dtype", "bfloat16")
+        # -P: vLLM would take a `triton_kernels` in the working folder, a checkout of ours, for the one that it knows.
+        return (str(self.python), "-P", *module, "--host", HOST, "--port", "{port}", "--dtype", "bfloat16")
 
 
 def check(names: Sequence[str], model: str) -> None:

@@ -177,7 +177,12 @@ def test_ours_over_vllm_differ_in_forking_and_heads_alone(on_vllm, tmp_path):
 def test_vllm_and_ours_over_it_have_one_python_and_the_same_variables(on_vllm):
     theirs, ours = on_vllm["vllm"], on_vllm["vllm-threads"]
     assert theirs.command[0] == ours.command[0] == str(serve_vllm.peers.VLLM.python)
-    assert "-E" in theirs.command and "-E" not in ours.command and "--no-enable-prefix-caching" in theirs.command
+    assert (
+        theirs.command[1] == ours.command[1] == "-P"
+        and "-E" in theirs.command
+        and "-E" not in ours.command
+        and "--no-enable-prefix-caching" in theirs.command
+    )
     own = {"PYTHONPATH": str(peer_files.own_package()), "MEDUSA_APAR_API_KEY": ""}
     assert ours.variables == theirs.variables | own and theirs.variables["OMP_NUM_THREADS"] == "2"
     assert theirs.body == {"logit_bias": {str(token): -100 for token in CONTROL.ids}} and not ours.body
@@ -186,7 +191,7 @@ def test_vllm_and_ours_over_it_have_one_python_and_the_same_variables(on_vllm):
 
 def test_our_command_knows_its_part_of_what_ours_over_vllm_are_started_with(on_vllm):
     for name in serve_vllm.OURS:
-        asked = [part.replace("{port}", "8000") for part in on_vllm[name].command[3:]]
+        asked = [part.replace("{port}", "8000") for part in on_vllm[name].command[4:]]
         args, flags = parser().parse_known_args(asked)
         assert (args.command, args.engine, args.dtype, args.max_requests) == ("serve", "vllm", "bfloat16", 8)
         assert args.prefix_cache and not args.access_log and args.port == 8000
