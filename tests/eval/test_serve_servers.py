@@ -176,13 +176,8 @@ def test_ours_over_vllm_differ_in_forking_and_heads_alone(on_vllm, tmp_path):
 
 def test_vllm_and_ours_over_it_have_one_python_and_the_same_variables(on_vllm):
     theirs, ours = on_vllm["vllm"], on_vllm["vllm-threads"]
-    assert theirs.command[0] == ours.command[0] == str(serve_vllm.peers.VLLM.python)
-    assert (
-        theirs.command[1] == ours.command[1] == "-P"
-        and "-E" in theirs.command
-        and "-E" not in ours.command
-        and "--no-enable-prefix-caching" in theirs.command
-    )
+    assert theirs.command[:2] == ours.command[:2] == (str(serve_vllm.peers.VLLM.python), "-P")
+    assert "-E" in theirs.command and "-E" not in ours.command and "--no-enable-prefix-caching" in theirs.command
     own = {"PYTHONPATH": str(peer_files.own_package()), "MEDUSA_APAR_API_KEY": ""}
     assert ours.variables == theirs.variables | own and theirs.variables["OMP_NUM_THREADS"] == "2"
     assert theirs.body == {"logit_bias": {str(token): -100 for token in CONTROL.ids}} and not ours.body
