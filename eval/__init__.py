@@ -46,6 +46,10 @@ Threads on vLLM:
 
     vllm_answers.py    the same questions answered by our own engine and by ours over vLLM
     vllm_parallel.py   whether they are equal where vLLM divides the model, or its answers
+    cluster.py         many engines of vLLM, simulated: threads against one thread an answer
+    cluster_answers.py what answers ask of those engines, step by step
+    cluster_engine.py  which requests an engine runs, and which blocks of KV they hold
+    cluster_trees.py   recorded paragraph trees, how long and where they fork
 
 Servers that have to stand all of it:
 

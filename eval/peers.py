@@ -150,8 +150,13 @@ def _refuse_for_medusa(name: str, apar: MedusaApar, model: str) -> None:
     config: Any = apar.model.config
     if config.model_type != "llama" or apar.model.dtype != torch.float32:
         raise ValueError(f"{name} runs Llamas in float32, and this is a {config.model_type} in {apar.model.dtype}")
+    medusa_heads(name, model)
+
+
+def medusa_heads(name: str, model: str) -> Path:
+    """Where the Medusa heads lie that come with a model. ValueError, for the system `name`, where none do."""
     try:
-        heads_name("medusa", locate(model))
+        return Path(heads_name("medusa", locate(model)))
     except FileNotFoundError as error:
         raise ValueError(f"{name} needs Medusa heads that come with the model, in a folder `medusa`") from error
 

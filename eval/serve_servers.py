@@ -73,6 +73,7 @@ def prepare(names: Sequence[str], serving: Serving, folder: Path, url: str | Non
 
 def check(names: Sequence[str], model: str) -> None:
     """ValueError, before anything is loaded, where a peer cannot answer with this model."""
+    serve_vllm.check(names, model)
     for name in names:
         if name in (LLAMA_Q4, LLAMA_Q8) and (base := locate(model).base) not in hub.EMBEDDED:
             raise ValueError(f"{name} answers with {' or '.join(hub.EMBEDDED)}, and this model is built on {base}")

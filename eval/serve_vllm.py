@@ -16,9 +16,16 @@ from medusa_apar.threads.control_tokens import ControlTokens
 from . import peer_files, peers
 from .serve_launch import HOST, MODEL_NAME, QUEUE, Launch, Serving
 
-VLLM, PLAIN, THREADS = "vllm", "vllm-plain", "vllm-threads"
+VLLM, PLAIN, THREADS, HEADS, BOTH = "vllm", "vllm-plain", "vllm-threads", "vllm-heads", "vllm-both"
+OURS = {  # what each is, --fork, and whether it has the model's Medusa heads
+    PLAIN: ("ours over vLLM, one thread and no guesses", "off", False),
+    THREADS: ("ours over vLLM, threads", "auto", False),
+    HEADS: ("ours over vLLM, heads", "off", True),
+    BOTH: ("ours over vLLM, threads and heads", "auto", True),
+}
 
-THREADS_OF_AN_ANSWER = 3  # that run at once, if all answers have so many; prototypes had 54 for 16
+SEQUENCES = 3  # threads for each client, all answers together
+FEWEST_SEQUENCES = 16  # a single answer may have more than three threads
 BLOCK = 32  # tokens; the CPU's smallest, whereas its default of 128 leaves children little to share
 
 
@@ -31,7 +38,15 @@ class Prepared:
     control: ControlTokens | None
 
     def command(self, *module: str) -> tuple[str, ...]:
-        return (str(self.python), *module, "--host", HOST, "--port", "{port}", "--dtype", "bfloat16")
+        # -P: vLLM would take a `triton_kernels` in the working folder, a checkout of ours, for the one that it knows.
+        return (str(self.python), "-P", *module, "--host", HOST, "--port", "{port}", "--dtype", "bfloat16")
+
+
+def check(names: Sequence[str], model: str) -> None:
+    """ValueError, before anything is loaded, where one of them cannot answer with this model."""
+    for name in names:
+        if name in OURS and OURS[name][2]:
+            peers.medusa_heads(name, model)
 
 
 def launches(names: Sequence[str], serving: Serving, folder: Path) -> dict[str, Launch]:
@@ -49,7 +64,8 @@ def _theirs(name: str, serving: Serving, its: Prepared, log: Path) -> Launch:
     command = (
         *its.command("-E", "-m", "vllm.entrypoints.openai.api_server", "--model", str(its.model)),
         *("--served-model-name", MODEL_NAME, "--max-model-len", str(serving.context)),
-        *("--max-num-seqs", str(serving.clients), *_cache(serving.prefix_cache)),
+        *("--max-num-seqs", str(serving.clients)),
+        "--enable-prefix-caching" if serving.prefix_cache else "--no-enable-prefix-caching",
         *("--disable-uvicorn-access-log", "--disable-log-stats"),
     )
     body = {} if its.control is None else {"logit_bias": {str(token): -100 for token in its.control.ids}}
@@ -59,27 +75,20 @@ def _theirs(name: str, serving: Serving, its: Prepared, log: Path) -> Launch:
 
 def _ours(name: str, serving: Serving, its: Prepared, log: Path) -> Launch:
     """Our server over vLLM's engine. Its prefix cache is on: threads share a prompt and each other's text by it."""
-    fork, about, rows = OURS[name]
+    about, fork, guesses = OURS[name]
+    heads = str(peers.medusa_heads(name, serving.model)) if guesses else "none"
     command = (
         *its.command("-m", "medusa_apar", "serve", str(its.model), "--engine", "vllm"),
-        *("--fork", fork, "--max-requests", str(serving.clients), "--max-queue", str(QUEUE), "--no-access-log"),
-        *("--block-size", str(BLOCK), "--max-model-len", str(serving.context)),
-        *("--max-num-seqs", str(rows * serving.clients), *_cache(True)),
+        *("--fork", fork, "--heads", heads, "--max-requests", str(serving.clients), "--max-queue", str(QUEUE)),
+        *("--no-access-log", "--block-size", str(BLOCK), "--max-model-len", str(serving.context)),
+        *("--max-num-seqs", str(max(SEQUENCES * serving.clients, FEWEST_SEQUENCES)), "--prefix-cache"),
     )
     ours = {"PYTHONPATH": str(peer_files.own_package()), "MEDUSA_APAR_API_KEY": ""}
     variables = _variables(serving) | ours
     return Launch(name, about, "bfloat16", log, command, variables, software=peers.VLLM.software, cached=True)
 
 
-OURS = {  # --fork, what it is, and sequences that vLLM runs at once for each client
-    PLAIN: ("off", "ours over vLLM, one thread", 1),
-    THREADS: ("auto", "ours over vLLM, threads", THREADS_OF_AN_ANSWER),
-}
 NAMES: dict[str, Callable[[str, Serving, Prepared, Path], Launch]] = {VLLM: _theirs, **dict.fromkeys(OURS, _ours)}
-
-
-def _cache(on: bool) -> tuple[str]:
-    return ("--enable-prefix-caching" if on else "--no-enable-prefix-caching",)
 
 
 def _variables(serving: Serving) -> dict[str, str]:

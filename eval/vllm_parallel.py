@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from medusa_apar.arguments import number
 from medusa_apar.job import machine, quiet, write_text
 
@@ -40,7 +42,6 @@ def random_llama(like: Path, folder: Path) -> Path:
 
     A row of the unembedding that is longer than others wins more often, and more often loses by far.
     """
-    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from medusa_apar.threads.control_tokens import CONFIG_NAME, ControlTokens
@@ -104,13 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet()
     os.environ |= VARIABLES
     from medusa_apar.engine.vllm.compat import check_version
-    from medusa_apar.models.merge import merge
+    from medusa_apar.models.merge import plain_folder
+    from medusa_apar.models.sources import locate
 
     questions = [(prompt.text, "auto") for prompt in prompts.read(args.prompts, args.limit)]
+    merged = plain_folder(locate(MODEL), torch.float32)
+    assert merged is not None  # it is an adapter
     with tempfile.TemporaryDirectory() as scratch:
-        merged = merge(MODEL, Path(scratch) / "merged")
-        random = random_llama(merged, Path(scratch) / "random")
-        models = {"tensor": random, "data": merged}
+        models = {"tensor": random_llama(merged, Path(scratch) / "random"), "data": merged}
         answers = {kind: native(model, questions, args.max_new_tokens) for kind, model in models.items()}
         found = {
             kind: asyncio.run(measured(model, answers[kind], **{f"{kind}_parallel_size": RANKS}))

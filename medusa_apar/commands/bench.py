@@ -40,7 +40,7 @@ between tokens, KV slots. Each server is started for one load and stopped after 
 
   plain     one thread and no guesses       threads  heads  both
   vllm  llama.cpp-q4_1  llama.cpp-q8_0      in environments of their own, as above
-  vllm-plain  vllm-threads  our server over vLLM (serve --engine vllm), in that environment, without threads and with
+  vllm-plain  vllm-threads  vllm-heads  vllm-both    our server over vLLM's engine, in vLLM's environment
   --url     whatever runs there already
 
 --clients are so many at once, each of which asks anew when it is answered; --rates are questions a second, whether or

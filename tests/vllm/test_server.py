@@ -16,7 +16,7 @@ FLAGS = ("--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-m
 
 @pytest.fixture(scope="module")
 def server(merged, answers, tmp_path_factory):
-    command = (sys.executable, "-m", "medusa_apar", "serve", str(merged), "--engine", "vllm", *FLAGS)
+    command = (sys.executable, "-m", "medusa_apar", "serve", "--engine", "vllm", "smollm2-135m", *FLAGS)
     log = tmp_path_factory.mktemp("server") / "log"
     where = ("--host", HOST, "--port", "{port}")
     with running(Launch("vllm", "ours over vLLM", "float32", log, (*command, *where), pooled=True)) as its:
