@@ -103,7 +103,7 @@ class MedusaHeads(DraftHeads):
         base = self._base[0]
         file = checkpoints.parse(checkpoints.state_dict(self.tensors()))
         whole = vllm_layout.with_whole_rows(file, base.get_output_embeddings().weight.detach().cpu())
-        heads = Heads(whole, "vllm", Path(folder), base.name_or_path, unembedding_size(base)[0], has_bias=True)
+        heads = Heads(whole, "vllm", Path(folder), str(base.name_or_path), unembedding_size(base)[0], has_bias=True)
         content = vllm_layout.state_dict(heads), vllm_layout.config(heads)
         checkpoints.write(heads.folder, *content, dtype, vllm_layout.FILE)
 
