@@ -152,9 +152,13 @@ def wait_until(true: Callable[[], Any]) -> None:
 
 @contextmanager
 def running(load: Any, ready: bool = True, engine: str = "native", **options: Any) -> Iterator[Running]:
-    """A server in a thread of this process, which no signal reaches: `server.handle_exit` stands for one."""
+    """A server in a thread of this process, which no signal reaches: `server.handle_exit` stands for one.
+
+    load: returns the model; or is the backend itself.
+    """
     chosen = ServeOptions(port=0, access_log=False, **options)
-    service = Service({"native": NativeBackend, "vllm": StandInBackend}[engine](load, chosen), "tiny", chosen)
+    backend = {"native": NativeBackend, "vllm": StandInBackend}[engine](load, chosen) if callable(load) else load
+    service = Service(backend, "tiny", chosen)
     hold, listener = Hold(), listen("127.0.0.1", 0)
     server = Server(service, create_app(service, [tokens_router(service, hold)]))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)

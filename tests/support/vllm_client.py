@@ -33,7 +33,8 @@ def client_of(apar: MedusaApar, folder: str) -> StandIn:
         override_generation_config={"max_new_tokens": 9},
     )
     parallel = Config(data_parallel_size=1, data_parallel_external_lb=False, data_parallel_hybrid_lb=False)
-    client.vllm_config = Config(parallel_config=parallel, speculative_config=None)
+    device = Config(device_type="cpu")
+    client.vllm_config = Config(parallel_config=parallel, speculative_config=None, device_config=device)
     client.renderer = Config(get_tokenizer=lambda: apar.tokenizer)
     return client
 
