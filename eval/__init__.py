@@ -50,6 +50,7 @@ Threads on vLLM:
     cluster_answers.py what answers ask of those engines, step by step
     cluster_engine.py  which requests an engine runs, and which blocks of KV they hold
     cluster_trees.py   recorded paragraph trees, how long and where they fork
+    cluster_front.py   how many tokens a second the process before them can look after
 
 Servers that have to stand all of it:
 

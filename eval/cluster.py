@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_apar.arguments import number
+from medusa_apar.engine.vllm.options import GPU_FREE_ROWS
 from medusa_apar.job import machine, quiet, write_text
 
 from . import prompts
@@ -113,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
     add("--async-scheduling", action="store_true", help="an engine plans one step ahead")
     add("--round-trip", type=number(int, 0), default=0, metavar="STEPS", help="to the engine and back")
     add("--transfer", type=number(int, 0), metavar="STEPS", help="all prefill is another engine's, KV travels so long")
-    add("--free-rows", type=number(float, 0.0), default=10.0, metavar="N", help="0: no thread waits (default: 10)")
+    free = "as of VllmOptions; 0: no thread waits (default: %(default)s, a GPU's)"
+    add("--free-rows", type=number(float, 0.0), default=GPU_FREE_ROWS, metavar="N", help=free)
     add("--out", type=Path, metavar="FILE", help="where the figures go as JSON")
     recording = made.add_argument_group("recording")
     add = recording.add_argument

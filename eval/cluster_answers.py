@@ -151,7 +151,7 @@ class _Simulation:
     def __init__(self, recorded: Sequence[RecordedAnswer], setting: Setting) -> None:
         self._recorded, self._setting = recorded, setting
         self._scripts = [Script(its.forked if setting.threads else its.plain) for its in recorded]
-        self._options = _options(setting)
+        self._options = options_of(setting)
         self._check()
         self._manager = ForkManager(None)
         self._engines: list[_Engine] = [SimulatedEngine(setting.limits) for _ in range(setting.replicas)]
@@ -333,7 +333,7 @@ class _Simulation:
         )
 
 
-def _options(setting: Setting) -> RequestOptions:
+def options_of(setting: Setting) -> RequestOptions:
     eos_ids = frozenset((EOS,))
     if not setting.threads:
         return RequestOptions(setting.max_new_tokens, eos_ids, policy=NoForks())

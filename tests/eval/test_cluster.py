@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.eval import cluster
+from medusa_apar.eval import cluster, cluster_front
 from medusa_apar.eval.cluster_answers import AFFINITIES, Setting, simulate
 from medusa_apar.eval.cluster_engine import Blocks, EngineLimits, Sequence, SimulatedEngine
 from medusa_apar.eval.cluster_trees import EOS, FORK, TEXT, RecordedAnswer, RecordedThread, Script, read, text_of
@@ -283,6 +283,16 @@ def test_the_command_tells_every_setting(trees, tmp_path, capsys):
     for its, line in zip(found, lines[1:], strict=False):
         assert re.sub("/ +", "/", line).split()[2] == f"{its['plain']['steps']}/{its['threads']['steps']}"
         assert its["plain"]["shown"] == its["threads"]["shown"] == 8 * its["setting"]["answers"]
+
+
+def test_our_orchestrator_shows_what_the_simulation_says(trees, capsys):
+    assert cluster_front.main(["--trees", str(trees), "--in-flight", "1", "5", "--max-new-tokens", "8"]) == 0
+    found = re.findall(r"(\d+) in flight, (\w+).*: (\d+) tokens shown of (\d+)", capsys.readouterr().out)
+    assert [its[:3] for its in found] == [
+        *(("1", "one", "16"), ("1", "threads", "16"), ("5", "one", "40"), ("5", "threads", "40"))
+    ]
+    assert all(int(written) == 8 * max(int(answers), 2) for answers, kind, _, written in found if kind == "one")
+    assert all(int(written) > int(shown) for _, kind, shown, written in found if kind == "threads")
 
 
 def test_the_command_refuses_in_a_sentence(trees, tmp_path, capsys):

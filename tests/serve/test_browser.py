@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from medusa_apar import attach
 from medusa_apar.events.recording import Recording
 from medusa_apar.heads import HydraHeads
 from medusa_apar.serve.event_texts import EventTexts, GuessTexts
-from medusa_apar.serve.page import page_files
+from medusa_apar.serve.page import page_files, router
 from tests.support.list_writer import list_prompts, list_writer
 from tests.support.models import CONTROL, forking_model
 from tests.support.tokenizers import ListTokenizer, tiny_tokenizer
@@ -163,6 +165,23 @@ def test_a_browser_that_keeps_nothing_shows_the_page(page, scripts):
     had = """import("/page/wire.js").then(({setKey, hasKey}) => {
         setKey("k"); const had = hasKey(); setKey(""); return [had, hasKey()] })"""
     assert page.evaluate(had) == [True, False]
+
+
+def test_a_page_that_is_mounted_elsewhere_asks_the_api_beside_it(page, scripts):
+    app, asked = FastAPI(), []
+    app.include_router(router(prefix=""))
+    index = TestClient(app).get("/")
+    assert index.text != page_files()["index.html"].content.decode()
+
+    def models(route):
+        asked.append(route.request.url)
+        route.fulfill(json={"data": [{"id": "its-name"}]})
+
+    page.route("**/apar/", lambda route: route.fulfill(body=index.content, headers=dict(index.headers)))
+    page.route("**/models", models)
+    page.goto("http://page.test/v1/apar/")
+    page.get_by_text("its-name").wait_for()
+    assert asked == ["http://page.test/v1/apar/models"]
 
 
 def test_a_server_that_is_ready_and_refuses_is_not_asked_without_a_pause(page, scripts):

@@ -22,6 +22,7 @@ from medusa_apar.engine.vllm.vllm_engine import VllmEngine
 from medusa_apar.facts import ModelFacts
 from medusa_apar.generate import MedusaApar
 from medusa_apar.models.families import unembedding_size
+from medusa_apar.serve.backends import NoEngine
 from medusa_apar.serve.options import ServeOptions
 from medusa_apar.verify.guides import Guide, compiled
 
@@ -215,7 +216,7 @@ class StandInBackend:
 
     def __init__(self, load: Callable[[], MedusaApar], options: ServeOptions) -> None:
         self._load, self._options = load, options
-        self.engine: Any = NotStarted()
+        self.engine: Any = NoEngine()
 
     async def start(self) -> ModelFacts:
         self.apar = await asyncio.to_thread(self._load)
@@ -225,10 +226,3 @@ class StandInBackend:
         self.client = StandIn(Model(self.apar.model, self.apar.tokenizer), naps=False)
         self.engine = VllmEngine(self.client, context, options, dialect=SpokenPlainly())
         return self.apar.facts
-
-
-class NotStarted:
-    healthy = False
-
-    async def close(self) -> None:
-        pass

@@ -165,6 +165,7 @@ class Answer:
                         self._after(thread)
                         return banned | forbidden
                     shared.written_tokens += 1
+                    request.stats.written_tokens += 1
                     self._append(thread, token, told[place] if told else None)
                     if thread.ends_with_forced:
                         break

@@ -243,6 +243,7 @@ class VllmEngine:
             waiting=len(self._unfinished) - len(self._running),
             places=self._places,
             threads=sum(len(request.live) for request in self._running),
+            unread_tokens=sum(request.stats.written_tokens - len(request.text) for request in self._running),
         )
 
 
