@@ -76,8 +76,8 @@ class Host:
 
     def __init__(self, apar: MedusaApar, options: ServeOptions) -> None:
         self._threads_before = set(threading.enumerate())
-        self._backend = _Killable(lambda: apar, options)
-        self.service = Service(self._backend, "faults", options)
+        self.backend = _Killable(lambda: apar, options)
+        self.service = Service(self.backend, "faults", options)
         self._listener = listen(options.host, 0)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # its connections have it too
         self.port: int = self._listener.getsockname()[1]
@@ -93,7 +93,7 @@ class Host:
 
     def kill(self) -> None:
         """The engine's thread dies in its next forward pass."""
-        self._backend.kill = True
+        self.backend.kill = True
 
     def drain(self) -> None:
         """What the first SIGTERM does."""
@@ -105,7 +105,7 @@ class Host:
             self._server.should_exit = True
         _wait("the server does not end", lambda: not self._thread.is_alive())
         self._listener.close()
-        engine = self._backend.native
+        engine = self.backend.native
         assert engine is not None
         if engine.unfinished:
             raise Wrong(f"{engine.unfinished} requests have not ended")

@@ -277,7 +277,7 @@ def test_a_server_that_leaves_something_behind_is_noticed(apar):
     host.start()
     with socket.create_connection(("127.0.0.1", host.port)):
         assert len(host._left_sockets()) > 1 and "medusa-apar engine" in host._left_threads()
-    host.service.native.ledger.pool.allocate(np.zeros(1, dtype=np.int64), [("nobody", 1)])
+    host.backend.native.ledger.pool.allocate(np.zeros(1, dtype=np.int64), [("nobody", 1)])
     with pytest.raises(AssertionError, match="a slot is leaked"):
         host.stop()
     assert host._left_sockets() == host._left_threads() == []
