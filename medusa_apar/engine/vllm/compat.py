@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from .stretch import Stretch
 
 TRIED = ("0.32",)
+_SHUTDOWN = 5.0  # seconds
 
 
 class Client(Protocol):
@@ -79,6 +80,12 @@ def started(args: Any) -> tuple[Any, Counts]:
     counts = Counts()
     client = AsyncLLM.from_engine_args(args, stat_loggers=[_counting(counts)])
     return client, counts
+
+
+def shut_down(client: Any) -> None:
+    """Ends vLLM's processes; those that take longer than a few seconds are killed."""
+    if hasattr(client, "shutdown"):
+        client.shutdown(timeout=_SHUTDOWN)
 
 
 def prompt_of(stretch: Stretch) -> Any:

@@ -209,9 +209,7 @@ class VllmEngine:
             place.stop()
         await asyncio.gather(*(place.task for place in places), return_exceptions=True)
         if self._owned and not was_closed:
-            shutdown: Any = getattr(self._client, "shutdown", None)
-            if shutdown is not None:
-                await asyncio.to_thread(shutdown)
+            await asyncio.to_thread(compat.shut_down, self._client)
 
     @property
     def healthy(self) -> bool:
