@@ -53,19 +53,19 @@ class Recited:
         self.written = 0
 
     async def generate(
-        self, prompt: Sequence[int], params: Stretch, request_id: str, **how: Any
+        self, prompt: Sequence[int], sampling_params: Stretch, request_id: str, **how: Any
     ) -> AsyncGenerator[Any, None]:
         number = int(request_id.split(".")[0]) % len(self._scripts)
         script, role, place = self._scripts[number], 0, 0
         for token in prompt[self._prompts[number] :]:
             role, place = (script.children[role, place - 1], 0) if token == CHILD else (role, place + 1)
         own = script.tokens[role]
-        for _ in range(params.max_tokens):
+        for _ in range(sampling_params.max_tokens):
             await asyncio.sleep(0)
             token = own[place] if place < len(own) else TEXT
             self.written, place = self.written + 1, place + 1
             yield SimpleNamespace(num_cached_tokens=0, outputs=[SimpleNamespace(token_ids=(token,), logprobs=None)])
-            if token in params.stop_ids:
+            if token in sampling_params.stop_ids:
                 return
 
 

@@ -262,6 +262,16 @@ def test_the_native_engine_is_recorded():
             assert shown == len(request.text_ids)
 
 
+def test_the_command_records_every_so_many_questions(tmp_path, monkeypatch):
+    monkeypatch.setattr("medusa_apar.loading.load", lambda *_, **__: bytes_writer(3))
+    words, out = tmp_path / "prompts.jsonl", tmp_path / "trees.json"
+    words.write_text("".join(json.dumps({"id": n, "prompt": "aé你"[n]}) + "\n" for n in range(3)))
+    options = ["--prompts", str(words), "--every", "2", "--recorded-tokens", "12"]
+    assert cluster.main(["--record", str(out), *options]) == 0
+    assert [its.id for its in read(out)] == ["0", "2"]
+    assert json.loads(out.read_text())["about"]["tokens"] == 12
+
+
 # ---- the command, and vLLM
 
 
