@@ -7,9 +7,10 @@ waits for another, but for those that `Lead` holds back.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from medusa_apar.engine.outputs import RequestOutput, next_output
@@ -41,8 +42,8 @@ class Dialect(Protocol):
 class Shared:
     """What all answers of an engine have in common.
 
-    rows: requests of vLLM that run. context_length: of a path. told: called with what is new of a request. slots: live
-    tokens of vLLM's KV cache, as far as it tells.
+    context_length: of a path. told: called with what is new of a request. slots: live tokens of vLLM's KV cache, as far
+    as it tells. full: whether requests wait for a place in a rank's batch. rows: requests of vLLM that run, by rank.
     """
 
     client: Any
@@ -53,7 +54,8 @@ class Shared:
     context_length: int
     told: Callable[[Request, RequestOutput], None]
     slots: Callable[[], int]
-    rows: int = 0
+    full: Callable[[int], bool]
+    rows: Counter[int] = field(default_factory=Counter)
     forks: int = 0
     written_tokens: int = 0
     generated_tokens: int = 0
@@ -63,11 +65,11 @@ class Shared:
 
 class Answer:
     """Args:
-    rank: of vLLM's data parallelism; None without.
+    rank: of vLLM's data parallelism, 0 without. pinned: whether vLLM has to be told.
     """
 
-    def __init__(self, request: Request, sampling: Sampling, shared: Shared, rank: int | None) -> None:
-        self.request, self.rank = request, rank
+    def __init__(self, request: Request, sampling: Sampling, shared: Shared, rank: int, pinned: bool) -> None:
+        self.request, self.rank, self._pinned = request, rank, pinned
         self._sampling, self._shared = sampling, shared
         self._tasks: dict[Thread, asyncio.Task[None]] = {}  # of threads that were not stopped
         self._stopped: list[asyncio.Task[None]] = []
@@ -99,7 +101,8 @@ class Answer:
 
     def review(self) -> None:
         """Lets threads go on that waited, and has others wait, as things stand now."""
-        self._to_wait = self._shared.lead.waiting(self.request, self._running, self._shared.rows)
+        rows, full = self._shared.rows[self.rank], self._shared.full(self.rank)
+        self._to_wait = self._shared.lead.waiting(self.request, self._running, rows, full)
         for thread, future in self._held.items():
             if thread not in self._to_wait and not future.done():
                 future.set_result(None)
@@ -184,15 +187,15 @@ class Answer:
         shared, request, wait = self._shared, self.request, _FIRST_WAIT
         prompt, params = shared.dialect.prompt_of(stretch), shared.dialect.params_of(stretch)
         how: dict[str, Any] = {"priority": priority(request, thread)}
-        if self.rank is not None:
+        if self._pinned:
             how["data_parallel_rank"] = self.rank
         while True:
             self._stretches += 1
             name = f"{request.id}.{thread.index}.{self._stretches}"
             try:
                 self._running.add(thread)
-                shared.rows += 1
-                shared.peak_threads = max(shared.peak_threads, shared.rows)
+                shared.rows[self.rank] += 1
+                shared.peak_threads = max(shared.peak_threads, shared.rows.total())
                 async with aclosing(shared.client.generate(prompt, params, name, **how)) as outputs:
                     async for output in outputs:
                         yield output
@@ -202,7 +205,7 @@ class Answer:
                     raise
             finally:
                 self._running.discard(thread)
-                shared.rows -= 1
+                shared.rows[self.rank] -= 1
             await asyncio.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
 
@@ -211,7 +214,7 @@ class Answer:
         request, options = self.request, self.request.options
         limit = request.max_new_tokens
         longest = len(request.prompt_ids) + limit + options.policy.max_invisible_tokens(limit, options.max_depth)
-        return max(min(longest + 1, self._shared.context_length) - thread.end, 1)
+        return max(min(longest, self._shared.context_length) - thread.end, 1)
 
     def _append(self, thread: Thread, token: int, logprobs: Mapping[int, Any] | None) -> None:
         request, shared = self.request, self._shared

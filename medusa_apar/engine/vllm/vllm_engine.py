@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from medusa_apar.engine.admission import QueueFull
 from medusa_apar.engine.inbox import Inbox
@@ -59,6 +58,7 @@ class VllmEngine:
             context_length=context_length,
             told=self._tell,
             slots=lambda: round(sum(self._counts.live.values())),
+            full=lambda rank: self._counts.waiting.get(rank, 0) > 0,
         )
         self._unfinished: dict[str, _Place] = {}
         self._waiting: list[tuple[int, int, _Place]] = []  # a heap
@@ -136,8 +136,8 @@ class VllmEngine:
             if place.request.id in self._unfinished and not place.turn.done():
                 place.rank = min(range(len(self._ranks)), key=self._ranks.__getitem__)
                 self._ranks[place.rank] += 1
-                rank = None if len(self._ranks) == 1 else place.rank
-                self._running[place.request] = Answer(place.request, place.sampling, self._shared, rank)
+                pinned = len(self._ranks) > 1
+                self._running[place.request] = Answer(place.request, place.sampling, self._shared, place.rank, pinned)
                 place.turn.set_result(None)
 
     async def _answer(self, place: _Place) -> None:

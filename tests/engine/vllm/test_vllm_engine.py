@@ -68,7 +68,7 @@ async def left_nothing(engine, client):
     """No task, no stream, no answer."""
     for _ in range(50):
         await asyncio.sleep(0)
-    assert client.open == 0 and engine.stats().running == engine.stats().waiting == engine._shared.rows == 0
+    assert client.open == 0 and engine.stats().running == engine.stats().waiting == engine._shared.rows.total() == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
