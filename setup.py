@@ -9,8 +9,9 @@ from setuptools import find_packages, setup
 
 MAPPED = {"medusa_apar.heads": "heads", "medusa_apar.triton_kernels": "triton_kernels", "medusa_apar.eval": "eval"}
 
-# FastAPI and uvicorn carry the server, prometheus-client counts for it.
-SERVE = ["fastapi>=0.165", "uvicorn", "prometheus-client"]
+# FastAPI and uvicorn carry the server, prometheus-client counts for it. FastAPI 0.136 is what vLLM 0.32 brings, and has
+# been tried; starlette's limit of a body's length, which 1.10 has, is what bounds the memory of one.
+SERVE = ["fastapi>=0.136", "starlette>=1.10", "uvicorn", "prometheus-client"]
 
 packages = find_packages(include=["medusa_apar", "medusa_apar.*"])
 for folder in MAPPED.values():
@@ -56,7 +57,6 @@ setup(
         "train": ["accelerate>=1.0", "datasets", "matplotlib"],
         # httpx asks servers under load.
         "eval": ["matplotlib", "httpx"],
-        # fastapi 0.165 is the first that was tried; its limit of a body's length is what bounds the memory of one.
         "serve": SERVE,
         # What answers in JSON are held to.
         "structured": ["llguidance>=1.9"],
