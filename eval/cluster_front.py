@@ -64,7 +64,9 @@ class Recited:
             await asyncio.sleep(0)
             token = own[place] if place < len(own) else TEXT
             self.written, place = self.written + 1, place + 1
-            yield SimpleNamespace(num_cached_tokens=0, outputs=[SimpleNamespace(token_ids=(token,), logprobs=None)])
+            yield SimpleNamespace(
+                num_cached_tokens=0, outputs=[SimpleNamespace(token_ids=(token,), logprobs=None, finish_reason=None)]
+            )
             if token in sampling_params.stop_ids:
                 return
 

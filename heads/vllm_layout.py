@@ -122,7 +122,7 @@ def _rows(file: HeadFile) -> Tensor:
 
 
 def state_dict(heads: Heads) -> dict[str, Tensor]:
-    """Of what `in_layout` returns, by the names above."""
+    """The tensors of what `in_layout` returns, by the names above."""
     state = {}
     for (head, layer), block in heads.file.blocks.items():
         state[f"blocks.{head}.layers.{layer}.weight"] = block["weight"]

@@ -22,6 +22,7 @@ class ModelFacts:
     context: most tokens of prompt and answer together; None where nothing says it.
     positions: most tokens of a path, beyond which none can be; None where positions go on.
     control_token_ids: None where it cannot fork by itself.
+    unforked: fields of a request that keep its answer to one thread.
     fork, max_threads, max_depth, typical: what counts where a request does not say; `MedusaApar.__call__` has them.
     """
 
@@ -36,10 +37,11 @@ class ModelFacts:
     max_threads: int | None = None
     max_depth: int = DEFAULT_MAX_DEPTH
     typical: TypicalAcceptance | None = None
+    unforked: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: PreTrainedModel, **others: Any) -> ModelFacts:
-        """Those of a model that is loaded; others: what it does not say itself."""
+        """The facts of a model that is loaded; others: what it does not say itself."""
         positions = context_length(model)
         return cls(
             generation_config=model.generation_config or GenerationConfig(),

@@ -78,7 +78,7 @@ class MedusaApar:
 
     @property
     def facts(self) -> ModelFacts:
-        """As of now: what they are of may change, and they do not."""
+        """The facts as they are now: the model may change, and they do not."""
         names = ("tokenizer", "control_token_ids", "fork", "max_threads", "max_depth", "typical")
         return ModelFacts.of(self.model, **{name: getattr(self, name) for name in names})
 

@@ -202,7 +202,7 @@ def heads_name(heads: str | Path, source: Source) -> str | Path:
 
 
 def control_tokens(apar: Any, source: Source, tokenizer: Any, name: str | Path) -> ControlTokens | None:
-    """Those of a located model; apar: as of `load`, which has taken a folder's name into the source."""
+    """A located model's; apar: as of `load`, which has taken a folder's name into the source."""
     if apar is None or apar is False:
         return None
     if isinstance(apar, ControlTokens):

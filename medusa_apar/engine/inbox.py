@@ -19,7 +19,7 @@ class Inbox:
         self._error: Exception | None = None
 
     def put(self, what: RequestOutput | Exception) -> None:
-        """From any thread. RuntimeError where the reader's loop is closed."""
+        """Called from any thread. RuntimeError where the reader's loop is closed."""
         if self._loop.is_closed():
             raise RuntimeError("the event loop is closed.")
         with self._lock:
@@ -34,7 +34,7 @@ class Inbox:
             self._loop.call_soon_threadsafe(self._filled.set)
 
     async def take(self) -> RequestOutput:
-        """In the reader's loop. Raises what was put, once all that came before it is read."""
+        """Awaited in the reader's loop. Raises what was put, once all that came before it is read."""
         await self._filled.wait()
         with self._lock:
             output, self._output = self._output, None

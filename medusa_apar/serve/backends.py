@@ -83,6 +83,6 @@ class NativeBackend:
         return self.apar.facts
 
     def make(self) -> Engine:
-        """In the engine's thread."""
+        """Called in the engine's thread."""
         self.apar = self._load()
         return self.apar.engine(**self._options.engine_changes())

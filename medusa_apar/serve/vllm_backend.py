@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 USAGE = "medusa-apar serve --engine vllm MODEL [our flags] [vLLM's engine flags]"
 _CPU_BLOCK = 32  # tokens; a fork computes half a block anew, and no kernel of vLLM's for CPUs takes fewer
 _THREADS = 3  # of an answer, as far as places in vLLM's batch go
-_VLLM_SEQUENCES = 128  # what vLLM takes by itself
+_VLLM_SEQUENCES = 128  # what vLLM takes by itself, at least
 _DRAFTING = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 
 Result = TypeVar("Result")
@@ -74,8 +74,8 @@ def parsed(flags: Sequence[str], served: Served, options: ServeOptions) -> Names
     }
     if current_platform.is_cpu():
         defaults["block_size"] = _CPU_BLOCK
-    if options.max_requests is not None:
-        defaults["max_num_seqs"] = max(_THREADS * options.max_requests, _VLLM_SEQUENCES)
+    if options.max_requests is not None and _THREADS * options.max_requests > _VLLM_SEQUENCES:
+        defaults["max_num_seqs"] = _THREADS * options.max_requests
     if served.dtype is not None:
         defaults["dtype"] = served.dtype
     if served.trust_remote_code:
@@ -83,6 +83,8 @@ def parsed(flags: Sequence[str], served: Served, options: ServeOptions) -> Names
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="medusa-apar", usage=USAGE))
     parser.set_defaults(**defaults)
     args = parser.parse_args(list(flags))
+    if args.structured_outputs_config.backend == "auto":
+        args.structured_outputs_config.backend = "guidance"  # what our own guides are made with
     if args.model != served.model:
         raise ValueError("--model is MODEL's own flag in vLLM: name the model behind `--engine vllm`")
     if len(args.served_model_name or ()) > 1:
@@ -124,7 +126,7 @@ class VllmBackend:
 
     @property
     def model_name(self) -> str:
-        """By which clients know it."""
+        """The name by which clients know it."""
         return (self._args.served_model_name or [self._served.model])[0]
 
     async def start(self) -> ModelFacts:
@@ -173,22 +175,28 @@ def engine_over(client: Any, options: ServeOptions, **how: Any) -> AsyncEngine:
 
 
 def facts_of(client: Any, tokenizer: Any, control: ControlTokens | None, **others: Any) -> ModelFacts:
-    """Of the model that a client of vLLM's answers with; others: what vLLM does not know."""
+    """The facts of the model that a client of vLLM's answers with; others: what vLLM does not know."""
     config = client.model_config
     rows, known = config.get_vocab_size(), config.try_get_generation_config()
     if config.generation_config == "vllm":  # whose way it is to take nothing else from the model
         known = {name: value for name, value in known.items() if name.endswith("_token_id")}
     if control is not None:
         control.check_matches(rows)
+    known |= config.override_generation_config
+    # vLLM ends answers at the tokenizer's end token, too.
+    named = known.get("eos_token_id")
+    ends = {*([named] if isinstance(named, int) else named or ()), getattr(tokenizer, "eos_token_id", None)}
+    known["eos_token_id"] = sorted(ends - {None}) or None
     return ModelFacts(
         tokenizer=tokenizer,
-        generation_config=GenerationConfig(**known | config.override_generation_config),
+        generation_config=GenerationConfig(**known),
         vocabulary=rows,
         input_vocabulary=rows,
         context=config.max_model_len,
         positions=config.max_model_len,
         control_token_ids=control,
         max_depth=DEFAULT_MAX_DEPTH if control is None else control.max_depth,
+        unforked=("presence_penalty", "frequency_penalty"),
         **others,
     )
 

@@ -6,6 +6,7 @@ engine and the engine's end stay vLLM's.
 
 from __future__ import annotations
 
+import logging
 import os
 from argparse import Namespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from medusa_apar.engine.vllm import compat
 from medusa_apar.facts import ModelFacts
 from medusa_apar.loading import control_tokens
 from medusa_apar.models.sources import locate
@@ -23,6 +25,8 @@ from .service import Service
 from .vllm_backend import engine_over, facts_of
 
 PATH = "/v1/apar"
+
+logger = logging.getLogger("medusa_apar.serve")
 
 
 class GivenClient:
@@ -41,7 +45,7 @@ class GivenClient:
 
 
 class Plugin:
-    """As vLLM's `EndpointPlugin` has it: first the routes, then what they answer with."""
+    """A plugin as vLLM's `EndpointPlugin` has it: first the routes, then what they answer with."""
 
     name = "medusa_apar"
     required_tasks = ("generate",)
@@ -54,6 +58,12 @@ class Plugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Raises where the model cannot be answered with; vLLM's server does not start then."""
+        compat.check_version()
+        config = engine_client.vllm_config
+        if config.scheduler_config.policy != "priority":
+            logger.warning("without --scheduling-policy priority threads are not written in the order they are read")
+        if not config.cache_config.enable_prefix_caching:
+            logger.warning("without --enable-prefix-caching every fork has its whole path computed anew")
         keys = tuple(args.api_key or filter(None, [os.environ.get("VLLM_API_KEY")]))
         origins = tuple(args.allowed_origins or ())
         options = ServeOptions(host=args.host or "0.0.0.0", api_keys=keys, cors_origins=origins)

@@ -21,7 +21,7 @@ from transformers import LogitsProcessor
 _KEPT = 64  # compiled guides of a tokenizer
 # JSON may have any white space between its tokens, and small models then write nothing else: a line break and an
 # indentation are enough.
-_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,24}", "lenient": False}
+OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,24}", "lenient": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ class _Compiler:
     def _compile(self, guide: Guide) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
-        grammar = LLMatcher.grammar_from_json_schema(guide.schema, overrides=_OPTIONS)
+        grammar = LLMatcher.grammar_from_json_schema(guide.schema, overrides=OPTIONS)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
             raise ValueError(f"the JSON schema is not supported: {_first_line(matcher.get_error())}")

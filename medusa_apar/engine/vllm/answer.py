@@ -35,7 +35,11 @@ class Dialect(Protocol):
 
     def params_of(self, stretch: Stretch) -> Any: ...
 
+    def check(self, client: Any, stretch: Stretch) -> None: ...
+
     def is_full(self, error: BaseException) -> bool: ...
+
+    def is_dead(self, error: BaseException) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -83,7 +87,7 @@ class Answer:
         self._looks = False  # whether one is coming
 
     async def run(self) -> None:
-        """Until nothing more of the answer is wanted. Raises what a thread of it has failed by."""
+        """Returns once nothing more of the answer is wanted. Raises what a thread of it has failed by."""
         request = self.request
         request.status = Status.DECODING
         if request.options.score_from is None:
@@ -94,7 +98,8 @@ class Answer:
             await self._done.wait()
         finally:
             self._stop(list(self._tasks))
-            await asyncio.gather(*self._stopped, return_exceptions=True)
+            if self._stopped:
+                await asyncio.wait(self._stopped)  # which cancels none of them where it is cancelled itself
             self._report()
         if self._error is not None:
             raise self._error
@@ -126,6 +131,10 @@ class Answer:
     async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         try:
             await work(*args)
+        except asyncio.CancelledError:
+            if asyncio.current_task() in self._tasks.values():  # nobody here has stopped it
+                self._fail(RuntimeError("vLLM broke off a thread."))
+            raise
         except Exception as error:
             self._fail(error)
 
@@ -151,7 +160,7 @@ class Answer:
         """One request of vLLM for a thread; what may not come next, where it has written that."""
         request, shared = self.request, self._shared
         stretch = stretch_of(request, thread, self._sampling, self._room(thread), banned)
-        before = len(thread.tokens)
+        before, sampled = len(thread.tokens), request.options.seed is not None
         async with aclosing(self._outputs(stretch, thread)) as outputs:
             async for output in outputs:
                 its = output.outputs[0]
@@ -170,17 +179,28 @@ class Answer:
                     shared.written_tokens += 1
                     request.stats.written_tokens += 1
                     self._append(thread, token, told[place] if told else None)
-                    if thread.ends_with_forced:
+                    if self._is_cut(thread):
                         break
                 self._after(thread)
-                if thread.ended or thread.ends_with_forced:
+                if thread.ended or self._is_cut(thread):
                     return _NOTHING
-                if not banned and thread in self._to_wait:
+                if its.finish_reason in ("abort", "error") and not self._sampling.goes_on:
+                    raise RuntimeError("vLLM broke off an answer that cannot be taken up again.")
+                if not banned and not sampled and thread in self._to_wait:
                     shared.thread_preemptions += 1
                     return _NOTHING
         if len(thread.tokens) == before:
             raise RuntimeError("vLLM ended a request without a token.")
         return _NOTHING
+
+    def _is_cut(self, thread: Thread) -> bool:
+        """Whether vLLM has to be asked anew: behind what a rule has inserted, and behind a fork where not all threads
+        may run. A sampled thread stops nowhere else, so that its noise does not depend on what runs beside it."""
+        options = self.request.options
+        if thread.ends_with_forced:
+            return True
+        forked = bool(thread.children) and thread.children[-1].fork_index == len(thread.tokens) - 1
+        return forked and options.max_threads is not None and options.seed is not None
 
     async def _outputs(self, stretch: Stretch, thread: Thread) -> AsyncGenerator[Any, None]:
         """What vLLM brings for a part. Where its queue is full it is asked again: a fork is never lost."""

@@ -6,10 +6,13 @@ given, and the names of the errors.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from medusa_apar.verify.guides import OPTIONS as WHITE_SPACE
 
 from .stretch import Stretch
 
@@ -75,10 +78,13 @@ def check_version() -> str:
 def started(args: Any) -> tuple[Any, Counts]:
     """An `AsyncLLM` of `AsyncEngineArgs`, and what it counts. It takes half a minute; any thread may wait for it."""
     check_version()
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     counts = Counts()
-    client = AsyncLLM.from_engine_args(args, stat_loggers=[_counting(counts)])
+    # A server's, which decides how many tokens a step has where nobody says.
+    context = UsageContext.OPENAI_API_SERVER
+    client = AsyncLLM.from_engine_args(args, usage_context=context, stat_loggers=[_counting(counts)])
     return client, counts
 
 
@@ -110,7 +116,7 @@ def params_of(stretch: Stretch) -> Any:
         logit_bias=dict(its.logit_bias) or None,
         logprobs=its.logprobs,
         prompt_logprobs=stretch.prompt_logprobs,
-        structured_outputs=None if its.schema is None else StructuredOutputsParams(json=its.schema),
+        structured_outputs=None if its.schema is None else StructuredOutputsParams(json=_spaced(its.schema)),
         max_tokens=stretch.max_tokens,
         min_tokens=stretch.min_tokens,
         stop_token_ids=sorted(stretch.stop_ids),
@@ -125,9 +131,30 @@ def params_of(stretch: Stretch) -> Any:
     return params
 
 
+def _spaced(schema: str) -> str:
+    """A schema with the white space that our own guides allow, for vLLM's backend `guidance`."""
+    return json.dumps(json.loads(schema) | {"x-guidance": dict(WHITE_SPACE)}, ensure_ascii=False)
+
+
+def check(client: Any, stretch: Stretch) -> None:
+    """ValueError, in vLLM's words, for what it would refuse."""
+    config = client.vllm_config
+    try:
+        params_of(stretch).verify(
+            client.model_config,
+            config.speculative_config,
+            config.structured_outputs_config,
+            client.renderer.tokenizer,
+        )
+    except Exception as error:
+        if isinstance(error, ValueError) or _named(error, "VLLMClientError"):
+            raise ValueError(f"vLLM refuses this: {error}") from error
+        raise
+
+
 def is_full(error: BaseException) -> bool:
     """Whether vLLM's queue had no place: the same may be asked again."""
-    return _named(error, "QueueOverflowError")
+    return _named(error, "QueueOverflowError") or _named(error, "MaxQueuedTokensError")
 
 
 def is_dead(error: BaseException) -> bool:
@@ -136,7 +163,7 @@ def is_dead(error: BaseException) -> bool:
 
 
 def _named(error: BaseException, name: str) -> bool:
-    """By name, so that vLLM need not be there; a cause counts as the error itself."""
+    """Whether it is of a class of this name, so that vLLM need not be there; a cause counts as the error itself."""
     cause = error.__cause__
     return any(kind.__name__ == name for kind in type(error).__mro__) or (cause is not None and _named(cause, name))
 

@@ -46,11 +46,14 @@ class Lead:
         least, going = 1.0 if full else least_chance(rows, self._free_rows), set(running)
         most, held = request.options.max_threads, set[Thread]()
         likely = chances(request, self._lengths.mean(request))
+        sampled = request.options.seed is not None
+        later = len(going) if sampled else 0  # sampled ones that go on behind where we are
         for place, ((thread, _), chance) in enumerate(zip(request.live, likely, strict=True)):
             begun = thread in going
-            if begun and request.options.seed is not None:
+            if begun and sampled:
+                later -= 1
                 continue
-            crowded = most is not None and place >= most
+            crowded = most is not None and place + later >= most
             if place and (crowded or chance < least * (_STAYS if begun else 1)):
                 held.add(thread)
         return held

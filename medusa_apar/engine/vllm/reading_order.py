@@ -23,6 +23,8 @@ def priority(request: Request, thread: Thread) -> int:
     first, size = 0, _ANSWER
     lineage = [*(parent for parent, _ in thread.ancestors()), thread]
     for parent, child in zip(lineage, lineage[1:], strict=False):
-        size = max(size // _CHILDREN, 1)
+        if size < _CHILDREN:
+            break
+        size //= _CHILDREN
         first += min(parent.children.index(child), _CHILDREN - 2) * size
     return (own * _ANSWERS + request.arrival % _ANSWERS) * _ANSWER + first + size - 1

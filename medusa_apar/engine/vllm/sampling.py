@@ -11,6 +11,8 @@ from medusa_apar.verify.guides import GuideLogitsProcessor
 from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
 from medusa_apar.verify.recipe import Operation, recipe_of
 
+COLDEST = 0.01  # of vLLM's temperatures but 0: it takes colder ones for this
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -29,6 +31,11 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     schema: str | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a text can be gone on with in another request: neither a grammar nor counts begin anew there."""
+        return self.schema is None and not self.counts_written
 
     @property
     def counts_written(self) -> bool:
@@ -60,11 +67,13 @@ def sampling_of(options: RequestOptions, speculates: bool = False) -> Sampling:
     if options.seed is None:  # vLLM has them count only where it samples
         known = {name: value for name, value in known.items() if name not in ("top_k", "top_p", "min_p")}
         known["temperature"] = 0.0
+    elif known["temperature"] < COLDEST:
+        raise NotImplementedError(f"vLLM has no temperature between 0 and {COLDEST}.")
     return Sampling(**known, schema=guides[0].grammar.schema if guides else None)
 
 
 def min_tokens_of(processors: Sequence[Any]) -> list[MinTokensLogitsProcessor]:
-    """Those of the processors that hold tokens back until an answer is long enough."""
+    """The processors that hold tokens back until an answer is long enough."""
     return [each for each in processors if type(each) is MinTokensLogitsProcessor]
 
 

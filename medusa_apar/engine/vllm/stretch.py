@@ -70,9 +70,12 @@ def forbids(request: Request, thread: Thread, token: int) -> frozenset[int]:
 
 
 def _min_tokens(request: Request, thread: Thread, stop_ids: frozenset[int]) -> int:
-    """For how many tokens all of `stop_ids` are held back: vLLM knows no difference among them."""
+    """How many tokens come before any of `stop_ids` may: vLLM knows no difference among them.
+
+    With `ignore_eos` vLLM would hold end tokens back too, which are tokens like others then.
+    """
     holding = min_tokens_of(request.options.processors)
-    if not holding:
+    if not holding or request.options.ignore_eos:
         return 0
     path = request.path(thread)
     left = {each: tokens_left(each, path) for each in holding if each.held(path)[0]}

@@ -25,6 +25,7 @@ from .answer import Answer, Dialect, Shared
 from .lead import Lead
 from .options import VllmOptions
 from .sampling import Sampling, sampling_of
+from .stretch import stretch_of
 
 
 class VllmEngine:
@@ -58,7 +59,7 @@ class VllmEngine:
             context_length=context_length,
             told=self._tell,
             slots=lambda: round(sum(self._counts.live.values())),
-            full=lambda rank: self._counts.waiting.get(rank, 0) > 0,
+            full=self._is_full,
         )
         self._unfinished: dict[str, _Place] = {}
         self._waiting: list[tuple[int, int, _Place]] = []  # a heap
@@ -101,9 +102,13 @@ class VllmEngine:
         if request.added or request.status is not Status.WAITING:
             raise ValueError(f"the request {request.id!r} has been added before: make a new one.")
         length, most = len(request.prompt_ids), self._shared.context_length
-        if length >= most + (request.options.score_from is not None):
+        if length >= most:
             raise ValueError(f"The prompt has {length} tokens, but vLLM's max_model_len is {most}.")
+        if request.options.score_from is not None and request.options.score_from >= length:
+            raise ValueError(f"score_from={request.options.score_from} leaves no token of the text to score.")
         sampling = sampling_of(request.options, self.options.speculates)
+        room = max(most - length, 1)
+        self._shared.dialect.check(self._client, stretch_of(request, request.tree.trunk, sampling, room, frozenset()))
         if self._places <= 0:
             raise QueueFull(f"{self.options.max_waiting} requests are waiting already; try again later.")
         if sampling.counts_written:
@@ -119,6 +124,12 @@ class VllmEngine:
         place.task.add_done_callback(partial(self._end, place))  # one that is cancelled at once never begins
         self._admit()
         return place
+
+    def _is_full(self, rank: int) -> bool:
+        """Whether requests wait for a place in a rank's batch. A rank that somebody else has chosen has another number
+        than ours."""
+        waiting = self._counts.waiting
+        return any(waiting.values()) if len(self._ranks) == 1 else waiting.get(rank, 0) > 0
 
     @property
     def _places(self) -> float:
@@ -141,30 +152,46 @@ class VllmEngine:
                 place.turn.set_result(None)
 
     async def _answer(self, place: _Place) -> None:
-        """From the queue to the end."""
+        """Waits in the queue, and runs to its end."""
         await place.turn
         request = place.request
         request.stats.queued = time.perf_counter() - request.added
         await self._running[request].run()
 
     def _end(self, place: _Place, task: asyncio.Task[None]) -> None:
+        """Whatever happens here, somebody waits for the last output, and others for the place."""
+        if self._running.pop(place.request, None) is not None:
+            self._ranks[place.rank] -= 1
+        del self._unfinished[place.request.id]
+        place.turn.cancel()
+        try:
+            self._tell_end(place, task)
+        except Exception as error:
+            place.inbox.put(error)
+        finally:
+            self._waiting = [entry for entry in self._waiting if entry[2] is not place]
+            heapq.heapify(self._waiting)
+            self._admit()
+            for answer in self._running.values():
+                answer.review()
+            if not self._unfinished:
+                self._idle.set()
+
+    def _tell_end(self, place: _Place, task: asyncio.Task[None]) -> None:
         request, error = place.request, None if task.cancelled() else task.exception()
         status, reason = Status.FINISHED, request.finish_reason or "stop"
         if task.cancelled():
             status, reason = Status.ABORTED, "aborted"
         elif error is not None:
             status, reason = Status.FAILED, "error"
-        place.turn.cancel()
-        if self._running.pop(request, None) is not None:
-            self._ranks[place.rank] -= 1
-        del self._unfinished[request.id]
         request.done, request.status, request.finish_reason = True, status, reason
+        request.stats.finished = time.perf_counter() - request.added
         if isinstance(error, Exception):
             request.error = request.error or error
         self._shared.manager.trim(request)
         self._shared.lead.learn(request)
         self._shared.reporters.ended(request)
-        if error is not None and (compat.is_dead(error) or self._client.errored):
+        if error is not None and (self._shared.dialect.is_dead(error) or self._client.errored):
             self._break(error)
         if self._broken is not None and status is Status.FAILED:
             place.inbox.put(self._gone())
@@ -172,11 +199,6 @@ class VllmEngine:
             place.inbox.put(RuntimeError("the engine was closed."))
         elif (output := next_output(request)) is not None:
             place.inbox.put(output)
-        self._admit()
-        for answer in self._running.values():
-            answer.review()
-        if not self._unfinished:
-            self._idle.set()
 
     def _tell(self, request: Request, output: RequestOutput) -> None:
         if request.stats.first_token is None and output.token_ids:
@@ -207,7 +229,8 @@ class VllmEngine:
         places = list(self._unfinished.values())
         for place in places:
             place.stop()
-        await asyncio.gather(*(place.task for place in places), return_exceptions=True)
+        if places:
+            await asyncio.wait([place.task for place in places])
         if self._owned and not was_closed:
             await asyncio.to_thread(compat.shut_down, self._client)
 
@@ -270,7 +293,7 @@ def _unfork(request: Request) -> None:
 
 
 def _by_accepted(counts: compat.Counts) -> Counter[int]:
-    """As `Stats.drafts`, from how often each position was right."""
+    """`Stats.drafts`, from how often each position was right."""
     at_least = [counts.drafts, *counts.accepted, 0]
     by = {number: at_least[number] - at_least[number + 1] for number in range(len(at_least) - 1)}
     return Counter({number: times for number, times in by.items() if times})
