@@ -218,6 +218,9 @@ def _call_options(body: Generation, facts: ModelFacts) -> CallOptions:
         if fork not in (None, False, "off"):
             raise ApiError(400, f"apar.fork and {whole} exclude each other.", param="apar.fork")
         fork = False
+    alone = next((name for name in facts.unforked if getattr(body, name)), None)
+    if alone is not None and fork not in (None, False, "off"):
+        raise ApiError(400, f"apar.fork and {alone} exclude each other on this engine.", param="apar.fork")
     max_threads, most = None if ours is None else ours.max_threads, facts.max_threads
     if max_threads is not None and most is not None and max_threads > most:
         raise ApiError(
