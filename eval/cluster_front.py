@@ -35,7 +35,13 @@ class Dialect:
     def params_of(self, stretch: Stretch) -> Stretch:
         return stretch
 
+    def check(self, client: Any, stretch: Stretch) -> None:
+        """Nothing is refused."""
+
     def is_full(self, error: BaseException) -> bool:
+        return False
+
+    def is_dead(self, error: BaseException) -> bool:
         return False
 
 

@@ -25,6 +25,7 @@ from medusa_apar.models.families import unembedding_size
 from medusa_apar.serve.backends import NoEngine
 from medusa_apar.serve.options import ServeOptions
 from medusa_apar.verify.guides import Guide, compiled
+from tests.support.models import EOS
 
 
 class QueueOverflowError(Exception):
@@ -35,10 +36,17 @@ class EngineDeadError(Exception):
     """vLLM's, by its name."""
 
 
+class MaxQueuedTokensError(Exception):
+    """vLLM's, by its name."""
+
+
 class SpokenPlainly:
     """A dialect whose prompts are paths, and whose parameters are the whole stretch."""
 
-    is_full = staticmethod(compat.is_full)
+    is_full, is_dead = staticmethod(compat.is_full), staticmethod(compat.is_dead)
+
+    def check(self, client: Any, stretch: Stretch) -> None:
+        """Nothing is refused."""
 
     def prompt_of(self, stretch: Stretch) -> list[int]:
         return list(stretch.prompt_ids)
@@ -85,7 +93,9 @@ class StandIn:
     dies_after: int | None = None
     fails: Any = None
     naps: bool = True
+    end_ids: frozenset[int] = frozenset({EOS})
     open: int = 0
+    most_open: int = 0
     asked: int = 0
     written: int = 0
     errored: bool = False
@@ -112,10 +122,11 @@ class StandIn:
         self.priorities[request_id] = priority
         self.asked += 1
         self.open += 1
+        self.most_open = max(self.most_open, self.open)
         try:
             await self._pause()
             if self._random.random() < self.refuses:
-                raise QueueOverflowError
+                raise self._random.choice((QueueOverflowError, MaxQueuedTokensError))
             async for output in self._written(prompt, sampling_params):
                 yield output
         finally:
@@ -152,8 +163,8 @@ class StandIn:
         banned = {
             ban[-1] for ban in params.banned if tuple(own[len(own) - len(ban) + 1 :]) == ban[:-1] or len(ban) == 1
         }
-        if len(own) < params.min_tokens:
-            banned |= params.stop_ids
+        if len(own) < params.min_tokens:  # as vLLM, which counts its model's end tokens whatever `ignore_eos` says
+            banned |= params.stop_ids | self.end_ids
         ids, scores = torch.tensor([prompt + own]), self.model.logits(prompt + own)[None].clone()
         scores[0, sorted(banned)] = -torch.inf
         for scorer in scorers:

@@ -166,6 +166,11 @@ def test_readers_that_go_leave_nothing(seed, longest_delta, refuses, goes):
             {"stop_ids": frozenset({11, 12, 13, 14, 15})},
             {"fork_if": lambda point: sum(point.path_ids) % 2 == 0},
             {"max_threads": 1},
+            {
+                "ignore_eos": True,
+                "processors": (MinTokensLogitsProcessor(4, 12, [11, 12, 13, 14, 15], CONTROL, True),),
+                "stop_ids": frozenset({11, 12, 13, 14, 15}),
+            },
             {"processors": (MinTokensLogitsProcessor(4, 20, [EOS], CONTROL),)},
             {
                 "processors": (MinTokensLogitsProcessor(4, 12, [11, 12, 13, 14, 15], CONTROL, True),),
@@ -222,6 +227,20 @@ def test_a_seed_gives_one_text_whatever_comes_when(seeds, number, noise):
 
     (one, _), (other, _) = (clockwork.run(run(seed)) for seed in seeds)
     assert one == other
+
+
+@settings(max_examples=20, deadline=None)
+@given(**SCHEDULES, number=st.integers(0, 5), noise=st.none() | st.integers(0, 9), most=st.integers(1, 2))
+def test_no_more_threads_run_than_may(seed, longest_delta, refuses, number, noise, most):
+    client = StandIn(parts()[2], seed, longest_delta, refuses)
+
+    async def run():
+        engine = engine_of(client, free_rows=1000.0)
+        await answer(engine, request("a", PROMPTS[number], 40, seed=noise, max_threads=most))
+        await left_nothing(engine, client)
+
+    clockwork.run(run())
+    assert client.most_open <= most + 1  # one is closed while the next is opened
 
 
 def test_threads_of_one_answer_have_noise_of_their_own():
