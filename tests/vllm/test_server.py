@@ -1,5 +1,6 @@
 """`medusa-apar serve --engine vllm` as its users have it: a process, asked by OpenAI's client."""
 
+import json
 import re
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 from medusa_apar.eval.serve_servers import HOST, Launch, running
 from tests.support.serving import PLAIN
 
-FLAGS = ("--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "512")
+FLAGS = ("--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "512", "--max-logprobs", "5")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,20 @@ def test_a_stream_is_the_native_answer(server, client, answers):
     with client.chat.completions.create(**asked(server, answers[1], stream=True)) as stream:
         pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert "".join(pieces) == answers[1].text and len(list(filter(None, pieces))) > 10
+
+
+def test_an_answer_is_the_json_that_was_asked_for(server, client, answers):
+    properties = {"city": {"type": "string", "maxLength": 12}, "large": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": ["city", "large"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    said = client.chat.completions.create(**asked(server, answers[0], response_format=form))
+    assert said.choices[0].finish_reason == "stop"
+    assert set(json.loads(said.choices[0].message.content)) == {"city", "large"}
+
+
+def test_what_vllm_refuses_is_said_before_anything_runs(server, client, answers):
+    with pytest.raises(openai.BadRequestError, match="logprobs"):
+        client.chat.completions.create(**asked(server, answers[0], logprobs=True, top_logprobs=20, stream=True))
 
 
 def test_lists_fork_by_rule(server, client, listed):
