@@ -257,7 +257,9 @@ def with_ordinary_permissions(path: Path) -> None:
     probe.unlink()
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file() and not file.is_symlink():
-            file.chmod(mode)
+            # Who may read a program may run it.
+            runs = (mode & 0o444) >> 2 if file.stat().st_mode & stat.S_IXUSR else 0
+            file.chmod(mode | runs)
 
 
 def _existing(path: Path) -> Path:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from medusa_apar import load
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.heads.convert import convert
-from medusa_apar.job import filling, replacing, write_text
+from medusa_apar.job import filling, replacing, with_ordinary_permissions, write_text
 from medusa_apar.models.merge import merge
 from tests.support.disks import full_disk
 from tests.support.folders import lora_of, word_folder, word_model
@@ -80,6 +80,16 @@ def test_what_is_written_has_ordinary_permissions(root, kind, umask):
     assert [
         oct(path.stat().st_mode) for path in written if stat.S_IMODE(path.stat().st_mode) != mode(path, umask)
     ] == []
+
+
+def test_a_program_stays_one(tmp_path):
+    """A peer's server is compiled into a folder of the cache, and run from there."""
+    program = tmp_path / "folder" / "program"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o700)
+    with_ordinary_permissions(program.parent)
+    assert os.access(program, os.X_OK) and stat.S_IMODE(program.stat().st_mode) & 0o011
 
 
 def mode(path, umask):

@@ -195,12 +195,13 @@ class Answer:
 
     def _is_cut(self, thread: Thread) -> bool:
         """Whether vLLM has to be asked anew: behind what a rule has inserted, and behind a fork where not all threads
-        may run. A sampled thread stops nowhere else, so that its noise does not depend on what runs beside it."""
-        options = self.request.options
+        may run. A sampled thread stops at all of its forks then, and nowhere else: its noise depends on no other."""
         if thread.ends_with_forced:
             return True
-        forked = bool(thread.children) and thread.children[-1].fork_index == len(thread.tokens) - 1
-        return forked and options.max_threads is not None and options.seed is not None
+        options, live = self.request.options, [each for each in self.request.tree.threads if each.live]
+        if options.max_threads is None or (options.seed is None and len(live) <= options.max_threads):
+            return False
+        return bool(thread.children) and thread.children[-1].fork_index == len(thread.tokens) - 1
 
     async def _outputs(self, stretch: Stretch, thread: Thread) -> AsyncGenerator[Any, None]:
         """What vLLM brings for a part. Where its queue is full it is asked again: a fork is never lost."""
