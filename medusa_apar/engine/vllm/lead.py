@@ -53,7 +53,7 @@ class Lead:
             if begun and sampled:
                 later -= 1
                 continue
-            crowded = most is not None and place + later >= most
+            crowded = most is not None and max(place + later, 0 if begun else len(going)) >= most
             if place and (crowded or chance < least * (_STAYS if begun else 1)):
                 held.add(thread)
         return held
