@@ -278,8 +278,7 @@ class _Simulation:
         held: set[Thread] = set()
         if self._lead is not None and len(request.live) > 1:
             rows = self._rows[answer.engine] if answer.engine else sum(self._rows.values()) // len(self._engines)
-            full = answer.engine is not None and answer.engine.full
-            held = self._lead.waiting(request, answer.open, rows, full)
+            held = self._lead.waiting(request, answer.open, rows)
         for thread in [thread for thread in answer.open if thread.ended or thread in held]:
             self._close(answer, thread)
         if request.done:

@@ -130,7 +130,6 @@ class SimulatedEngine(Generic[S]):
         self.running: list[S] = []
         self.steps = self.written = self.forwarded = self.rows = self.most_rows = 0
         self.held = self.most_held = self.preemptions = 0
-        self.full = False  # whether sequences wait behind its last step
         self._waiting: list[tuple[tuple[int, int], S]] = []
         self._blocks = Blocks(limits.kv_blocks)
 
@@ -167,7 +166,6 @@ class SimulatedEngine(Generic[S]):
                 sequence.tokens += 1
                 wrote.append(sequence)
         self.steps += 1
-        self.full = any(not sequence.gone for _, sequence in self._waiting)
         self.written += len(wrote)
         self.rows += len(chosen)
         self.most_rows = max(self.most_rows, len(chosen))

@@ -47,7 +47,7 @@ class Shared:
     """What all answers of an engine have in common.
 
     context_length: of a path. told: called with what is new of a request. slots: live tokens of vLLM's KV cache, as far
-    as it tells. full: whether requests wait for a place in a rank's batch. rows: requests of vLLM that run, by rank.
+    as it tells. rows: requests of vLLM that run, by rank.
     """
 
     client: Any
@@ -58,7 +58,6 @@ class Shared:
     context_length: int
     told: Callable[[Request, RequestOutput], None]
     slots: Callable[[], int]
-    full: Callable[[int], bool]
     rows: Counter[int] = field(default_factory=Counter)
     forks: int = 0
     written_tokens: int = 0
@@ -106,8 +105,7 @@ class Answer:
 
     def review(self) -> None:
         """Lets threads go on that waited, and has others wait, as things stand now."""
-        rows, full = self._shared.rows[self.rank], self._shared.full(self.rank)
-        self._to_wait = self._shared.lead.waiting(self.request, self._running, rows, full)
+        self._to_wait = self._shared.lead.waiting(self.request, self._running, self._shared.rows[self.rank])
         for thread, future in self._held.items():
             if thread not in self._to_wait and not future.done():
                 future.set_result(None)

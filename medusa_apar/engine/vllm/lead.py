@@ -34,16 +34,15 @@ class Lead:
     def __init__(self, free_rows: float) -> None:
         self._free_rows, self._lengths = free_rows, ChildLengths()
 
-    def waiting(self, request: Request, running: Iterable[Thread], rows: int, full: bool = False) -> set[Thread]:
+    def waiting(self, request: Request, running: Iterable[Thread], rows: int) -> set[Thread]:
         """Live threads of a request that should not run now; never the one that is read first.
 
-        running: its threads that run. rows: requests of vLLM that run in the same batch, of all answers. full: whether
-        others wait for a place in it, so that no row is free. A sampled thread that has begun always goes on: to go on
-        with it later would take other noise.
+        running: its threads that run. rows: requests of vLLM that run in the same batch, of all answers. A sampled
+        thread that has begun always goes on: to go on with it later would take other noise.
         """
         if len(request.live) < 2:
             return set()
-        least, going = 1.0 if full else least_chance(rows, self._free_rows), set(running)
+        least, going = least_chance(rows, self._free_rows), set(running)
         most, held = request.options.max_threads, set[Thread]()
         likely = chances(request, self._lengths.mean(request))
         sampled = request.options.seed is not None

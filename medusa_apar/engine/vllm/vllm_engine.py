@@ -59,7 +59,6 @@ class VllmEngine:
             context_length=context_length,
             told=self._tell,
             slots=lambda: round(sum(self._counts.live.values())),
-            full=self._is_full,
         )
         self._unfinished: dict[str, _Place] = {}
         self._waiting: list[tuple[int, int, _Place]] = []  # a heap
@@ -124,12 +123,6 @@ class VllmEngine:
         place.task.add_done_callback(partial(self._end, place))  # one that is cancelled at once never begins
         self._admit()
         return place
-
-    def _is_full(self, rank: int) -> bool:
-        """Whether requests wait for a place in a rank's batch. A rank that somebody else has chosen has another number
-        than ours."""
-        waiting = self._counts.waiting
-        return any(waiting.values()) if len(self._ranks) == 1 else waiting.get(rank, 0) > 0
 
     @property
     def _places(self) -> float:
