@@ -96,11 +96,14 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Fine).serve_forever()
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_what_was_started(tmp_path, number):
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup has one of them ignored
     fine = launch(tmp_path, sys.executable, "-c", SERVER, "{port}")
-    with pytest.raises(SystemExit) as ended, serve_servers.ended_by_signals(), running(fine) as server:
-        signal.raise_signal(number)
-    assert ended.value.code == 128 + number and signal.getsignal(number) is before
+    try:
+        with pytest.raises(SystemExit) as ended, serve_servers.ended_by_signals(), running(fine) as server:
+            signal.raise_signal(number)
+        assert ended.value.code == 128 + number and signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health", trust_env=False)
 

@@ -65,11 +65,12 @@ def test_a_model_that_cannot_be_loaded_ends_the_server():
 def test_a_first_signal_lets_what_runs_come_to_its_end(apar):
     """vllm#24885, smg PR 1172: new requests are told, streams flow on, and then the server ends."""
     with running(lambda: apar) as server, server.client() as client, ThreadPoolExecutor() as pool:
-        plain = pool.submit(server.ask, PROMPT, held=True, max_tokens=6)
         asked = {"prompt": PROMPT, "held": True, "max_tokens": 6, "stream": True}
         with client.stream("POST", "/v1/tokens", json=asked) as answer:
             lines = answer.iter_lines()
             assert json.loads(next(lines)) == []
+            # Only now: one that came before it would hold the engine, which would not take the stream.
+            plain = pool.submit(server.ask, PROMPT, held=True, max_tokens=6)
             wait_until(lambda: server.service.num_in_flight == 2)
             server.server.handle_exit(signal.SIGTERM, None)
             wait_until(lambda: health(server) == "draining")

@@ -208,25 +208,27 @@ class Answer:
         how: dict[str, Any] = {"priority": priority(request, thread)}
         if self._pinned:
             how["data_parallel_rank"] = self.rank
-        while True:
-            self._stretches += 1
-            name = f"{request.id}.{thread.index}.{self._stretches}"
-            try:
-                self._running.add(thread)
+        self._running.add(thread)  # while it waits for a place, too, which is its own
+        try:
+            while True:
+                self._stretches += 1
+                name = f"{request.id}.{thread.index}.{self._stretches}"
                 shared.rows[self.rank] += 1
                 shared.peak_threads = max(shared.peak_threads, shared.rows.total())
-                async with aclosing(shared.client.generate(prompt, params, name, **how)) as outputs:
-                    async for output in outputs:
-                        yield output
-                return
-            except Exception as error:
-                if not shared.dialect.is_full(error):
-                    raise
-            finally:
-                self._running.discard(thread)
-                shared.rows[self.rank] -= 1
-            await asyncio.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT)
+                try:
+                    async with aclosing(shared.client.generate(prompt, params, name, **how)) as outputs:
+                        async for output in outputs:
+                            yield output
+                    return
+                except Exception as error:
+                    if not shared.dialect.is_full(error):
+                        raise
+                finally:
+                    shared.rows[self.rank] -= 1
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, _LONGEST_WAIT)
+        finally:
+            self._running.discard(thread)
 
     def _room(self, thread: Thread) -> int:
         """Tokens that a thread may still write: as many as the context and an answer within its limit have room for."""
