@@ -41,7 +41,7 @@ Pair = tuple[Setting, Figures, Figures]
 
 
 def answers_for(in_flight: int, recorded: int, turns: int) -> int:
-    """As many as ask every place so many times, and every recorded question once at least."""
+    """How many answers ask every place so many times, and every recorded question once at least."""
     return max(recorded, turns * in_flight)
 
 

@@ -149,7 +149,7 @@ class SimulatedEngine(Generic[S]):
             self._release(sequence)
 
     def step(self) -> list[S]:
-        """Those that wrote a token."""
+        """Runs one step, and returns the sequences that wrote a token."""
         chosen, left = self._continued()
         if left is not None:
             self._admit(chosen, left)

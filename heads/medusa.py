@@ -108,7 +108,7 @@ class MedusaHeads(DraftHeads):
         checkpoints.write(heads.folder, *content, dtype, vllm_layout.FILE)
 
     def tensors(self) -> HeadTensors:
-        """On the CPU, in the form of `checkpoints`; block weights are copies."""
+        """The weights on the CPU, in the form of `checkpoints`; those of blocks are copies."""
         shape = (self.num_layers, self.num_heads, self.hidden_size, self.hidden_size)
         weight = torch.empty(shape, dtype=self.dtype, device="cpu")
         bias = torch.empty(shape[:-1], dtype=self.dtype, device="cpu")

@@ -41,7 +41,7 @@ logger = logging.getLogger("medusa_apar.serve")
 
 
 def path_of(scope: Scope) -> str:
-    """Within the application, which may be mounted in another."""
+    """The path within the application, which may be mounted in another."""
     path, root = scope["path"], scope.get("root_path", "")
     inside = path.removeprefix(root)
     return (inside or "/") if inside[:1] in ("", "/") else path

@@ -21,7 +21,7 @@ from medusa_apar.threads.request import Request, Status, TokenLogprobs
 
 from .lead import Lead
 from .reading_order import priority
-from .sampling import Sampling
+from .sampling import VllmSampling
 from .stretch import Stretch, forbids, stretch_of
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.02, 1.0  # seconds before vLLM is asked again where its queue was full
@@ -71,7 +71,7 @@ class Answer:
     rank: of vLLM's data parallelism, 0 without. pinned: whether vLLM has to be told.
     """
 
-    def __init__(self, request: Request, sampling: Sampling, shared: Shared, rank: int, pinned: bool) -> None:
+    def __init__(self, request: Request, sampling: VllmSampling, shared: Shared, rank: int, pinned: bool) -> None:
         self.request, self.rank, self._pinned = request, rank, pinned
         self._sampling, self._shared = sampling, shared
         self._tasks: dict[Thread, asyncio.Task[None]] = {}  # of threads that were not stopped
@@ -196,10 +196,10 @@ class Answer:
         may run. A sampled thread stops at all of its forks then, and nowhere else: its noise depends on no other."""
         if thread.ends_with_forced:
             return True
-        options, live = self.request.options, [each for each in self.request.tree.threads if each.live]
-        if options.max_threads is None or (options.seed is None and len(live) <= options.max_threads):
+        most, children = self.request.options.max_threads, thread.children
+        if most is None or not children or children[-1].fork_index != len(thread.tokens) - 1:
             return False
-        return bool(thread.children) and thread.children[-1].fork_index == len(thread.tokens) - 1
+        return self.request.options.seed is not None or sum(each.live for each in self.request.tree.threads) > most
 
     async def _outputs(self, stretch: Stretch, thread: Thread) -> AsyncGenerator[Any, None]:
         """What vLLM brings for a part. Where its queue is full it is asked again: a fork is never lost."""
@@ -291,7 +291,7 @@ class Answer:
         """Log-probabilities of a prompt's tokens; vLLM writes one behind it, which nobody reads."""
         request, options = self.request, self.request.options
         count, start = options.logprobs or 0, options.score_from or 1
-        stretch = Stretch(request.prompt_ids, Sampling(), 1, cache_salt=options.cache_salt, prompt_logprobs=count)
+        stretch = Stretch(request.prompt_ids, VllmSampling(), 1, cache_salt=options.cache_salt, prompt_logprobs=count)
         async with aclosing(self._outputs(stretch, request.tree.trunk)) as outputs:
             async for output in outputs:
                 if output.prompt_logprobs and not request.text_scores.told:

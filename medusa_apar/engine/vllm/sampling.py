@@ -15,7 +15,7 @@ COLDEST = 0.01  # of vLLM's temperatures but 0: it takes colder ones for this
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class VllmSampling:
     """How vLLM chooses tokens, in its own words and in its own order: penalties, temperature, min-p, top-k and top-p.
 
     schema: a JSON schema that the text has to follow."""
@@ -43,7 +43,7 @@ class Sampling:
         return bool(self.presence_penalty or self.frequency_penalty)
 
 
-def sampling_of(options: RequestOptions, speculates: bool = False) -> Sampling:
+def sampling_of(options: RequestOptions, speculates: bool = False) -> VllmSampling:
     """NotImplementedError for what vLLM cannot be asked for.
 
     speculates: as of `VllmOptions`.
@@ -69,7 +69,7 @@ def sampling_of(options: RequestOptions, speculates: bool = False) -> Sampling:
         known["temperature"] = 0.0
     elif known["temperature"] < COLDEST:
         raise NotImplementedError(f"vLLM has no temperature between 0 and {COLDEST}.")
-    return Sampling(**known, schema=guides[0].grammar.schema if guides else None)
+    return VllmSampling(**known, schema=guides[0].grammar.schema if guides else None)
 
 
 def min_tokens_of(processors: Sequence[Any]) -> list[MinTokensLogitsProcessor]:

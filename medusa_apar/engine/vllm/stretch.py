@@ -8,7 +8,7 @@ from medusa_apar.threads.fork_policy import fork_point
 from medusa_apar.threads.paragraph_tree import Thread, thread_key
 from medusa_apar.threads.request import Request
 
-from .sampling import Sampling, min_tokens_of, tokens_left
+from .sampling import VllmSampling, min_tokens_of, tokens_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Stretch:
     """
 
     prompt_ids: list[int]
-    sampling: Sampling
+    sampling: VllmSampling
     max_tokens: int
     min_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
@@ -32,7 +32,7 @@ class Stretch:
     prompt_logprobs: int | None = None
 
 
-def stretch_of(request: Request, thread: Thread, sampling: Sampling, room: int, banned: frozenset[int]) -> Stretch:
+def stretch_of(request: Request, thread: Thread, sampling: VllmSampling, room: int, banned: frozenset[int]) -> Stretch:
     """The next part of a thread.
 
     room: tokens that its path may grow by. banned: what may not come next, and only next; the part is one token long

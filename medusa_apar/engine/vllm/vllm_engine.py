@@ -24,7 +24,7 @@ from . import compat
 from .answer import Answer, Dialect, Shared
 from .lead import Lead
 from .options import VllmOptions
-from .sampling import Sampling, sampling_of
+from .sampling import VllmSampling, sampling_of
 from .stretch import stretch_of
 
 
@@ -234,12 +234,11 @@ class VllmEngine:
     def stats(self) -> Stats:
         """What vLLM does not tell stays 0. A prompt counts once, though every thread's request has its whole path."""
         counts, shared, live = self._counts, self._shared, self._shared.slots()
-        forward, prefill = counts.forward_tokens, counts.prefix_queries
         return Stats(
             steps=counts.steps,
             generated_tokens=shared.generated_tokens,
             written_tokens=shared.written_tokens,
-            forward_tokens=forward,
+            forward_tokens=counts.forward_tokens,
             forks=shared.forks,
             requests=self._arrivals,
             preemptions=counts.preemptions,
@@ -248,7 +247,7 @@ class VllmEngine:
             peak_slots=counts.peak_live,
             live_slots=live,
             free_slots=max(counts.kv_tokens - live, 0),
-            prefix_cache_queries=prefill,
+            prefix_cache_queries=counts.prefix_queries,
             prefix_cache_hits=counts.prefix_hits,
             drafted=Counter({"heads": counts.draft_tokens} if counts.draft_tokens else {}),
             accepted=Counter({"heads": sum(counts.accepted)} if counts.accepted else {}),
@@ -264,7 +263,7 @@ class VllmEngine:
 class _Place:
     """A request between `generate` and its last output."""
 
-    def __init__(self, request: Request, sampling: Sampling) -> None:
+    def __init__(self, request: Request, sampling: VllmSampling) -> None:
         self.request, self.sampling, self.inbox = request, sampling, Inbox()
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.rank = 0
