@@ -30,7 +30,7 @@ from .plan import MAX_PREFILL_ROWS, Feed, Plan
 from .prefix_hits import is_being_fed, most_tokens, num_shared
 from .row_worth import PRICED_ROWS, ChildLengths, chances, worth
 from .segments import segments
-from .slot_needs import SlotNeeds
+from .slot_needs import Course, SlotNeeds, peak
 
 Candidates = Callable[[Thread], Proposal | None]
 
@@ -142,13 +142,21 @@ class Scheduler:
                 self.prefix_cache_queries += len(request.prompt_ids)
 
     def _has_room(self, request: Request) -> bool:
-        """Whether the pool holds what the request is expected to need beside what the running ones will."""
+        """Whether the pool holds what the request and the running ones are expected to need until all have ended."""
         available = self.ledger.pool.available
         if available is None:
             return True
-        promised = sum(max(self.needs.expected(other) - self._held(other), 0) for other in self.running)
-        own = self.needs.expected(request) - num_shared(request, self.ledger)
-        return own + promised + self.budget.rows <= available
+        found = num_shared(request, self.ledger)
+        newcomer = self.needs.course(request, 0, found)
+        room = available - self.budget.rows
+        if newcomer.at_once > room:
+            return False
+        return peak([*map(self._course, self.running), newcomer]) <= room
+
+    def _course(self, request: Request) -> Course:
+        held = self._held(request)
+        kept = held - self.ledger.num_booked_by(request.tree.threads) if self.ledger.shares else 0
+        return self.needs.course(request, held, kept=kept)
 
     def _held(self, request: Request) -> int:
         return sum(self.ledger.cached(thread) for thread in request.tree.threads)
