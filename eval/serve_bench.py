@@ -29,6 +29,7 @@ RESULTS = "load.jsonl"
 WARM_UP_TOKENS = 32
 # Pools that are tried where nobody says which: shares of the most slots that any server had in use without a cap.
 POOLS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.29, 0.24, 0.2)
+KEPT_OF = ("tokens_per_second", "tokens_per_step")
 LOST = 0.9  # a server that has kept less than this is not tried with still smaller pools
 
 
@@ -175,19 +176,25 @@ def measure_pools(
             break
         load = Load(clients, slots=slots)
         measure_all(job, results, left, [load, Load(clients, beside=slots)], turns, measure, first=place)
-        left = [launch for launch in left if kept(results, launch.name, load) >= LOST]
+        left = [
+            launch for launch in left if max(kept(results, launch.name, load, figure) for figure in KEPT_OF) >= LOST
+        ]
 
 
-def kept(results: Results, system: str, load: Load) -> float:
-    """Share of the uncapped tokens per second that a capped pool keeps, the median of the turns' shares; 0 where a
-    request failed."""
+def kept(results: Results, system: str, load: Load, figure: str = KEPT_OF[0]) -> float:
+    """Share of an uncapped pool's figure that a capped one keeps, the median of the turns' shares; 0 where a request
+    failed.
+
+    figure: one of `KEPT_OF`. Tokens for each step are counted, so that a busy moment of the machine is not in them; a
+    step of fewer rows is faster too, so that less of them is kept than of the tokens per second.
+    """
     capped, uncapped = (results.turns(system, each) for each in (load, Load(load.clients, beside=load.slots)))
     if any(row["errors"] for row in capped.values()):
         return 0.0
     shares = [
-        (row["tokens_per_second"] or 0.0) / base
+        (row.get(figure) or 0.0) / base
         for turn, row in capped.items()
-        if turn in uncapped and (base := uncapped[turn]["tokens_per_second"])
+        if turn in uncapped and (base := uncapped[turn].get(figure))
     ]
     return median(shares) if shares else 0.0
 

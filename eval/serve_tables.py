@@ -7,7 +7,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any, NamedTuple
 
-from .serve_bench import Asking, Load, Results, kept, pools_of
+from .serve_bench import KEPT_OF, Asking, Load, Results, kept, pools_of
 from .serve_figures import KEPT, SmallestPool, smallest_pool
 from .serve_launch import Launch
 from .serve_servers import LLAMA_Q4, LLAMA_Q8
@@ -170,7 +170,7 @@ def _pools(results: Results, launches: Sequence[Launch]) -> list[str]:
     for clients in _capped_clients(results):
         lines += [
             f"**Pools capped**, {clients} clients: tokens per second, and the share of what is reached uncapped in the "
-            "same turn.",
+            "same turn; and the share of the tokens that a step brings.",
             "",
             _row(["slots", *names]),
             _row(["---"] * (len(names) + 1)),
@@ -192,7 +192,9 @@ def _pools(results: Results, launches: Sequence[Launch]) -> list[str]:
 def _capped(results: Results, name: str, load: Load, row: dict[str, Any]) -> str:
     if row["errors"]:
         return f"{sum(row['errors'].values())} failed"
-    return f"{_number(row['tokens_per_second'], 1)} ({kept(results, name, load):.0%})"
+    by_time, by_step = (kept(results, name, load, figure) for figure in KEPT_OF)
+    counted = f", {by_step:.0%} for a step" if by_step else ""
+    return f"{_number(row['tokens_per_second'], 1)} ({by_time:.0%}{counted})"
 
 
 def _pool(pool: SmallestPool) -> str:
