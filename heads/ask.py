@@ -230,7 +230,7 @@ def copied_records(
             example = replace(example, tree=Thread([splice(example.tree)]))
         fork, child = (control.fork_id, control.child_id) if control else (-1, -1)
         try:
-            threads, prompt = tokenize_example(example, apar.tokenizer, Tokens(fork, child, eos))
+            threads, prompt, _ = tokenize_example(example, apar.tokenizer, Tokens(fork, child, eos))
         except ValueError as error:
             drops.bad(str(error), example.place)
             continue

@@ -17,7 +17,7 @@ from medusa_apar.models.fingerprint import fingerprint
 
 from .ask import Generates, Limits, Prompt, answered, check_same, fitting_prompts
 
-CHATS = "chats.jsonl"
+CHATS, UNENDED = "chats.jsonl", "unended.jsonl"  # answers that ended by themselves, and those that were cut
 ASKED = "asked.jsonl"  # every prompt that was answered, those whose answer did not end among them
 SETTINGS = "asked.json"  # what the answers depend on
 
@@ -26,12 +26,13 @@ SETTINGS = "asked.json"  # what the answers depend on
 class Sampling:
     temperature: float  # 0: greedy
     top_p: float = 1.0
+    quantize: str | None = None  # how the model's weights were rounded
 
 
 def own_answers(
     apar: Generates, prompts: Sequence[Prompt], limits: Limits, sampling: Sampling, job: Job, drops: Drops
 ) -> Path:
-    """Answers prompts batch by batch, without threads, into the job's folder; returns the corpus.
+    """Answers prompts batch by batch, without threads, into the job's folder; returns the corpus of those that ended.
 
     Batches are the same in every run, so one that was stopped goes on to what it would have sampled. ValueError where
     the folder's answers were made otherwise.
@@ -40,8 +41,8 @@ def own_answers(
     """
     todo, too_long = fitting_prompts(apar.tokenizer, prompts, limits, job, drops)
     _check_same_answers(apar, limits, sampling, job)
-    chats, asked = job.folder / CHATS, job.folder / ASKED
-    done, written = answered(asked), answered(chats)
+    chats, unended, asked = (job.folder / name for name in (CHATS, UNENDED, ASKED))
+    done, written, cut = answered(asked), answered(chats), answered(unended)
     budget = job.seconds + 60 * limits.max_minutes
     tokens = 0
     with job.bar("answering prompts", len(todo)) as bar:
@@ -55,18 +56,20 @@ def own_answers(
             seed = random.Random(f"{limits.seed} {first}").getrandbits(62)
             inputs = [encode_messages(apar.tokenizer, prompt.messages) for prompt in batch]
             answers = _answers(apar, inputs, limits.max_new_tokens, sampling, seed)
-            rows, marks = [], []
+            rows, loose, marks = [], [], []
             for (name, messages, _), (ids, finished) in zip(batch, answers, strict=True):
                 if name in done:  # of a batch whose writing was cut short
                     continue
                 tokens += len(ids)
                 text = cast(Any, apar.tokenizer).decode(ids, skip_special_tokens=True)
-                if finished and text.strip() and name not in written:
-                    written.add(name)
-                    rows.append({"id": name, "messages": [*messages, {"role": "assistant", "content": text}]})
+                into, names = (rows, written) if finished else (loose, cut)
+                if text.strip() and name not in names:
+                    names.add(name)
+                    into.append({"id": name, "messages": [*messages, {"role": "assistant", "content": text}]})
                 marks.append({"id": name, "tokens": len(ids), "finished": finished})
             # In this order: an answer that is marked but not written would be lost for good.
             append_lines(chats, rows)
+            append_lines(unended, loose)
             append_lines(asked, marks)
             done.update(prompt.id for prompt in batch)
             bar.advance(len(batch), f"{tokens / max(1e-6, job.seconds):.0f} tokens/s")
@@ -92,6 +95,7 @@ def _check_same_answers(apar: Generates, limits: Limits, sampling: Sampling, job
         "dtype": str(apar.model.dtype),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "quantize": sampling.quantize,
         "max_new_tokens": limits.max_new_tokens,
         "max_prompt": limits.max_prompt,
         "seed": limits.seed,

@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an answer that would fork where theirs does not is left out, or kept whole so that the model learns "
         "to tell by the prompt (default: drop)",
     )
+    add(
+        "--looping",
+        choices=("drop", "avoid"),
+        default="drop",
+        help="answers that say the same again and again are left out, or are the only ones kept: `finetune` makes what "
+        "they repeat unlikely (default: drop)",
+    )
     add("--show", type=number(int, 0), default=0, metavar="N", help="print N forking answers with their control tokens")
 
 
@@ -66,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
             max_depth=args.max_depth,
             agree_with=args.agree_with or [],
             keep_whole=args.disagreeing == "whole",
+            loops=args.looping == "avoid",
             show_count=args.show,
         )
     return 0

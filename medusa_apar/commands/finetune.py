@@ -4,6 +4,11 @@ Every example is packed as a trie: one row holds the prompt, the trunk and its t
 sees its own path only. Several examples share a row. Trained are the trunk with its [Fork] tokens, and each thread's
 tokens after its [Child].
 
+An answer that can fork is written in three ways, drawn anew in each epoch: every detail forks, every detail stands in
+line, or half of them each. So the model goes on with its list after a detail in line, and ends a thread after a forked
+one. Answers that loop (`medusa-apar data --looping avoid`) are trained against: the tokens that they repeat become
+unlikely (arXiv 1908.04319).
+
 DIR gets adapter/ (which medusa_apar.load, peft and `medusa-apar merge` read), log.jsonl, report.json with held-out
 losses of trunk, fork decisions and threads before and after, and checkpoint.pt: the same command started again goes on
 from there, to the same result, and one with another base, data or settings is refused. One CPU core does about 150
@@ -48,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts of the two control tokens (default: spare ones of the vocabulary, else two new ones)")  # fmt: skip
     add("--plain-share", type=number(float, 0, 0.95), default=0.5, metavar="S",
         help="share of the tokens from answers that stay whole (default: %(default)s, as in the paper)")  # fmt: skip
+    add("--in-line-share", type=number(float, 0, 1), default=0.25, metavar="S",
+        help="share of the forking answers that are written in line throughout (default: %(default)s)")  # fmt: skip
+    add("--mixed-share", type=number(float, 0, 1), default=0.25, metavar="S",
+        help="share of them of which half of the details fork (default: %(default)s)")  # fmt: skip
+    add("--unlikelihood", type=number(float, 0), default=1.0, metavar="W",
+        help="weight of what looping answers repeat, which becomes unlikely (default: %(default)s)")  # fmt: skip
     add(
         "--total-tokens",
         type=number(int, 1),
@@ -99,6 +110,9 @@ def run(args: argparse.Namespace) -> int:
         row_tokens=args.row_tokens,
         update_tokens=args.update_tokens,
         plain_share=args.plain_share,
+        in_line=args.in_line_share,
+        mixed=args.mixed_share,
+        unlikelihood=args.unlikelihood,
         total_tokens=args.total_tokens,
         max_minutes=args.max_minutes,
         dtype=fast_dtype() if args.dtype == "auto" else args.dtype,

@@ -38,6 +38,7 @@ class Losses:
     is_fork: torch.Tensor  # [L] bool: the label is [Fork]
     in_trunk: torch.Tensor  # [L] bool
     says_fork: torch.Tensor  # [L] bool: the model's first choice is [Fork]
+    against: torch.Tensor  # [A] -log(1 - p) of each token to be avoided
 
 
 def attach_lora(
@@ -130,13 +131,23 @@ def check_forward(tuned: PeftModel) -> None:
 
 def label_losses(tuned: PeftModel, row: PackedRow, tokens: Tokens) -> Losses:
     """Losses of a row's labels, float32; the unembedding runs only where there is one (half of the tokens)."""
-    labels = row.labels()
-    at = (labels != IGNORED).nonzero()[:, 0]
-    logits = _logits(tuned, row, at, [tokens.fork, tokens.child]).float()
-    labels = labels[at]
+    labels, avoided = row.labels(), row.labels(of=row.avoided)
+    wanted, unwanted = ((ids != IGNORED).nonzero()[:, 0] for ids in (labels, avoided))
+    logits = _logits(tuned, row, torch.cat([wanted, unwanted]), [tokens.fork, tokens.child]).float()
+    logits, others = logits.split([len(wanted), len(unwanted)])
+    labels = labels[wanted]
     values = F.cross_entropy(logits, labels, reduction="none")
     says_fork = logits.detach().argmax(-1) == tokens.fork
-    return Losses(values, labels == tokens.fork, row.in_trunk[at], says_fork)
+    against = _unlikelihood(others, avoided[unwanted])
+    return Losses(values, labels == tokens.fork, row.in_trunk[wanted], says_fork, against)
+
+
+def _unlikelihood(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """[A] -log(1 - p) of each row's token, which a p of nearly 1 does not overflow."""
+    if not len(ids):
+        return logits.new_zeros(0)
+    without = logits.scatter(1, ids[:, None], float("-inf"))
+    return logits.logsumexp(-1) - without.logsumexp(-1)
 
 
 def _logits(tuned: PeftModel, row: PackedRow, at: torch.Tensor, control: list[int]) -> torch.Tensor:

@@ -46,6 +46,7 @@ class Example:
     tree: Thread
     kind: str  # one of rules.KINDS: the rule that forked the answer
     reason: str = ""  # why a plain one stays whole
+    loops: bool = False  # it says the same again and again: an example of what not to write
     place: str = field(default="", compare=False)  # file and line that it was read from
 
     def as_row(self) -> dict[str, Any]:
@@ -55,21 +56,22 @@ class Example:
             "reason": self.reason,
             "messages": self.messages,
             "tree": _as_lists(self.tree),
-        }
+        } | ({"loops": True} if self.loops else {})
 
     @classmethod
     def from_row(cls, row: Any, place: str = "") -> Example:
         """ValueError where it is no row that `as_row` could have made."""
         try:
             id, kind, reason, messages = row["id"], row["kind"], row.get("reason", ""), row["messages"]
+            loops = row.get("loops", False)
             tree = _as_thread(row["tree"])
             texts = [id, reason, *(message[key] for message in messages for key in ("role", "content"))]
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             why = f"it lacks {error}" if isinstance(error, KeyError) else "its fields have other types"
             raise ValueError(f"no example of `medusa-apar data`, {why}") from error
-        if not messages or kind not in KINDS or not all(isinstance(text, str) for text in texts):
+        if not messages or kind not in KINDS or not all(isinstance(text, str) for text in texts) or loops not in (0, 1):
             raise ValueError("no example of `medusa-apar data`, its fields have other types")
-        return cls(id, messages, tree, kind, reason, place)
+        return cls(id, messages, tree, kind, reason, bool(loops), place)
 
 
 @dataclass(slots=True)
@@ -136,6 +138,7 @@ def read_examples(
     all_turns: bool = False,
     max_depth: int = MAX_DEPTH,
     seen: set[int] | None = None,
+    loops: bool = False,
 ) -> Iterator[Example]:
     """Examples of corpora, in order. Answers that are empty, repeated or loop are left out and counted in `drops`.
 
@@ -143,6 +146,7 @@ def read_examples(
     all_turns: every answer of a conversation is a target of its own; otherwise the last one.
     max_depth: of the trees.
     seen: hashes of the answers of earlier calls, whose repetitions are left out too; grows.
+    loops: the answers that loop are wanted, and no others: what a model is to be trained against.
     """
     drops = drops if drops is not None else Drops()
     seen = seen if seen is not None else set()
@@ -158,12 +162,13 @@ def read_examples(
                     drops.add("empty answer", place)
                 elif key in seen:
                     drops.add("duplicate", place)
-                elif repeated_share(answer.split()) > LOOPING:
-                    drops.add("looping answer", place)
+                elif (repeated_share(answer.split()) > LOOPING) != loops:
+                    drops.add("no loop" if loops else "looping answer", place)
                 else:
                     tree, kind, reason = paragraph_tree(answer, is_narrative(context[-1]["content"]), max_depth)
                     assert splice(tree) == answer, place
-                    yield Example(f"{name}#{number}" if number else name, context, tree, kind, reason, place)
+                    id = f"{name}#{number}" if number else name
+                    yield Example(id, context, tree, kind, reason, loops, place)
                 seen.add(key)
 
 

@@ -25,12 +25,14 @@ def make_examples(
     max_depth: int,
     agree_with: Sequence[Path],
     keep_whole: bool = False,
+    loops: bool = False,
     show_count: int,
 ) -> dict[str, Any]:
     """Writes the examples of `corpora` into the job's folder and returns the report.
 
     keep_whole: an answer that would fork where the one of `agree_with` does not becomes one thread, instead of being
     left out.
+    loops: the looping answers are kept, as what to avoid, and no others.
     BadCorpus where a record cannot be read and is not to be skipped, or where no example is left.
     """
     drops = Drops(skip_bad)
@@ -49,7 +51,9 @@ def make_examples(
         for corpus in corpora:
             with job.bar(Path(corpus).name, None) as bar:
                 counts = kinds.setdefault(corpus, Counter())
-                for example in read_examples([corpus], drops, all_turns=all_turns, max_depth=max_depth, seen=seen):
+                for example in read_examples(
+                    [corpus], drops, all_turns=all_turns, max_depth=max_depth, seen=seen, loops=loops
+                ):
                     bar.advance()
                     if forms and example.id not in forms:
                         drops.add("not in the other corpus", example.id)

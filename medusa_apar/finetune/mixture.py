@@ -11,6 +11,7 @@ from typing import Any
 
 from .corpus import Drops, Example
 from .packing import PackedRow, Tokens, join, pack_example
+from .repeats import pack_loop
 
 HELD_OUT_ONE_IN = 40
 
@@ -61,8 +62,10 @@ def draw(
     seed: int,
     plain_share: float = 0.5,
     drops: Drops | None = None,
-) -> tuple[list[PackedRow], list[PackedRow], list[Given]]:
-    """Training rows and held-out rows, one an example, in shuffled order; and what each side of each source gave.
+) -> tuple[list[Example], list[PackedRow], list[Given]]:
+    """Training examples in shuffled order, held-out rows, one an example; and what each side of each source gave.
+
+    Sizes are those of the row in which every detail forks; held-out rows are these.
 
     `plain_share` of the tokens are of answers that stay whole (APAR trains on as many unstructured as structured ones),
     the rest of answers that fork, each source giving its share of both as far as it has them. Without a `limits.total`
@@ -112,19 +115,20 @@ def draw(
         for name, sides in (("forking", forks), ("plain", plain))
         for source, side in zip(sources, sides, strict=True)
     ]
-    train = [row for side in (*forks, *plain) for row in side.train]
+    train = [example for side in (*forks, *plain) for example in side.train]
     held_out = [row for side in (*forks, *plain) for row in side.held_out]
     rng.shuffle(train)
     return train, held_out, given
 
 
 class _Side:
-    """The forking or the plain examples of a source, as rows."""
+    """The forking or the plain examples of a source."""
 
     def __init__(self, tokenizer, tokens: Tokens, limits: Limits, drops: Drops) -> None:
         self._tokenizer, self._tokens, self._limits, self._drops = tokenizer, tokens, limits, drops
-        self.train: list[PackedRow] = []
+        self.train: list[Example] = []
         self.held_out: list[PackedRow] = []
+        self._sizes: list[int] = []  # tokens of each training example
         self.tokens = 0  # to train on
         self.wanted = 0.0
 
@@ -144,22 +148,25 @@ class _Side:
             if apart:
                 self.held_out.append(row)
             else:
-                self.train.append(row)
+                self.train.append(example)
+                self._sizes.append(len(row))
                 self.tokens += len(row)
 
     def cut(self, tokens: float) -> None:
         """Gives back what goes beyond so many tokens."""
-        self.wanted, rows = tokens, self.train
-        self.train, self.tokens = [], 0
-        for row in rows:
+        self.wanted, self.tokens = tokens, 0
+        count = 0
+        for size in self._sizes:
             if self.tokens >= tokens:
                 break
-            self.train.append(row)
-            self.tokens += len(row)
+            self.tokens += size
+            count += 1
+        del self.train[count:], self._sizes[count:]
 
 
 def fitting_row(example: Example, tokenizer, tokens: Tokens, limits: Limits) -> PackedRow | None:
-    """An example as a row, or None where it is too long or its text spells a control token.
+    """An example as the row in which every detail forks, or None where it is too long or its text spells a control
+    token; a looping one up to where its loop is well known.
 
     ValueError where the chat template refuses it.
     """
@@ -171,6 +178,10 @@ def fitting_row(example: Example, tokenizer, tokens: Tokens, limits: Limits) -> 
     prompt = int((~row.trained).sum()) + 1
     if forks != example.tree.forks:
         return None
+    if example.loops:
+        row = pack_loop(example, tokenizer, tokens)
+        if not row.avoided.any():
+            return None
     return row if len(row) <= limits.example and prompt <= limits.prompt else None
 
 

@@ -6,8 +6,10 @@ under its `[Fork]` token and so does the child: they are siblings and share posi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -33,6 +35,7 @@ class PackedRow:
     thread_ids: torch.Tensor  # [N] distinct for every thread of the row
     trained: torch.Tensor  # [N] bool: the token's prediction is trained
     in_trunk: torch.Tensor  # [N] bool
+    avoided: torch.Tensor  # [N] bool: what follows the token is to become unlikely (`repeats.py`)
 
     def __len__(self) -> int:
         return self.input_ids.numel()
@@ -40,11 +43,15 @@ class PackedRow:
     def to(self, device: torch.device) -> PackedRow:
         return PackedRow(*(getattr(self, name).to(device) for name in self.__slots__))
 
-    def labels(self, ahead: int = 1) -> torch.Tensor:
-        """[N] the token `ahead` places further in the same thread; IGNORED beyond its end and where not trained."""
+    def labels(self, ahead: int = 1, of: torch.Tensor | None = None) -> torch.Tensor:
+        """[N] the token `ahead` places further in the same thread; IGNORED beyond its end and where `of` is False.
+
+        of: bool [N]; None: what is trained.
+        """
         labels = torch.full_like(self.input_ids, IGNORED)
         if len(self) > ahead:
-            usable = self.trained[:-ahead] & (self.thread_ids[:-ahead] == self.thread_ids[ahead:])
+            chosen = (self.trained if of is None else of)[:-ahead]
+            usable = chosen & (self.thread_ids[:-ahead] == self.thread_ids[ahead:])
             labels[:-ahead] = torch.where(usable, self.input_ids[ahead:], IGNORED)
         return labels
 
@@ -58,33 +65,55 @@ class Tokens:
     eos: int
 
 
-def tokenize_example(example: Example, tokenizer, tokens: Tokens) -> tuple[list[TokenThread], int]:
-    """An example's threads as token lists, the prompt at the head of the trunk, and the prompt's length.
+class TokenTree(NamedTuple):
+    """An example's threads as token lists, the prompt at the head of the trunk."""
+
+    threads: list[TokenThread]
+    prompt_length: int
+    in_line: list[tuple[int, int]]  # (thread, index) of the first token of each detail that was written in line
+
+
+Forks = Callable[[Thread], bool]  # whether a detail is a thread of its own; else it is written in line
+
+
+def tokenize_example(example: Example, tokenizer, tokens: Tokens, forks: Forks | None = None) -> TokenTree:
+    """An example's threads; `forks` None forks every detail.
 
     ValueError where the tokenizer's chat template refuses the prompt.
     """
     prompt = tokenizer(rendered(tokenizer, example.messages), add_special_tokens=False)["input_ids"]
-    threads: list[TokenThread] = []
-    _tokenize_thread(example.tree, tokenizer, tokens, prompt, NO_PARENT, 0, threads)
-    return threads, len(prompt)
+    writer = _Writer(tokenizer, tokens, forks or (lambda detail: True))
+    writer.thread(example.tree, prompt, NO_PARENT, 0)
+    return TokenTree(writer.threads, len(prompt), writer.in_line)
 
 
-def _tokenize_thread(
-    thread: Thread, tokenizer, tokens: Tokens, opening: list[int], parent: int, fork: int, threads: list[TokenThread]
-) -> None:
-    own = len(threads)
-    ids = list(opening)
-    threads.append((ids, parent, fork))
-    children: list[tuple[Thread, int]] = []
-    for piece in thread.pieces:
-        if isinstance(piece, Thread):
-            children.append((piece, len(ids)))
-            ids.append(tokens.fork)
-        else:
-            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
-    ids.append(tokens.eos)
-    for child, at in children:
-        _tokenize_thread(child, tokenizer, tokens, [tokens.child], own, at, threads)
+class _Writer:
+    """Writes paragraph trees as token lists. Pieces are tokenized apart, as a seam in decoding lies between tokens."""
+
+    def __init__(self, tokenizer, tokens: Tokens, forks: Forks) -> None:
+        self._tokenizer, self._tokens, self._forks = tokenizer, tokens, forks
+        self.threads: list[TokenThread] = []
+        self.in_line: list[tuple[int, int]] = []
+
+    def thread(self, thread: Thread, opening: list[int], parent: int, fork: int) -> None:
+        own, ids = len(self.threads), list(opening)
+        self.threads.append((ids, parent, fork))
+        children: list[tuple[Thread, int]] = []
+        self._pieces(thread, own, ids, children)
+        ids.append(self._tokens.eos)
+        for child, at in children:
+            self.thread(child, [self._tokens.child], own, at)
+
+    def _pieces(self, thread: Thread, own: int, ids: list[int], children: list[tuple[Thread, int]]) -> None:
+        for piece in thread.pieces:
+            if isinstance(piece, str):
+                ids += self._tokenizer(piece, add_special_tokens=False)["input_ids"]
+            elif self._forks(piece):
+                children.append((piece, len(ids)))
+                ids.append(self._tokens.fork)
+            else:
+                self.in_line.append((own, len(ids)))
+                self._pieces(piece, own, ids, children)
 
 
 def pack_threads(threads: Sequence[TokenThread], prompt_length: int = 0) -> PackedRow:
@@ -112,12 +141,36 @@ def pack_threads(threads: Sequence[TokenThread], prompt_length: int = 0) -> Pack
         depths.append(0 if parent < 0 else depths[parent] + 1)
     trained = torch.arange(len(ids)) >= prompt_length - 1
     owner = torch.tensor(owners)
-    return PackedRow(torch.tensor(ids), torch.tensor(parents), torch.tensor(depths), owner, trained, owner == 0)
+    avoided = torch.zeros(len(ids), dtype=torch.bool)
+    return PackedRow(
+        torch.tensor(ids), torch.tensor(parents), torch.tensor(depths), owner, trained, owner == 0, avoided
+    )
 
 
-def pack_example(example: Example, tokenizer, tokens: Tokens) -> PackedRow:
-    """A corpus example as one row."""
-    return pack_threads(*tokenize_example(example, tokenizer, tokens))
+def pack_example(example: Example, tokenizer, tokens: Tokens, forks: Forks | None = None) -> PackedRow:
+    """A corpus example as one row.
+
+    What comes before a detail written in line could have been followed by `[Fork]` as well. Its prediction is not
+    trained: the text must not tell the model that forking is wrong there.
+    """
+    tree = tokenize_example(example, tokenizer, tokens, forks)
+    row = pack_threads(tree.threads, tree.prompt_length)
+    return untrained_before(row, tree.threads, tree.in_line)
+
+
+def untrained_before(row: PackedRow, threads: Sequence[TokenThread], places: Sequence[tuple[int, int]]) -> PackedRow:
+    """The row of these threads, without training the predictions of the tokens at (thread, index)."""
+    if not places:
+        return row
+    trained = row.trained.clone()
+    trained[row_index(threads, [(thread, index - 1) for thread, index in places])] = False
+    return replace(row, trained=trained)
+
+
+def row_index(threads: Sequence[TokenThread], places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """long [P]: where `pack_threads` puts the tokens at (thread, index)."""
+    starts = [0, *itertools.accumulate(len(ids) for ids, _, _ in threads)]
+    return torch.tensor([starts[thread] + index for thread, index in places], dtype=torch.long)
 
 
 def join(rows: Sequence[PackedRow]) -> PackedRow:
@@ -136,6 +189,7 @@ def join(rows: Sequence[PackedRow]) -> PackedRow:
         torch.cat(thread_ids),
         torch.cat([row.trained for row in rows]),
         torch.cat([row.in_trunk for row in rows]),
+        torch.cat([row.avoided for row in rows]),
     )
 
 
@@ -163,14 +217,28 @@ def attention_mask(parents: torch.Tensor, dtype: torch.dtype = torch.float32) ->
 
 
 class PackedForest:
-    """A row in the place of an engine's `Forest`, so that training attends as decoding does (`attention.py`)."""
+    """A row in the place of an engine's `Forest`, so that training attends as decoding does (`attention.py`).
+
+    Each tree of a joined row is a group of its own: no tree pays for another's tokens.
+    """
 
     def __init__(self, row: PackedRow) -> None:
-        everything, positions = slice(0, len(row)), row.position_ids
-        self._group = Group(everything, everything, path_mask(row.parents), positions[:, None], positions[None])
+        roots = (row.parents == NO_PARENT).nonzero()[:, 0].tolist()
+        self._groups = [_group(row, start, stop) for start, stop in itertools.pairwise([*roots, len(row)])]
 
     def mask(self, mask_function: Callable) -> ForestMask:
         """The path mask, narrowed by a layer's own pattern (a sliding window, say) taken at path positions."""
-        group = self._group
-        narrowed = group.visible & mask_function(0, 0, group.row_positions, group.column_positions)
-        return ForestMask([group], [narrowed])
+        return ForestMask(
+            self._groups,
+            [
+                group.visible & mask_function(0, 0, group.row_positions, group.column_positions)
+                for group in self._groups
+            ],
+        )
+
+
+def _group(row: PackedRow, start: int, stop: int) -> Group:
+    """A tree that takes up so much of a row."""
+    parents, positions = row.parents[start:stop], row.position_ids[start:stop]
+    own = torch.where(parents < 0, parents, parents - start)
+    return Group(slice(start, stop), slice(start, stop), path_mask(own), positions[:, None], positions[None])

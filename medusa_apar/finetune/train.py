@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +23,15 @@ from medusa_apar.job import Job, read_checkpoint, replacing, slow
 from medusa_apar.models.fingerprint import fingerprint
 
 from .adapter import Losses, attach_lora, check_forward, control_rows, label_losses, save_adapter
-from .corpus import Drops, load_examples
+from .corpus import Drops, Example, load_examples
 from .data import EXAMPLES
+from .forms import Forms, pack
+from .lora_linear import lean_lora
 from .mixture import Given, Limits, Source, draw, updates
 from .packing import PackedRow, Tokens
 
 PARTS = ("trunk", "fork", "thread")
+BESIDE = ("fork_recall", "fork_precision", "avoided")  # means that are no part of the loss
 
 
 @dataclass(slots=True)
@@ -42,6 +46,9 @@ class Settings:
     row_tokens: int = 512
     update_tokens: int = 4096
     plain_share: float = 0.5
+    in_line: float = 0.25
+    mixed: float = 0.25
+    unlikelihood: float = 1.0
     total_tokens: int | None = None
     max_minutes: float | None = None
     dtype: str = "float32"
@@ -66,7 +73,10 @@ class Schedule:
 
 
 class Tally:
-    """Mean losses by what the label is: fork decisions, other trunk tokens, thread tokens."""
+    """Mean losses by what the label is: fork decisions, other trunk tokens, thread tokens.
+
+    "avoided" is the mean probability of the tokens that are to become unlikely.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
@@ -85,10 +95,12 @@ class Tally:
         for name, of in (("fork_recall", losses.is_fork), ("fork_precision", losses.says_fork)):
             self.sums[name] += right
             self.counts[name] += int(of.sum())
+        self.sums["avoided"] += float(-torch.expm1(-losses.against).sum())
+        self.counts["avoided"] += len(losses.against)
 
     def gather(self, accelerator: Accelerator) -> Tally:
         """The sums over all processes."""
-        names = [*PARTS, "fork_recall", "fork_precision"]
+        names = [*PARTS, *BESIDE]
         local = torch.tensor([[t[name] for name in names] for t in (self.sums, self.counts)], dtype=torch.float64)
         if accelerator.device.type == "mps":
             local = local.float()
@@ -99,7 +111,7 @@ class Tally:
         return gathered
 
     def means(self) -> dict[str, float | None]:
-        names = [*PARTS, "fork_recall", "fork_precision"]
+        names = [*PARTS, *BESIDE]
         means = {name: round(self.sums[name] / self.counts[name], 4) if self.counts[name] else None for name in names}
         labels = sum(self.counts[name] for name in PARTS)
         loss = round(sum(self.sums[name] for name in PARTS) / labels, 4) if labels else None
@@ -143,7 +155,7 @@ class Trainer:
         factor = self.schedule.factor(self.update, elapsed_s)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        labels = sum(int((row.labels() >= 0).sum()) for row in rows)
+        labels = sum(int((row.labels(of=row.trained | row.avoided) >= 0).sum()) for row in rows)
         tally = Tally()
         for gradients, losses in self._map(lambda row: self._gradients(row, labels), rows):
             tally.add(losses)
@@ -175,8 +187,9 @@ class Trainer:
     def _gradients(self, row: PackedRow, labels: int) -> tuple[tuple[Tensor, ...], Losses]:
         """A row's share of an update of so many labels, and its losses."""
         losses = label_losses(self.tuned, row.to(self.accelerator.device), self.tokens)
-        gradients = torch.autograd.grad(losses.values.sum() / labels, self.parameters)
-        losses.values = losses.values.detach()
+        loss = losses.values.sum() + self.settings.unlikelihood * losses.against.sum()
+        gradients = torch.autograd.grad(loss / labels, self.parameters)
+        losses.values, losses.against = losses.values.detach(), losses.against.detach()
         return gradients, losses
 
     def evaluate(self, rows: list[PackedRow]) -> dict[str, float | None]:
@@ -286,15 +299,15 @@ def finetune(
     max_depth = max((example.tree.depth for source in sources for example in source.examples), default=0)
     limits = Limits(total=settings.total_tokens)
     with slow("drawing from the examples"):
-        rows, held_out, given = draw(sources, tokenizer, tokens, limits, settings.seed, settings.plain_share, drops)
-    if not rows:
+        examples, held_out, given = draw(sources, tokenizer, tokens, limits, settings.seed, settings.plain_share, drops)
+    if not examples:
         count = sum(len(list(source.examples)) for source in sources)
         forking = sum(bool(example.tree.forks) for source in sources for example in source.examples)
         raise ValueError(
             f"there is nothing to train on: of {count} examples {forking} fork, and none fits in {limits.example} "
             f"tokens, {limits.prompt} of them prompt{f'; left out: {drops}' if drops.counts else ''}."
         )
-    groups = _epochs(updates(rows, settings.row_tokens, settings.update_tokens), settings.epochs)
+    groups = epochs(examples, tokenizer, tokens, settings)
     minutes = settings.max_minutes
     schedule = Schedule(len(groups), None if minutes is None else 60 * minutes, settings.warmup)
     threads = workers or (len(os.sched_getaffinity(0)) if on_cpu and hasattr(os, "sched_getaffinity") else 1)
@@ -305,10 +318,11 @@ def finetune(
     if accelerator.is_main_process and drops.counts:
         job.say(f"left out: {drops}")
     about = {
-        "examples": len(rows),
+        "examples": len(examples),
+        "loops": sum(example.loops for example in examples),
         "held_out_examples": len(held_out),
-        "forks": sum(int((row.input_ids == tokens.fork).sum()) for row in rows),
-        "packed_tokens": sum(map(len, rows)),
+        "forks": sum(int((row.input_ids == tokens.fork).sum()) for group in groups for row in group),
+        "packed_tokens": sum(len(row) for group in groups for row in group),
         "updates": len(groups),
         "trained_parameters": sum(parameter.numel() for parameter in trainer.parameters),
         "data_sha256": {str(folder): digest for (folder, _), digest in zip(data, digests, strict=True)},
@@ -316,7 +330,31 @@ def finetune(
         "mixture": [side.as_row() for side in given],
         "left_out": drops.as_report(),
     }
-    first = last = trainer.evaluate(held_out)
+    with lean_lora(tuned):
+        first, last = _train(trainer, groups, held_out, about, save_every, evaluate_every)
+    results = {**about, "updates_done": trainer.update, "held_out_before": first, "held_out": last}
+    if accelerator.is_main_process:
+        save_adapter(tuned, job.folder / "adapter", tokenizer, tokens, found.name, max_depth, found.added)
+        job.log("end", update=trainer.update)
+        job.say(_summary(first, last, job.folder / "adapter"))
+        return job.report(**results)
+    return results
+
+
+def _train(
+    trainer: Trainer,
+    groups: list[list[PackedRow]],
+    held_out: list[PackedRow],
+    about: dict[str, Any],
+    save_every: int,
+    evaluate_every: int,
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Runs the updates that are left; held-out losses before the first of all and after the last.
+
+    about: what the log's first line says of the run.
+    """
+    job, accelerator, schedule = trainer.job, trainer.accelerator, trainer.schedule
+    first = trainer.evaluate(held_out)
     if trainer.update:
         job.say(f"going on from update {trainer.update} of {len(groups)}")
         before = (e for e in _log(job.folder) if e.get("event") == "held_out" and e.get("update") == 0)
@@ -339,18 +377,19 @@ def finetune(
     trainer.save()
     last = trainer.evaluate(held_out)
     _tell(job, accelerator, "held_out", update=trainer.update, **last)
-    results = {**about, "updates_done": trainer.update, "held_out_before": first, "held_out": last}
-    if accelerator.is_main_process:
-        save_adapter(tuned, job.folder / "adapter", tokenizer, tokens, found.name, max_depth, found.added)
-        job.log("end", update=trainer.update)
-        job.say(_summary(first, last, job.folder / "adapter"))
-        return job.report(**results)
-    return results
+    return first, last
 
 
-def _epochs(groups: list[list[PackedRow]], epochs: float) -> list[list[PackedRow]]:
-    count = max(1, round(epochs * len(groups)))
-    return [groups[index % len(groups)] for index in range(count)]
+def epochs(examples: Sequence[Example], tokenizer, tokens: Tokens, settings: Settings) -> list[list[PackedRow]]:
+    """The rows of every update. Each epoch draws anew in which form an answer is written."""
+    forms = Forms(settings.in_line, settings.mixed)
+    groups: list[list[PackedRow]] = []
+    for epoch in range(math.ceil(settings.epochs)):
+        rows = list(pack(examples, tokenizer, tokens, forms, random.Random(f"{settings.seed} {epoch}")))
+        whole = updates(rows, settings.row_tokens, settings.update_tokens)
+        left = settings.epochs - epoch
+        groups += whole[: max(1, round(left * len(whole)))] if left < 1 else whole
+    return groups
 
 
 def _tell(job: Job, accelerator: Accelerator, event: str, **entry: Any) -> None:

@@ -118,7 +118,7 @@ def test_labels_stay_in_their_thread_and_never_are_child(tokenizer, tokens):
 
 def test_the_prompt_is_not_trained_but_predicts_the_answer(tokenizer, tokens):
     sample = example("Yes.")
-    _, prompt_length = tokenize_example(sample, tokenizer, tokens)
+    prompt_length = tokenize_example(sample, tokenizer, tokens).prompt_length
     row = pack_example(sample, tokenizer, tokens)
     answer = tokenizer("Yes.", add_special_tokens=False)["input_ids"]
     assert row.labels()[prompt_length - 1 :].tolist() == [*answer, tokens.eos, IGNORED]

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from medusa_apar.commands.cli import main
 from medusa_apar.finetune.adapter import attach_lora, control_rows, label_losses, save_adapter
 from medusa_apar.finetune.base import load_base, spare_tokens
 from medusa_apar.finetune.corpus import load_examples, read_examples
+from medusa_apar.finetune.forms import Forms, pack
 from medusa_apar.finetune.mixture import Limits, Source, draw, is_held_out, updates
 from medusa_apar.finetune.packing import IGNORED, attention_mask
 from medusa_apar.finetune.train import Schedule
@@ -49,7 +51,12 @@ def base(tmp_path, model, tokenizer):
 def one_row(data, tokenizer, tokens):
     source = Source(load_examples(data / "examples.jsonl"))
     train, _, _ = draw([source], tokenizer, tokens, Limits(total=4000), seed=0)
-    return next(row for row in train if (row.input_ids == tokens.fork).any())
+    return next(row for row in forked(train, tokenizer, tokens) if (row.input_ids == tokens.fork).any())
+
+
+def forked(examples, tokenizer, tokens):
+    """A row an example, every detail a thread."""
+    return list(pack(examples, tokenizer, tokens, Forms(), random.Random(0)))
 
 
 def untied_model() -> LlamaForCausalLM:
@@ -112,7 +119,8 @@ def test_bfloat16_trains_the_same_parameters_in_float32(data, model, tokenizer, 
 def test_the_mixture_keeps_shares_and_holds_examples_out(tmp_path, tokenizer, tokens):
     examples = list(read_examples([corpus(tmp_path / "c.jsonl", 400)]))
     apart = {example.id for example in examples if is_held_out(example.id)}
-    train, held_out, _ = draw([Source(examples)], tokenizer, tokens, Limits(held_out=10**6), seed=0, plain_share=0.05)
+    drawn, held_out, _ = draw([Source(examples)], tokenizer, tokens, Limits(held_out=10**6), seed=0, plain_share=0.05)
+    train = forked(drawn, tokenizer, tokens)
 
     def size(forking):
         return sum(len(row) for row in train if bool((row.input_ids == tokens.fork).any()) == forking)
@@ -129,7 +137,8 @@ def test_the_mixture_keeps_shares_and_holds_examples_out(tmp_path, tokenizer, to
 def test_sources_give_their_shares(tmp_path, tokenizer, tokens):
     examples = list(read_examples([corpus(tmp_path / "c.jsonl", 400)]))
     sources = [Source([e for e in examples if e.tree.forks], 3), Source([e for e in examples if not e.tree.forks], 1)]
-    train, _, given = draw(sources, tokenizer, tokens, Limits(total=8000), seed=0)
+    drawn, _, given = draw(sources, tokenizer, tokens, Limits(total=8000), seed=0)
+    train = forked(drawn, tokenizer, tokens)
     # Each source has one side only, so it gives half of its share: 3/8 and 1/8 of 8000 tokens.
     forking = sum(len(row) for row in train if (row.input_ids == tokens.fork).any())
     assert forking == pytest.approx(3000, abs=300) and sum(map(len, train)) - forking == pytest.approx(1000, abs=100)
@@ -371,7 +380,7 @@ def test_sources_without_shares_give_all_they_have(tmp_path, tokenizer, tokens):
     forking = [example for example in examples if example.tree.forks]
     sources = [Source(forking[:5]), Source(forking[5:]), Source([e for e in examples if not e.tree.forks])]
     train, _, _ = draw(sources, tokenizer, tokens, Limits(), seed=0, plain_share=0.1)
-    drawn = sum(bool((row.input_ids == tokens.fork).any()) for row in train)
+    drawn = sum(bool(example.tree.forks) for example in train)
     assert drawn == sum(not is_held_out(example.id) for example in forking)
     with pytest.raises(ValueError, match="1 of 3 sources have a share"):
         draw([Source(forking, 0.5), *sources[1:]], tokenizer, tokens, Limits(), seed=0)
