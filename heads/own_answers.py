@@ -56,7 +56,9 @@ def own_answers(
             seed = random.Random(f"{limits.seed} {first}").getrandbits(62)
             inputs = [encode_messages(apar.tokenizer, prompt.messages) for prompt in batch]
             answers = _answers(apar, inputs, limits.max_new_tokens, sampling, seed)
-            rows, loose, marks = [], [], []
+            rows: list[dict[str, Any]] = []
+            loose: list[dict[str, Any]] = []
+            marks: list[dict[str, Any]] = []
             for (name, messages, _), (ids, finished) in zip(batch, answers, strict=True):
                 if name in done:  # of a batch whose writing was cut short
                     continue

@@ -49,9 +49,9 @@ class _LoraProduct(torch.autograd.Function):
 @contextmanager
 def lean_lora(tuned: PeftModel) -> Iterator[None]:
     """Within it, the plain LoRA layers of a model run so; others, with dropout or DoRA say, as peft has them."""
-    layers = [module for module in tuned.modules() if _plain(module)]
+    layers: list[Any] = [module for module in tuned.modules() if _plain(module)]
     for layer in layers:
-        layer.forward = _forward(layer)  # type: ignore[method-assign]
+        layer.forward = _forward(layer)
     try:
         yield
     finally:
