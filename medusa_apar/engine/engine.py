@@ -185,7 +185,7 @@ class Engine:
             self._counting.begun(plan)
         with phase("forest"):
             forest = Forest(segments, self.ledger, self.device)
-            drafting = self.speculator.begin(self.scheduler.load(), len(forest.verified))
+            drafting = self.speculator.begin(plan.load, len(forest.verified))
             verify, argmax, chooser = self.runtime.verify, self.runtime.argmax, self.runtime.chooser
             tail = Tail(forest, verify, argmax, chooser, drafting, self.speculator.max_depth)
         self.reporters.planned(forest, self.ledger.pool.live)
