@@ -354,7 +354,7 @@ def test_an_engine_that_breaks_in_the_middle_of_a_stream_says_so(monkeypatch):
         body = {"model": "tiny", "messages": QUESTION, "max_tokens": 400, "extra_body": {"apar": {"fork": False}}}
         stream = client.chat.completions.create(**body, temperature=0, stream=True)
         assert next(stream).choices[0].delta.role == "assistant"
-        monkeypatch.setattr(Counting, "step", broken)
+        monkeypatch.setattr(Counting, "record_iteration", broken)
         with pytest.raises(openai.APIError, match="the engine has died"):
             list(stream)
         error = server.refusal(CHAT, {"messages": QUESTION}, 503)

@@ -84,7 +84,7 @@ def started(args: Any) -> tuple[Any, Counts]:
     counts = Counts()
     # A server's, which decides how many tokens a step has where nobody says.
     context = UsageContext.OPENAI_API_SERVER
-    client = AsyncLLM.from_engine_args(args, usage_context=context, stat_loggers=[_counting(counts)])
+    client = AsyncLLM.from_engine_args(args, usage_context=context, stat_loggers=[_stat_logger(counts)])
     return client, counts
 
 
@@ -168,10 +168,10 @@ def _named(error: BaseException, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(error).__mro__) or (cause is not None and _named(cause, name))
 
 
-def _counting(counts: Counts) -> type:
+def _stat_logger(counts: Counts) -> type:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class Counting(StatLoggerBase):
+    class CountsLogger(StatLoggerBase):
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             self._index, cache = engine_index, vllm_config.cache_config
             counts.kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size  # of all ranks
@@ -208,4 +208,4 @@ def _counting(counts: Counts) -> type:
         def log_engine_initialized(self) -> None:
             pass
 
-    return Counting
+    return CountsLogger
