@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from medusa_apar.verify.guides import OPTIONS as WHITE_SPACE
 
-from .stretch import Stretch
+from .part import Part
 
 TRIED = ("0.32",)
 _SHUTDOWN = 5.0  # seconds
@@ -94,16 +94,16 @@ def shut_down(client: Any) -> None:
         client.shutdown(timeout=_SHUTDOWN)
 
 
-def prompt_of(stretch: Stretch) -> Any:
+def prompt_of(part: Part) -> Any:
     from vllm.inputs.engine import tokens_input
 
-    return tokens_input(stretch.prompt_ids, cache_salt=stretch.cache_salt or None)
+    return tokens_input(part.prompt_ids, cache_salt=part.cache_salt or None)
 
 
-def params_of(stretch: Stretch) -> Any:
+def params_of(part: Part) -> Any:
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-    its = stretch.sampling
+    its = part.sampling
     params = SamplingParams(
         temperature=its.temperature,
         top_k=its.top_k,
@@ -115,19 +115,19 @@ def params_of(stretch: Stretch) -> Any:
         frequency_penalty=its.frequency_penalty,
         logit_bias=dict(its.logit_bias) or None,
         logprobs=its.logprobs,
-        prompt_logprobs=stretch.prompt_logprobs,
+        prompt_logprobs=part.prompt_logprobs,
         structured_outputs=None if its.schema is None else StructuredOutputsParams(json=_spaced(its.schema)),
-        max_tokens=stretch.max_tokens,
-        min_tokens=stretch.min_tokens,
-        stop_token_ids=sorted(stretch.stop_ids),
+        max_tokens=part.max_tokens,
+        min_tokens=part.min_tokens,
+        stop_token_ids=sorted(part.stop_ids),
         ignore_eos=True,  # `stop_token_ids` has what ends a thread
         detokenize=False,
         skip_special_tokens=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    if stretch.banned:
+    if part.banned:
         # By token ids, and no `logit_bias`, which no engine takes that drafts. `bad_words` would be text.
-        params._bad_words_token_ids = [list(sequence) for sequence in stretch.banned]
+        params._bad_words_token_ids = [list(sequence) for sequence in part.banned]
     return params
 
 
@@ -136,11 +136,11 @@ def _spaced(schema: str) -> str:
     return json.dumps(json.loads(schema) | {"x-guidance": dict(WHITE_SPACE)}, ensure_ascii=False)
 
 
-def check(client: Any, stretch: Stretch) -> None:
+def check(client: Any, part: Part) -> None:
     """ValueError, in vLLM's words, for what it would refuse."""
     config = client.vllm_config
     try:
-        params_of(stretch).verify(
+        params_of(part).verify(
             client.model_config,
             config.speculative_config,
             config.structured_outputs_config,

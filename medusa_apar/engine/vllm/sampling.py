@@ -102,6 +102,6 @@ _READERS: Mapping[str, Callable[[Operation], dict[str, Any]]] = {
     "repetition": lambda its: {"repetition_penalty": its.value},
     "presence_frequency": lambda its: {"frequency_penalty": its.value, "presence_penalty": its.values[0]},
     "bias": lambda its: {"logit_bias": dict(zip(its.ids, its.values, strict=True))},
-    "held_back": lambda its: {},  # `stretch.py` counts
+    "held_back": lambda its: {},  # `part.py` counts
     "mask": lambda its: {},  # the schema
 }

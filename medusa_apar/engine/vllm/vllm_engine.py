@@ -24,8 +24,8 @@ from . import compat
 from .answer import Answer, Dialect, Shared
 from .lead import Lead
 from .options import VllmOptions
+from .part import part_of
 from .sampling import VllmSampling, sampling_of
-from .stretch import stretch_of
 
 
 class VllmEngine:
@@ -107,7 +107,7 @@ class VllmEngine:
             raise ValueError(f"score_from={request.options.score_from} leaves no token of the text to score.")
         sampling = sampling_of(request.options, self.options.speculates)
         room = max(most - length, 1)
-        self._shared.dialect.check(self._client, stretch_of(request, request.tree.trunk, sampling, room, frozenset()))
+        self._shared.dialect.check(self._client, part_of(request, request.tree.trunk, sampling, room, frozenset()))
         if self._places <= 0:
             raise QueueFull(f"{self.options.max_waiting} requests are waiting already; try again later.")
         if sampling.counts_written:

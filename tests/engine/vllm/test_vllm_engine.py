@@ -247,9 +247,9 @@ def test_threads_of_one_answer_have_noise_of_their_own():
     client, seeds = StandIn(parts()[2]), []
 
     class Watched(SpokenPlainly):
-        def params_of(self, stretch):
-            seeds.append(stretch.sampling.seed)
-            return stretch
+        def params_of(self, part):
+            seeds.append(part.sampling.seed)
+            return part
 
     async def run():
         engine = VllmEngine(client, CONTEXT, dialect=Watched())
@@ -431,9 +431,9 @@ def test_a_penalty_that_reads_the_prompt_goes_along():
     seen = []
 
     class Watched(SpokenPlainly):
-        def params_of(self, stretch):
-            seen.append(stretch.sampling.repetition_penalty)
-            return stretch
+        def params_of(self, part):
+            seen.append(part.sampling.repetition_penalty)
+            return part
 
     async def run():
         engine = VllmEngine(StandIn(parts()[2]), CONTEXT, dialect=Watched())

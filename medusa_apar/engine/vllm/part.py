@@ -12,7 +12,7 @@ from .sampling import VllmSampling, min_tokens_of, tokens_left
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Part:
     """Args:
     prompt_ids: the thread's path.
     sampling: as of the thread's request; `seed` is this part's own.
@@ -32,7 +32,7 @@ class Stretch:
     prompt_logprobs: int | None = None
 
 
-def stretch_of(request: Request, thread: Thread, sampling: VllmSampling, room: int, banned: frozenset[int]) -> Stretch:
+def part_of(request: Request, thread: Thread, sampling: VllmSampling, room: int, banned: frozenset[int]) -> Part:
     """The next part of a thread.
 
     room: tokens that its path may grow by. banned: what may not come next, and only next; the part is one token long
@@ -41,7 +41,7 @@ def stretch_of(request: Request, thread: Thread, sampling: VllmSampling, room: i
     options = request.options
     seed = None if options.seed is None else thread_key(options.seed, thread.key, len(thread.tokens)) >> 1
     stop_ids = request.end_ids(thread) | options.stop_ids
-    return Stretch(
+    return Part(
         prompt_ids=[*thread.ancestor_ids(), *thread.tokens],
         sampling=replace(sampling, seed=seed),
         max_tokens=1 if banned else room,
