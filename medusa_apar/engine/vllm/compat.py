@@ -44,6 +44,7 @@ class Counts:
     """What vLLM tells after each of its steps. With data parallelism each rank tells of itself; sums over ranks.
 
     kv_tokens: that its KV cache holds. live, running, waiting: by rank, tokens and requests as of its last step.
+    draft_method: its own word for how it drafts ("ngram", "eagle3", "medusa" ...); empty where it does not.
     """
 
     kv_tokens: int = 0
@@ -55,6 +56,7 @@ class Counts:
     drafts: int = 0
     draft_tokens: int = 0
     accepted: list[int] = field(default_factory=list)  # draft tokens, by position
+    draft_method: str = ""
     peak_live: int = 0
     live: dict[int, float] = field(default_factory=dict)
     running: dict[int, int] = field(default_factory=dict)
@@ -176,6 +178,8 @@ def _stat_logger(counts: Counts) -> type:
             self._index, cache = engine_index, vllm_config.cache_config
             counts.kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size  # of all ranks
             self._kv_tokens = counts.kv_tokens // vllm_config.parallel_config.data_parallel_size
+            if vllm_config.speculative_config is not None:
+                counts.draft_method = str(vllm_config.speculative_config.method)
 
         def record(
             self,

@@ -10,6 +10,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarp
 
 from medusa_apar.engine.admission import QueueFull
 from medusa_apar.engine.engine import Engine
+from medusa_apar.engine.vllm import compat
 from medusa_apar.engine.vllm.options import VllmOptions
 from medusa_apar.engine.vllm.vllm_engine import VllmEngine
 from medusa_apar.events.recording import Recording
@@ -407,6 +408,17 @@ def test_drain_waits_and_close_does_not():
 
     assert clockwork.run(run(None)) == (True, written(0)[0])
     assert clockwork.run(run(0.0)) == (False, "the engine was closed.")
+
+
+def test_what_vllm_drafts_is_counted_under_its_own_name_for_how():
+    counts = compat.Counts(drafts=5, draft_tokens=15, accepted=[4, 2, 1], draft_method="ngram")
+
+    async def run():
+        return VllmEngine(StandIn(parts()[2]), CONTEXT, counts=counts, dialect=SpokenPlainly()).stats()
+
+    stats = clockwork.run(run())
+    assert (stats.drafted, stats.accepted) == ({"ngram": 15}, {"ngram": 7})
+    assert stats.drafts == {0: 1, 1: 2, 2: 1, 3: 1}
 
 
 def test_an_abort_by_another_ends_the_iterator():
