@@ -72,14 +72,15 @@ def forbids(request: Request, thread: Thread, token: int) -> frozenset[int]:
 def _min_tokens(request: Request, thread: Thread, stop_ids: frozenset[int]) -> int:
     """How many tokens come before any of `stop_ids` may: vLLM knows no difference among them.
 
-    With `ignore_eos` vLLM would hold end tokens back too, which are tokens like others then.
+    It would hold the model's end tokens back too, whatever `ignore_eos` says: with it they are tokens like others, as
+    long as they are no stop tokens.
     """
     holding = min_tokens_of(request.options.processors)
-    if not holding or request.options.ignore_eos:
+    if not holding:
         return 0
-    path = request.path(thread)
+    path, together = request.path(thread), stop_ids | request.options.eos_ids
     left = {each: tokens_left(each, path) for each in holding if each.held(path)[0]}
-    each_left = (max((n for its, n in left.items() if token in its.end_ids), default=0) for token in stop_ids)
+    each_left = (max((n for its, n in left.items() if token in its.end_ids), default=0) for token in together)
     return min(each_left, default=0)
 
 

@@ -16,7 +16,7 @@ from medusa_apar.engine.vllm.vllm_engine import VllmEngine
 from medusa_apar.events.recording import Recording
 from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.threads.control_tokens import ControlTokens
-from medusa_apar.threads.fork_policy import ControlTokenForks
+from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions, Status
 from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
@@ -27,6 +27,11 @@ from tests.support.stand_in_vllm import Model, SpokenPlainly, StandIn
 
 PROMPTS = [[7, 8, 9 + n, 10] for n in range(6)]
 CONTEXT = 256
+STOPS = frozenset({11, 12, 13, 14, 15})
+HELD = MinTokensLogitsProcessor(4, 12, sorted(STOPS), CONTROL, True)
+ENDS_HELD = MinTokensLogitsProcessor(4, 12, [EOS], CONTROL)
+PENALISED = PresenceFrequencyLogitsProcessor(4, 0.8, 0.3, CONTROL.ids)
+ONE_THREAD = {"policy": NoForks(), "rule": ForkRule.of(CONTROL, fork=False)}
 
 
 @cache
@@ -164,18 +169,23 @@ def test_readers_that_go_leave_nothing(seed, longest_delta, refuses, goes):
             {"rule": ForkRule.of(CONTROL, fork=False)},
             {"rule": ForkRule.of(CONTROL, max_depth=1)},
             {"ignore_eos": True},
-            {"stop_ids": frozenset({11, 12, 13, 14, 15})},
+            {"stop_ids": STOPS},
             {"fork_if": lambda point: sum(point.path_ids) % 2 == 0},
             {"max_threads": 1},
+            {"ignore_eos": True, "processors": (HELD,), "stop_ids": STOPS},
+            {"processors": (MinTokensLogitsProcessor(4, 20, [EOS], CONTROL),)},
+            {"processors": (HELD,), "stop_ids": STOPS},
             {
                 "ignore_eos": True,
-                "processors": (MinTokensLogitsProcessor(4, 12, [11, 12, 13, 14, 15], CONTROL, True),),
-                "stop_ids": frozenset({11, 12, 13, 14, 15}),
+                "processors": (RepetitionPenaltyLogitsProcessor(1.3), HELD),
+                "stop_ids": STOPS,
             },
-            {"processors": (MinTokensLogitsProcessor(4, 20, [EOS], CONTROL),)},
+            {"processors": (ENDS_HELD, HELD, PENALISED), "stop_ids": STOPS, **ONE_THREAD},
             {
-                "processors": (MinTokensLogitsProcessor(4, 12, [11, 12, 13, 14, 15], CONTROL, True),),
-                "stop_ids": frozenset({11, 12, 13, 14, 15}),
+                "ignore_eos": True,
+                "processors": (ENDS_HELD, HELD, PENALISED),
+                "stop_ids": STOPS | {EOS},
+                **ONE_THREAD,
             },
             {"stop": lambda its: len(its.text) > 2 and sum(its.text_ids[-2:]) % 9 == 0},
         ]
@@ -327,6 +337,11 @@ def test_answers_are_admitted_and_not_threads():
         ({"scores": True}, NotImplementedError, "vLLM has no scores"),
         ({"typical": object(), "seed": 1}, NotImplementedError, "vLLM has no typical acceptance"),
         ({"processors": (lambda ids, scores: scores,)}, NotImplementedError, "no logits processors"),
+        (
+            {"ignore_eos": True, "processors": (HELD, PENALISED), "stop_ids": STOPS},
+            NotImplementedError,
+            "vLLM has no min_tokens with ignore_eos and stop_token_ids beside presence_penalty or frequency_penalty",
+        ),
         ({"score_from": 5}, ValueError, None),
     ],
 )
@@ -354,6 +369,23 @@ def test_presence_and_frequency_penalties_keep_an_answer_to_one_thread():
 
     assert len(clockwork.run(run()).tree.threads) == 1
     assert len(native(request("a", PROMPTS[0], 60))[0]) and client.asked >= 1
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_a_penalty_that_counts_what_was_written_is_asked_for_once(ignores):
+    """A part that was asked for anew would have it begin to count anew."""
+    client = StandIn(parts()[2])
+    processors = (ENDS_HELD, HELD, PENALISED)
+    stops = STOPS | {EOS} if ignores else STOPS
+
+    async def run():
+        engine = engine_of(client)
+        for number, prompt in enumerate(PROMPTS):
+            changes = {"ignore_eos": ignores, "processors": processors, "stop_ids": stops}
+            await answer(engine, request(str(number), prompt, 60, **changes))
+
+    clockwork.run(run())
+    assert client.asked == len(PROMPTS)
 
 
 def test_an_error_of_one_request_is_its_own():
