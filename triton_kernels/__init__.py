@@ -1,6 +1,6 @@
 """The kernels and the torch references they must equal.
 
-reference.py        what every kernel computes, in plain torch; the noise that makes samples independent of schedules
+reference/          what every kernel computes, in plain torch; the noise that makes samples independent of schedules
 layout.py           the tables by which queries find their keys
 pack.py             a step's forest onto the device: new slots into the table of paths, and the tables of queries
 store.py            keys and values into their slots

@@ -22,7 +22,7 @@ def sortable(x):
 
 @triton.jit
 def _gumbel(seed, key, position, first, BLOCK: tl.constexpr):
-    """reference.gumbel_noise at `first` and on, float64 [BLOCK]; `first` is a multiple of 4."""
+    """`reference.gumbel_noise` at `first` and on, float64 [BLOCK]; `first` is a multiple of 4."""
     block = first // 4 + tl.arange(0, BLOCK // 4)
     none = tl.zeros_like(block)
     low = none + (key & 0xFFFFFFFF).to(tl.int32)
