@@ -115,6 +115,7 @@ def test_a_step_with_prefill_is_predicted_to_take_twice_a_decode_steps_time_at_m
         engine.close()
     assert Engine(*parts(), options=EngineOptions(budget=24)).scheduler.max_prefill_rows == 24  # no costs
 
+
 def test_aborts_and_scored_texts_do_not_make_admission_reckless():
     with Engine(*parts(), options=EngineOptions(pool_slots=150)) as engine:
         for n in range(30):

@@ -102,6 +102,7 @@ def test_a_scored_text_is_scored_whole_whatever_is_preempted_or_runs_beside_it(o
     for one in others:
         assert one.text_ids == alone(one.prompt_ids, (model, runtime), **plain)
 
+
 def test_logprobs_are_those_of_the_models_own_distribution():
     model, _ = parts()
     with Engine(*parts()) as engine:

@@ -157,6 +157,7 @@ def test_a_pass_that_fails_gives_back_what_was_booked_for_it(monkeypatch):
     with pytest.raises(RuntimeError, match="is closed"):
         engine.step()
 
+
 def test_a_processor_with_state_is_refused_where_two_requests_share_it():
     class Counter:
         def __init__(self):

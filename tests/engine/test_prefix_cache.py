@@ -185,6 +185,7 @@ def test_a_text_that_is_scored_takes_no_row_that_scores_from_the_cache():
     assert scored[0].text_scores.logprobs[20:] == plain.logprobs
     assert scored[2].text_scores.logprobs == plain.logprobs[-1:]
 
+
 @pytest.mark.parametrize("plan", ["even", "forest"])
 def test_the_first_step_behind_a_hit_drafts_as_a_cold_start_does(plan):
     """Heads guess from the hidden state of a prompt's last token, which is fed whatever is found."""
