@@ -17,7 +17,7 @@ from typing import Any
 
 from medusa_apar.arguments import number
 from medusa_apar.engine.vllm.options import GPU_FREE_ROWS, VllmOptions
-from medusa_apar.engine.vllm.stretch import Stretch
+from medusa_apar.engine.vllm.part import Part
 from medusa_apar.engine.vllm.vllm_engine import VllmEngine
 from medusa_apar.threads.request import Request
 
@@ -29,13 +29,13 @@ from .cluster_trees import CHILD, TEXT, RecordedAnswer, Script, read
 class Dialect:
     """The client is asked in our own words."""
 
-    def prompt_of(self, stretch: Stretch) -> Sequence[int]:
-        return stretch.prompt_ids
+    def prompt_of(self, part: Part) -> Sequence[int]:
+        return part.prompt_ids
 
-    def params_of(self, stretch: Stretch) -> Stretch:
-        return stretch
+    def params_of(self, part: Part) -> Part:
+        return part
 
-    def check(self, client: Any, stretch: Stretch) -> None:
+    def check(self, client: Any, part: Part) -> None:
         """Nothing is refused."""
 
     def is_full(self, error: BaseException) -> bool:
@@ -59,7 +59,7 @@ class Recited:
         self.written = 0
 
     async def generate(
-        self, prompt: Sequence[int], sampling_params: Stretch, request_id: str, **how: Any
+        self, prompt: Sequence[int], sampling_params: Part, request_id: str, **how: Any
     ) -> AsyncGenerator[Any, None]:
         number = int(request_id.split(".")[0]) % len(self._scripts)
         script, role, place = self._scripts[number], 0, 0

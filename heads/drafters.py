@@ -93,7 +93,7 @@ class KernelDrafter(TorchDrafter):
     def likeliest(self, states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         if self._unembedding is None or not self.serves(states, top_k):
             return super().likeliest(states, top_k)
-        from medusa_apar.triton_kernels.draft import top_logits
+        from medusa_apar.triton_kernels.top_logits import top_logits
 
         weight, bias = self._unembedding
         flat = states.to(weight.dtype).reshape(-1, self.heads.hidden_size).contiguous()

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from medusa_apar.generate import MedusaApar as MedusaApar
     from medusa_apar.generate import attach as attach
     from medusa_apar.loading import load as load
+    from medusa_apar.requests import AnswerOptions as AnswerOptions
     from medusa_apar.requests import Sampling as Sampling
     from medusa_apar.threads.control_tokens import ControlTokens as ControlTokens
     from medusa_apar.triton_kernels.reference import TypicalAcceptance as TypicalAcceptance
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: torch and transformers take seconds, `medusa-apar --help` should not.
 _EXPORTS = {
+    "AnswerOptions": "requests",
     "ControlTokens": "threads.control_tokens",
     "DraftTree": "drafting.draft_tree",
     "Guide": "verify.guides",

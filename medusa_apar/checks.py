@@ -109,7 +109,7 @@ def check_call(
         reported = name.startswith("output_") and value is True  # of these the config speaks
         if name not in _PREPARED and value is not None and value is not False and not reported:
             raise NotImplementedError(f"{name} is not supported; give the prompt as input_ids and attention_mask.")
-    check_ids(model, input_ids, model_kwargs.get("attention_mask"))
+    check_input_ids(model, input_ids, model_kwargs.get("attention_mask"))
     check_positions(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
 
 
@@ -168,7 +168,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_ids(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+def check_input_ids(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
     vocab_size = embedding_rows(model)
     if input_ids.dtype.is_floating_point or input_ids.dtype.is_complex or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids are {input_ids.dtype}, but token ids are integers.")

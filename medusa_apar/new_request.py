@@ -8,50 +8,32 @@ from typing import TYPE_CHECKING, Any, cast
 
 from medusa_apar.engine.admission import check_ids
 from medusa_apar.engine.stopping import TextStop
-from medusa_apar.events import Consumer
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.events.texts import TextStream, TokenTexts
-from medusa_apar.threads.fork_policy import ForkIf
 from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.verify.guides import compiled
 
 from . import checks
 from .facts import ModelFacts
-from .requests import CallOptions, Sampling, shared_options
+from .requests import AnswerOptions, CallOptions, Sampling, shared_options
 
 if TYPE_CHECKING:
     from .generate import MedusaApar
 
+# What `AnswerOptions` and `RequestOptions` have by the same name.
+_KEPT = ("max_new_tokens", "scores", "logits", "logprobs", "priority", "cache_salt", "speculation")
+
 
 def request(
-    apar: MedusaApar,
-    id: str,
-    prompt: str | Sequence[int],
-    *,
-    max_new_tokens: int = 256,
-    sampling: Sampling | None = None,
-    fork: bool | str | None = None,
-    fork_if: ForkIf | None = None,
-    max_threads: int | None = None,
-    max_depth: int | None = None,
-    events: Consumer | bool = False,
-    stop_strings: str | list[str] | None = None,
-    scores: bool = False,
-    logits: bool = False,
-    logprobs: int | None = None,
-    priority: int = 0,
-    cache_salt: str = "",
-    speculation: bool = True,
+    apar: MedusaApar, id: str, prompt: str | Sequence[int], options: AnswerOptions | None = None, **changes: Any
 ) -> Request:
     """A request for `Engine.add`.
 
     Args:
         id: names it in its engine and its outputs.
         prompt: token ids; or a text, which the tokenizer encodes as it is, without a chat template.
-        sampling: None decodes greedily.
-        fork, fork_if, max_threads, max_depth, stop_strings: as of a call of the hook.
-        events: True has them come with the engine's outputs; a consumer is called with each.
-        scores, logits, logprobs, priority, cache_salt, speculation: as of `RequestOptions`.
+        options: what is asked for; None: nothing but what `changes` name.
+        changes: of `AnswerOptions`, for this request alone: max_new_tokens, sampling, fork ...
 
     Raises ValueError, in one sentence, for what cannot be.
     """
@@ -59,20 +41,14 @@ def request(
         if apar.tokenizer is None:
             raise ValueError("a prompt that is text needs the tokenizer: pass tokenizer=... to attach.")
         prompt = cast(Any, apar.tokenizer)(prompt)["input_ids"]
-    consumer = None if isinstance(events, bool) else events
-    asked = CallOptions(fork, fork_if, max_threads, max_depth, events=consumer, stop_strings=stop_strings)
-    sampling = Sampling() if sampling is None else sampling
-    kept = {
-        "scores": scores,
-        "logits": logits,
-        "logprobs": logprobs,
-        "priority": priority,
-        "cache_salt": cache_salt,
-        "speculation": speculation,
-        "events": events is True,
-    }
-    ids = list(cast(Sequence[int], prompt))
-    return engine_request(apar.facts, id, ids, sampling, asked, max_new_tokens=max_new_tokens, **kept)
+    its = replace(AnswerOptions() if options is None else options, **changes)
+    consumer = None if isinstance(its.events, bool) else its.events
+    asked = CallOptions(
+        its.fork, its.fork_if, its.max_threads, its.max_depth, events=consumer, stop_strings=its.stop_strings
+    )
+    sampling = Sampling() if its.sampling is None else its.sampling
+    kept = {name: getattr(its, name) for name in _KEPT} | {"events": its.events is True}
+    return engine_request(apar.facts, id, list(cast(Sequence[int], prompt)), sampling, asked, **kept)
 
 
 def engine_request(

@@ -141,6 +141,32 @@ class Sampling:
         return cast(SequenceBiasLogitsProcessor, self._bias)
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """What `MedusaApar.request` takes beside a name and a prompt.
+
+    sampling: None decodes greedily.
+    fork, fork_if, max_threads, max_depth, stop_strings: as of a call of the hook.
+    events: True has them come with the engine's outputs; a consumer is called with each.
+    max_new_tokens, scores, logits, logprobs, priority, cache_salt, speculation: as of `RequestOptions`.
+    """
+
+    max_new_tokens: int = 256
+    sampling: Sampling | None = None
+    fork: bool | str | None = None
+    fork_if: ForkIf | None = None
+    max_threads: int | None = None
+    max_depth: int | None = None
+    events: Consumer | bool = False
+    stop_strings: str | list[str] | None = None
+    scores: bool = False
+    logits: bool = False
+    logprobs: int | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    speculation: bool = True
+
+
 def mode_of(facts: ModelFacts, asked: CallOptions) -> str:
     """Where answers fork: "auto", "off" or "lists"."""
     mode = fork_mode(facts.fork if asked.fork is None else asked.fork)

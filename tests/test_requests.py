@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import medusa_apar
-from medusa_apar import Guide, Sampling
+from medusa_apar import AnswerOptions, Guide, Sampling
 from medusa_apar.events import StepStarted
 from medusa_apar.heads import HydraHeads
 from tests.support.models import CONTROL, VOCAB, forking_model
@@ -197,3 +197,15 @@ def test_heads_are_asked_where_a_request_wants_guesses(apar, speculation):
             engine.step()
             asked.append(engine.speculator.last_draft is not None)
         assert any(asked) == speculation and engine.stats.undrafted_steps == 0
+
+
+def test_options_that_requests_share_are_changed_for_one_of_them(apar):
+    shared, ids = AnswerOptions(max_new_tokens=12, fork="off", logprobs=1), [7, 8, 9]
+    whole = apar.request("whole", ids, shared)
+    short = apar.request("short", ids, shared, max_new_tokens=4)
+    named = apar.request("named", ids, max_new_tokens=12, fork="off")
+    texts = answered(apar, whole, short, named)
+    assert texts[0] == texts[2] and texts[1] == texts[0][:4] and len(texts[1]) == 4
+    assert [len(one.logprobs) for one in (whole, short, named)] == [1, 1, 0]
+    with pytest.raises(TypeError, match="max_tokens"):
+        apar.request("a", ids, shared, max_tokens=4)

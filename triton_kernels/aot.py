@@ -23,7 +23,8 @@ from typing import Any
 
 import triton
 
-MODULES = ("pack", "store", "tree_attention", "verify", "draft")  # each has `variants() -> list[Variant]`
+# Each has `variants() -> list[Variant]`.
+MODULES = ("pack", "store", "tree_attention", "verify", "residual_blocks", "top_logits")
 CAPABILITIES = (80, 90)
 TABLE = Path(__file__).with_name("resources.json")
 

@@ -15,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .accept import accept
 from .aot import Variant
 from .reference import Noise, Verified
+from .scores import best_of_chunk, store_stats
 
 # One program's share of a row. It is held in registers at once: 32 values for each of the program's 128 lanes, whose
 # loads are all in flight together. Noise is float64, and a sampled row goes through in smaller blocks.
@@ -24,9 +26,6 @@ CHUNK = 4096
 _NOISE_BLOCK = 512
 _NUM_WARPS = 4
 _MAX_MERGED = 512  # partial results merged at once
-
-_LOWEST = tl.constexpr(-(2**31))
-_IMPOSSIBLE = tl.constexpr(-0x7F800001)  # _sortable(-inf)
 
 
 @dataclass(slots=True)
@@ -151,76 +150,6 @@ def _chunk_block(chunks: int, node_block: int) -> int:
     return min(triton.next_power_of_2(chunks), max(1, _MAX_MERGED // node_block))
 
 
-@triton.jit
-def _sortable(x):
-    """float32 -> int32 in the same order, -0 equal to 0; not for NaN."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _gumbel(seed, key, position, first, BLOCK: tl.constexpr):
-    """reference.gumbel_noise at `first` and on, float64 [BLOCK]; `first` is a multiple of 4."""
-    block = first // 4 + tl.arange(0, BLOCK // 4)
-    none = tl.zeros_like(block)
-    low = none + (key & 0xFFFFFFFF).to(tl.int32)
-    high = none + ((key >> 32) & 0xFFFFFFFF).to(tl.int32)
-    word0, word1, word2, word3 = tl.philox(seed, block, none + (position & 0xFFFFFFFF).to(tl.int32), low, high)
-    words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
-    uniform = (words.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2**-32
-    return -tl.log(-tl.log(uniform))
-
-
-@triton.jit
-def _load_possible(line_ptr, token, inside, banned_id, child_id):
-    """A row's logits, float32, with -inf for what is NaN, banned or not inside."""
-    x = tl.load(line_ptr + token, mask=inside, other=-float("inf")).to(tl.float32)
-    return tl.where((x != x) | (token == child_id) | (token == banned_id), -float("inf"), x)
-
-
-@triton.jit
-def _best_of_chunk(
-    line_ptr,
-    chunk,
-    vocab,
-    banned_id,
-    child_id,
-    seed,
-    key,
-    position,
-    NOISE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The greatest score of the chunk and its token id in one word, int64; of equal scores the lowest id."""
-    scores = tl.full([BLOCK], _LOWEST, tl.int32)
-    ids = tl.zeros([BLOCK], tl.int32)
-    for offset in range(0, CHUNK, BLOCK):
-        token = chunk * CHUNK + offset + tl.arange(0, BLOCK)
-        inside = token < vocab
-        x = _load_possible(line_ptr, token, inside, banned_id, child_id)
-        if NOISE:
-            noise = _gumbel(seed, key, position, chunk * CHUNK + offset, BLOCK)
-            x = (x.to(tl.float64) + noise).to(tl.float32)
-        new = tl.where(inside, _sortable(x), _LOWEST)
-        ids = tl.where(new > scores, token, ids)
-        scores = tl.maximum(new, scores)
-    return tl.max((scores.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64)))
-
-
-@triton.jit
-def _store_stats(stat_ptr, line_ptr, chunk, vocab, banned_id, child_id, CHUNK: tl.constexpr):
-    """Three sums of the chunk for `_merge_stats`. Always of the whole chunk: their rounding depends on nothing else."""
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = _load_possible(line_ptr, token, token < vocab, banned_id, child_id)
-    high = tl.max(x)
-    exponents = tl.where(x == -float("inf"), 0.0, x - high)
-    weights = tl.where(x == -float("inf"), 0.0, tl.exp(exponents))
-    tl.store(stat_ptr, high)
-    tl.store(stat_ptr + 1, tl.sum(weights))
-    tl.store(stat_ptr + 2, tl.sum(weights * exponents))
-
-
 # What changes from step to step must not compile anew where it happens to be 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["rows", "threads", "depth"])
 def _verify_kernel(
@@ -283,25 +212,25 @@ def _verify_kernel(
                 seed = tl.load(seeds_ptr + thread)
                 key = tl.load(keys_ptr + thread)
                 position = tl.load(positions_ptr + row)
-                best = _best_of_chunk(
+                best = best_of_chunk(
                     line_ptr, chunk, vocab, banned_id, child_id, seed, key, position, True, CHUNK, NOISE_BLOCK
                 )
             else:
-                best = _best_of_chunk(line_ptr, chunk, vocab, banned_id, child_id, 0, 0, 0, False, CHUNK, CHUNK)
+                best = best_of_chunk(line_ptr, chunk, vocab, banned_id, child_id, 0, 0, 0, False, CHUNK, CHUNK)
         else:
-            best = _best_of_chunk(line_ptr, chunk, vocab, banned_id, child_id, 0, 0, 0, False, CHUNK, CHUNK)
+            best = best_of_chunk(line_ptr, chunk, vocab, banned_id, child_id, 0, 0, 0, False, CHUNK, CHUNK)
         tl.store(best_ptr + row * chunks + chunk, best)
         if TYPICAL:
             epsilon = tl.load(typical_ptr + 2 * thread)
             if epsilon >= 0:
                 stat_ptr = stats_ptr + (row * chunks + chunk) * 3
-                _store_stats(stat_ptr, line_ptr, chunk, vocab, banned_id, child_id, CHUNK)
+                store_stats(stat_ptr, line_ptr, chunk, vocab, banned_id, child_id, CHUNK)
         # All warps' stores come before the one lane that counts; whoever sees the count sees the stores.
         tl.debug_barrier()
         done = tl.atomic_add(counters_ptr + thread, 1, sem="acq_rel", scope="gpu")
         if done == count * chunks - 1:
             tl.store(counters_ptr + thread, 0)
-            _accept(
+            accept(
                 logits_ptr,
                 tokens_ptr,
                 parents_ptr,
@@ -325,172 +254,6 @@ def _verify_kernel(
                 CHUNK_BLOCK,
                 WIDTH_BLOCK,
             )
-
-
-@triton.jit
-def _accept(
-    logits_ptr,
-    tokens_ptr,
-    parents_ptr,
-    bans_ptr,
-    typical_ptr,
-    best_ptr,
-    stats_ptr,
-    out_ptr,  # of this thread
-    stride,
-    vocab,
-    thread,
-    first,
-    count,
-    chunks,
-    depth,
-    fork_id,
-    child_id,
-    TYPICAL: tl.constexpr,
-    BANS: tl.constexpr,
-    NODE_BLOCK: tl.constexpr,
-    CHUNK_BLOCK: tl.constexpr,
-    WIDTH_BLOCK: tl.constexpr,
-):
-    """Merges one thread's partial results and writes the tokens it accepts. Nodes are numbered from its root, 0."""
-    node = tl.arange(0, NODE_BLOCK)
-    exists = node < count
-    drafted = exists & (node > 0)
-    token = tl.load(tokens_ptr + first + node, mask=exists, other=-1)
-    parent = tl.load(parents_ptr + first + node, mask=drafted, other=0) - first
-    parent = tl.where(drafted, parent, 0)
-
-    choice = _merge_best(best_ptr, first, exists, chunks, NODE_BLOCK, CHUNK_BLOCK)
-    if TYPICAL:
-        epsilon = tl.load(typical_ptr + 2 * thread)
-        if epsilon >= 0:
-            delta = tl.load(typical_ptr + 2 * thread + 1)
-            log_sum, entropy = _merge_stats(stats_ptr, first, exists, chunks, NODE_BLOCK, CHUNK_BLOCK)
-            known = drafted & (token >= 0) & (token < vocab)
-            banned_id = tl.full([NODE_BLOCK], -1, tl.int32)
-            if BANS:
-                banned = tl.load(bans_ptr + first + parent, mask=drafted, other=0) & 1
-                banned_id = tl.where(banned != 0, fork_id, -1)
-            line_ptr = logits_ptr + (first + parent).to(tl.int64) * stride
-            log_prob = _load_possible(line_ptr, token, known, banned_id, child_id) - tl.gather(log_sum, parent, 0)
-            limit = tl.minimum(epsilon, delta * tl.exp(-tl.gather(entropy, parent, 0)))
-            allowed = known & (tl.exp(log_prob) > limit)
-            step_of, last, length = _likeliest_path(allowed, parent, log_prob, depth, NODE_BLOCK)
-        else:
-            step_of, last, length = _walk(drafted, token, parent, choice, depth, NODE_BLOCK)
-    else:
-        step_of, last, length = _walk(drafted, token, parent, choice, depth, NODE_BLOCK)
-
-    bonus = tl.sum(tl.where(node == last, choice, 0))
-    tl.store(out_ptr, length + 1)
-    tl.store(out_ptr + 1, first + last)
-
-    width = depth + 1
-    out_tokens_ptr = out_ptr + 2
-    out_rows_ptr = out_tokens_ptr + width
-    on_path = step_of >= 0
-    tl.store(out_tokens_ptr + step_of, token, mask=on_path)
-    tl.store(out_rows_ptr + step_of, first + node, mask=on_path)
-    step_out = tl.arange(0, WIDTH_BLOCK)
-    behind = (step_out >= length) & (step_out < width)
-    tl.store(out_tokens_ptr + step_out, tl.where(step_out == length, bonus, -1), mask=behind)
-    tl.store(out_rows_ptr + step_out, tl.full([WIDTH_BLOCK], -1, tl.int32), mask=behind)
-
-
-@triton.jit
-def _walk(drafted, token, parent, choice, depth, NODE_BLOCK: tl.constexpr):
-    """`reference.walk`: each node's place on the accepted path (-1: off it), the path's last node, its length."""
-    node = tl.arange(0, NODE_BLOCK)
-    step_of = tl.full([NODE_BLOCK], -1, tl.int32)
-    last = tl.full([], 0, tl.int32)
-    length = tl.full([], 0, tl.int32)
-    matches = drafted & (token >= 0) & (token == tl.gather(choice, parent, 0))
-    walking = depth > 0
-    while walking:
-        child = tl.min(tl.where(matches & (parent == last), node, NODE_BLOCK))
-        found = child < NODE_BLOCK
-        step_of = tl.where(node == child, length, step_of)
-        last = tl.where(found, child, last)
-        length += found.to(tl.int32)
-        walking = found & (length < depth)
-    return step_of, last, length
-
-
-@triton.jit
-def _likeliest_path(allowed, parent, log_prob, depth, NODE_BLOCK: tl.constexpr):
-    """`reference.likeliest_path`, from the nodes that its rule allows below their parents; returns as `_walk`."""
-    node = tl.arange(0, NODE_BLOCK)
-    step_of = tl.full([NODE_BLOCK], -1, tl.int32)
-    # After pass d all accepted paths of d nodes are known.
-    reached = (node == 0).to(tl.int32)
-    level = tl.zeros([NODE_BLOCK], tl.int32)
-    path_log_prob = tl.zeros([NODE_BLOCK], tl.float32)
-    step = 0
-    while step < depth:
-        extends = allowed & (tl.gather(reached, parent, 0) != 0)
-        level = tl.where(extends, tl.gather(level, parent, 0) + 1, level)
-        path_log_prob = tl.where(extends, tl.gather(path_log_prob, parent, 0) + log_prob, path_log_prob)
-        reached = tl.where(extends, 1, reached)
-        step += 1
-    length = tl.max(tl.where(reached != 0, level, 0))
-    deepest = (reached != 0) & (level == length)
-    greatest = tl.max(tl.where(deepest, path_log_prob, -float("inf")))
-    last = tl.min(tl.where(deepest & (path_log_prob == greatest), node, NODE_BLOCK))
-    ancestor = last
-    remaining = length
-    while remaining > 0:
-        remaining -= 1
-        step_of = tl.where(node == ancestor, remaining, step_of)
-        ancestor = tl.sum(tl.where(node == ancestor, parent, 0))
-    return step_of, last, length
-
-
-@triton.jit
-def _merge_best(best_ptr, first, exists, chunks, NODE_BLOCK: tl.constexpr, CHUNK_BLOCK: tl.constexpr):
-    """The token that each node's row chooses, int32 [NODE_BLOCK]; -1 where nothing is possible."""
-    node = tl.arange(0, NODE_BLOCK)
-    best = tl.full([NODE_BLOCK], -(2**63), tl.int64)
-    start = 0
-    while start < chunks:
-        i_chunk = start + tl.arange(0, CHUNK_BLOCK)
-        # Other programs wrote these: .cg reads them from L2, which they share.
-        words = tl.load(
-            best_ptr + (first + node)[:, None] * chunks + i_chunk[None, :],
-            mask=exists[:, None] & (i_chunk < chunks)[None, :],
-            other=-(2**63),
-            cache_modifier=".cg",
-        )
-        best = tl.maximum(best, tl.max(words, axis=1))
-        start += CHUNK_BLOCK
-    return tl.where((best >> 32) > _IMPOSSIBLE, 0xFFFFFFFF - (best & 0xFFFFFFFF), -1).to(tl.int32)
-
-
-@triton.jit
-def _merge_stats(stats_ptr, first, exists, chunks, NODE_BLOCK: tl.constexpr, CHUNK_BLOCK: tl.constexpr):
-    """Log of the sum of exponentials and entropy of each node's row, float32 [NODE_BLOCK]."""
-    node = tl.arange(0, NODE_BLOCK)
-    high = tl.full([NODE_BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([NODE_BLOCK], tl.float32)
-    spread = tl.zeros([NODE_BLOCK], tl.float32)
-    start = 0
-    while start < chunks:
-        i_chunk = start + tl.arange(0, CHUNK_BLOCK)
-        stat_ptr = stats_ptr + ((first + node)[:, None] * chunks + i_chunk[None, :]) * 3
-        there = exists[:, None] & (i_chunk < chunks)[None, :]
-        highs = tl.load(stat_ptr, mask=there, other=-float("inf"), cache_modifier=".cg")
-        totals = tl.load(stat_ptr + 1, mask=there, other=0.0, cache_modifier=".cg")
-        spreads = tl.load(stat_ptr + 2, mask=there, other=0.0, cache_modifier=".cg")
-        top = tl.maximum(high, tl.max(highs, axis=1))
-        lowered = tl.where(highs == -float("inf"), 0.0, highs - top[:, None])
-        scale = tl.where(highs == -float("inf"), 0.0, tl.exp(lowered))
-        before = tl.where(high == -float("inf"), 0.0, high - top)
-        before_scale = tl.where(high == -float("inf"), 0.0, tl.exp(before))
-        spread = before_scale * (spread + before * total) + tl.sum(scale * (spreads + lowered * totals), axis=1)
-        total = before_scale * total + tl.sum(scale * totals, axis=1)
-        high = top
-        start += CHUNK_BLOCK
-    log_total = tl.log(total)
-    return high + log_total, log_total - spread / total
 
 
 def variants() -> list[Variant]:

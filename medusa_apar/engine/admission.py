@@ -14,11 +14,11 @@ class QueueFull(RuntimeError):
     """The engine takes no further request now; it may later."""
 
 
-def check_ids(size: int, prompt_ids: Sequence[int]) -> None:
-    """ValueError for a token that a model of so many does not know."""
-    wrong = next((token for token in prompt_ids if not 0 <= token < size), None)
+def check_ids(size: int, ids: Sequence[int], name: str = "the prompt") -> None:
+    """ValueError for a token that a model of so many does not know; name: what holds the ids."""
+    wrong = next((token for token in ids if not 0 <= token < size), None)
     if wrong is not None:
-        raise ValueError(f"the prompt holds {wrong}, but the model's vocabulary has ids from 0 to {size - 1}.")
+        raise ValueError(f"{name} holds {wrong}, but the model's vocabulary has ids from 0 to {size - 1}.")
 
 
 def check_fits(

@@ -26,28 +26,28 @@ class Counting:
     scheduler: Scheduler
     speculator: Speculator
 
-    def committed(self, advances: list[Advance], forks: int) -> None:
-        """Counts what a verified segment has brought its thread and the children that began with it."""
+    def record_written_tokens(self, advances: list[Advance], forks: int) -> None:
+        """What a verified segment has brought its thread and the children that began with it, read or not."""
         self.stats.forks += forks
         self.stats.accepted_lengths.update(advance.gained for advance in advances)
         for advance in advances:
             self.stats.written_tokens += advance.gained
             advance.request.stats.written_tokens += advance.gained
 
-    def published(self, request: Request, before: int) -> None:
-        """Counts a step of a request whose text had `before` tokens."""
+    def record_generated_tokens(self, request: Request, before: int) -> None:
+        """A step of a request whose text had `before` tokens: what can be read now, and when the first token could."""
         self.stats.generated_tokens += len(request.text) - before
         request.stats.steps += 1
         if before == 0 < len(request.text):
             request.stats.first_token = time.perf_counter() - request.added
 
-    def begun(self, plan: Plan) -> None:
-        """Counts how long those have waited whose first step this is."""
+    def record_queue_times(self, plan: Plan) -> None:
+        """How long those have waited whose first step this is."""
         for request in plan.requests:
             if request.stats.queued is None:
                 request.stats.queued = time.perf_counter() - request.added
 
-    def step(self, plan: Plan, forest: Forest, phase: PhaseTimer, advances: Sequence[Advance]) -> None:
+    def record_iteration(self, plan: Plan, forest: Forest, phase: PhaseTimer, advances: Sequence[Advance]) -> None:
         stats = self.stats
         stats.count_iteration(plan.prefill_rows + sum(advance.gained for advance in advances))
         stats.steps += 1
@@ -58,20 +58,20 @@ class Counting:
         stats.peak_slots = self.ledger.pool.peak
         stats.prefix_cache_queries = self.scheduler.prefix_cache_queries
         stats.prefix_cache_hits = self.scheduler.prefix_cache_hits
-        self.slots()
+        self.record_slot_usage()
         if plan.prefill_rows:
             stats.prefill_seconds += phase.total
         else:
             stats.decode_seconds += phase.total
 
-    def slots(self) -> None:
+    def record_slot_usage(self) -> None:
         stats, pool = self.stats, self.ledger.pool
         stats.live_slots, stats.cached_slots = pool.live, pool.cached
         stats.free_slots = (pool.capacity if pool.max_slots is None else pool.max_slots) - pool.in_use
 
     def snapshot(self, places: float) -> Stats:
         """Counts so far, and how the engine stands, which would take so many requests more; a copy."""
-        self.slots()
+        self.record_slot_usage()
         running = self.scheduler.running
         return replace(
             self.stats.copy(),

@@ -157,7 +157,7 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
         self._leave()
-        self._counting.slots()
+        self._counting.record_slot_usage()
         if self._learned is not None and not was_closed:
             keep_learned(self.model, self.runtime, self.heads, self.options.draft_tree, self._learned)
 
@@ -182,10 +182,10 @@ class Engine:
         phase = PhaseTimer(self.stats.phase_seconds)
         with phase("plan"):
             plan, segments = self.scheduler.plan(self.speculator.candidates)
-            self._counting.begun(plan)
+            self._counting.record_queue_times(plan)
         with phase("forest"):
             forest = Forest(segments, self.ledger, self.device)
-            drafting = self.speculator.begin(self.scheduler.load(), len(forest.verified))
+            drafting = self.speculator.begin(plan.load, len(forest.verified))
             verify, argmax, chooser = self.runtime.verify, self.runtime.argmax, self.runtime.chooser
             tail = Tail(forest, verify, argmax, chooser, drafting, self.speculator.max_depth)
         self.reporters.planned(forest, self.ledger.pool.live)
@@ -202,7 +202,7 @@ class Engine:
         with phase("draft"):
             self.speculator.draft(advances, output.hidden, self.scheduler.load(), tail.drafting)
         with phase("count"):
-            self._counting.step(plan, forest, phase, advances)
+            self._counting.record_iteration(plan, forest, phase, advances)
             self._learn_cost(plan, forest, phase)
         self.reporters.stepped(plan.requests, len(forest), self.ledger.pool.live)
         return self._outputs(plan)
@@ -249,7 +249,7 @@ class Engine:
         for member, its, gained in went_on:
             keep_scores(request, member, its, gained)
             advances.append(Advance(request, member, gained, its.row, its.drafted))
-        self._counting.committed(advances, made.forks)
+        self._counting.record_written_tokens(advances, made.forks)
         if segment.proposal is not None:
             drafted = DraftResult(
                 segment.proposal, segment.kept, made.nodes, segment.num_candidates, list(segment.forks)
@@ -269,7 +269,7 @@ class Engine:
                 request.error = error
             else:
                 self.ledger.free_unneeded(*self.fork_manager.trim(request))
-        self._counting.published(request, before)
+        self._counting.record_generated_tokens(request, before)
 
     def _outputs(self, plan: Plan) -> list[RequestOutput]:
         """What is new of each request; those that are done or have failed leave the engine."""
@@ -309,7 +309,7 @@ class Engine:
         self.fork_manager.trim(request)
         self.ledger.free_unneeded(*request.tree.threads)
         self.ledger.leave(request.tree.trunk)
-        self._counting.slots()
+        self._counting.record_slot_usage()
         self.scheduler.remove(request)
         self.speculator.forget(request.tree.threads)
         self.reporters.ended(request)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medusa_apar.drafting.speculator import Load
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
 
@@ -37,6 +38,7 @@ class Plan:
     chosen: dict[Thread, Request] = field(default_factory=dict)  # threads that are verified
     feed: dict[Thread, int] = field(default_factory=dict)
     requests: dict[Request, list[Thread]] = field(default_factory=dict)  # threads that are fed, of each that runs
+    load: Load = Load(1, 0)  # what it runs at most, by which it is settled who drafts
     rows: int = 0  # without draft nodes
     prefill_rows: int = 0  # of these, what is fed beyond the rows of requests that decode
     prefill_left: int = MAX_PREFILL_ROWS

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -60,6 +60,8 @@ class Scheduler:
     _waiting: list[tuple[int, int, Request]] = field(default_factory=list)  # a heap: priority, arrival
     _refed: set[Thread] = field(default_factory=set)  # preempted threads that are not whole again
     _child_lengths: ChildLengths = field(default_factory=ChildLengths)
+    # As of the last `load`: the requests that were to go on, and which of their threads are worth a row.
+    _judged: tuple[list[Request], set[Thread]] | None = None
 
     def __post_init__(self) -> None:
         self.needs = SlotNeeds(self.context_length)
@@ -95,13 +97,11 @@ class Scheduler:
         self._refed.difference_update(request.tree.threads)
 
     def load(self) -> Load:
-        """What the next step will run at most."""
+        """What the next step will run at most, now that threads have gone on; its plan goes by the same judgement."""
         going_on = [request for request in self.running if not request.done]
-        speculation = any(request.options.speculation for request in going_on)
-        firsts = {_ready_first(request)[0] for request in going_on}
-        worthy = self._worthy(going_on, firsts, len(firsts)) | firsts
-        threads = sum(_num_threads(request, worthy) for request in going_on)
-        return Load(max(threads, 1), len(going_on), speculation)
+        worthy = self._worthy(going_on)
+        self._judged = going_on, worthy
+        return _load(going_on, worthy)
 
     def plan(self, candidates: Candidates) -> tuple[Plan, list[list[Segment]]]:
         """The step's threads, and their segments request by request, ancestors first."""
@@ -115,7 +115,11 @@ class Scheduler:
         for request in list(self.running):
             if request in self.running:  # an older one may have preempted it meanwhile
                 self._choose_first(request, plan)
-        worthy = self._worthy(plan.requests, plan.feed, max(len(plan.chosen), 1))
+        requests, worthy = self._judged or ([], set())
+        self._judged = None  # threads go on before the next plan
+        if requests != self.running:  # somebody has joined or left since
+            worthy = self._worthy(self.running)
+        plan.load = _load(self.running, worthy)
         for request in self.running:
             self._choose_others(request, plan, worthy)
         if not plan.feed:
@@ -172,16 +176,17 @@ class Scheduler:
         if feed is not None and feed.stops:
             self._take(request, thread, feed, plan)
 
-    def _worthy(self, requests: Iterable[Request], taken: Container[Thread], rows: int) -> set[Thread]:
-        """Threads beyond those that are taken which are worth a row beside so many that decode."""
+    def _worthy(self, requests: Sequence[Request]) -> set[Thread]:
+        """Threads which are worth a row beside the first of each request that can run."""
+        firsts = {_ready_first(request)[0] for request in requests}
         shared = [one for one in requests if len(one.live) > 1 and one.options.score_from is None]
         if self.cost is None:
-            return {thread for request in shared for thread, _ in request.live if thread not in taken}
-        others = [pair for request in shared for pair in self._chances(request, taken)]
+            return {thread for request in shared for thread, _ in request.live if thread not in firsts}
+        others = [pair for request in shared for pair in self._chances(request, firsts)]
         if others:
             others.sort(key=lambda pair: -pair[0])
-            costs = self.cost.rows(_rounded_up(rows + PRICED_ROWS))
-            del others[worth([chance for chance, _ in others], rows, costs) :]
+            costs = self.cost.rows(_rounded_up(len(firsts) + PRICED_ROWS))
+            del others[worth([chance for chance, _ in others], len(firsts), costs) :]
         return {thread for _, thread in others}
 
     def _chances(self, request: Request, taken: Container[Thread]) -> Iterator[tuple[float, Thread]]:
@@ -367,8 +372,15 @@ def _rank(request: Request) -> tuple[int, int]:
     return request.options.priority, request.arrival
 
 
+def _load(requests: Sequence[Request], worthy: Container[Thread]) -> Load:
+    """What requests run at most, each its first thread and those that are worth it."""
+    threads = sum(_num_threads(request, worthy) for request in requests)
+    speculation = any(request.options.speculation for request in requests)
+    return Load(max(threads, 1), len(requests), speculation)
+
+
 def _num_threads(request: Request, worthy: Container[Thread]) -> int:
-    count = sum(thread in worthy for thread, _ in request.live)
+    count = 1 + sum(thread in worthy for thread, _ in request.live)
     return count if request.options.max_threads is None else min(count, request.options.max_threads)
 
 

@@ -8,5 +8,5 @@ head_files.py    the names of head files, and the config beside them
 base_model.py    the model that heads sit on, read as far as a conversion needs it
 merge.py         an adapter merged into its base
 model_folder.py  a model folder that is written whole or not at all
-fingerprint.py   a name for the weights of a model
+fingerprint.py   names for what files are made from
 """

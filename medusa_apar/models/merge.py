@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -21,6 +20,7 @@ from medusa_apar.reading import expanded, reading
 from medusa_apar.threads.control_tokens import CONFIG_NAME
 
 from . import head_files, hub
+from .fingerprint import files_at, name_of
 from .model_folder import check_empty, new_model_folder
 from .sources import Source, adapter_weights, is_gguf, locate, read_model, read_tokenizer
 
@@ -71,7 +71,7 @@ def plain_folder(source: Source, dtype: torch.dtype | None = None, trust_remote_
     """
     if source.adapter is None and not is_gguf(source.base):
         return None
-    name = f"merged-{_origin(source)[:16]}-{'own' if dtype is None else str(dtype).removeprefix('torch.')}"
+    name = f"merged-{name_of(_made_from(source))}-{'own' if dtype is None else str(dtype).removeprefix('torch.')}"
 
     def build(_: Path, folder: Path) -> None:
         _save(source, *merged_model(source, dtype, trust_remote_code), folder)
@@ -88,15 +88,14 @@ def _save(source: Source, model: Any, tokenizer: Any, folder: Path) -> None:
         write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 
-def _origin(source: Source) -> str:
-    """Names what a merged model is made from, without reading the base's weights: these are told by when they were
-    written, or on the Hub by their commit."""
+def _made_from(source: Source) -> list[str]:
+    """What a merged model is made from, without reading the base's weights: these are told by when they were written,
+    or on the Hub by their commit."""
     base, parts = expanded(source.base), [source.base]
     if source.base in hub.EMBEDDED:
         parts.append(hub.embedded_model_path(source.base).name)
     elif base.exists():
-        files = sorted(path for path in base.iterdir() if path.is_file()) if base.is_dir() else [base]
-        parts += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+        parts += files_at(base)
     else:
         found = try_to_load_from_cache(source.base, "config.json", revision=source.revision)
         parts.append(Path(found).parent.name if isinstance(found, str) else str(source.revision))
@@ -105,7 +104,7 @@ def _origin(source: Source) -> str:
     for folder, file in ((source.adapter, "adapter_config.json"), (source.control, CONFIG_NAME)):
         if folder and (folder / file).is_file():
             parts.append(hub.sha256_of(folder / file))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return parts
 
 
 def merged_model(source: Source, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:

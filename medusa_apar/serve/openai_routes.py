@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from medusa_apar.engine.admission import check_ids
 from medusa_apar.engine.outputs import RequestOutput
 from medusa_apar.events.texts import TokenTexts
 from medusa_apar.threads.request import TokenLogprobs
@@ -23,7 +24,7 @@ from .errors import ApiError, refused
 from .event_texts import EventTexts, GuessTexts
 from .exchange import exchange_of
 from .forms import ChatForm, CompletionForm, Form
-from .prompts import chat_ids, check_ids, text_ids
+from .prompts import chat_ids, text_ids
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, Generation, TokenizeBody
 from .streams import EventStream, begun, merged
 from .translate import Asked, Place, chat, completion
@@ -108,7 +109,8 @@ def router(service: Service, prefix: str = "/v1") -> APIRouter:
         serving.check(body.model)
 
         def answer() -> Response:
-            check_ids(service.facts, "tokens", body.tokens)
+            with refused("tokens"):
+                check_ids(service.facts.vocabulary, body.tokens, "tokens")
             return JSONResponse({"prompt": serving.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)})
 
         return await serving.aside(answer, len(await http.body()))

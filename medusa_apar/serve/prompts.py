@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from medusa_apar.engine.admission import check_ids
 from medusa_apar.events.texts import TokenTexts
 from medusa_apar.facts import ModelFacts
 from medusa_apar.models.chat import encode_messages, rendered
@@ -27,7 +28,7 @@ def prompts_of(body: CompletionBody, facts: ModelFacts) -> list[list[int]]:
         for ids in prompts:
             if not ids:
                 raise ValueError("the prompt is empty: it has no token that the model could go on from.")
-            check_ids(facts, "prompt", ids)
+            check_ids(facts.vocabulary, ids)
     return prompts
 
 
@@ -59,15 +60,6 @@ def tools_of(body: ChatBody, facts: ModelFacts) -> list[dict[str, Any]] | None:
         return None
     _check_knows_tools(facts, "tools")
     return [tool.model_dump(exclude_none=True) for tool in body.tools] if body.may_call else None
-
-
-def check_ids(facts: ModelFacts, name: str, ids: Sequence[int]) -> None:
-    """ApiError 400 for one that the model does not have."""
-    size = facts.vocabulary
-    wrong = next((id for id in ids if not 0 <= id < size), None)
-    if wrong is not None:
-        said = f"{name} holds the token id {wrong}, but the model has ids from 0 to {size - 1}."
-        raise ApiError(400, said, param=name)
 
 
 def _check_length(facts: ModelFacts, text: str) -> None:

@@ -35,7 +35,8 @@ class ToolCall:
 class ToolCalls:
     """Parts the text of one answer into what is said and what is called.
 
-    White space beside a call is no text. The last call need not be closed, as the answer may stop right behind it.
+    What is said is the text without its calls and their marks, byte for byte: white space beside a call, too. The last
+    call need not be closed, as the answer may stop right behind it.
 
     guided: the whole text is the JSON of one call, without marks around it, as `call_guide` has it written.
     once: calls behind the first are left out.
@@ -48,7 +49,6 @@ class ToolCalls:
         self._guided, self._once = guided, once
         self._held = ""  # what may be or become a call
         self._looked = 0  # characters of it in which no end begins
-        self._space, self._behind_call = "", False  # white space that is text unless a call stands beside it
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
         """What a further part of the text adds to what is said and to what is called."""
@@ -64,7 +64,7 @@ class ToolCalls:
         whole, self._held = self._held, ""
         body = whole if self._guided else whole[len(OPEN) :] if whole.startswith(OPEN) else None
         self._take(whole, body, said, calls)
-        return "".join(said) + self._space, calls
+        return "".join(said), calls
 
     def _next(self) -> tuple[str, str | None] | None:
         """Takes out of what is held a part that is text (and None), or may be a call (and what stands between its
@@ -85,19 +85,11 @@ class ToolCalls:
 
     def _take(self, whole: str, body: str | None, said: list[str], calls: list[ToolCall]) -> None:
         call = None if body is None else _call(body, self.count)
-        if call is not None:
-            if not (self._once and self.count):
-                calls.append(call)
-                self.count += 1
-            self._space, self._behind_call = "", True
-            return
-        text = self._space + whole
-        if self._behind_call:
-            text = text.lstrip()
-            self._behind_call = not text
-        shown = text.rstrip()
-        self._space = text[len(shown) :]
-        said.append(shown)
+        if call is None:
+            said.append(whole)
+        elif not (self._once and self.count):
+            calls.append(call)
+            self.count += 1
 
 
 def call_guide(tools: Sequence[dict[str, Any]]) -> Guide:

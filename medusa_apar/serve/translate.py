@@ -19,7 +19,7 @@ from medusa_apar.threads.request import Request
 from medusa_apar.verify.guides import Guide
 
 from .errors import ApiError, refused
-from .prompts import chat_ids, check_ids, prompts_of, tools_of
+from .prompts import chat_ids, prompts_of, tools_of
 from .schemas import MOST_CHOICES, ChatBody, CompletionBody, Generation
 from .tool_calls import CLOSE, call_guide
 
@@ -173,11 +173,13 @@ def _sampling(body: Generation, facts: ModelFacts) -> dict[str, Any]:
     if body.top_k is not None:
         asked["top_k"] = max(body.top_k, 0)  # -1 keeps all, as vLLM has it
     if body.stop_token_ids:
-        check_ids(facts, "stop_token_ids", body.stop_token_ids)
+        with refused("stop_token_ids"):
+            checks.check_named_ids("stop_token_ids", body.stop_token_ids, facts.vocabulary)
         asked["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias:
         asked["logit_bias"] = _bias(body.logit_bias)
-        check_ids(facts, "logit_bias", list(asked["logit_bias"]))
+        with refused("logit_bias"):
+            checks.check_named_ids("logit_bias", asked["logit_bias"], facts.vocabulary)
     if (guide := _guide(body)) is not None:
         asked["guide"] = guide
     whole = {"temperature": 1.0} | known | asked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import threading
 from argparse import Namespace
@@ -19,6 +18,7 @@ from medusa_apar.job import slow
 from medusa_apar.json_files import json_object
 from medusa_apar.loading import control_tokens, heads_name
 from medusa_apar.models import hub
+from medusa_apar.models.fingerprint import files_at, name_of
 from medusa_apar.models.merge import plain_folder
 from medusa_apar.models.sources import Source, locate, read_tokenizer
 from medusa_apar.threads.control_tokens import DEFAULT_MAX_DEPTH, ControlTokens
@@ -207,8 +207,8 @@ def _drafter(served: Served, source: Source, args: Namespace) -> dict[str, Any]:
 
     assert served.heads is not None
     heads = heads_name(served.heads, source)
-    made_from = "\n".join([*_state_of(heads), args.model, str(served.dtype)])
-    target = hub.cache_dir() / "models" / f"vllm-heads-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
+    made_from = [str(heads), *files_at(heads), args.model, str(served.dtype)]  # heads on the Hub by their name alone
+    target = hub.cache_dir() / "models" / f"vllm-heads-{name_of(made_from)}"
 
     def build(_: Path, folder: Path) -> None:
         export(heads, args.model, folder, _torch_dtype(served.dtype), trust_remote_code=args.trust_remote_code)
@@ -216,14 +216,6 @@ def _drafter(served: Served, source: Source, args: Namespace) -> dict[str, Any]:
     folder = hub.build_once(target, build)
     number = json_object(folder / "config.json")["num_heads"]
     return {"method": "medusa", "model": str(folder), "num_speculative_tokens": number}
-
-
-def _state_of(heads: str | Path) -> list[str]:
-    """Tells heads at one place from others that were there before; those on the Hub by their name alone."""
-    path = Path(heads)
-    files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
-    found = [each for each in files if each.is_file()]
-    return [str(heads), *(f"{each.name} {each.stat().st_size} {each.stat().st_mtime_ns}" for each in found)]
 
 
 def _torch_dtype(name: str | None) -> Any:

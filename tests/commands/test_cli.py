@@ -1,7 +1,6 @@
 """The command line: what it prints where, on a tiny forking model; test_readme.py runs it with the default one."""
 
 import contextlib
-import inspect
 import io
 import json
 import re
@@ -14,22 +13,17 @@ from rich.console import Console
 from tokenizers.normalizers import Replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import medusa_apar
 from medusa_apar import job
-from medusa_apar.commands import SUBCOMMANDS, cli, demo, doctor
+from medusa_apar.commands import cli, demo
 from medusa_apar.display.terminal import Lanes
 from medusa_apar.events import StepFinished
 from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
-from medusa_apar.models import hub
-from medusa_apar.runtimes.cpu import library
-from tests.support import arm
 from tests.support.folders import forking_folder, own_code
 from tests.support.models import CONTROL, VOCAB, forking_model
 from tests.support.tokenizers import save_tokenizer
 
 QUESTION = "w1 w2 w9 w3"
-WRITERS = [name for name, module in SUBCOMMANDS.items() if '"--out"' in inspect.getsource(module)]
 KEYS = ["text", "tokens", "steps", "threads", "forks", "tokens_per_second", "baseline_tokens_per_second", "speedup"]
 KEYS += ["weights", "baseline_weights"]
 
@@ -137,27 +131,6 @@ def test_lanes_restore_the_terminal(run, monkeypatch, capsys):
     assert "thread 1" in out
 
 
-@pytest.mark.parametrize(
-    ("args", "sentence"),
-    [
-        (["sing"], "invalid choice: 'sing'"),
-        (["generate"], "required: PROMPT"),
-        (["generate", "x", "--max-new-tokens", "0"], "'0' must be a whole number at least 1"),
-        (["generate", "x", "--top-p", "1.5"], "'1.5' must be a number above 0 and at most 1"),
-        (["demo", "--temperature", "0"], "'0' must be a number above 0"),
-        (["demo", "--dtype", "int4"], "invalid choice: 'int4'"),
-        (["train-heads", "--num-heads", "33"], "'33' must be a whole number at least 1 and at most 32"),
-        (["train-heads", "--num-layers", "9"], "'9' must be a whole number at least 1 and at most 8"),
-    ],
-)
-def test_bad_arguments_are_one_sentence(args, sentence, capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.main(args)
-    out, err = capsys.readouterr()
-    assert exit.value.code == 2
-    assert sentence in err and err.startswith("medusa-apar: ") and err.count("\n") == 1 and not out
-
-
 def test_what_load_and_generate_refuse_is_one_sentence(run, monkeypatch, capsys):
     for args, sentence in [
         (("generate", " "), "the prompt is empty"),
@@ -197,123 +170,6 @@ def test_code_of_the_model_runs_where_it_is_trusted(tmp_path, capsys, command):
     assert cli.main(command) == 2
     assert "runs only where it is trusted (trust_remote_code=True, or --trust-remote-code)" in capsys.readouterr().err
     assert cli.main([*command, "--trust-remote-code"]) == 0
-
-
-def test_doctor_names_what_it_found(capsys):
-    assert cli.main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    for name in ("python", "torch", "transformers", "cpu", "cpu runtime", "gpu", "kernels", "cache", "smollm2-135m"):
-        assert re.search(rf"^{name} +\S", out, re.M), name
-
-
-def test_bare_it_shows_its_help(capsys):
-    assert cli.main([]) == 0
-    bare = capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["--help"])
-    assert exit.value.code == 0 and capsys.readouterr() == bare and "usage: medusa-apar" in bare.out
-
-
-def test_the_version_is_the_packages(capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["--version"])
-    assert exit.value.code == 0 and capsys.readouterr().out == f"medusa-apar {medusa_apar.__version__}\n"
-
-
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_help_has_a_sentence_and_an_example(command, capsys):
-    with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
-    shown = capsys.readouterr().out
-    usage, sentence, *_ = shown.split("\n\n")
-    assert usage.startswith(f"usage: medusa-apar {command}") and re.match(r"[A-Z](.|\n)*[.:]$", sentence)
-    examples = re.findall(rf"^ +medusa-apar {command} (.*)$", shown, re.M)
-    assert examples
-    for example in examples:  # of options that there are
-        assert set(re.findall(r"--[a-z-]+", example)) <= set(re.findall(r"--[a-z-]+", shown[len(usage) :]))
-
-
-def test_every_command_that_reads_corpora_has_the_option_for_bad_lines():
-    commands = cli.parser()._subparsers._group_actions[0].choices
-    having = {name for name, command in commands.items() if "--bad-lines" in command._option_string_actions}
-    assert having == {"answer", "data", "finetune", "train-heads", "calibrate"}
-    templated = {name for name in having if "chat template" in commands[name].format_help()}
-    assert templated == having - {"data"}  # which has no model
-
-
-def numbers():
-    """(command, option, what is needed beside it) of every option that takes a number."""
-    needed = {"generate": ["x"], "merge": ["x"], "convert": ["x", "--to", "v2"], "data": ["x"]}
-    for name, command in cli.parser()._subparsers._group_actions[0].choices.items():
-        for action in command._actions:
-            if getattr(action.type, "__qualname__", "").startswith("number."):
-                yield name, action.option_strings[0], needed.get(name, [])
-
-
-def test_there_are_numbers_to_try():
-    assert len(list(numbers())) > 40
-
-
-@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "", " ", "1_", "9" * 5000])
-def test_no_number_is_beyond_all_bounds(text, capsys):
-    for command, option, needed in numbers():
-        with pytest.raises(SystemExit) as exit:
-            cli.main([command, *needed, f"{option}={text}"])
-        out, err = capsys.readouterr()
-        assert exit.value.code == 2 and not out
-        assert err.startswith(f"medusa-apar: argument {option}") and err.count("\n") == 1, (command, option, err)
-        assert len(err) < 250
-
-
-@pytest.mark.parametrize("share", ["x=nan", "x=inf", "x=0", "x=-1", "x=y"])
-def test_no_share_is_beyond_all_bounds(share, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["finetune", "--out", "x", "--data", share])
-    assert "with a share above 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", WRITERS)
-@pytest.mark.parametrize("kind", ["empty", "spaces", "file", "below a file", "link to nothing"])
-def test_where_nothing_can_be_written_is_said_at_once(command, kind, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("kept")
-    (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    out = {"empty": "", "spaces": "  ", "file": "file", "below a file": "file/a/b", "link to nothing": "link"}[kind]
-    with pytest.raises(SystemExit) as exit:
-        cli.main([command, "--out", out])
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.startswith("medusa-apar: argument --out: ") and err.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-@pytest.mark.parametrize("command", WRITERS)
-def test_a_folder_to_write_into_may_begin_with_the_home_directory(command, tmp_path, monkeypatch):
-    """A shell leaves the `~` of --out=~/x as it is."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (option,) = (
-        action
-        for action in cli.parser()._subparsers._group_actions[0].choices[command]._actions
-        if "--out" in action.option_strings
-    )
-    assert option.type("~/x") == tmp_path / "x"
-
-
-@pytest.mark.parametrize("argument", ["a\udcff", "\ud800"])
-@pytest.mark.parametrize("before", [["generate"], ["demo", "--prompt"], ["data", "--out"], ["merge", "x", "--out"]])
-def test_an_argument_that_is_no_text_is_refused(before, argument, capsys):
-    assert cli.main([*before, argument]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("medusa-apar: an argument is no text in UTF-8: ") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("prompt", ["", " ", "\n\t", "\u3000"])
-@pytest.mark.parametrize("how", ["generate", "demo", "stdin"])
-def test_an_empty_prompt_is_refused_before_anything_is_loaded(how, prompt, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
-    arguments = {"generate": ["generate", prompt], "demo": ["demo", "--prompt", prompt], "stdin": ["generate", "-"]}
-    assert cli.main([*arguments[how], "--model", "./nothing"]) == 2
-    assert capsys.readouterr() == ("", "medusa-apar: the prompt is empty\n")
 
 
 def test_a_prompt_without_a_token_is_said(apar, run, monkeypatch):
@@ -370,74 +226,3 @@ def test_how_tokens_are_guessed_and_what_runs_is_said_on_a_terminal(tmp_path, mo
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 12
     assert found["steps"] == 12 if plan == "off" else found["steps"] < 12 or plan == "even"
-
-
-def test_doctor_says_what_would_run_a_model_and_why(tmp_path, capsys):
-    reasons = {
-        "llama": r"torch on cpu in float32; .*the CPU runtime cannot run it: its sizes are no multiples",
-        "wide_llama": "compiled code on cpu in float32$",
-    }
-    for family, says in reasons.items():
-        folder = forking_folder(tmp_path / family, family)
-        assert cli.main(["doctor", str(folder)]) == 0
-        found = dict(re.findall(r"^(\S+(?: \w+)*)  +(\S.*?) *$", capsys.readouterr().out, re.M))
-        assert found["model"] == str(folder) and re.match(says, found["runtime"])
-        assert found["dtype"] == "float32 as loaded, float32 where it runs"
-        assert found["heads"] == "none: guesses come from n-grams"
-        assert found["control tokens"] == "[Fork] is 3 <fork>, [Child] is 4 <child>"
-        size = (folder / "model.safetensors").stat().st_size / 1e6
-        assert found["disk"].startswith("base ") and float(found["disk"].split()[1]) == pytest.approx(size, abs=0.1)
-        assert re.match(r"\d+\.\d MB of weights; loading it took ", found["memory"])
-
-
-def test_doctor_says_what_the_disk_holds(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MEDUSA_APAR_CACHE", str(tmp_path))
-    made = tmp_path / "models" / hub.embedded_model_path("smollm2-135m").name
-    made.mkdir(parents=True)
-    (made / "model.safetensors").write_bytes(bytes(2_500_000))
-    assert cli.main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert re.search(rf"^cache +{tmp_path}, \d+\.\d MB *$", out, re.M) and "base 2.5 MB" in out
-    assert re.search(r"step\.so, \d\.\d MB", out) or "torch only" in out
-
-
-def test_doctor_says_what_a_processor_of_arm_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
-    doctor.CPUINFO.write_text(arm.CPUINFO)
-    found = next(finding for name, finding in doctor.findings() if name == "cpu features")
-    assert found.startswith("asimd asimddp bf16 i8mm; ")
-
-
-def test_doctor_counts_a_linked_file_once(tmp_path):
-    """As the Hub's cache holds a model: blobs, and a snapshot of links to them."""
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "a"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    (blobs / "1").write_bytes(bytes(1000))
-    (snapshot / "model.safetensors").symlink_to(blobs / "1")
-    (snapshot / "gone").symlink_to(blobs / "2")
-    sizes = [doctor._bytes(place) for place in (tmp_path, snapshot, snapshot / "model.safetensors")]
-    assert sizes == [1000, 1000, 1000]
-
-
-def test_doctor_says_why_it_cannot_tell_the_size_on_the_disk(tmp_path, monkeypatch, capsys):
-    folder = forking_folder(tmp_path / "model")
-
-    def fails(place):
-        raise PermissionError(13, "Permission denied", str(place))
-
-    monkeypatch.setattr(doctor, "_bytes", fails)
-    found = dict(doctor.model_findings(str(folder)))
-    assert found["disk"].startswith("cannot be told: ") and "Permission denied" in found["disk"]
-
-
-def test_what_doctor_cannot_find_out_does_not_hide_the_rest(monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "false")
-    monkeypatch.setenv("MEDUSA_APAR_CACHE", "/dev/null/cache")
-    library.outcome.cache_clear()
-    try:
-        assert cli.main(["doctor"]) == 0
-    finally:
-        library.outcome.cache_clear()
-    out = capsys.readouterr().out
-    assert "torch only" in out and re.search(r"^smollm2-135m +\S", out, re.M)

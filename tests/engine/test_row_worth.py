@@ -6,11 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_apar.drafting.step_cost import StepCost
+from medusa_apar.engine.engine import Engine
 from medusa_apar.engine.row_worth import ChildLengths, chances, worth
 from medusa_apar.engine.scheduler import Scheduler
+from medusa_apar.runtimes.pick import pick_runtime
+from medusa_apar.threads.fork_policy import ControlTokenForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions
-from tests.support.models import CHILD, EOS, FORK
+from tests.support.models import CHILD, CONTROL, EOS, FORK, forking_model
 
 NEARLY_FREE = StepCost(((1, 10.0), (64, 10.1)))
 DEAR = StepCost(((1, 1.0), (64, 64.0)))  # a row costs now what it will cost later
@@ -98,3 +101,19 @@ def test_a_thread_that_another_can_only_run_beside_is_worth_as_much():
     first, second, trunk = found
     assert trunk is request.tree.trunk and found[trunk] == found[second] < found[first]
     assert found[trunk] > chances(request, 48.0)[-1]
+
+
+def test_what_rows_are_worth_is_asked_once_a_step(monkeypatch):
+    """And once more where requests have joined or left."""
+    asked, worthy = [], Scheduler._worthy
+    monkeypatch.setattr(Scheduler, "_worthy", lambda self, requests: asked.append(1) or worthy(self, requests))
+    model = forking_model(13, "wide_llama")
+    how = {"eos_ids": frozenset({EOS}), "policy": ControlTokenForks(), "rule": ForkRule.of(CONTROL)}
+    with Engine(model, pick_runtime(model, "auto", None, "auto")) as engine:
+        for number in range(3):
+            engine.add(Request(str(number), [7, 8, 9 + number], RequestOptions(40, **how)))
+            engine.step()
+        while engine.unfinished:
+            engine.step()
+    assert engine.stats.peak_threads > 3  # so that there was something to ask
+    assert 0 <= len(asked) - engine.stats.steps <= 2 * 3

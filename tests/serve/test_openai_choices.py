@@ -68,6 +68,18 @@ def test_stop_strings_wait_for_the_least_tokens(server):
     assert late["reason"] == "length" or free["text"].startswith(late["text"] + free["text"][0])
 
 
+def test_penalties_that_vllm_would_forget_are_refused(server, engine):
+    """It is asked anew where it has written a stop token too early, and counts what was written before no more."""
+    fields = PLAIN | {"min_tokens": 5, "ignore_eos": True, "stop_token_ids": [A], "presence_penalty": 0.5}
+    if engine == "native":
+        assert len(whole(server.ask(COMPLETION, **fields))["ids"]) >= 5
+    else:
+        said = server.refusal(COMPLETION, fields)["message"]
+        assert "min_tokens with ignore_eos and stop_token_ids beside presence_penalty" in said
+    for name in ("min_tokens", "ignore_eos", "stop_token_ids", "presence_penalty"):
+        assert whole(server.ask(COMPLETION, **{field: fields[field] for field in fields if field != name}))["ids"]
+
+
 @pytest.mark.parametrize("asked", [{"type": "json_object"}, FORMAT, {"type": "text"}], ids=lambda asked: asked["type"])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_formats(server, asked, temperature):

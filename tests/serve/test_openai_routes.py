@@ -119,9 +119,9 @@ COMPLETIONS = [
     ({"prompt": [1.5]}, "prompt", "must be a text"),
     ({"prompt": [True]}, "prompt", "must be a text"),
     ({"prompt": [[1], "a", 3]}, "prompt", "must be a text"),
-    ({"prompt": [VOCABULARY]}, "prompt", f"{VOCABULARY}, but the model has ids from 0 to {VOCABULARY - 1}"),
+    ({"prompt": [VOCABULARY]}, "prompt", f"vocabulary has ids from 0 to {VOCABULARY - 1}"),
     ({"prompt": [[7], [-1]]}, "prompt", "-1, but the model"),
-    ({"prompt": [2**70]}, "prompt", "but the model has ids"),
+    ({"prompt": [2**70]}, "prompt", "but the model's vocabulary has ids"),
     ({"prompt": "a\0"}, "prompt", "null character"),
     ({"prompt": "a" * CONTEXT}, None, f"the prompt has {CONTEXT}"),
     ({"prompt": "a" * 500, "max_tokens": 13}, "max_tokens", "513 together"),
@@ -354,7 +354,7 @@ def test_an_engine_that_breaks_in_the_middle_of_a_stream_says_so(monkeypatch):
         body = {"model": "tiny", "messages": QUESTION, "max_tokens": 400, "extra_body": {"apar": {"fork": False}}}
         stream = client.chat.completions.create(**body, temperature=0, stream=True)
         assert next(stream).choices[0].delta.role == "assistant"
-        monkeypatch.setattr(Counting, "step", broken)
+        monkeypatch.setattr(Counting, "record_iteration", broken)
         with pytest.raises(openai.APIError, match="the engine has died"):
             list(stream)
         error = server.refusal(CHAT, {"messages": QUESTION}, 503)

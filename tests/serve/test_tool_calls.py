@@ -38,18 +38,18 @@ CALL = ("weather", '{"city": "Köln", "days": [1, 2.5]}')
 TEXTS = {
     "nothing called": (" a < b <tool_cal \n", " a < b <tool_cal \n", []),
     "a call": (WEATHER, "", [CALL]),
-    "text around": (f"Let me see.\n\n{WEATHER}\n Done. ", "Let me see.Done. ", [CALL]),
-    "two": (f'{WEATHER}\n{WEATHER}\n<tool_call>{{"name":"f"}}</tool_call>\n', "", [CALL, CALL, ("f", "{}")]),
-    "not closed": (f"a {WEATHER.removesuffix('</tool_call>')}", "a", [CALL]),
+    "text around": (f"Let me see.\n\n{WEATHER}\n Done. ", "Let me see.\n\n\n Done. ", [CALL]),
+    "two": (f'{WEATHER}\n{WEATHER}\t <tool_call>{{"name":"f"}}</tool_call>\n', "\n\t \n", [CALL, CALL, ("f", "{}")]),
+    "not closed": (f"a {WEATHER.removesuffix('</tool_call>')}", "a ", [CALL]),
     "cut": ('a\n<tool_call>{"name": "f", "argu', 'a\n<tool_call>{"name": "f", "argu', []),
     "no JSON": (" <tool_call>{f(1)}</tool_call> b", " <tool_call>{f(1)}</tool_call> b", []),
-    "spoken of": (f"Write <tool_call> first. {WEATHER}", "Write <tool_call> first.", [CALL]),
+    "spoken of": (f"Write <tool_call> first. {WEATHER}", "Write <tool_call> first. ", [CALL]),
     "no name": ('<tool_call>{"arguments": {}}</tool_call>', '<tool_call>{"arguments": {}}</tool_call>', []),
     "no object": ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
     "arguments that are none": (*['<tool_call>{"name": "f", "arguments": "x"}</tool_call>'] * 2, []),
     "half a character": (*['<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>'] * 2, []),
     "no number": (*['<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>'] * 2, []),
-    "one of two": (f'<tool_call>{{"name": 3}}</tool_call>\n{WEATHER}', '<tool_call>{"name": 3}</tool_call>', [CALL]),
+    "one of two": (f'<tool_call>{{"name": 3}}</tool_call>\n{WEATHER}', '<tool_call>{"name": 3}</tool_call>\n', [CALL]),
 }
 
 
@@ -73,6 +73,15 @@ def test_any_text_is_parted_alike_and_none_of_it_is_lost(words, data):
     assert parted(pieces) == (said, calls)
     if not calls:
         assert said == text
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text("a<{ \n\t\u3000", max_size=6), min_size=1, max_size=5), st.data())
+def test_what_stands_beside_calls_comes_out_byte_for_byte(texts, data):
+    whole = WEATHER.join(texts)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=6)))
+    pieces = [whole[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    assert parted(pieces) == ("".join(texts), called(*[CALL] * (len(texts) - 1)))
 
 
 @pytest.mark.parametrize("end", ["", " ", "\n"])
@@ -177,9 +186,10 @@ def heard(server, **body):
 
 
 def test_what_the_model_calls_is_told(server):
-    assert heard(server, **asked("1", tools=TOOLS)) == ("Let me see.", [("weather", {"city": "Köln"})], "tool_calls")
+    said = ("Let me see.\n\n", [("weather", {"city": "Köln"})], "tool_calls")
+    assert heard(server, **asked("1", tools=TOOLS)) == said
     assert heard(server, **asked("2", tools=TOOLS)) == ("No call is <tool_call here.", [], "stop")
-    assert heard(server, **asked("3", tools=TOOLS)) == (None, [("f", {}), ("g", {})], "tool_calls")
+    assert heard(server, **asked("3", tools=TOOLS)) == ("\n", [("f", {}), ("g", {})], "tool_calls")
     assert heard(server, **asked("4", tools=TOOLS)) == ('<tool_call>{"name": f}</tool_call> ', [], "stop")
 
 
@@ -201,7 +211,7 @@ def test_calls_behind_the_only_one_are_left_out_wherever_the_text_goes_on():
     two = '<tool_call>{"name": "a"}</tool_call>\n<tool_call>{"name": "b"}</tool_call> said'
     parts = ToolCalls(once=True)
     (said, calls), (rest, more) = parts.push(two), parts.end()
-    assert [call.name for call in calls + more] == ["a"] and (said + rest).strip() == "said"
+    assert [call.name for call in calls + more] == ["a"] and said + rest == "\n said"
 
 
 def test_a_schema_within_another_keeps_its_references_and_its_data():

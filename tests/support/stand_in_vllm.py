@@ -17,7 +17,7 @@ import torch
 from medusa_apar import requests
 from medusa_apar.engine.vllm import compat
 from medusa_apar.engine.vllm.options import VllmOptions
-from medusa_apar.engine.vllm.stretch import Stretch
+from medusa_apar.engine.vllm.part import Part
 from medusa_apar.engine.vllm.vllm_engine import VllmEngine
 from medusa_apar.facts import ModelFacts
 from medusa_apar.generate import MedusaApar
@@ -41,18 +41,18 @@ class MaxQueuedTokensError(Exception):
 
 
 class SpokenPlainly:
-    """A dialect whose prompts are paths, and whose parameters are the whole stretch."""
+    """A dialect whose prompts are paths, and whose parameters are the parts themselves."""
 
     is_full, is_dead = staticmethod(compat.is_full), staticmethod(compat.is_dead)
 
-    def check(self, client: Any, stretch: Stretch) -> None:
+    def check(self, client: Any, part: Part) -> None:
         """Nothing is refused."""
 
-    def prompt_of(self, stretch: Stretch) -> list[int]:
-        return list(stretch.prompt_ids)
+    def prompt_of(self, part: Part) -> list[int]:
+        return list(part.prompt_ids)
 
-    def params_of(self, stretch: Stretch) -> Stretch:
-        return stretch
+    def params_of(self, part: Part) -> Part:
+        return part
 
 
 class Model:
@@ -110,7 +110,7 @@ class StandIn:
     async def generate(
         self,
         prompt: list[int],
-        sampling_params: Stretch,
+        sampling_params: Part,
         request_id: str,
         *,
         priority: int = 0,
@@ -132,7 +132,7 @@ class StandIn:
         finally:
             self.open -= 1
 
-    async def _written(self, prompt: list[int], params: Stretch) -> AsyncGenerator[Any, None]:
+    async def _written(self, prompt: list[int], params: Part) -> AsyncGenerator[Any, None]:
         assert params.max_tokens >= 1
         own: list[int] = []
         reason, scorers = None, self._scorers(prompt, params)
@@ -159,7 +159,7 @@ class StandIn:
             yield self._output(prompt, own, delta, params, reason, cached)
             await self._pause()
 
-    def _next(self, prompt: list[int], own: list[int], params: Stretch, scorers: list[Any]) -> int:
+    def _next(self, prompt: list[int], own: list[int], params: Part, scorers: list[Any]) -> int:
         banned = {
             ban[-1] for ban in params.banned if tuple(own[len(own) - len(ban) + 1 :]) == ban[:-1] or len(ban) == 1
         }
@@ -175,7 +175,7 @@ class StandIn:
             scores = scores.log_softmax(-1) - (-noise.log()).log()
         return int(scores.argmax())
 
-    def _scorers(self, prompt: list[int], params: Stretch) -> list[Any]:
+    def _scorers(self, prompt: list[int], params: Part) -> list[Any]:
         its = params.sampling
         guide = None if its.schema is None else Guide(its.schema)
         grammar = guide and compiled(guide, self.model.tokenizer, self.model.vocabulary, params.stop_ids)
@@ -184,7 +184,7 @@ class StandIn:
         return requests.Sampling(**known, guide=guide).processors(len(prompt), None, params.stop_ids, grammar)
 
     def _output(
-        self, prompt: list[int], own: list[int], delta: list[int], params: Stretch, reason: Any, cached: int
+        self, prompt: list[int], own: list[int], delta: list[int], params: Part, reason: Any, cached: int
     ) -> Any:
         logprobs = None
         if (count := params.sampling.logprobs) is not None:

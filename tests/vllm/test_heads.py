@@ -20,5 +20,6 @@ def test_exported_heads_load_and_change_nothing(merged, answers, tmp_path):
 
     texts, stats = asyncio.run(asked())
     assert texts == [answer.text_ids for answer in answers[:2]]
+    assert set(stats.drafted) == set(stats.accepted) == {"medusa"}
     # The first head is right one time in four; heads that are read wrongly hardly ever are.
     assert stats.accepted.total() > 0.15 * stats.drafts.total() > 0

@@ -6,7 +6,7 @@ Nothing of vLLM is imported before `compat` is asked for it.
 options.py         `VllmOptions`: how answers become requests of vLLM
 vllm_engine.py     `VllmEngine`: admission by answers, and one task for each
 answer.py          one answer: a task for each of its threads, and what their tokens do to its tree
-stretch.py         what one request of vLLM is asked for: a part of a thread
+part.py            what one request of vLLM is asked for: a part of a thread
 sampling.py        a request's processors in vLLM's words
 lead.py            which threads wait, since nobody would read what they wrote now
 reading_order.py   priorities by reading order

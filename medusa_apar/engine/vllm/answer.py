@@ -20,9 +20,9 @@ from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request, Status, TokenLogprobs
 
 from .lead import Lead
+from .part import Part, forbids, part_of
 from .reading_order import priority
 from .sampling import VllmSampling
-from .stretch import Stretch, forbids, stretch_of
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.02, 1.0  # seconds before vLLM is asked again where its queue was full
 _NOTHING = frozenset[int]()
@@ -31,11 +31,11 @@ _NOTHING = frozenset[int]()
 class Dialect(Protocol):
     """How a client is spoken to; `compat` is vLLM's."""
 
-    def prompt_of(self, stretch: Stretch) -> Any: ...
+    def prompt_of(self, part: Part) -> Any: ...
 
-    def params_of(self, stretch: Stretch) -> Any: ...
+    def params_of(self, part: Part) -> Any: ...
 
-    def check(self, client: Any, stretch: Stretch) -> None: ...
+    def check(self, client: Any, part: Part) -> None: ...
 
     def is_full(self, error: BaseException) -> bool: ...
 
@@ -79,7 +79,7 @@ class Answer:
         self._to_wait = set[Thread]()  # as of the last review
         self._held: dict[Thread, asyncio.Future[None]] = {}  # those that do
         self._running: set[Thread] = set()  # those that vLLM writes
-        self._stretches = 0
+        self._num_requests = 0
         self._done = asyncio.Event()
         self._error: BaseException | None = None
         self._grown: set[Thread] = set()  # since the last look
@@ -157,9 +157,9 @@ class Answer:
     async def _part(self, thread: Thread, banned: frozenset[int]) -> frozenset[int]:
         """One request of vLLM for a thread; what may not come next, where it has written that."""
         request, shared = self.request, self._shared
-        stretch = stretch_of(request, thread, self._sampling, self._room(thread), banned)
+        part = part_of(request, thread, self._sampling, self._room(thread), banned)
         before, sampled = len(thread.tokens), request.options.seed is not None
-        async with aclosing(self._outputs(stretch, thread)) as outputs:
+        async with aclosing(self._outputs(part, thread)) as outputs:
             async for output in outputs:
                 its = output.outputs[0]
                 if thread.parent is None and request.stats.steps == 0:
@@ -201,18 +201,18 @@ class Answer:
             return False
         return self.request.options.seed is not None or sum(each.live for each in self.request.tree.threads) > most
 
-    async def _outputs(self, stretch: Stretch, thread: Thread) -> AsyncGenerator[Any, None]:
+    async def _outputs(self, part: Part, thread: Thread) -> AsyncGenerator[Any, None]:
         """What vLLM brings for a part. Where its queue is full it is asked again: a fork is never lost."""
         shared, request, wait = self._shared, self.request, _FIRST_WAIT
-        prompt, params = shared.dialect.prompt_of(stretch), shared.dialect.params_of(stretch)
+        prompt, params = shared.dialect.prompt_of(part), shared.dialect.params_of(part)
         how: dict[str, Any] = {"priority": priority(request, thread)}
         if self._pinned:
             how["data_parallel_rank"] = self.rank
         self._running.add(thread)  # while it waits for a place, too, which is its own
         try:
             while True:
-                self._stretches += 1
-                name = f"{request.id}.{thread.index}.{self._stretches}"
+                self._num_requests += 1
+                name = f"{request.id}.{thread.index}.{self._num_requests}"
                 shared.rows[self.rank] += 1
                 shared.peak_threads = max(shared.peak_threads, shared.rows.total())
                 try:
@@ -291,8 +291,8 @@ class Answer:
         """Log-probabilities of a prompt's tokens; vLLM writes one behind it, which nobody reads."""
         request, options = self.request, self.request.options
         count, start = options.logprobs or 0, options.score_from or 1
-        stretch = Stretch(request.prompt_ids, VllmSampling(), 1, cache_salt=options.cache_salt, prompt_logprobs=count)
-        async with aclosing(self._outputs(stretch, request.tree.trunk)) as outputs:
+        part = Part(request.prompt_ids, VllmSampling(), 1, cache_salt=options.cache_salt, prompt_logprobs=count)
+        async with aclosing(self._outputs(part, request.tree.trunk)) as outputs:
             async for output in outputs:
                 if output.prompt_logprobs and not request.text_scores.told:
                     pairs = zip(request.prompt_ids[start:], output.prompt_logprobs[start:], strict=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from medusa_apar.verify.guides import OPTIONS as WHITE_SPACE
 
-from .stretch import Stretch
+from .part import Part
 
 TRIED = ("0.32",)
 _SHUTDOWN = 5.0  # seconds
@@ -44,6 +44,7 @@ class Counts:
     """What vLLM tells after each of its steps. With data parallelism each rank tells of itself; sums over ranks.
 
     kv_tokens: that its KV cache holds. live, running, waiting: by rank, tokens and requests as of its last step.
+    draft_method: its own word for how it drafts ("ngram", "eagle3", "medusa" ...); empty where it does not.
     """
 
     kv_tokens: int = 0
@@ -55,6 +56,7 @@ class Counts:
     drafts: int = 0
     draft_tokens: int = 0
     accepted: list[int] = field(default_factory=list)  # draft tokens, by position
+    draft_method: str = ""
     peak_live: int = 0
     live: dict[int, float] = field(default_factory=dict)
     running: dict[int, int] = field(default_factory=dict)
@@ -84,7 +86,7 @@ def started(args: Any) -> tuple[Any, Counts]:
     counts = Counts()
     # A server's, which decides how many tokens a step has where nobody says.
     context = UsageContext.OPENAI_API_SERVER
-    client = AsyncLLM.from_engine_args(args, usage_context=context, stat_loggers=[_counting(counts)])
+    client = AsyncLLM.from_engine_args(args, usage_context=context, stat_loggers=[_stat_logger(counts)])
     return client, counts
 
 
@@ -94,16 +96,16 @@ def shut_down(client: Any) -> None:
         client.shutdown(timeout=_SHUTDOWN)
 
 
-def prompt_of(stretch: Stretch) -> Any:
+def prompt_of(part: Part) -> Any:
     from vllm.inputs.engine import tokens_input
 
-    return tokens_input(stretch.prompt_ids, cache_salt=stretch.cache_salt or None)
+    return tokens_input(part.prompt_ids, cache_salt=part.cache_salt or None)
 
 
-def params_of(stretch: Stretch) -> Any:
+def params_of(part: Part) -> Any:
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-    its = stretch.sampling
+    its = part.sampling
     params = SamplingParams(
         temperature=its.temperature,
         top_k=its.top_k,
@@ -115,19 +117,19 @@ def params_of(stretch: Stretch) -> Any:
         frequency_penalty=its.frequency_penalty,
         logit_bias=dict(its.logit_bias) or None,
         logprobs=its.logprobs,
-        prompt_logprobs=stretch.prompt_logprobs,
+        prompt_logprobs=part.prompt_logprobs,
         structured_outputs=None if its.schema is None else StructuredOutputsParams(json=_spaced(its.schema)),
-        max_tokens=stretch.max_tokens,
-        min_tokens=stretch.min_tokens,
-        stop_token_ids=sorted(stretch.stop_ids),
+        max_tokens=part.max_tokens,
+        min_tokens=part.min_tokens,
+        stop_token_ids=sorted(part.stop_ids),
         ignore_eos=True,  # `stop_token_ids` has what ends a thread
         detokenize=False,
         skip_special_tokens=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    if stretch.banned:
+    if part.banned:
         # By token ids, and no `logit_bias`, which no engine takes that drafts. `bad_words` would be text.
-        params._bad_words_token_ids = [list(sequence) for sequence in stretch.banned]
+        params._bad_words_token_ids = [list(sequence) for sequence in part.banned]
     return params
 
 
@@ -136,11 +138,11 @@ def _spaced(schema: str) -> str:
     return json.dumps(json.loads(schema) | {"x-guidance": dict(WHITE_SPACE)}, ensure_ascii=False)
 
 
-def check(client: Any, stretch: Stretch) -> None:
+def check(client: Any, part: Part) -> None:
     """ValueError, in vLLM's words, for what it would refuse."""
     config = client.vllm_config
     try:
-        params_of(stretch).verify(
+        params_of(part).verify(
             client.model_config,
             config.speculative_config,
             config.structured_outputs_config,
@@ -168,14 +170,16 @@ def _named(error: BaseException, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(error).__mro__) or (cause is not None and _named(cause, name))
 
 
-def _counting(counts: Counts) -> type:
+def _stat_logger(counts: Counts) -> type:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class Counting(StatLoggerBase):
+    class CountsLogger(StatLoggerBase):
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             self._index, cache = engine_index, vllm_config.cache_config
             counts.kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size  # of all ranks
             self._kv_tokens = counts.kv_tokens // vllm_config.parallel_config.data_parallel_size
+            if vllm_config.speculative_config is not None:
+                counts.draft_method = str(vllm_config.speculative_config.method)
 
         def record(
             self,
@@ -208,4 +212,4 @@ def _counting(counts: Counts) -> type:
         def log_engine_initialized(self) -> None:
             pass
 
-    return Counting
+    return CountsLogger

@@ -69,7 +69,13 @@ def sampling_of(options: RequestOptions, speculates: bool = False) -> VllmSampli
         known["temperature"] = 0.0
     elif known["temperature"] < COLDEST:
         raise NotImplementedError(f"vLLM has no temperature between 0 and {COLDEST}.")
-    return VllmSampling(**known, schema=guides[0].grammar.schema if guides else None)
+    sampling = VllmSampling(**known, schema=guides[0].grammar.schema if guides else None)
+    if sampling.counts_written and _may_end_too_early(options):
+        raise NotImplementedError(
+            "vLLM has no min_tokens with ignore_eos and stop_token_ids beside presence_penalty or frequency_penalty, "
+            "whose counts would begin anew where it has written a stop token too early."
+        )
+    return sampling
 
 
 def min_tokens_of(processors: Sequence[Any]) -> list[MinTokensLogitsProcessor]:
@@ -81,6 +87,14 @@ def tokens_left(processor: MinTokensLogitsProcessor, path: Sequence[int]) -> int
     """How many tokens a path lacks before the processor lets go."""
     control = () if processor.control is None else processor.control.ids
     return processor.min_tokens - sum(token not in control for token in path[processor.prompt_length :])
+
+
+def _may_end_too_early(options: RequestOptions) -> bool:
+    """Whether vLLM may write a token before it may come, so that a part has to be asked for anew without it: of its own
+    accord it holds all stop tokens and end tokens back, and for as long as each other."""
+    least = {token: each.min_tokens for each in min_tokens_of(options.processors) for token in each.end_ids}
+    together = options.eos_ids | options.stop_ids
+    return not together.issuperset(least) or len({least.get(token, 0) for token in together}) > 1
 
 
 def _operations(options: RequestOptions) -> Sequence[Operation]:
@@ -102,6 +116,6 @@ _READERS: Mapping[str, Callable[[Operation], dict[str, Any]]] = {
     "repetition": lambda its: {"repetition_penalty": its.value},
     "presence_frequency": lambda its: {"frequency_penalty": its.value, "presence_penalty": its.values[0]},
     "bias": lambda its: {"logit_bias": dict(zip(its.ids, its.values, strict=True))},
-    "held_back": lambda its: {},  # `stretch.py` counts
+    "held_back": lambda its: {},  # `part.py` counts
     "mask": lambda its: {},  # the schema
 }

@@ -24,8 +24,8 @@ from . import compat
 from .answer import Answer, Dialect, Shared
 from .lead import Lead
 from .options import VllmOptions
+from .part import part_of
 from .sampling import VllmSampling, sampling_of
-from .stretch import stretch_of
 
 
 class VllmEngine:
@@ -107,7 +107,7 @@ class VllmEngine:
             raise ValueError(f"score_from={request.options.score_from} leaves no token of the text to score.")
         sampling = sampling_of(request.options, self.options.speculates)
         room = max(most - length, 1)
-        self._shared.dialect.check(self._client, stretch_of(request, request.tree.trunk, sampling, room, frozenset()))
+        self._shared.dialect.check(self._client, part_of(request, request.tree.trunk, sampling, room, frozenset()))
         if self._places <= 0:
             raise QueueFull(f"{self.options.max_waiting} requests are waiting already; try again later.")
         if sampling.counts_written:
@@ -249,8 +249,8 @@ class VllmEngine:
             free_slots=max(counts.kv_tokens - live, 0),
             prefix_cache_queries=counts.prefix_queries,
             prefix_cache_hits=counts.prefix_hits,
-            drafted=Counter({"heads": counts.draft_tokens} if counts.draft_tokens else {}),
-            accepted=Counter({"heads": sum(counts.accepted)} if counts.accepted else {}),
+            drafted=Counter({counts.draft_method: counts.draft_tokens} if counts.draft_tokens else {}),
+            accepted=Counter({counts.draft_method: sum(counts.accepted)} if counts.accepted else {}),
             drafts=_by_accepted(counts),
             running=len(self._running),
             waiting=len(self._unfinished) - len(self._running),

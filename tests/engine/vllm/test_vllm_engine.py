@@ -1,82 +1,33 @@
 """The engine over vLLM, asked through a stand-in: under any schedule the native engine's text, or one clear error."""
 
 import asyncio
-from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+from transformers import TemperatureLogitsWarper
 
 from medusa_apar.engine.admission import QueueFull
-from medusa_apar.engine.engine import Engine
-from medusa_apar.engine.vllm.options import VllmOptions
+from medusa_apar.engine.vllm import compat
 from medusa_apar.engine.vllm.vllm_engine import VllmEngine
 from medusa_apar.events.recording import Recording
-from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.threads.control_tokens import ControlTokens
-from medusa_apar.threads.fork_policy import ControlTokenForks
 from medusa_apar.threads.fork_rule import ForkRule
-from medusa_apar.threads.request import Request, RequestOptions, Status
-from medusa_apar.verify.min_tokens import MinTokensLogitsProcessor
-from medusa_apar.verify.penalties import PresenceFrequencyLogitsProcessor
+from medusa_apar.threads.request import Status
 from tests.support import clockwork
-from tests.support.models import CHILD, CONTROL, EOS, FORK, forking_model
-from tests.support.stand_in_vllm import Model, SpokenPlainly, StandIn
-
-PROMPTS = [[7, 8, 9 + n, 10] for n in range(6)]
-CONTEXT = 256
-
-
-@cache
-def parts():
-    model = forking_model(13, "wide_llama")  # some of its answers have dozens of threads
-    return model, pick_runtime(model, "torch", None, "auto"), Model(model)
-
-
-def request(name, prompt, limit=24, **changes):
-    how = {"eos_ids": frozenset({EOS}), "policy": ControlTokenForks(), "rule": ForkRule.of(CONTROL)}
-    return Request(name, prompt, RequestOptions(max_new_tokens=limit, **how | changes))
-
-
-def native(its):
-    model, runtime, _ = parts()
-    with Engine(model, runtime) as engine:
-        engine.add(its)
-        outputs = []
-        while engine.unfinished:
-            outputs += engine.step()
-    return its.text_ids, its.finish_reason, [each for output in outputs for each in output.logprobs]
-
-
-@cache
-def written(number, limit=24):
-    return native(request("alone", PROMPTS[number], limit))
-
-
-def engine_of(client, **options):
-    return VllmEngine(client, CONTEXT, VllmOptions(**options), dialect=SpokenPlainly())
-
-
-async def answer(engine, its):
-    outputs = [output async for output in engine.generate(its)]
-    assert all(output.finish_reason is None for output in outputs[:-1])
-    return [token for output in outputs for token in output.token_ids], outputs[-1]
-
-
-async def left_nothing(engine, client):
-    """No task, no stream, no answer."""
-    for _ in range(50):
-        await asyncio.sleep(0)
-    assert client.open == 0 and engine.stats().running == engine.stats().waiting == engine._shared.rows.total() == 0
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-SCHEDULES = {
-    "seed": st.integers(0, 2**32),
-    "longest_delta": st.integers(1, 5),
-    "refuses": st.sampled_from([0.0, 0.1, 0.5]),
-}
+from tests.support.models import CHILD, FORK
+from tests.support.over_vllm import (
+    CONTEXT,
+    PROMPTS,
+    SCHEDULES,
+    answer,
+    engine_of,
+    left_nothing,
+    parts,
+    request,
+    written,
+)
+from tests.support.stand_in_vllm import SpokenPlainly, StandIn
 
 
 @settings(max_examples=80, deadline=None)
@@ -153,51 +104,6 @@ def test_readers_that_go_leave_nothing(seed, longest_delta, refuses, goes):
         assert number in gone or result[0] == written(number)[0]
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    **SCHEDULES,
-    number=st.integers(0, 5),
-    changes=st.sampled_from(
-        [
-            {"logprobs": 2},
-            {"rule": ForkRule.of(CONTROL, fork=False)},
-            {"rule": ForkRule.of(CONTROL, max_depth=1)},
-            {"ignore_eos": True},
-            {"stop_ids": frozenset({11, 12, 13, 14, 15})},
-            {"fork_if": lambda point: sum(point.path_ids) % 2 == 0},
-            {"max_threads": 1},
-            {
-                "ignore_eos": True,
-                "processors": (MinTokensLogitsProcessor(4, 12, [11, 12, 13, 14, 15], CONTROL, True),),
-                "stop_ids": frozenset({11, 12, 13, 14, 15}),
-            },
-            {"processors": (MinTokensLogitsProcessor(4, 20, [EOS], CONTROL),)},
-            {
-                "processors": (MinTokensLogitsProcessor(4, 12, [11, 12, 13, 14, 15], CONTROL, True),),
-                "stop_ids": frozenset({11, 12, 13, 14, 15}),
-            },
-            {"stop": lambda its: len(its.text) > 2 and sum(its.text_ids[-2:]) % 9 == 0},
-        ]
-    ),
-)
-def test_what_a_request_asks_for_is_what_the_native_engine_does(seed, longest_delta, refuses, number, changes):
-    client = StandIn(parts()[2], seed, longest_delta, refuses)
-
-    async def run():
-        engine = engine_of(client)
-        outputs = [output async for output in engine.generate(request("a", PROMPTS[number], **changes))]
-        await left_nothing(engine, client)
-        return outputs
-
-    outputs = clockwork.run(run())
-    ids, reason, told = native(request("alone", PROMPTS[number], **changes))
-    assert [token for output in outputs for token in output.token_ids] == ids
-    assert outputs[-1].finish_reason == reason
-    logprobs = [each for output in outputs for each in output.logprobs]
-    assert [each.logprob for each in logprobs] == pytest.approx([each.logprob for each in told], abs=1e-4)
-    assert [[id for id, _ in each.top] for each in logprobs] == [[id for id, _ in each.top] for each in told]
-
-
 @settings(max_examples=20, deadline=None)
 @given(**SCHEDULES, number=st.integers(0, 5))
 def test_events_tell_the_whole_answer(seed, longest_delta, refuses, number):
@@ -247,9 +153,9 @@ def test_threads_of_one_answer_have_noise_of_their_own():
     client, seeds = StandIn(parts()[2]), []
 
     class Watched(SpokenPlainly):
-        def params_of(self, stretch):
-            seeds.append(stretch.sampling.seed)
-            return stretch
+        def params_of(self, part):
+            seeds.append(part.sampling.seed)
+            return part
 
     async def run():
         engine = VllmEngine(client, CONTEXT, dialect=Watched())
@@ -320,41 +226,6 @@ def test_answers_are_admitted_and_not_threads():
         assert [token for output in outputs for token in output.token_ids] == written(number)[0]
 
 
-@pytest.mark.parametrize(
-    "changes, error, said",
-    [
-        ({"scores": True}, NotImplementedError, "vLLM has no scores"),
-        ({"typical": object(), "seed": 1}, NotImplementedError, "vLLM has no typical acceptance"),
-        ({"processors": (lambda ids, scores: scores,)}, NotImplementedError, "no logits processors"),
-        ({"score_from": 5}, ValueError, None),
-    ],
-)
-def test_what_cannot_be_is_refused_before_vllm_is_asked(changes, error, said):
-    client = StandIn(parts()[2])
-
-    async def run():
-        prompt = list(range(7, 7 + CONTEXT % 50)) * 50 if said is None else PROMPTS[0]
-        with pytest.raises(error, match=said or "max_model_len is 256"):
-            await answer(engine_of(client), request("a", prompt, **changes))
-
-    clockwork.run(run())
-    assert client.asked == 0
-
-
-def test_presence_and_frequency_penalties_keep_an_answer_to_one_thread():
-    """A child's request of vLLM does not know what was written before it."""
-    client = StandIn(parts()[2])
-
-    async def run():
-        processors = (PresenceFrequencyLogitsProcessor(4, 0.5, 0.0, CONTROL.ids),)
-        its = request("a", PROMPTS[0], 60, processors=processors)
-        await answer(engine_of(client), its)
-        return its
-
-    assert len(clockwork.run(run()).tree.threads) == 1
-    assert len(native(request("a", PROMPTS[0], 60))[0]) and client.asked >= 1
-
-
 def test_an_error_of_one_request_is_its_own():
     client = StandIn(parts()[2], fails=lambda path: LookupError("of a request") if path[2] == 10 else None)
 
@@ -370,24 +241,6 @@ def test_an_error_of_one_request_is_its_own():
     (_, last), (ids, _) = clockwork.run(run())
     assert last.finish_reason == "error" and isinstance(last.error, LookupError)
     assert ids == written(0)[0]
-
-
-def test_a_prompt_is_scored():
-    client, prompt = StandIn(parts()[2]), [7, 8, 9, 10, 11, 12]
-
-    def its():
-        return request("a", prompt, 1, score_from=1, logprobs=2, rule=None, policy=ControlTokenForks())
-
-    async def run():
-        return [output async for output in engine_of(client).generate(its())]
-
-    model, runtime, _ = parts()
-    with Engine(model, runtime) as engine:
-        engine.add(its())
-        expected = [output for _ in range(9) for output in engine.step()][-1].prompt_logprobs
-    told = clockwork.run(run())[-1].prompt_logprobs
-    assert [each.logprob for each in told] == pytest.approx([each.logprob for each in expected], abs=1e-4)
-    assert [[id for id, _ in each.top] for each in told] == [[id for id, _ in each.top] for each in expected]
 
 
 def test_drain_waits_and_close_does_not():
@@ -409,6 +262,17 @@ def test_drain_waits_and_close_does_not():
     assert clockwork.run(run(0.0)) == (False, "the engine was closed.")
 
 
+def test_what_vllm_drafts_is_counted_under_its_own_name_for_how():
+    counts = compat.Counts(drafts=5, draft_tokens=15, accepted=[4, 2, 1], draft_method="ngram")
+
+    async def run():
+        return VllmEngine(StandIn(parts()[2]), CONTEXT, counts=counts, dialect=SpokenPlainly()).stats()
+
+    stats = clockwork.run(run())
+    assert (stats.drafted, stats.accepted) == ({"ngram": 15}, {"ngram": 7})
+    assert stats.drafts == {0: 1, 1: 2, 2: 1, 3: 1}
+
+
 def test_an_abort_by_another_ends_the_iterator():
     client = StandIn(parts()[2])
 
@@ -424,23 +288,6 @@ def test_an_abort_by_another_ends_the_iterator():
 
     reasons, status = clockwork.run(run())
     assert reasons[-1] == "aborted" and set(reasons[:-1]) <= {None} and status is Status.ABORTED
-
-
-def test_a_penalty_that_reads_the_prompt_goes_along():
-    """vLLM's repetition penalty reads a request's prompt, which is the path, as ours does."""
-    seen = []
-
-    class Watched(SpokenPlainly):
-        def params_of(self, stretch):
-            seen.append(stretch.sampling.repetition_penalty)
-            return stretch
-
-    async def run():
-        engine = VllmEngine(StandIn(parts()[2]), CONTEXT, dialect=Watched())
-        await answer(engine, request("a", PROMPTS[0], processors=(RepetitionPenaltyLogitsProcessor(1.3),)))
-
-    clockwork.run(run())
-    assert set(seen) == {1.3}
 
 
 def test_the_stand_in_forks_as_vllm_may():

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_apar.triton_kernels import draft, reference
-from medusa_apar.triton_kernels.draft import medusa_draft, residual_blocks, top_logits
+from medusa_apar.triton_kernels import reference
+from medusa_apar.triton_kernels.draft import medusa_draft
+from medusa_apar.triton_kernels.residual_blocks import residual_blocks
+from medusa_apar.triton_kernels.top_logits import top_logits
 
 few = settings(deadline=None, max_examples=5)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -106,7 +108,7 @@ def test_of_equals_the_lowest_index_comes_first(data, rows, vocab, seed):
 
 
 def test_more_partial_results_than_are_merged_at_once(monkeypatch):
-    monkeypatch.setattr(draft, "_MERGED", 32)
+    monkeypatch.setattr("medusa_apar.triton_kernels.top_logits._MERGED", 32)
     states, unembedding = normal(1, 3, 8), normal(2, 1500, 8)
     assert_tops(top_logits(states, unembedding, None, 5), states.double() @ unembedding.double().mT, 5)
 

@@ -12,7 +12,7 @@ from .sampling import VllmSampling, min_tokens_of, tokens_left
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Part:
     """Args:
     prompt_ids: the thread's path.
     sampling: as of the thread's request; `seed` is this part's own.
@@ -32,7 +32,7 @@ class Stretch:
     prompt_logprobs: int | None = None
 
 
-def stretch_of(request: Request, thread: Thread, sampling: VllmSampling, room: int, banned: frozenset[int]) -> Stretch:
+def part_of(request: Request, thread: Thread, sampling: VllmSampling, room: int, banned: frozenset[int]) -> Part:
     """The next part of a thread.
 
     room: tokens that its path may grow by. banned: what may not come next, and only next; the part is one token long
@@ -41,7 +41,7 @@ def stretch_of(request: Request, thread: Thread, sampling: VllmSampling, room: i
     options = request.options
     seed = None if options.seed is None else thread_key(options.seed, thread.key, len(thread.tokens)) >> 1
     stop_ids = request.end_ids(thread) | options.stop_ids
-    return Stretch(
+    return Part(
         prompt_ids=[*thread.ancestor_ids(), *thread.tokens],
         sampling=replace(sampling, seed=seed),
         max_tokens=1 if banned else room,
@@ -72,14 +72,15 @@ def forbids(request: Request, thread: Thread, token: int) -> frozenset[int]:
 def _min_tokens(request: Request, thread: Thread, stop_ids: frozenset[int]) -> int:
     """How many tokens come before any of `stop_ids` may: vLLM knows no difference among them.
 
-    With `ignore_eos` vLLM would hold end tokens back too, which are tokens like others then.
+    It would hold the model's end tokens back too, whatever `ignore_eos` says: with it they are tokens like others, as
+    long as they are no stop tokens.
     """
     holding = min_tokens_of(request.options.processors)
-    if not holding or request.options.ignore_eos:
+    if not holding:
         return 0
-    path = request.path(thread)
+    path, together = request.path(thread), stop_ids | request.options.eos_ids
     left = {each: tokens_left(each, path) for each in holding if each.held(path)[0]}
-    each_left = (max((n for its, n in left.items() if token in its.end_ids), default=0) for token in stop_ids)
+    each_left = (max((n for its, n in left.items() if token in its.end_ids), default=0) for token in together)
     return min(each_left, default=0)
 
 
