@@ -58,7 +58,7 @@ def answer(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork
     """One batch, greedily answered.
 
     Per prompt: `steps`, `thread_steps` and `gained` of `StepCounter`, `ids` (the answer in reading order) and `threads`
-    (parent, index of its `[Fork]` among the parent's own tokens, own tokens, finish_reason).
+    (a `thread_record` each).
     """
     longest = max(map(len, prompts))
     device = apar.model.device
@@ -77,11 +77,12 @@ def answer(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork
     for row, tree in enumerate(output.paragraph_tree):
         ids = [thread.tokens[index] for thread, index in tree.reading_order()][:max_new_tokens]
         counts = {name: getattr(counter, name)[row] for name in ("steps", "thread_steps", "gained")}
-        records.append({**counts, "ids": ids, "threads": [_thread_record(thread) for thread in tree.threads]})
+        records.append({**counts, "ids": ids, "threads": [thread_record(thread) for thread in tree.threads]})
     return records
 
 
-def _thread_record(thread: Thread) -> dict[str, Any]:
+def thread_record(thread: Thread) -> dict[str, Any]:
+    """Its parent, the index of its `[Fork]` among the parent's own tokens, its own tokens and how it ended."""
     parent = thread.parent
     return {
         "parent": -1 if parent is None else parent.index,
@@ -92,10 +93,16 @@ def _thread_record(thread: Thread) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def answer_logits(model: Any, ids: list[int], prompt_length: int) -> torch.Tensor:
+    """[len(ids) - prompt_length, vocab]: what transformers says in one pass before each token of the answer."""
+    row = torch.tensor([ids], device=model.device)
+    return model(input_ids=row, use_cache=False).logits[0, prompt_length - 1 : -1].float()
+
+
 def answer_loss(model: Any, ids: list[int], prompt_length: int, banned: list[int]) -> tuple[float, float]:
     """Summed cross-entropy of ids[prompt_length:], and the same with `banned` ids out of the distribution."""
-    row = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=row, use_cache=False).logits[0, prompt_length - 1 : -1].float()
-    raw = F.cross_entropy(logits, row[0, prompt_length:], reduction="sum")
+    logits = answer_logits(model, ids, prompt_length)
+    answer = torch.tensor(ids[prompt_length:], device=logits.device)
+    raw = F.cross_entropy(logits, answer, reduction="sum")
     logits[:, banned] = -torch.inf
-    return float(raw), float(F.cross_entropy(logits, row[0, prompt_length:], reduction="sum"))
+    return float(raw), float(F.cross_entropy(logits, answer, reduction="sum"))
