@@ -58,7 +58,7 @@ def answer(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork
     """One batch, greedily answered.
 
     Per prompt: `steps`, `thread_steps` and `gained` of `StepCounter`, `ids` (the answer in reading order) and `threads`
-    (a `thread_record` each).
+    (parent, index of its `[Fork]` among the parent's own tokens, own tokens, finish_reason).
     """
     longest = max(map(len, prompts))
     device = apar.model.device
@@ -77,12 +77,11 @@ def answer(apar: MedusaApar, prompts: list[list[int]], max_new_tokens: int, fork
     for row, tree in enumerate(output.paragraph_tree):
         ids = [thread.tokens[index] for thread, index in tree.reading_order()][:max_new_tokens]
         counts = {name: getattr(counter, name)[row] for name in ("steps", "thread_steps", "gained")}
-        records.append({**counts, "ids": ids, "threads": [thread_record(thread) for thread in tree.threads]})
+        records.append({**counts, "ids": ids, "threads": [_thread_record(thread) for thread in tree.threads]})
     return records
 
 
-def thread_record(thread: Thread) -> dict[str, Any]:
-    """Its parent, the index of its `[Fork]` among the parent's own tokens, its own tokens and how it ended."""
+def _thread_record(thread: Thread) -> dict[str, Any]:
     parent = thread.parent
     return {
         "parent": -1 if parent is None else parent.index,

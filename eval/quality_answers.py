@@ -25,7 +25,6 @@ from medusa_apar.requests import Sampling
 from medusa_apar.threads.paragraph_tree import Thread
 from medusa_apar.threads.request import Request
 
-from .answering import thread_record
 from .plan import SETTINGS, keep_settings
 from .prompts import Prompt
 from .runs import Runs
@@ -126,7 +125,7 @@ def answer_batch(
         options: dict[str, Any] = {"max_new_tokens": plan.max_new_tokens, "sampling": sampling, "fork": system.fork}
         requests.append(apar.request(f"{prompt.id}/{repeat}", ids, **options))
     run(engine, requests)
-    forked = [request for request in requests if len(request.tree.threads) > 1]
+    forked = [request for request in requests if len({thread for thread, _ in request.text}) > 1]
     reports = Rescoring(engine, forked, plan.max_new_tokens, None).run() if forked else []
     agreements = dict(zip((request.id for request in forked), reports, strict=True))
     return [
@@ -137,25 +136,30 @@ def answer_batch(
 
 
 def record(request: Request, tokenizer: Any, agreements: Sequence[ThreadAgreement]) -> dict[str, Any]:
-    """A finished request's answer.
+    """A finished request's answer, the same whatever ran beside it.
 
-    ids and text: without special tokens. threads: of each its record (`thread_record`), its own text and where it
-    stands in the answer's, as [begin, end) of characters, and what plain decoding says of it.
+    ids and text: without special tokens. threads: the trunk and every thread that stands in the text, parents first;
+    the parent's place among them (-1 for the trunk), its own text and where that is in the answer's, as [begin, end) of
+    characters, and of its tokens how many plain decoding has `scored` and `chosen`, and their mean log-probability.
+    What a thread wrote beyond the limit depends on when the answer was done, and is left out.
     """
     special = set(tokenizer.all_special_ids)
     shown = [thread for (thread, _), id in zip(request.text, request.text_ids, strict=True) if id not in special]
     ids = [id for id in request.text_ids if id not in special]
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    spans: dict[Thread, list[list[int]]] = {thread: [] for thread in request.tree.threads}
+    spans: dict[Thread, list[list[int]]] = {request.tree.trunk: []}
     for thread, begin, end in _stretches(shown, ids, text, tokenizer):
         if begin < end:
-            spans[thread].append([begin, end])
+            spans.setdefault(thread, []).append([begin, end])
     agreed = {agreement.thread: agreement for agreement in agreements}
+    order = [thread for thread in request.tree.depth_first() if thread in spans]
     threads = []
-    for thread in request.tree.threads:
-        its = agreed.get(thread.index)
+    for thread in order:
+        its, parent = agreed.get(thread.index), thread.parent
+        while parent is not None and parent not in spans:
+            parent = parent.parent
         threads.append(
-            thread_record(thread)
+            {"parent": -1 if parent is None else order.index(parent)}
             | {"text": "".join(text[begin:end] for begin, end in spans[thread]), "spans": spans[thread]}
             | {"scored": its and its.tokens, "chosen": its and its.chosen, "log_prob": its and its.log_prob}
         )

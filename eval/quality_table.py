@@ -23,7 +23,8 @@ def table(found: dict[str, Any]) -> str:
         *_verdict(found["verdict"]),
     ]
     for name, its in found["sets"].items():
-        for part, figures in its["parts"].items():
+        parts = its["parts"] if its["looping"] else {"all": its["parts"]["all"]}
+        for part, figures in parts.items():
             loops = f", {len(its['looping'])} of which loop in some system" if part == "all" else ""
             lines += [f"**{name}, {part}** ({figures['questions']} questions{loops})", ""]
             lines += [*_figures(names, figures), ""]
@@ -32,8 +33,9 @@ def table(found: dict[str, Any]) -> str:
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "**What decides**: change for the better, in percent of a token's likelihood and else in points, with the paired "
-        f"95 % bootstrap interval over questions. A goal is reached where the interval does not reach below -{MARGIN:.0%}.",
+        "**What decides**: change for the better, in percent of a token's likelihood and else in points, with the "
+        "paired 95 % bootstrap interval over questions. A goal is reached where the interval does not reach below "
+        f"-{MARGIN:.0%}.",
         "",
         "| figure | whose | against | change | questions | goal reached |",
         "|---|---|---|---|---|---|",

@@ -82,7 +82,7 @@ def _home(marker: ListItem, current: list[Item] | None, lists: list[list[Item]])
 
 
 def _lines(text: str) -> Iterator[tuple[int, int, bool, bool]]:
-    """(begin, end without space, whether a blank line stands before, whether it is code) of lines that are not blank."""
+    """Begin, end without space, whether a blank line stands before, and whether it is code, of lines with text."""
     begin, blank, fenced = 0, False, False
     for line in text.split("\n"):
         if line.strip():

@@ -50,10 +50,10 @@ not others are answered. Answers go on past their ends to --max-new-tokens, so t
 97 % of the tokens per second. DIR gets load.jsonl (a line per server, load and turn), load.md, report.json, plots and
 the servers' logs; --repeat is the number of turns, of which the middle one counts.
 
---quality measures what answers are like, without a judge: how they end, their lists, loops and repetition, how likely the
-untuned base finds them, checked instructions of our own, and others (`python -m medusa_apar.eval.quality --help` has them
-all). Systems are base, ours-ar, threads and lists; new weights are judged as --model FOLDER before they are shipped. DIR
-gets answers.jsonl, from which a killed run goes on, report.md, report.json and quality.png.
+--quality measures what answers are like, without a judge: how they end, their lists, loops and repetition, how likely
+the untuned base finds them, checked instructions of our own, and others; `python -m medusa_apar.eval.quality --help`
+has them all. Systems are base, ours-ar, threads and lists; new weights are judged as --model FOLDER before they are
+shipped. DIR gets answers.jsonl, from which a killed run goes on, report.md, report.json and quality.png.
 
 --kernels leaves prompts and systems alone and times the Triton kernels on this machine's GPU, once each of them has
 shown that it is right.
@@ -93,7 +93,8 @@ MAX_NEW_TOKENS = 512
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", default="default", metavar="NAME|FILE",
-        help="default, vicuna, mt, spec, gsm8k, humaneval, instructions, or JSON lines (default: %(default)s)")  # fmt: skip
+        help="default, vicuna, mt, spec, gsm8k, humaneval, instructions, or JSON lines "
+        "(default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", metavar="NAME",
         help="the first one is what the others are compared with (default: all of ours, and hf)")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")

@@ -1,4 +1,4 @@
-"""`bench --quality` as a whole on tiny models: every file, killed runs, whose text is whose, and what cannot be asked."""
+"""`bench --quality` as a whole on tiny models: files, killed runs, whose text is whose, and what cannot be asked."""
 
 import json
 import shutil
@@ -56,6 +56,11 @@ def whole(root, tmp_path_factory):
     return out
 
 
+def without_rounding(rows):
+    """What is the same whatever a batch holds beside it."""
+    return [row | {"threads": [thread | {"log_prob": None} for thread in row["threads"]]} for row in rows]
+
+
 def report_of(out):
     found = json.loads((out / "report.json").read_text())
     return {name: found[name] for name in ("systems", "repeats", "sets", "verdict")}
@@ -76,7 +81,13 @@ def test_every_system_answers_every_question_and_all_is_written(whole, root):
     assert threads["threads"] > 1 and threads["likelihood_seam"] < 0 and 0 < threads["agreement"] < 1
     assert threads["checks"] is not None and threads["rouge_l"] is not None
     text = (whole / "report.md").read_text()
-    for words in ("**What decides**", "| threads | ours-ar |", "stopped after item 1", "log-likelihood", "threads less"):
+    for words in (
+        "**What decides**",
+        "| threads | ours-ar |",
+        "stopped after item 1",
+        "log-likelihood",
+        "threads less",
+    ):
         assert words in text
     assert (whole / "quality.png").read_bytes().startswith(b"\x89PNG")
 
@@ -99,17 +110,29 @@ def test_answers_in_a_crowd_are_those_that_transformers_and_one_call_give(whole,
             assert row["text"] == tuned.tokenizer.decode(row["ids"])
 
 
-def test_threads_tell_whose_text_is_whose(whole):
+def test_threads_tell_whose_text_is_whose_and_how_plain_decoding_sees_it(whole, root):
     forked = [row for row in rows_of(whole) if len(row["threads"]) > 1]
     assert forked and {row["system"] for row in forked} == {"threads"}
+    tuned, prompts = load(root / "model", heads=None), {row["id"]: row["prompt"] for row in ASKED}
     for row in forked:
         spans = sorted(chain.from_iterable(thread["spans"] for thread in row["threads"]))
-        assert [span[0] for span in spans] == [0, *(span[1] for span in spans[:-1])] and spans[-1][1] == len(row["text"])
-        for thread in row["threads"]:  # a character is a token here
-            own = tiny_tokenizer().decode(thread["token_ids"], skip_special_tokens=True)
-            assert own.startswith(thread["text"]) and thread["scored"] == len(thread["text"])
-        scored = [thread for thread in row["threads"] if thread["scored"]]
-        assert all(0 <= thread["chosen"] <= thread["scored"] and thread["log_prob"] < 0 for thread in scored)
+        assert [span[0] for span in spans] == [0, *(span[1] for span in spans[:-1])]
+        assert spans[-1][1] == len(row["text"])
+    for row in (row for row in forked if row["prompt"] in prompts):
+        inputs = encode(tuned.tokenizer, prompts[row["prompt"]])
+        options = {"max_new_tokens": LIMIT, "do_sample": False, "rescore": True, "return_dict_in_generate": True}
+        output = tuned.generate(**inputs, **options)
+        tree, shown = output.paragraph_tree[0], {}
+        for thread, index in list(tree.reading_order())[:LIMIT]:
+            shown.setdefault(thread, []).append(thread.tokens[index])
+        order = [thread for thread in tree.depth_first() if thread in shown]
+        assert len(order) == len(row["threads"]) > 1
+        for thread, its in zip(order, row["threads"], strict=True):
+            agreed = output.agreement[0][thread.index]
+            assert its["text"] == tuned.tokenizer.decode(shown[thread], skip_special_tokens=True)
+            assert its["parent"] == (-1 if thread.parent is None else order.index(thread.parent))
+            assert (its["scored"], its["chosen"]) == (agreed.tokens, agreed.chosen)
+            assert its["log_prob"] == pytest.approx(agreed.log_prob, abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -136,11 +159,13 @@ def test_a_killed_run_goes_on_to_the_same(whole, root, tmp_path, monkeypatch):
     asked = []
     ours = quality_answers.answer_batch
     monkeypatch.setattr(
-        quality_answers, "answer_batch", lambda engine, system, todo, plan: asked.append(todo) or ours(engine, system, todo, plan)
+        quality_answers,
+        "answer_batch",
+        lambda engine, system, todo, plan: asked.append(todo) or ours(engine, system, todo, plan),
     )
     kept = text[: len(text) // 2].count("\n")
     assert command(root, out) == 0
-    assert (out / "answers.jsonl").read_text() == text and sum(map(len, asked)) == 24 - kept
+    assert without_rounding(rows_of(out)) == without_rounding(rows_of(whole)) and sum(map(len, asked)) == 24 - kept
     assert report_of(out) == report_of(whole) and (out / "quality.png").is_file()
     asked.clear()
     assert command(root, out) == 0 and not asked
@@ -165,7 +190,7 @@ def test_samples_have_a_seed_for_each_question_and_repeat(root, tmp_path):
     for out, batch in zip(outs, (1, 5), strict=True):
         sampled = ("--temperature", 1.5, "--top-p", 0.9, "--repeat", 2, "--systems", "ours-ar", "threads")
         assert command(root, out, *sampled, "--batch", batch) == 0
-    one, two = map(rows_of, outs)
+    one, two = (without_rounding(rows_of(out)) for out in outs)
     assert one == two and len({row["seed"] for row in one}) == len(one) / 2
     by = {(row["system"], row["prompt"], row["repeat"]): row["text"] for row in one}
     assert by["ours-ar", "a", 0] != by["ours-ar", "a", 1]
@@ -190,8 +215,8 @@ def test_the_base_of_an_adapter_is_found(tmp_path):
     given = ["--model", str(tuned), "--prompts", asked, "--limit", "1", "--max-new-tokens", "12"]
     assert main(["bench", "--quality", *given, "--out", str(tmp_path / "out"), "--systems", "base", "ours-ar"]) == 0
     by = {(row["system"], row["prompt"]): row["ids"] for row in rows_of(tmp_path / "out")}
-    inputs = {"input_ids": torch.tensor([[6, 7, 8]])}
-    plain = load(base, heads=None, apar=None).model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    model = load(base, heads=None, apar=None).model
+    plain = model.generate(torch.tensor([[6, 7, 8]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
     assert by["base", "1"] == [id for id in plain if id > 2] != by["ours-ar", "1"]
 
 
@@ -250,6 +275,8 @@ def test_folders_that_hold_no_such_answers_are_one_sentence(whole, tmp_path, cap
     assert "lists has not answered question b yet" in capsys.readouterr().err
     (out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["system"] != "lists"))
     assert quality.main([str(out)]) == 0 and report_of(out)["systems"] == ["base", "ours-ar", "threads"]
-    (out / "answers.jsonl").write_text("".join(json.dumps({"system": "base", "prompt": row["prompt"], "repeat": 0}) + "\n" for row in rows))
+    (out / "answers.jsonl").write_text(
+        "".join(json.dumps({"system": "base", "prompt": row["prompt"], "repeat": 0}) + "\n" for row in rows)
+    )
     assert quality.main([str(out)]) == 2
     assert "holds a line that is no result of ours" in capsys.readouterr().err

@@ -11,7 +11,12 @@ ASKED = [f"q{n}" for n in range(6)]
 
 def answers(likelihood=-1.0, repeated=0.1, checks=0.5, looping=(), repeats=1):
     return {
-        (id, repeat): {"likelihood": likelihood, "repeated_4grams": repeated, "checks": checks, "looping": float(id in looping)}
+        (id, repeat): {
+            "likelihood": likelihood,
+            "repeated_4grams": repeated,
+            "checks": checks,
+            "looping": float(id in looping),
+        }
         for id in ASKED
         for repeat in range(repeats)
     }
@@ -64,8 +69,14 @@ def test_repeats_are_paired_and_count_as_one_question():
 def test_what_decides_is_settled_and_what_cannot_be_said_is_none():
     measured = {name: answers() for name in ("base", "ours-ar", "threads", "lists")}
     rows = verdict(measured, ASKED, [])
-    assert {(row["ours"], row["theirs"]) for row in rows if row["decides"]} == {("threads", "ours-ar"), ("ours-ar", "base")}
-    assert {(row["ours"], row["theirs"]) for row in rows if not row["decides"]} == {("threads", "base"), ("lists", "base")}
+    assert {(row["ours"], row["theirs"]) for row in rows if row["decides"]} == {
+        ("threads", "ours-ar"),
+        ("ours-ar", "base"),
+    }
+    assert {(row["ours"], row["theirs"]) for row in rows if not row["decides"]} == {
+        ("threads", "base"),
+        ("lists", "base"),
+    }
     for row in rows:
         assert (row["reached"] is None) == (row["metric"] == "checks") == (row["questions"] == 0)
     assert verdict({"base": answers(), "lists": answers()}, ASKED, ASKED)[0]["ours"] == "lists"

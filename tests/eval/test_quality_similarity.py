@@ -1,4 +1,4 @@
-"""How near texts are: embeddings that neither padding nor order changes, ROUGE-L by hand, chrF where it is installed."""
+"""How near texts are: embeddings that neither padding nor order changes, ROUGE-L by hand, chrF where there is one."""
 
 import pytest
 import torch
@@ -43,7 +43,10 @@ def test_figures_of_details(embedder):
     cut = [Detail("1. A:", 6, 19), Detail("2. B:", 26, 36), Detail("3. C:", 43, 52)]
     bodies = ["walk at lunch", "sleep long", "eat fruit"]
     assert [text[its.begin : its.end].strip() for its in cut] == bodies
-    vectors = {name: embedder.embed([name])[0] for name in [*(text[i.begin : i.end] for i in cut), "What?", "1. A:", "2. B:", "3. C:"]}
+    vectors = {
+        name: embedder.embed([name])[0]
+        for name in [*(text[i.begin : i.end] for i in cut), "What?", "1. A:", "2. B:", "3. C:"]
+    }
     one, two, three = (vectors[text[its.begin : its.end]] for its in cut)
     found = detail_figures(embedder, "What?", text, cut)
     assert found["between_details"] == pytest.approx(float(one @ two + one @ three + two @ three) / 3, abs=1e-5)
@@ -59,7 +62,9 @@ def test_figures_of_details(embedder):
 
 @pytest.mark.skipif(similarity.minilm() is None, reason="MiniLM is not installed")
 def test_minilm_knows_what_is_alike():
-    vectors = similarity.minilm().embed(["How do I sleep better?", "Ways to improve your sleep.", "The stock market fell."])
+    vectors = similarity.minilm().embed(
+        ["How do I sleep better?", "Ways to improve your sleep.", "The stock market fell."]
+    )
     assert float(vectors[0] @ vectors[1]) > 0.6 > 0.3 > float(vectors[0] @ vectors[2])
 
 

@@ -10,8 +10,23 @@ from medusa_apar.eval.quality_text import details, lists_of, stopped_after_one, 
 
 LINES = st.lists(
     st.sampled_from(
-        ["1. **Walk**: far", "2. Run: fast", "1. walk", "3) x", "- a", "- **b**", "  - c", "* d:", "## Head", "**Bold**",
-         "```", "plain words.", "   deeper words", "", ""]  # fmt: skip
+        [
+            "1. **Walk**: far",
+            "2. Run: fast",
+            "1. walk",
+            "3) x",
+            "- a",
+            "- **b**",
+            "  - c",
+            "* d:",
+            "## Head",
+            "**Bold**",
+            "```",
+            "plain words.",
+            "   deeper words",
+            "",
+            "",
+        ]  # fmt: skip
     ),
     max_size=14,
 )
@@ -51,7 +66,9 @@ def test_items_lie_in_the_text_one_behind_the_other(lines):
     text = "\n".join(lines)
     items = sorted((item for its in lists_of(text) for item in its), key=lambda item: item.begin)
     for item in items:
-        assert text[item.begin : item.end] == text[item.begin : item.end].rstrip() != "" and item.head == item.head.lower()
+        assert (
+            text[item.begin : item.end] == text[item.begin : item.end].rstrip() != "" and item.head == item.head.lower()
+        )
     assert all(one.end < other.begin for one, other in zip(items, items[1:], strict=False))
 
 
