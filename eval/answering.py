@@ -92,10 +92,16 @@ def _thread_record(thread: Thread) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def answer_logits(model: Any, ids: list[int], prompt_length: int) -> torch.Tensor:
+    """[len(ids) - prompt_length, vocab]: what transformers says in one pass before each token of the answer."""
+    row = torch.tensor([ids], device=model.device)
+    return model(input_ids=row, use_cache=False).logits[0, prompt_length - 1 : -1].float()
+
+
 def answer_loss(model: Any, ids: list[int], prompt_length: int, banned: list[int]) -> tuple[float, float]:
     """Summed cross-entropy of ids[prompt_length:], and the same with `banned` ids out of the distribution."""
-    row = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=row, use_cache=False).logits[0, prompt_length - 1 : -1].float()
-    raw = F.cross_entropy(logits, row[0, prompt_length:], reduction="sum")
+    logits = answer_logits(model, ids, prompt_length)
+    answer = torch.tensor(ids[prompt_length:], device=logits.device)
+    raw = F.cross_entropy(logits, answer, reduction="sum")
     logits[:, banned] = -torch.inf
-    return float(raw), float(F.cross_entropy(logits, row[0, prompt_length:], reduction="sum"))
+    return float(raw), float(F.cross_entropy(logits, answer, reduction="sum"))

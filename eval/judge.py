@@ -26,7 +26,7 @@ from .chat_endpoint import ChatEndpoint
 from .judge_files import FOLDER, WITH_REFERENCE, references
 from .prompts import Prompt
 from .runs import Runs
-from .statistics import ratio_of_totals
+from .statistics import mean_of
 
 SAID = "said.jsonl"
 RATING = re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]")
@@ -144,7 +144,7 @@ def summarise(
 
 
 def _mean(values: Sequence[Any]) -> dict[str, float] | None:
-    return asdict(ratio_of_totals(values, [1.0] * len(values))) if values else None
+    return asdict(mean_of(values)) if values else None
 
 
 def table(found: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 Benchmark files are not copied into this repository. A name is looked for in `$MEDUSA_APAR_DATA`, then in the cache,
 then downloaded from its upstream; what lies in the data folder and what is downloaded must have the digest written
-here. `default` is our own.
+here. `default` and `instructions` are our own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ SETS = {
     ),
 }
 DEFAULT = "default"
+INSTRUCTIONS = "instructions"  # whose answers can be checked
+OURS = (DEFAULT, INSTRUCTIONS)
 # What a judge is asked with, and what it may compare answers to MT-bench with.
 JUDGE_PROMPTS = PromptSet(
     "judge_prompts.jsonl",
@@ -77,11 +79,16 @@ REFERENCES = PromptSet(
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The first turn of a benchmark's question."""
+    """The first turn of a benchmark's question.
+
+    reference: an answer that its file has, "" for none. checks: what an answer is held to, as `instructions.py` has it.
+    """
 
     id: str
     category: str
     text: str
+    reference: str = ""
+    checks: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 def find(name: str) -> Path:
@@ -90,12 +97,12 @@ def find(name: str) -> Path:
     FileNotFoundError for a name that is neither; ValueError where a file has another digest than is known;
     ConnectionError where it would have to be downloaded and cannot.
     """
-    if name == DEFAULT:
-        return Path(__file__).with_name("prompt_sets") / "default.jsonl"
+    if name in OURS:
+        return Path(__file__).with_name("prompt_sets") / f"{name}.jsonl"
     if name not in SETS:
         path = Path(name).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"{name} is no file and none of {', '.join([DEFAULT, *SETS])}")
+            raise FileNotFoundError(f"{name} is no file and none of {', '.join([DEFAULT, *SETS, INSTRUCTIONS])}")
         return path
     return fetch(SETS[name])
 
@@ -158,7 +165,21 @@ def _prompt(row: dict[str, Any], number: int) -> Prompt:
         raise ValueError("an empty prompt, or one that is no text")
     id = next((row[key] for key in ("question_id", "task_id", "id") if key in row), number)
     category = row.get("category") or ("code" if "task_id" in row else "maths" if "question" in row else "")
-    return Prompt(str(id), str(category), text)
+    checks = row.get("checks", {})
+    if not isinstance(checks, dict):
+        raise ValueError("checks that are no object")
+    return Prompt(str(id), str(category), text, _reference(row), checks)
+
+
+def _reference(row: dict[str, Any]) -> str:
+    """The first turn's answer: MT-bench's, GSM8K's, a chat's, or "" where the line has none that is text."""
+    if "messages" in row:
+        found = next((message.get("content") for message in row["messages"] if message["role"] == "assistant"), "")
+    else:
+        found = row.get("reference") or row.get("answer") or ""
+    if isinstance(found, list):
+        found = found[0]
+    return found if isinstance(found, str) and is_text(found) else ""
 
 
 def _download(spec: PromptSet, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Medians of repeats, and what chance could do to a ratio of totals."""
+"""Medians of repeats, and what chance could do to a ratio of totals or to a mean."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def ratio_of_totals(
     ratios = top[picks].sum(1) / bottom[picks].sum(1)
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Interval(float(top.sum() / bottom.sum()), float(low), float(high))
+
+
+def mean_of(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Interval:
+    """The mean of a value per prompt, prompts drawn anew with replacement."""
+    return ratio_of_totals(values, [1.0] * len(values), draws, seed)
 
 
 def speed_ratio(

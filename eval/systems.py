@@ -91,15 +91,18 @@ class System:
     software: str = ""  # engine and version, where it is not ours
     close: Callable[[], None] = lambda: None  # after the last answer
     shapes: Shapes | None = None  # of a model that the compiled CPU runtime runs
+    fork: bool | str = False  # where answers of ours split, as `generate` takes it
 
 
-BASE = "base"
+BASE, LISTS = "base", "lists"
+OF_BASE = (BASE, LISTS)  # who answers with the untuned model
 UNTUNED = "untuned base"  # in the weights of whoever answers with it
 NAMES = {
     "hf": "transformers' generate, control tokens suppressed",
     "hf-pld": f"the same with prompt lookup of {LOOKUP_TOKENS} tokens",
     "hf-compiled": "the same, compiled: a static cache and torch.compile of every step but the prompt's",
     "base": "the untuned base model in our engine, without threads and heads",
+    "lists": "the untuned base model in our engine, with threads at list items by rule",
     "ours-ar": "our engine without threads and heads",
     "threads": "our engine with threads",
     "heads": "our engine with heads",
@@ -127,7 +130,7 @@ def make(name: str, apar: MedusaApar, longest: int = 0, untuned: MedusaApar | No
     """A system on the model, heads and control tokens of `apar`; ValueError for one that these cannot be.
 
     `longest`: most tokens of a prompt and its answer, for systems that set memory aside before they are asked.
-    `untuned`: the base model without the tuning of `apar`'s, which `base` answers with.
+    `untuned`: the base model without the tuning of `apar`'s, which `base` and `lists` answer with.
     """
     if name not in NAMES:
         raise ValueError(f"system {name!r} is none of {', '.join(NAMES)}")
@@ -137,7 +140,7 @@ def make(name: str, apar: MedusaApar, longest: int = 0, untuned: MedusaApar | No
         raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
     if heads and apar.heads is None:
         raise ValueError(f"{name} needs draft heads, and this model has none")
-    if name == BASE and untuned is None:
+    if name in OF_BASE and untuned is None:
         raise ValueError(f"{name} needs the base model that this one was tuned from")
     weights = str(apar.model.dtype).removeprefix("torch.")
     if name.startswith("hf"):
@@ -146,7 +149,7 @@ def make(name: str, apar: MedusaApar, longest: int = 0, untuned: MedusaApar | No
             more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
         software = f"transformers {transformers.__version__}"
         return System(name, NAMES[name], apar, partial(_transformers, apar, model, more), weights, software)
-    whose = apar if untuned is None or name != BASE else untuned
+    whose = apar if untuned is None or name not in OF_BASE else untuned
     ours = whose if heads else whose.without_heads()
     if parts:
         ours = ours.speculating(SPECULATIONS[name])
@@ -154,8 +157,9 @@ def make(name: str, apar: MedusaApar, longest: int = 0, untuned: MedusaApar | No
         ours = ours.speculating(Speculation())
     facts = ours.runtime.facts
     shapes = Shapes.of(ours.model, facts.kind) if facts.backend == "cpu" else None
-    weights = f"{facts.kind}, {UNTUNED}" if name == BASE else facts.kind
-    return System(name, NAMES[name], ours, partial(_ours, ours, threads, shapes), weights, shapes=shapes)
+    weights = f"{facts.kind}, {UNTUNED}" if name in OF_BASE else facts.kind
+    fork: bool | str = LISTS if name == LISTS else threads
+    return System(name, NAMES[name], ours, partial(_ours, ours, fork, shapes), weights, shapes=shapes, fork=fork)
 
 
 def seeded(sampling: Sampling, prompt: str, repeat: int) -> Sampling:
@@ -179,7 +183,7 @@ def chosen_by(sampling: Sampling, config: GenerationConfig) -> dict[str, Any]:
 
 def _ours(
     apar: MedusaApar,
-    fork: bool,
+    fork: bool | str,
     shapes: Shapes | None,
     inputs: dict[str, torch.Tensor],
     limit: int,

@@ -28,7 +28,7 @@ from medusa_apar import loading
 from medusa_apar.commands import cli
 from medusa_apar.eval import ceilings
 from medusa_apar.eval.peers import PEERS
-from medusa_apar.eval.systems import BASE
+from medusa_apar.eval.systems import OF_BASE
 from medusa_apar.heads import HydraHeads
 from medusa_apar.serve.server import Server
 from tests.support.folders import forking_folder
@@ -196,9 +196,11 @@ def run_command(arguments: list[str]) -> None:
     more = SMALL[parsed.command]
     if parsed.command == "bench" and parsed.serve:
         more = [*more, "--clients", "1", "--min-requests", "1", "--requests-per-client", "1", "--systems", "plain"]
+    elif parsed.command == "bench" and parsed.quality:
+        more = [*more, "--base", "tiny"]  # which is no adapter
     elif parsed.command == "bench" and parsed.systems:
         # Other engines are downloads of their own, and an untuned base is of an adapter.
-        more = [*more, "--systems", *(name for name in parsed.systems if name not in (*PEERS, BASE))]
+        more = [*more, "--systems", *(name for name in parsed.systems if name not in (*PEERS, *OF_BASE))]
     assert cli.main([*arguments, *more]) == 0
 
 

@@ -4,6 +4,7 @@
   hf-compiled  the same with a static cache and torch.compile (needs a C++ compiler; compiling takes a minute or more)
   ours-ar   our engine without threads and heads                     threads  heads  ours (both)
   base      the same with the untuned base model: the answers that its users have today
+  lists     the same with threads that a rule forks at list items
 
   static    Medusa's draft trees, one for all threads            ngrams  threads that guess without heads
   budget  budget+weighted  budget+forks  budget+ngrams: parts of `ours`, to see what each brings
@@ -49,6 +50,11 @@ not others are answered. Answers go on past their ends to --max-new-tokens, so t
 97 % of the tokens per second. DIR gets load.jsonl (a line per server, load and turn), load.md, report.json, plots and
 the servers' logs; --repeat is the number of turns, of which the middle one counts.
 
+--quality measures what answers are like, without a judge: how they end, their lists, loops and repetition, how likely
+the untuned base finds them, checked instructions of our own, and others; `python -m medusa_apar.eval.quality --help`
+has them all. Systems are base, ours-ar, threads and lists; new weights are judged as --model FOLDER before they are
+shipped. DIR gets answers.jsonl, from which a killed run goes on, report.md, report.json and quality.png.
+
 --kernels leaves prompts and systems alone and times the Triton kernels on this machine's GPU, once each of them has
 shown that it is right.
 
@@ -61,6 +67,7 @@ losses against that system, in both orders.
   medusa-apar bench --out results --judge http://localhost:8000/v1 --judge-against hf
   medusa-apar bench --systems hf ours llama.cpp-q4_1 openvino --quantize int8 --out results
   medusa-apar bench --temperature 0.7 --top-p 0.9 --systems hf base ours-ar threads heads ours --out sampled
+  medusa-apar bench --quality --quantize int8 --prompts vicuna --out quality
   medusa-apar bench --serve --quantize int8 --prompts vicuna --out serve
   medusa-apar bench --serve --quantize int8 --prompts vicuna --clients 16 --systems both vllm llama.cpp-q8_0 --out peers
   medusa-apar bench --serve --prompts vicuna --clients 1 4 16 --systems vllm-plain vllm-threads vllm --out over-vllm
@@ -76,7 +83,7 @@ from typing import Any
 
 from medusa_apar.arguments import MAX_THREADS, number, out_folder
 
-from . import bench_serve
+from . import bench_quality, bench_serve
 
 HELP = "time systems side by side on the same prompts"
 SYSTEMS = ("hf", "ours-ar", "threads", "heads", "ours")
@@ -86,7 +93,8 @@ MAX_NEW_TOKENS = 512
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", default="default", metavar="NAME|FILE",
-        help="default, vicuna, mt, spec, gsm8k, humaneval, or JSON lines (default: %(default)s)")  # fmt: skip
+        help="default, vicuna, mt, spec, gsm8k, humaneval, instructions, or JSON lines "
+        "(default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", metavar="NAME",
         help="the first one is what the others are compared with (default: all of ours, and hf)")  # fmt: skip
     add("--trust-remote-code", action="store_true", help="let code from the model's repository run")
@@ -113,12 +121,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judge-model", metavar="NAME", help="the model that judges (default: the only one that the endpoint lists)")
     add("--judge-against", metavar="SYSTEM", help="also compare every system's answers with this one's")
     bench_serve.add_arguments(parser)
+    bench_quality.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.serve:
         return bench_serve.run(args)
     bench_serve.refuse_without(args)
+    if args.quality:
+        return bench_quality.run(args, MAX_NEW_TOKENS)
+    bench_quality.refuse_without(args)
     args.systems, args.max_new_tokens = args.systems or list(SYSTEMS), args.max_new_tokens or MAX_NEW_TOKENS
     from medusa_apar.eval import (
         bench,
@@ -232,14 +244,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _has_base(args: argparse.Namespace) -> bool:
-    """Whether `base` takes part. ValueError where nothing is known of what the model was before it was tuned."""
-    from medusa_apar.eval.systems import BASE
+    """Whether the untuned base takes part. ValueError where nobody knows what the model was before it was tuned."""
+    from medusa_apar.eval.systems import OF_BASE
     from medusa_apar.models.sources import locate
 
-    if BASE not in args.systems:
+    name = next((name for name in OF_BASE if name in args.systems), None)
+    if name is None:
         return False
     if locate(args.model).adapter is None:
-        raise ValueError(f"{BASE} needs a model tuned by an adapter, and {args.model} has none: leave it out")
+        raise ValueError(f"{name} needs a model tuned by an adapter, and {args.model} has none: leave it out")
     return True
 
 

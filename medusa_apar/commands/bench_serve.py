@@ -17,7 +17,8 @@ AT_A_RATE = 64  # questions that a server has room for at once where they come a
 # What `bench` has and a server's client has not, with what it is where nobody asks for it.
 FOREIGN: dict[str, Any] = {
     "check": False, "profile": False, "kernels": False, "judge": None, "judge_model": None, "judge_against": None,
-    "ceilings": None, "budget": None, "runtime": "auto", "trust_remote_code": False,
+    "ceilings": None, "budget": None, "runtime": "auto", "trust_remote_code": False, "quality": False, "base": None,
+    "batch": None,
 }  # fmt: skip
 OWN = ("clients", "rates", "url", "url_model", "may_stop", "pool_slots_sweep", "sweep_clients", "requests_per_client",
        "min_requests", "seconds", "prefix_cache", "seed")  # fmt: skip

@@ -165,7 +165,7 @@ def folder(tmp_path_factory):
 def test_the_command_times_every_system_in_turns(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(systems, "BACKEND", "eager")  # traced, but not compiled: that takes a C++ compiler
-    names = [name for name in systems.NAMES if name != systems.BASE]
+    names = [name for name in systems.NAMES if name not in systems.OF_BASE]
     assert command(folder, out, "--systems", *names, "--repeat", 2, "--check") == 0
     shown = capsys.readouterr().out
     assert "**all** (3 prompts)" in shown and "| hf | float32 |" in shown and "Engines: hf: transformers " in shown
