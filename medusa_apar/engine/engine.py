@@ -150,7 +150,8 @@ class Engine:
         return self._counting.snapshot(self._places)
 
     def close(self) -> None:
-        """Aborts what is unfinished and gives every slot back. A closed engine takes no further request."""
+        """Aborts what is unfinished and gives every slot back, and the memory of all of them, whoever still knows the
+        engine. A closed engine takes no further request."""
         was_closed, self._closed = self._closed, True  # first: what fails below leaves nothing that takes requests
         self._stepping = False
         self.ledger.stop_sharing()
@@ -160,6 +161,7 @@ class Engine:
         self._counting.record_slot_usage()
         if self._learned is not None and not was_closed:
             keep_learned(self.model, self.runtime, self.heads, self.options.draft_tree, self._learned)
+        self.ledger.let_go()
 
     def __enter__(self) -> Engine:
         return self

@@ -122,6 +122,12 @@ class KVPool(Cache):
         """The owner takes no more slots; those that it has are nobody's until they are released."""
         self._runs.disown(owner)
 
+    def let_go(self) -> None:
+        """Gives up the keys and values: their memory is free unless a runtime goes on with it. What is counted here
+        stays, and the pool cannot be written to any more."""
+        self.storage = KVStorage()
+        self.keys, self.values, self.scales = self.storage.keys, self.storage.values, self.storage.scales
+
     def _grow(self, capacity: int) -> None:
         for store in (self.keys, self.values, self.scales):
             for layer, old in store.items():

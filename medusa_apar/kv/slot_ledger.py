@@ -197,6 +197,11 @@ class SlotLedger:
         if self._cache is not None:
             self._cache.clear()
 
+    def let_go(self) -> None:
+        """Gives up what lies in the slots; who has booked them stays known."""
+        self._table = None
+        self.pool.let_go()
+
     def stop_sharing(self) -> None:
         """Nothing is kept any more, and nothing will be of those that share their paths now."""
         self._salts.clear()

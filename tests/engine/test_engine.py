@@ -1,5 +1,8 @@
 """What an engine promises of every request: it is added once, leaves nothing behind, and tells of itself alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -150,3 +153,28 @@ def test_no_step_tells_of_requests_that_did_not_change():
             assert length > lengths.get(named, 0)
             lengths[named] = length
     assert lengths == {one.id: len(one.text) for one in its}
+
+
+@pytest.mark.parametrize("runtime", ["torch", "cpu"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_closed_engine_gives_its_keys_and_values_back_whoever_still_knows_it(runtime, broken):
+    """A web framework may keep the routes of a server that has ended, and with them its engine."""
+    model, _ = parts()
+    engine = Engine(model, pick_runtime(model, runtime, None, "auto"), options=EngineOptions(prefix_cache=True))
+    run_some = [request(str(n), prompt(n)) for n in range(3)]
+    for one in run_some:
+        engine.add(one)
+    for _ in range(4):
+        engine.step()
+    if broken:
+        engine.runtime = None
+        with pytest.raises(AttributeError):
+            engine.step()
+    pool = engine.ledger.pool
+    held = [weakref.ref(store) for stores in (pool.keys, pool.values) for store in stores.values()]
+    assert held and all(its() is not None for its in held)
+    engine.close()
+    gc.collect()
+    assert [its for its in held if its() is not None] == []
+    engine.ledger.check()
+    engine.close()
