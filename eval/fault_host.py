@@ -121,7 +121,7 @@ class Host:
         return [thread.name for thread in threading.enumerate() if thread not in self._threads_before]
 
     def _left_sockets(self) -> list[str]:
-        """TIME_WAIT is the system's own. A client that gives up while it connects leaves its socket to the collector."""
+        """TIME_WAIT is the system's own. One whose client gave up while it connected is the collector's."""
         gc.collect()
         found = psutil.Process().net_connections("inet")
         mine = [its for its in found if self.port in (its.laddr and its.laddr.port, its.raddr and its.raddr.port)]
