@@ -23,10 +23,11 @@ HEADS = {
 
 
 def grow(model, added=9):
-    """The new tokens are what every head would draft, if it could."""
+    """The new tokens are what every head would draft, if it could. No two are equally likely: which of two the larger
+    is would be a matter of rounding."""
     model.resize_token_embeddings(VOCAB + added, mean_resizing=False)
     with torch.no_grad():
-        model.lm_head.weight[VOCAB:] = 50 * model.lm_head.weight[5]
+        model.lm_head.weight[VOCAB:] = torch.linspace(50, 30, added)[:, None] * model.lm_head.weight[5]
         model.lm_head.weight[VOCAB + 1 :] *= -1
 
 
