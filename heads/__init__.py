@@ -3,6 +3,7 @@
 draft_heads.py       `DraftHeads`, what all kinds share
 medusa.py            `MedusaHeads`, each head on its own
 hydra.py             `HydraHeads`, each head sees the tokens drafted before it
+eagle3/              EAGLE-3 drafters, which attend to what was written
 drafters.py          what drafts with them beside a runtime: in torch, from packed weights, with the Triton kernels
 weight_copies.py     what drafting copies of weights, kept until those change
 checkpoints.py       the head files found in the wild (V1, V2, Medusa-2, vLLM), read into one form

@@ -1,0 +1,130 @@
+"""The network of an EAGLE-3 drafter (arXiv 2503.01840, section 3).
+
+The drafter's row for a token t of a path reads the embedding of t and a *feature*: of what the base knew when it chose
+t. Behind tokens that the base has run, that is the fusion of its own states at the token before; behind drafted ones,
+the drafter's own output at the token before. The row puts out the distribution of the token behind t, and the feature
+of that token. Its keys and values belong to t, so that the threads behind a fork share those of what lies before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from .files import Eagle3File
+
+# Layer, queries [N, heads, D], keys and values [N, key/value heads, D] of N rows -> [N, heads, D]: who runs the drafter
+# keeps keys and values, and knows which of them each row sees; its own is among these.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Drafted(NamedTuple):
+    """What the drafter says behind N rows."""
+
+    states: Tensor  # [N, H], what the unembedding reads
+    features: Tensor  # [N, H], what the rows of the next tokens read
+
+
+class Eagle3(nn.Module):
+    """The drafter's own weights; embedding and unembedding are the base's where the file has none.
+
+    Everything is kept in the file's dtype and not trained.
+    """
+
+    def __init__(self, file: Eagle3File) -> None:
+        super().__init__()
+        self.config, self.num_states = file.config, file.num_states
+        self.norm_before_residual, self.norm_output = file.norm_before_residual, file.norm_output
+        self.layers = nn.ModuleList(_Layer(file, index) for index in range(len(file.layers)))
+        self.norm = _fixed(file.norm)
+        self.fc, self.fc_bias, self.input_norm = map(_fixed, (file.fc, file.fc_bias, file.input_norm))
+        self.state_norms = nn.ParameterList(map(_fixed, file.state_norms))
+        self.embedding, self.unembedding = _fixed(file.embedding), _fixed(file.unembedding)
+        self.register_buffer("token_map", file.token_map)
+        self.rotary = LlamaRotaryEmbedding(file.config)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.norm.numel()
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """The base's states side by side, [N, num_states * target size] -> [N, H]."""
+        x = states.to(self.norm.dtype)
+        if self.input_norm is not None:
+            x = self._normed(x, self.input_norm)
+        if len(self.state_norms):
+            parts = x.unflatten(-1, (self.num_states, -1)).unbind(-2)
+            x = torch.cat([self._normed(part, norm) for part, norm in zip(parts, self.state_norms, strict=True)], -1)
+        return x if self.fc is None else F.linear(x, self.fc, self.fc_bias)
+
+    def forward(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend) -> Drafted:
+        """One row a token.
+
+        Args:
+            embedded: [N, H], embeddings of the tokens.
+            features: [N, H], of each token (`fuse`, or an earlier call's).
+            positions: long [N], path positions of the tokens.
+        """
+        turned = self.rotary(features, positions[None])
+        residual = self._normed(features, self.layers[0].hidden_norm) if self.norm_before_residual else features
+        inputs = self._normed(embedded.to(features.dtype), self.layers[0].input_layernorm)
+        inputs = torch.cat([inputs, self._normed(features, self.layers[0].hidden_norm)], dim=-1)
+        for index, layer in enumerate(self.layers):
+            if index:
+                inputs = self._normed(residual, layer.input_layernorm)
+            q, k, v = layer.heads(inputs, self.config.head_dim, self.config.rms_norm_eps)
+            q, k = (x[0] for x in apply_rotary_pos_emb(q[None], k[None], *turned, unsqueeze_dim=2))
+            residual = residual + layer.out(attend(index, q, k, v).flatten(1))
+            residual = residual + layer.feed_forward(self._normed(residual, layer.post_attention_layernorm))
+        states = self._normed(residual, self.norm)
+        return Drafted(states, states if self.norm_output else residual)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm in float32, as transformers' Llama computes it."""
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.config.rms_norm_eps).to(x.dtype)
+        return weight * normed
+
+
+class _Layer(nn.Module):
+    def __init__(self, file: Eagle3File, index: int) -> None:
+        super().__init__()
+        tensors = file.layers[index]
+        self.hidden_norm = _fixed(tensors.get("hidden_norm.weight"))
+        self.input_layernorm = _fixed(tensors["input_layernorm.weight"])
+        self.post_attention_layernorm = _fixed(tensors["post_attention_layernorm.weight"])
+        for name in ("q", "k", "v", "o"):
+            for kind in ("weight", "bias"):
+                self.register_parameter(f"{name}_{kind}", _fixed(tensors.get(f"self_attn.{name}_proj.{kind}")))
+        self.q_norm, self.k_norm = (_fixed(tensors.get(f"self_attn.{name}_norm.weight")) for name in "qk")
+        self.gate, self.up, self.down = (_fixed(tensors[f"mlp.{name}_proj.weight"]) for name in ("gate", "up", "down"))
+        self.activation = ACT2FN[file.config.hidden_act]
+
+    def heads(self, inputs: Tensor, head_dim: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each head, [N, heads, D], before they are turned."""
+        q, k, v = (
+            F.linear(inputs, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")).unflatten(
+                -1, (-1, head_dim)
+            )
+            for name in "qkv"
+        )
+        if self.q_norm is not None:  # Qwen3's
+            q = self.q_norm * F.rms_norm(q.float(), (head_dim,), eps=eps).to(q.dtype)
+        if self.k_norm is not None:
+            k = self.k_norm * F.rms_norm(k.float(), (head_dim,), eps=eps).to(k.dtype)
+        return q, k, v
+
+    def out(self, attended: Tensor) -> Tensor:
+        return F.linear(attended, self.o_weight, self.o_bias)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.activation(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
+
+
+def _fixed(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,145 @@
+"""Random EAGLE-3 checkpoints in the layouts found in the wild: keys and shapes are public, weights are ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint is written."""
+
+    layers: int = 1
+    states: int = 3
+    draft_vocab: int | None = 12  # None: the whole vocabulary
+    absolute: bool = False  # d2t holds ids, not what is to be added
+    flags: bool = True  # t2d is there
+    embedding: bool = False
+    unembedding: bool = True
+    midlayer: bool = True
+    prefix: str = ""
+    norms: tuple[str, ...] = ()  # of "q", "input", "state"
+    bias: bool = False
+    speculators: bool = False
+    where_ids: str | None = None  # "top", "eagle_config" or None: absent
+    ids: tuple[int, ...] = (1, 2, 4)
+    target: int | None = None  # the base's width where it is another
+    rope: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0})
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+LAYOUTS = {
+    "its authors'": Layout(),
+    "with an embedding of its own": Layout(embedding=True, flags=False, where_ids="top"),
+    "under eagle_config": Layout(
+        where_ids="eagle_config", ids=(2, 3, 5), norms=("input",), more={"norm_before_fc": True}
+    ),
+    "speculators'": Layout(speculators=True, midlayer=False, where_ids="top", embedding=True),
+    "vLLM's names": Layout(prefix="model.", midlayer=False, flags=False),
+    "ids in d2t": Layout(absolute=True),
+    "whole vocabulary": Layout(draft_vocab=None),
+    "the base's unembedding": Layout(draft_vocab=None, unembedding=False),
+    "two layers": Layout(layers=2, midlayer=False),
+    "five states": Layout(states=5, ids=(1, 2, 3, 4, 5), where_ids="top"),
+    "Qwen3's norms": Layout(
+        norms=("q",), bias=True, rope={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    ),
+    "a norm for each state": Layout(norms=("state",), target=16, more={"fc_norm": True}),
+    "scaled rope": Layout(rope={"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}),
+    "norm before the residual": Layout(more={"norm_before_residual": True, "norm_output": True}),
+}
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED, VOCAB = 24, 4, 2, 8, 40, 40
+
+
+def checkpoint(layout: Layout, seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State dict and config."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    def norm(size: int) -> torch.Tensor:
+        return 1 + random(size)
+
+    target = layout.target or HIDDEN
+    state: dict[str, torch.Tensor] = {"norm.weight": norm(HIDDEN), "fc.weight": random(HIDDEN, layout.states * target)}
+    for index in range(layout.layers):
+        wide = HIDDEN if index else 2 * HIDDEN
+        layer = {
+            "input_layernorm.weight": norm(HIDDEN),
+            "post_attention_layernorm.weight": norm(HIDDEN),
+            "self_attn.q_proj.weight": random(HEADS * HEAD_DIM, wide),
+            "self_attn.k_proj.weight": random(KV_HEADS * HEAD_DIM, wide),
+            "self_attn.v_proj.weight": random(KV_HEADS * HEAD_DIM, wide),
+            "self_attn.o_proj.weight": random(HIDDEN, HEADS * HEAD_DIM),
+            "mlp.gate_proj.weight": random(FEED, HIDDEN),
+            "mlp.up_proj.weight": random(FEED, HIDDEN),
+            "mlp.down_proj.weight": random(HIDDEN, FEED),
+        }
+        if not index:
+            layer["hidden_norm.weight"] = norm(HIDDEN)
+        if layout.bias:
+            layer |= {
+                f"self_attn.{name}_proj.bias": random(size) for name, size in zip("qkv", (32, 16, 16), strict=True)
+            }
+        if "q" in layout.norms:
+            layer |= {"self_attn.q_norm.weight": norm(HEAD_DIM), "self_attn.k_norm.weight": norm(HEAD_DIM)}
+        place = "midlayer" if layout.midlayer else f"layers.{index}"
+        state |= {f"{place}.{name}": tensor for name, tensor in layer.items()}
+    if "input" in layout.norms:
+        state["input_norm.weight"] = norm(layout.states * target)
+    if "state" in layout.norms:
+        state |= {f"fc_norm.{index}.weight": norm(target) for index in range(layout.states)}
+    if layout.embedding:
+        state["embed_tokens.weight"] = random(VOCAB, HIDDEN)
+    if layout.unembedding:
+        state["lm_head.weight"] = random(layout.draft_vocab or VOCAB, HIDDEN)
+    if layout.draft_vocab is not None:
+        ids = torch.randperm(VOCAB, generator=generator)[: layout.draft_vocab].sort().values
+        name = "draft_id_to_target_id" if layout.prefix else "d2t"
+        state[name] = ids if layout.absolute else ids - torch.arange(len(ids))
+        if layout.flags:
+            state["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, ids, True)
+    state = {
+        key if key in ("d2t", "t2d", "lm_head.weight") else layout.prefix + key: value for key, value in state.items()
+    }
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": FEED,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 1,  # a lie: the tensors count
+        "num_hidden_layers": 7,  # likewise
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        **layout.rope,
+    }
+    ids = {"eagle_aux_hidden_state_layer_ids": list(layout.ids)}
+    if layout.target is not None:
+        sizes["target_hidden_size"] = layout.target
+    if layout.speculators:
+        config = {
+            "speculators_model_type": "eagle3",
+            "transformer_layer_config": sizes,
+            "draft_vocab_size": layout.draft_vocab,
+        }
+    else:
+        config = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": layout.draft_vocab, **sizes}
+    if layout.where_ids == "top":
+        config |= ids
+    elif layout.where_ids == "eagle_config":
+        config["eagle_config"] = ids | {"use_aux_hidden_state": True}
+    return state, config | layout.more
