@@ -93,7 +93,7 @@ def _add(sums: dict[str, float], seconds: dict[str, float]) -> None:
 def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> dict[str, Any]:
     """Seconds of one forward pass by its rows, of prefilling `slots` tokens, and of the draft for so many threads."""
     runtime, device = apar.runtime, apar.model.device
-    timer = StepTimer(apar.model, runtime, apar.heads.aux_layers if apar.heads else (), slots)
+    timer = StepTimer(apar.model, runtime, apar.heads, slots)
     found: dict[str, Any] = {"slots": slots, "rows": {}, "draft": {}}
     with torch.no_grad(), runtime.session():
         found["prefill"] = least(timer.prefill, 3)

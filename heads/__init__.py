@@ -28,10 +28,12 @@ from medusa_apar.reading import reading
 
 from . import checkpoints
 from .draft_heads import DraftHeads, ResidualBlock
+from .eagle3 import heads as eagle3
+from .eagle3.heads import Eagle3Heads
 from .hydra import HydraHeads
 from .medusa import MedusaHeads
 
-__all__ = ["DraftHeads", "HydraHeads", "MedusaHeads", "ResidualBlock", "load_heads"]
+__all__ = ["DraftHeads", "Eagle3Heads", "HydraHeads", "MedusaHeads", "ResidualBlock", "load_heads"]
 
 
 def load_heads(
@@ -44,7 +46,12 @@ def load_heads(
 
     dtype: None is the model's. token: of a Hub account; None is the one of `hf auth login`.
     """
-    state, config = checkpoints.read(path, token)
+    located = checkpoints.locate(path, token)
+    if located.is_dir() and eagle3.holds(located):
+        state, config = eagle3.read(located)
+        with reading(path, "cannot be used"):
+            return Eagle3Heads.from_state(state, config, model, dtype)
+    state, config = checkpoints.read(located)
     kind: type[MedusaHeads] | type[HydraHeads] = HydraHeads if "from_states" in state else MedusaHeads
     with reading(path, "cannot be used"):
         return kind.from_state(state, config, model, dtype)

@@ -251,12 +251,7 @@ def find(path: str | os.PathLike[str], token: str | bool | None = None) -> list[
 
     FileNotFoundError: there are none.
     """
-    if not os.fspath(path).strip():
-        raise ValueError("the name of the heads is empty")
-    path = expanded(path)
-    if not path.exists():
-        path = _download(str(path), token)
-    file = path
+    file = path = locate(path, token)
     if path.is_dir():
         # A model directory with a `medusa/` folder keeps its heads there: its own weights come last.
         places = [*FILES, *(f"{SUBFOLDER}/{name}" for name in FILES + FULL_MODEL_FILES), *FULL_MODEL_FILES]
@@ -307,13 +302,21 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     return {key: state[key] for key in _head_keys(state, file)}
 
 
+def locate(path: str | os.PathLike[str], token: str | bool | None = None) -> Path:
+    """The directory or file, or where a Hub repository's files lie."""
+    if not os.fspath(path).strip():
+        raise ValueError("the name of the heads is empty")
+    local = expanded(path)
+    return local if local.exists() else _download(str(local), token)
+
+
 def _download(repository: str, token: str | bool | None) -> Path:
     from huggingface_hub import snapshot_download
 
     heads_alone = ["config.json", *FILES, f"{SUBFOLDER}/*"]
     folder = Path(snapshot_download(repository, token=token, allow_patterns=heads_alone))
     if not any((folder / place / name).exists() for place in (".", SUBFOLDER) for name in FILES):
-        whole_model = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        whole_model = ["config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"]
         snapshot_download(repository, token=token, allow_patterns=whole_model)
     return folder
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import Drafter
+from medusa_apar.drafting.drafter import AttendingDrafter, Drafter, DraftLayers
 from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
 from medusa_apar.runtimes.capture import aux_layer_modules
@@ -142,6 +142,11 @@ class DraftHeads(nn.Module):
         self._copies = WeightCopies()
 
     @property
+    def layers(self) -> DraftLayers | None:
+        """Layers that run behind the base's in every step, since they attend to what was written."""
+        return None
+
+    @property
     def input_size(self) -> int:
         return self.hidden_size * (1 + len(self.aux_layers))
 
@@ -165,7 +170,7 @@ class DraftHeads(nn.Module):
         """`Drafter.propose`, in inference mode; states become tokens as `drafter` says."""
         raise NotImplementedError
 
-    def drafter(self, packing: str | None = None, kernels: bool = False) -> Drafter:
+    def drafter(self, packing: str | None = None, kernels: bool = False) -> Drafter | AttendingDrafter:
         """As `drafting.drafter.Heads.drafter`. Calls that need other drafters of the same heads may run at once."""
         rows = self.draft_rows(bits=True) if self.token_map is not None and not self.owns_unembedding else None
         if kernels:

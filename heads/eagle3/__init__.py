@@ -1,5 +1,6 @@
 """EAGLE-3 drafters (arXiv 2503.01840): one decoder layer that attends to what was written, over the base's states.
 
 files.py   checkpoints as they are found in the wild, read into one normal form by their tensors
+heads.py   the drafter as draft heads of a model: loading, saving, drafting
 layer.py   the drafter's network; whoever runs it brings the attention over the keys and values that it keeps
 """

@@ -8,7 +8,6 @@ of that token. Its keys and values belong to t, so that the threads behind a for
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,11 +16,9 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from .files import Eagle3File
+from medusa_apar.drafting.drafter import Attend, Keep
 
-# Layer, queries [N, heads, D], keys and values [N, key/value heads, D] of N rows -> [N, heads, D]: who runs the drafter
-# keeps keys and values, and knows which of them each row sees; its own is among these.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+from .files import Eagle3File
 
 
 class Drafted(NamedTuple):
@@ -71,19 +68,41 @@ class Eagle3(nn.Module):
             features: [N, H], of each token (`fuse`, or an earlier call's).
             positions: long [N], path positions of the tokens.
         """
-        turned = self.rotary(features, positions[None])
-        residual = self._normed(features, self.layers[0].hidden_norm) if self.norm_before_residual else features
-        inputs = self._normed(embedded.to(features.dtype), self.layers[0].input_layernorm)
-        inputs = torch.cat([inputs, self._normed(features, self.layers[0].hidden_norm)], dim=-1)
-        for index, layer in enumerate(self.layers):
-            if index:
-                inputs = self._normed(residual, layer.input_layernorm)
-            q, k, v = layer.heads(inputs, self.config.head_dim, self.config.rms_norm_eps)
-            q, k = (x[0] for x in apply_rotary_pos_emb(q[None], k[None], *turned, unsqueeze_dim=2))
-            residual = residual + layer.out(attend(index, q, k, v).flatten(1))
-            residual = residual + layer.feed_forward(self._normed(residual, layer.post_attention_layernorm))
+        residual = self._run(embedded, features, positions, attend, len(self.layers))
         states = self._normed(residual, self.norm)
         return Drafted(states, states if self.norm_output else residual)
+
+    def extend(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend, keep: Keep) -> None:
+        """Keys and values of such rows and nothing else, as they are all that later rows see of them."""
+        last = len(self.layers) - 1
+        residual = self._run(embedded, features, positions, attend, last)
+        _, k, v = self._heads(last, self._inputs(last, embedded, features, residual), features, positions)
+        keep(last, k, v)
+
+    def _run(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend, layers: int) -> Tensor:
+        """[N, H] behind the first so many layers."""
+        residual = self._normed(features, self.layers[0].hidden_norm) if self.norm_before_residual else features
+        for index, layer in zip(range(layers), self.layers, strict=False):
+            inputs = self._inputs(index, embedded, features, residual)
+            attended = attend(index, *self._heads(index, inputs, features, positions))
+            residual = residual + layer.out(attended.flatten(1))
+            residual = residual + layer.feed_forward(self._normed(residual, layer.post_attention_layernorm))
+        return residual
+
+    def _inputs(self, index: int, embedded: Tensor, features: Tensor, residual: Tensor) -> Tensor:
+        """What a layer's attention reads: in the first embeddings and features, else what came before."""
+        layer = self.layers[index]
+        if index:
+            return self._normed(residual, layer.input_layernorm)
+        inputs = self._normed(embedded.to(features.dtype), layer.input_layernorm)
+        return torch.cat([inputs, self._normed(features, layer.hidden_norm)], dim=-1)
+
+    def _heads(self, index: int, inputs: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, turned to their positions."""
+        q, k, v = self.layers[index].heads(inputs, self.config.head_dim, self.config.rms_norm_eps)
+        turned = self.rotary(features, positions[None])
+        q, k = (x[0] for x in apply_rotary_pos_emb(q[None], k[None], *turned, unsqueeze_dim=2))
+        return q, k, v
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm in float32, as transformers' Llama computes it."""

@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.kv.pool import KVPool
+
+# Layer, queries [N, heads, D], keys and values [N, key/value heads, D] of N rows -> [N, heads, D]: whoever runs a
+# drafter's layers keeps keys and values, and knows which of them each row sees; its own is among these.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Layer, keys and values, as above.
+Keep = Callable[[int, Tensor, Tensor], object]
+
+
+class DraftLayers(Protocol):
+    """Layers of a drafter that attend to what was written. Each step runs its rows through them behind the base's own.
+
+    A row reads its token's embedding and a feature, which is of the token before it on the path: `fuse` makes one of
+    the base's states there. Features, keys and values are kept in the pool, at the slots of the tokens.
+    """
+
+    boundaries: tuple[int, ...]  # of the base, whose states are fused: b lies behind its first b layers
+    num_layers: int
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """[N, boundaries * hidden size] -> [N, width]."""
+
+    def extend(self, input_ids: Tensor, features: Tensor, positions: Tensor, attend: Attend, keep: Keep) -> None:
+        """Keeps keys and values of tokens, long [N], at these path positions; `attend` does so as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What draft heads want of a forward pass.
+
+    aux_layers: base layers whose outputs they read beside the final hidden state. layers: that run behind the base's.
+    """
+
+    aux_layers: tuple[int, ...] = ()
+    layers: DraftLayers | None = None
+
+    @classmethod
+    def of(cls, heads: Heads | None) -> Reads:
+        return cls() if heads is None else cls(tuple(heads.aux_layers), heads.layers)
+
+
+class Written(NamedTuple):
+    """What T threads have written, for a drafter that attends to it.
+
+    paths: of each thread, the slots of all tokens before its root, int64, in path order.
+    """
+
+    pool: KVPool
+    paths: list[np.ndarray]
 
 
 class Drafter(Protocol):
@@ -35,10 +86,25 @@ class Drafter(Protocol):
         """
 
 
+@runtime_checkable
+class AttendingDrafter(Protocol):
+    """Proposes from what was written, which its `DraftLayers` have seen."""
+
+    @property
+    def key(self) -> Hashable:
+        """As `Drafter.key`."""
+
+    def propose_behind(
+        self, written: Written, root_ids: Tensor, tree: DraftTree, min_probability: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """As `Drafter.propose`, of the T threads that have written this and go on with the roots."""
+
+
 class Heads(Protocol):
     """Draft heads as the engine needs them: what they read, and what drafts with them."""
 
     aux_layers: tuple[int, ...]  # base layers whose outputs they read beside the final hidden state
+    layers: DraftLayers | None  # that attend to what was written, behind the base's
     num_heads: int
     acceptance: list[list[float]] | None  # measured chance that a draft of each rank is right, [heads][ranks]
 
@@ -56,7 +122,7 @@ class Heads(Protocol):
     def refresh(self) -> None:
         """Drops whatever was copied from weights: it is copied anew when it is needed."""
 
-    def drafter(self, packing: str | None = None, kernels: bool = False) -> Drafter:
+    def drafter(self, packing: str | None = None, kernels: bool = False) -> Drafter | AttendingDrafter:
         """What drafts with them from now on, their weights and the base's as they are.
 
         packing: weight format of the CPU runtime ("float32", "bfloat16" or "int8"); None drafts in torch.

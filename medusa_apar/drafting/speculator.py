@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
 
 from .advance import Advance, DraftResult
 from .budget import SECONDARY, EvenBudget, ForestBudget
 from .candidates import MAX_DEPTH, CandidateScorer, Proposal
 from .draft_tree import DraftTree
-from .drafter import Drafter
+from .drafter import AttendingDrafter, Drafter, Written
 from .ngram_index import MAX_MATCH, MAX_RECALLED, NgramIndex, NgramMatch
 from .options import Speculation
 
@@ -28,7 +29,7 @@ from .options import Speculation
 class Drafting(NamedTuple):
     """Who proposes, and the tree that it fills below every thread."""
 
-    drafter: Drafter
+    drafter: Drafter | AttendingDrafter
     tree: DraftTree
 
     @property
@@ -51,13 +52,15 @@ class Speculator:
 
     Args:
         options: what is guessed; None for nothing.
+        ledger: which slots hold what threads have written, for a drafter that attends to it.
         drafter: draft heads as the runtime drafts with them; None without.
         tree: of the heads' guesses below each root.
     """
 
     options: Speculation | None
     budget: ForestBudget | EvenBudget
-    drafter: Drafter | None = None
+    ledger: SlotLedger
+    drafter: Drafter | AttendingDrafter | None = None
     tree: DraftTree = field(default_factory=lambda: DraftTree([]))
     scorer: CandidateScorer = field(default_factory=CandidateScorer)
     # Draft nodes, and those that were right, by who proposed them.
@@ -87,6 +90,8 @@ class Speculator:
         wanted = self.drafter is not None and load.speculation
         self._asks = wanted and self.budget.heads_enabled()
         self.undrafted_steps += wanted and not self._asks
+        if isinstance(self.drafter, AttendingDrafter):  # to what is accepted, which the host has to know
+            return None
         return self._drafting(load.threads, num_segments)
 
     def learn(self, result: DraftResult, thread: Thread) -> None:
@@ -176,7 +181,12 @@ class Speculator:
         last = [advance.thread.tokens[-1] for advance in todo]
         roots = torch.tensor(last, dtype=torch.long, device=hidden.device)
         started = time.perf_counter()
-        token_ids, log_probs = drafting.drafter.propose(hidden[rows], roots, drafting.tree, min_probability)
+        drafter, tree = drafting
+        if isinstance(drafter, AttendingDrafter):
+            written = Written(self.ledger.pool, [self.ledger.path_slots(advance.thread) for advance in todo])
+            token_ids, log_probs = drafter.propose_behind(written, roots, tree, min_probability)
+        else:
+            token_ids, log_probs = drafter.propose(hidden[rows], roots, tree, min_probability)
         guesses = zip(token_ids.cpu().numpy(), log_probs.float().cpu().numpy(), strict=True)
         self.last_draft = len(todo), time.perf_counter() - started
         for advance, guess in zip(todo, guesses, strict=True):

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.advance import Advance, DraftResult
-from medusa_apar.drafting.drafter import Heads
+from medusa_apar.drafting.drafter import Heads, Reads
 from medusa_apar.drafting.speculator import Speculator
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.events.reporter import Reporters
@@ -71,7 +71,7 @@ class Engine:
         options = EngineOptions() if options is None else options
         self.model, self.runtime, self.heads, self.options = model, runtime, heads, options
         self.device, context = device_of(model), context_length(model)
-        self.aux_layers: tuple[int, ...] = () if heads is None else tuple(heads.aux_layers)
+        self._reads = Reads.of(heads)
         self.ledger = SlotLedger(runtime.pool(options.pool_slots), options.prefix_cache)
         self.cost: StepCost | LearnedCost | None = options.step_cost
         self._learned: LearnedCost | None = None
@@ -82,7 +82,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.ledger, budget, context, max_prefill_rows=prefill, max_requests=options.max_requests, cost=self.cost
         )
-        self.speculator = Speculator(options.speculation, budget, tree=options.draft_tree)
+        self.speculator = Speculator(options.speculation, budget, self.ledger, tree=options.draft_tree)
         self.fork_manager = ForkManager(context)
         self.reporters = Reporters()
         self.stats = Stats(drafted=self.speculator.drafted, accepted=self.speculator.accepted)
@@ -192,7 +192,7 @@ class Engine:
             tail = Tail(forest, verify, argmax, chooser, drafting, self.speculator.max_depth)
         self.reporters.planned(forest, self.ledger.pool.live)
         with phase("forward"), forest.undone_on_error():
-            output = self.runtime.step(forest, self.ledger.pool, self.aux_layers, tail)
+            output = self.runtime.step(forest, self.ledger.pool, self._reads, tail)
         with phase("verify"):
             results = tail.read(output)
         with phase("commit"):

@@ -187,6 +187,20 @@ class Forest:
         return self._tensors[3]
 
     @cached_property
+    def parent_slots(self) -> torch.Tensor:
+        """int64 [N], the slot of the token before each row's on its path; -1 where a path begins."""
+        parents = np.empty(len(self), dtype=np.int64)
+        for segment in self.segments:
+            assert segment.slots is not None
+            rows = parents[segment.row : segment.row + segment.size]
+            extend, drafted = len(segment.extend_tokens), len(segment.draft_tokens)
+            rows[0] = segment.path_slots[-1] if segment.cached else -1
+            rows[1:extend] = segment.slots[: extend - 1]
+            # A node below the root, whose parent is -1, hangs from the last extend token, which comes before the first.
+            rows[extend:] = segment.slots[extend + segment.draft_tree.parents[:drafted]]
+        return torch.from_numpy(parents).to(self._device)
+
+    @cached_property
     def groups(self) -> list[Group]:
         return [_group(segments, self._ledger, self._device) for segments in self._requests]
 

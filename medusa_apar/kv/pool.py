@@ -23,12 +23,14 @@ class KVStorage:
     """Where a pool's keys and values lie: layer -> [capacity, kv_heads, head_dim], a tensor of its own each.
 
     scales: of those that are int16 steps: layer -> float32 [capacity, kv_heads, 2], a key's step and a value's.
+    features: what a drafter that attends knows behind each slot's token: [capacity, width] at 0, or nothing.
     chunks: int32 [chunks, columns], which slots a path's tokens lie in; written by PathTable, which says more.
     """
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     scales: dict[int, torch.Tensor] = field(default_factory=dict)
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
     chunks: torch.Tensor | None = None
 
     @property
@@ -52,7 +54,7 @@ class KVPool(Cache):
         super().__init__(layers=[])
         self.max_slots = max_slots
         self.storage = KVStorage() if storage is None else storage
-        self.keys, self.values, self.scales = self.storage.keys, self.storage.values, self.storage.scales
+        self._take_storage()
         self.positions = np.zeros(0, dtype=np.int64)  # [capacity] path position of the token in each slot
         self.slots: torch.Tensor | None = None  # int64 [N], set by the runtime before each forward pass
         # A backend's own way of writing: key and value [N, kv_heads, head_dim], the layer's keys and values, slots.
@@ -126,10 +128,26 @@ class KVPool(Cache):
         """Gives up the keys and values: their memory is free unless a runtime goes on with it. What is counted here
         stays, and the pool cannot be written to any more."""
         self.storage = KVStorage()
+        self._take_storage()
+
+    def _take_storage(self) -> None:
         self.keys, self.values, self.scales = self.storage.keys, self.storage.values, self.storage.scales
+        self._features = self.storage.features
+
+    def keep_features(self, features: torch.Tensor) -> None:
+        """[N, width], behind the tokens of the current forest's rows."""
+        assert self.slots is not None
+        if 0 not in self._features:
+            self._features[0] = features.new_zeros(self.capacity, features.shape[1])
+        self._features[0][self.slots] = features
+
+    def features_at(self, slots: torch.Tensor) -> torch.Tensor:
+        """What was kept for these slots (long, any shape), [..., width]; zeros for -1, which is no slot."""
+        found = self._features[0][slots.clamp(min=0)]
+        return found.masked_fill((slots < 0)[..., None], 0.0)
 
     def _grow(self, capacity: int) -> None:
-        for store in (self.keys, self.values, self.scales):
+        for store in (self.keys, self.values, self.scales, self._features):
             for layer, old in store.items():
                 if len(old) < capacity:
                     store[layer] = torch.cat([old, old.new_zeros(capacity - len(old), *old.shape[1:])])

@@ -29,12 +29,18 @@ def aux_layer_modules(model: PreTrainedModel, aux_layers: tuple[int, ...]) -> li
 class Captured:
     """Within a `with` block: what the unembedding is given and what auxiliary layers put out, in this thread's calls.
 
+    boundaries: b stands for the output of the first b layers; each from 1 on.
+
     Other threads may run the same model meanwhile.
     """
 
-    def __init__(self, model: PreTrainedModel, aux_layers: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, model: PreTrainedModel, aux_layers: tuple[int, ...] = (), boundaries: tuple[int, ...] = ()
+    ) -> None:
         self._unembedding = model.get_output_embeddings()
-        self._layers = aux_layer_modules(model, aux_layers) if aux_layers else []
+        read = (*aux_layers, *(boundary - 1 for boundary in boundaries))
+        self._layers = aux_layer_modules(model, read) if read else []
+        self._num_aux = len(aux_layers)
         self._thread = threading.get_ident()
         self._final: Tensor | None = None
         self._aux: list[Tensor | None] = [None] * len(self._layers)
@@ -73,9 +79,14 @@ class Captured:
             if rows is not None and (len(final) != len(rows) if kept is None else not kept):
                 final = final[rows]
         parts = [final]
-        for aux in self._aux:
+        for aux in self._aux[: self._num_aux]:
             assert aux is not None
             states = aux[0] if rows is None else aux[0, rows]
             # Depths differ in scale, and a few positions exceed the rest a thousandfold: float16 would not hold them.
             parts.append(F.rms_norm(states.float(), states.shape[-1:]).to(final.dtype))
-        return torch.cat(parts, dim=-1) if self._layers else final
+        return torch.cat(parts, dim=-1) if self._num_aux else final
+
+    def boundary_states(self) -> Tensor:
+        """[N, boundaries * H] of a pass over one sequence, as they are."""
+        found = [aux[0] for aux in self._aux[self._num_aux :] if aux is not None]
+        return torch.cat(found, dim=-1)

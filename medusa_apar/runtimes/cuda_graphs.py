@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa_apar.drafting.drafter import Reads
 from medusa_apar.forest.device_tables import PackedForest, fill
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool, KVStorage
@@ -30,8 +31,8 @@ MAX_ROWS = 256  # a prompt's rows keep the device busy by themselves
 MAX_GRAPHS = 64  # kept at once, those used last
 _FIRST_SLOTS = 4096  # what graphs know of the KV pool is its address: it should rarely have to move
 
-# What a forward pass returns, from (forest, pool, aux_layers): see Runtime.forward.
-Forward = Callable[["Forest | StaticForest", KVPool, tuple[int, ...]], tuple[Tensor, Tensor]]
+# What a forward pass returns, from (forest, pool, reads): see Runtime.forward.
+Forward = Callable[["Forest | StaticForest", KVPool, Reads], tuple[Tensor, Tensor]]
 
 
 class StaticForest:
@@ -70,8 +71,8 @@ class StaticForest:
 class _Step:
     """One size and kind of step in buffers of its own; `outputs` are logits, hidden states and what was chosen."""
 
-    def __init__(self, forward: Forward, sizes: Sizes, device: torch.device, aux_layers: tuple[int, ...]) -> None:
-        self._forward, self._aux_layers = forward, aux_layers
+    def __init__(self, forward: Forward, sizes: Sizes, device: torch.device, reads: Reads) -> None:
+        self._forward, self._reads = forward, reads
         self._forest = StaticForest(sizes, device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._device_verify: DeviceVerify | None = None
@@ -92,7 +93,7 @@ class _Step:
 
     def run(self, pool: KVPool) -> None:
         self._forest.pack()
-        logits, hidden = self._forward(self._forest, pool, self._aux_layers)
+        logits, hidden = self._forward(self._forest, pool, self._reads)
         chosen = None
         if self._device_verify is not None and self._inputs is not None:
             chosen = self._device_verify.run(
@@ -143,7 +144,7 @@ class GraphedSteps:
             return pool
 
     def __call__(
-        self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...], device_verify: DeviceVerify | None
+        self, forest: Forest, pool: KVPool, reads: Reads, device_verify: DeviceVerify | None
     ) -> StepOutput | None:
         """As Runtime.step, good until the next call; None where it has to run without a graph."""
         if self._broken or len(forest) > MAX_ROWS or pool.storage is not self._storage or not self._storage.keys:
@@ -153,13 +154,13 @@ class GraphedSteps:
         sizes = Sizes.of(forest.leaves).rounded()
         key = (
             sizes,
-            aux_layers,
+            reads,
             device_verify and (device_verify.operations, power_of_two(device_verify.num_threads)),
             slots,
         )
         step = self._steps.get(key)
         if step is None:
-            step = self._made(forest, sizes, pool, aux_layers, device_verify)
+            step = self._made(forest, sizes, pool, reads, device_verify)
             if step is None:
                 return None
             self._steps[key] = step
@@ -178,14 +179,14 @@ class GraphedSteps:
         forest: Forest,
         sizes: Sizes,
         pool: KVPool,
-        aux_layers: tuple[int, ...],
+        reads: Reads,
         device_verify: DeviceVerify | None,
     ) -> _Step | None:
         before = torch.cuda.current_stream() if self._device.type == "cuda" else None
         try:
             # Buffers outlive a caller's inference mode, outside of which such tensors could not be filled again.
             with self._lock, torch.inference_mode(False), torch.no_grad():
-                step = _Step(self._forward, sizes, self._device, aux_layers)
+                step = _Step(self._forward, sizes, self._device, reads)
                 step.load(forest, device_verify)
                 if before is not None:
                     self._capture(step, pool)

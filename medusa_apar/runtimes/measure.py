@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree, TreeShape
-from medusa_apar.drafting.drafter import Drafter, Heads
+from medusa_apar.drafting.drafter import AttendingDrafter, Drafter, Heads, Reads, Written
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.job import processor, write_text
@@ -44,10 +44,8 @@ ENOUGH, STALE = 200, 0.25  # steps of an engine before the file is corrected, an
 class StepTimer:
     """Times a model's forward passes below one thread of `slots` tokens; use it inside `runtime.session()`."""
 
-    def __init__(
-        self, model: PreTrainedModel, runtime: Runtime, aux_layers: tuple[int, ...], slots: int = SLOTS
-    ) -> None:
-        self._runtime, self._device, self._aux_layers = runtime, device_of(model), aux_layers
+    def __init__(self, model: PreTrainedModel, runtime: Runtime, heads: Heads | None, slots: int = SLOTS) -> None:
+        self._runtime, self._device, self._reads = runtime, device_of(model), Reads.of(heads)
         vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
         self._trunk = ParagraphTree([number % int(vocabulary) for number in range(slots + 1)]).trunk
         self._ledger = SlotLedger(runtime.pool(None))
@@ -62,6 +60,10 @@ class StepTimer:
     def fill(self) -> None:
         self._forward(self.slots, 0)
 
+    def written(self, threads: int) -> Written:
+        """As if so many threads had the slots as their paths."""
+        return Written(self._ledger.pool, [self._ledger.path_slots(self._trunk)] * threads)
+
     def rows(self, count: int) -> float:
         """Seconds of a root and so many nodes less one, three below each; as if nothing of it had been accepted."""
         seconds, drafted = self._forward(self.slots + 1, count - 1)
@@ -74,7 +76,7 @@ class StepTimer:
         segment = Segment(self._trunk, stop, draft_tree=tree, draft_tokens=[0] * nodes)
         started = time.perf_counter()
         forest = Forest([[segment]], self._ledger, self._device)
-        self._runtime.step(forest, self._ledger.pool, self._aux_layers, None)
+        self._runtime.step(forest, self._ledger.pool, self._reads, None)
         finish(self._device)
         return time.perf_counter() - started, forest.arrays[2][len(segment.extend_tokens) :].tolist()
 
@@ -91,21 +93,21 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree:
     most = runtime.facts.max_nodes
     sizes = [size for size in ROWS.get(device_of(model).type, ROWS["cpu"]) if most is None or size <= most]
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * SLOTS
-    aux_layers = () if heads is None else tuple(heads.aux_layers)
     with runtime.session():
         slots, repeats = max(1, min(SLOTS, positions - max(sizes))), REPEATS
-        first = StepTimer(model, runtime, aux_layers, 1)
+        first = StepTimer(model, runtime, heads, 1)
         first.fill()
         if first.rows(1) * len(sizes) * repeats > LONGEST:
             sizes, slots, repeats = sizes[::COARSE], min(slots, FEW_SLOTS), 1
-        timer = StepTimer(model, runtime, aux_layers, slots)
+        timer = StepTimer(model, runtime, heads, slots)
         timer.fill()
         runs: dict[tuple[str, int], Callable[[], float]] = {("rows", size): partial(timer.rows, size) for size in sizes}
         # Where steps are captured so is drafting, and costs far less than its kernels one by one.
         if heads is not None and len(tree) and not runtime.facts.graphs:
             drafter, some = runtime.drafter(heads), tree.first(NODES)
             for threads in THREADS:
-                runs["drafts", threads] = partial(_draft, model, drafter, some, threads, heads.input_size)
+                written = timer.written(threads)
+                runs["drafts", threads] = partial(_draft, model, drafter, some, heads.input_size, written)
         runs_of = [[run() for run in runs.values()] for _ in range(repeats)]
     least = dict(zip(runs, map(min, zip(*runs_of, strict=True)), strict=True))
 
@@ -118,12 +120,17 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree:
     return StepCost(curve("rows"), curve("drafts"))
 
 
-def _draft(model: PreTrainedModel, drafter: Drafter, tree: DraftTree, threads: int, input_size: int) -> float:
-    device = device_of(model)
+def _draft(
+    model: PreTrainedModel, drafter: Drafter | AttendingDrafter, tree: DraftTree, input_size: int, written: Written
+) -> float:
+    device, threads = device_of(model), len(written.paths)
     hidden = torch.randn(threads, input_size, device=device, dtype=model.dtype)
     roots = torch.zeros(threads, dtype=torch.long, device=device)
     started = time.perf_counter()
-    drafter.propose(hidden, roots, tree)
+    if isinstance(drafter, AttendingDrafter):
+        drafter.propose_behind(written, roots, tree)
+    else:
+        drafter.propose(hidden, roots, tree)
     finish(device)
     return time.perf_counter() - started
 

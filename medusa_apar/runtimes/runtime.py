@@ -9,12 +9,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from medusa_apar.drafting.drafter import Drafter, Heads
+from medusa_apar.drafting.drafter import AttendingDrafter, Drafter, Heads, Reads
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.triton_kernels.reference import Verified
 from medusa_apar.verify.recipe import Chooser
 from medusa_apar.verify.tail import StepOutput, Tail
+
+NOTHING = Reads()  # what is read where there are no heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +68,15 @@ class Runtime(Protocol):
     def weights(self) -> object:
         """The same object as long as the model computes the same; asked within `session`."""
 
-    def drafter(self, heads: Heads) -> Drafter:
+    def drafter(self, heads: Heads) -> Drafter | AttendingDrafter:
         """What drafts with these heads beside this runtime's steps. The heads are not changed: several runtimes may
         have them at once."""
 
-    def forward(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    def forward(self, forest: Forest, pool: KVPool, reads: Reads = NOTHING) -> tuple[Tensor, Tensor]:
         """Runs a forest. Returns, for its verified rows, logits [M, vocab] and hidden states [M, hidden * (1 + aux
-        layers)]: before the unembedding, then each aux layer's at unit scale."""
+        layers)]: before the unembedding, then each aux layer's at unit scale. All rows go on through `reads.layers`."""
 
-    def step(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...], tail: Tail | None) -> StepOutput:
+    def step(self, forest: Forest, pool: KVPool, reads: Reads, tail: Tail | None) -> StepOutput:
         """What `forward` returns, and what the tail's device part has chosen from it."""
 
     def argmax(self, logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_apar.drafting.drafter import Drafter, Heads
+from medusa_apar.drafting.drafter import AttendingDrafter, Drafter, Heads, Reads
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
 from medusa_apar.triton_kernels.layout import MAX_NODES
@@ -21,9 +21,10 @@ from medusa_apar.verify.tail import StepOutput, Tail
 from .attention import current_forest, forest_attention
 from .capture import Captured
 from .devices import device_of
+from .draft_layers import extend
 from .model_state import ModelState
 from .packed_linear import PackedLinears
-from .runtime import RuntimeFacts
+from .runtime import NOTHING, RuntimeFacts
 
 if TYPE_CHECKING:
     from .cuda_graphs import StaticForest
@@ -53,6 +54,7 @@ class TorchRuntime:
 
             self._graphed = GraphedSteps(self._forward, device_of(model))
         taken = inspect.signature(model.forward).parameters
+        self._num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self._compiled = False  # whether torch.compile has compiled it; written by `session`
         self._keeps_logits = "logits_to_keep" in taken
         self._cache = "cache" if "cache" in taken else "past_key_values"  # its name from transformers 5.24 on
@@ -83,7 +85,7 @@ class TorchRuntime:
             self._state = ModelState(self.model)
         return self._state
 
-    def drafter(self, heads: Heads) -> Drafter:
+    def drafter(self, heads: Heads) -> Drafter | AttendingDrafter:
         return heads.drafter(kernels=self.facts.backend == "triton")
 
     def pool(self, max_slots: int | None) -> KVPool:
@@ -91,15 +93,17 @@ class TorchRuntime:
             return KVPool(max_slots)
         return self._graphed.pool(max_slots, tuple((p.data_ptr(), p.dtype) for p in self.model.parameters()))
 
-    def forward(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        return self.step(forest, pool, aux_layers, None)[:2]
+    def forward(self, forest: Forest, pool: KVPool, reads: Reads = NOTHING) -> tuple[Tensor, Tensor]:
+        return self.step(forest, pool, reads, None)[:2]
 
-    def step(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...], tail: Tail | None) -> StepOutput:
+    def step(self, forest: Forest, pool: KVPool, reads: Reads, tail: Tail | None) -> StepOutput:
         device = None if tail is None else tail.device
         captured = device if device is None or device.operations is not None else None
-        output = None if self._graphed is None else self._graphed(forest, pool, aux_layers, captured)
+        output = None
+        if self._graphed is not None and reads.layers is None:  # what attends behind the base is not captured yet
+            output = self._graphed(forest, pool, reads, captured)
         if output is None:
-            output = StepOutput(*self._forward(forest, pool, aux_layers))
+            output = StepOutput(*self._forward(forest, pool, reads))
         if device is None or output.chosen is not None:
             return output
         inputs = device.inputs()
@@ -107,13 +111,12 @@ class TorchRuntime:
             inputs = inputs.pin_memory().to(output.logits.device, non_blocking=True)
         return output._replace(chosen=device.run(output.logits, output.hidden, inputs))
 
-    def _forward(
-        self, forest: Forest | StaticForest, pool: KVPool, aux_layers: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, forest: Forest | StaticForest, pool: KVPool, reads: Reads) -> tuple[Tensor, Tensor]:
         pool.slots, pool.write = forest.slots, self._write
         keep = {"logits_to_keep": forest.verified_rows} if self._keeps_logits else {}
+        boundaries = () if reads.layers is None else reads.layers.boundaries
         eager = _eager() if self._compiled else nullcontext()
-        with eager, current_forest(forest), Captured(self.model, aux_layers) as captured:
+        with eager, current_forest(forest), Captured(self.model, reads.aux_layers, boundaries) as captured:
             logits = self.model(
                 input_ids=forest.input_ids,
                 position_ids=forest.position_ids,
@@ -124,6 +127,9 @@ class TorchRuntime:
             ).logits[0]
         if not keep:
             logits = logits[forest.verified_rows]
+        if reads.layers is not None:
+            assert isinstance(forest, Forest)
+            extend(reads.layers, captured.boundary_states(), forest, pool, self._num_layers)
         return logits, captured.hidden_states(forest.verified_rows, kept=bool(keep))
 
     def argmax(self, logits: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ def test_the_curve_gives_every_slot_back(apar, monkeypatch):
     pools = []
     step = type(apar.runtime).step
 
-    def watched(self, forest, pool, aux_layers, choice):
+    def watched(self, forest, pool, reads, choice):
         pools.append(pool)
-        return step(self, forest, pool, aux_layers, choice)
+        return step(self, forest, pool, reads, choice)
 
     monkeypatch.setattr(type(apar.runtime), "step", watched)
     profile.curve(apar, rows=(1, 6), slots=20)

@@ -62,8 +62,10 @@ LAYOUTS = {
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED, VOCAB = 24, 4, 2, 8, 40, 40
 
 
-def checkpoint(layout: Layout, seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """State dict and config."""
+def checkpoint(
+    layout: Layout, seed: int = 0, hidden: int = HIDDEN, vocab: int = VOCAB
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State dict and config of a drafter so wide."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -72,23 +74,23 @@ def checkpoint(layout: Layout, seed: int = 0) -> tuple[dict[str, torch.Tensor], 
     def norm(size: int) -> torch.Tensor:
         return 1 + random(size)
 
-    target = layout.target or HIDDEN
-    state: dict[str, torch.Tensor] = {"norm.weight": norm(HIDDEN), "fc.weight": random(HIDDEN, layout.states * target)}
+    target = layout.target or hidden
+    state: dict[str, torch.Tensor] = {"norm.weight": norm(hidden), "fc.weight": random(hidden, layout.states * target)}
     for index in range(layout.layers):
-        wide = HIDDEN if index else 2 * HIDDEN
+        wide = hidden if index else 2 * hidden
         layer = {
-            "input_layernorm.weight": norm(HIDDEN),
-            "post_attention_layernorm.weight": norm(HIDDEN),
+            "input_layernorm.weight": norm(hidden),
+            "post_attention_layernorm.weight": norm(hidden),
             "self_attn.q_proj.weight": random(HEADS * HEAD_DIM, wide),
             "self_attn.k_proj.weight": random(KV_HEADS * HEAD_DIM, wide),
             "self_attn.v_proj.weight": random(KV_HEADS * HEAD_DIM, wide),
-            "self_attn.o_proj.weight": random(HIDDEN, HEADS * HEAD_DIM),
-            "mlp.gate_proj.weight": random(FEED, HIDDEN),
-            "mlp.up_proj.weight": random(FEED, HIDDEN),
-            "mlp.down_proj.weight": random(HIDDEN, FEED),
+            "self_attn.o_proj.weight": random(hidden, HEADS * HEAD_DIM),
+            "mlp.gate_proj.weight": random(FEED, hidden),
+            "mlp.up_proj.weight": random(FEED, hidden),
+            "mlp.down_proj.weight": random(hidden, FEED),
         }
         if not index:
-            layer["hidden_norm.weight"] = norm(HIDDEN)
+            layer["hidden_norm.weight"] = norm(hidden)
         if layout.bias:
             layer |= {
                 f"self_attn.{name}_proj.bias": random(size) for name, size in zip("qkv", (32, 16, 16), strict=True)
@@ -102,26 +104,26 @@ def checkpoint(layout: Layout, seed: int = 0) -> tuple[dict[str, torch.Tensor], 
     if "state" in layout.norms:
         state |= {f"fc_norm.{index}.weight": norm(target) for index in range(layout.states)}
     if layout.embedding:
-        state["embed_tokens.weight"] = random(VOCAB, HIDDEN)
+        state["embed_tokens.weight"] = random(vocab, hidden)
     if layout.unembedding:
-        state["lm_head.weight"] = random(layout.draft_vocab or VOCAB, HIDDEN)
+        state["lm_head.weight"] = random(layout.draft_vocab or vocab, hidden)
     if layout.draft_vocab is not None:
-        ids = torch.randperm(VOCAB, generator=generator)[: layout.draft_vocab].sort().values
+        ids = torch.randperm(vocab, generator=generator)[: layout.draft_vocab].sort().values
         name = "draft_id_to_target_id" if layout.prefix else "d2t"
         state[name] = ids if layout.absolute else ids - torch.arange(len(ids))
         if layout.flags:
-            state["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, ids, True)
+            state["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill_(0, ids, True)
     state = {
         key if key in ("d2t", "t2d", "lm_head.weight") else layout.prefix + key: value for key, value in state.items()
     }
     sizes = {
-        "hidden_size": HIDDEN,
+        "hidden_size": hidden,
         "intermediate_size": FEED,
         "num_attention_heads": HEADS,
         "num_key_value_heads": 1,  # a lie: the tensors count
         "num_hidden_layers": 7,  # likewise
         "head_dim": HEAD_DIM,
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
         "max_position_embeddings": 512,

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medusa_apar.drafting.drafter import Drafter, Heads
+from medusa_apar.drafting.drafter import AttendingDrafter, Drafter, Heads, Reads
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
-from medusa_apar.runtimes.runtime import RuntimeFacts
+from medusa_apar.runtimes.runtime import NOTHING, RuntimeFacts
 from medusa_apar.verify.recipe import Chooser
 from medusa_apar.verify.tail import StepOutput, Tail
 
@@ -106,7 +106,7 @@ class CpuRuntime:
     def weights(self) -> object:
         return self._packed
 
-    def drafter(self, heads: Heads) -> Drafter:
+    def drafter(self, heads: Heads) -> Drafter | AttendingDrafter:
         return heads.drafter(packing=self.facts.kind)
 
     @contextmanager
@@ -131,10 +131,11 @@ class CpuRuntime:
         yield
 
     @torch.no_grad()
-    def forward(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    def forward(self, forest: Forest, pool: KVPool, reads: Reads = NOTHING) -> tuple[Tensor, Tensor]:
         """Runs a forest. Returns, for verified rows, logits float32 [M, vocab], good until the pool's next pass, and
         hidden states [M, hidden * (1 + aux layers)]: before the unembedding, then each aux layer's at unit scale."""
         assert self._packed is not None, "enter `session` first"
+        aux_layers = reads.aux_layers
         scratch = self._scratch.get(pool)
         if scratch is None:
             scratch = self._scratch[pool] = _Scratch(self._packed)
@@ -166,8 +167,8 @@ class CpuRuntime:
             raise IndexError(f"a token is not one of the model's {len(packed.table)}")
         return buffers[0][:verified], hidden
 
-    def step(self, forest: Forest, pool: KVPool, aux_layers: tuple[int, ...], tail: Tail | None) -> StepOutput:
-        return StepOutput(*self.forward(forest, pool, aux_layers))
+    def step(self, forest: Forest, pool: KVPool, reads: Reads, tail: Tail | None) -> StepOutput:
+        return StepOutput(*self.forward(forest, pool, reads))
 
     def profiled(self) -> CpuRuntime:
         """Another runtime of the same packed weights, whose clocks run."""

@@ -1,0 +1,274 @@
+"""An EAGLE-3 drafter as draft heads of a model: what the engine asks of it, and its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from medusa_apar.drafting.drafter import Attend, AttendingDrafter, Keep
+from medusa_apar.json_files import json_object
+from medusa_apar.models.families import base_logit_scale, unembedding_size
+from medusa_apar.reading import reading
+from medusa_apar.runtimes.capture import aux_layer_modules
+from medusa_apar.runtimes.devices import device_of
+
+from .. import checkpoints
+from ..draft_heads import DraftHeads
+from . import files
+from .files import Boundaries, Eagle3File
+from .layer import Drafted, Eagle3
+
+DEPTH = 5  # tokens drafted ahead: behind these hardly one is right, and each costs a pass of the layer
+# Share of places where a draft of each rank is right, [depth][rank], while nothing is measured: about what the authors
+# report for chat (arXiv 2503.01840, figure 6); it shapes the tree that is drafted, and the drafter's own probabilities
+# choose among its nodes.
+USUAL = ((0.65, 0.13, 0.06, 0.03), (0.62, 0.13, 0.06), (0.6, 0.12, 0.05), (0.58, 0.11), (0.56, 0.1))
+
+
+class Eagle3Heads(DraftHeads):
+    """Drafts with a decoder layer of its own, which attends to all that a thread's path has written."""
+
+    kind = "eagle3"
+
+    def __init__(self, file: Eagle3File, hidden_size: int, vocab_size: int, boundaries: tuple[int, ...]) -> None:
+        super().__init__(DEPTH, len(file.layers), hidden_size, vocab_size, file.token_map)
+        self.file, self.boundaries = file, boundaries
+        self.network = Eagle3(file)
+        self.acceptance = [list(ranks) for ranks in USUAL]
+
+    @property
+    def layers(self) -> Eagle3Heads:
+        """`DraftLayers`, which this is itself."""
+        return self
+
+    @property
+    def owns_unembedding(self) -> bool:
+        return self.network.unembedding is not None
+
+    @property
+    def shape_key(self) -> Hashable:
+        return *cast(tuple, super().shape_key), self.boundaries
+
+    # ---- loading and saving
+
+    @classmethod
+    def from_state(
+        cls,
+        state: dict[str, Tensor],
+        config: dict,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        convention: Boundaries | None = None,
+    ) -> Eagle3Heads:
+        """A drafter on `model` from a checkpoint's tensors and config; dtype: None is the model's.
+
+        convention: what the config's layer ids name (`files.parse`).
+        """
+        file = files.parse(state, config, convention)
+        vocab_size, hidden_size = unembedding_size(model)
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        boundaries = file.boundaries or files.default_boundaries(layers)
+        if len(boundaries) != file.num_states:
+            raise ValueError(f"this drafter fuses {file.num_states} states of the base, and its config names none.")
+        heads = cls(file, hidden_size, file.config.vocab_size, boundaries)
+        heads.check_matches(model)
+        return heads.to(device_of(model), dtype or model.dtype).attach(model)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
+        """`model.safetensors` and `config.json`, as its authors and vLLM read them."""
+        config = self.file.config
+        written = {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.boundaries), "use_aux_hidden_state": True},
+            "eagle_aux_hidden_state_layer_ids": list(self.boundaries),
+            "draft_vocab_size": self.file.draft_vocab_size,
+            "norm_before_residual": self.file.norm_before_residual,
+            "norm_output": self.file.norm_output,
+            "norm_before_fc": self.file.input_norm is not None,
+            "fc_norm": bool(self.file.state_norms),
+            "tie_word_embeddings": False,
+        }
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        names += ("head_dim", "vocab_size", "rms_norm_eps", "hidden_act", "max_position_embeddings", "rope_parameters")
+        written |= {name: getattr(config, name) for name in names}
+        if getattr(config, "target_hidden_size", None) is not None:
+            written["target_hidden_size"] = config.target_hidden_size
+        state = {name: tensor.detach().contiguous() for name, tensor in files.state_dict(self.file).items()}
+        checkpoints.write(Path(folder), state, written, dtype, "model.safetensors")
+
+    def check_matches(self, model: PreTrainedModel) -> None:
+        """ValueError if the drafter cannot sit on `model`."""
+        super().check_matches(model)
+        wide = self.file.hidden_size if self.file.fc is None else self.file.fc.shape[1] // self.file.num_states
+        if wide != self.hidden_size:
+            raise ValueError(
+                f"this is a drafter of another model: it reads states of {wide} numbers, and the model's have "
+                f"{self.hidden_size}."
+            )
+        for name, tensor in (("an embedding", self.file.embedding), ("an unembedding", self.file.unembedding)):
+            if tensor is None and self.file.hidden_size != self.hidden_size:
+                raise ValueError(
+                    f"this drafter is {self.file.hidden_size} wide and has not {name} of its own; the model's is "
+                    f"{self.hidden_size} wide."
+                )
+        for boundary in self.boundaries:
+            if boundary < 1:
+                raise ValueError("this drafter reads the base's embeddings as a state, which is not supported.")
+        aux_layer_modules(model, tuple(boundary - 1 for boundary in self.boundaries))
+
+    # ---- `DraftLayers`
+
+    def fuse(self, states: Tensor) -> Tensor:
+        return self.network.fuse(states)
+
+    def extend(self, input_ids: Tensor, features: Tensor, positions: Tensor, attend: Attend, keep: Keep) -> None:
+        self.network.extend(self.embed(input_ids), features, positions, attend, keep)
+
+    # ---- drafting
+
+    def states(self, hidden_states: Tensor, drafted: Tensor | None = None) -> Tensor:
+        raise NotImplementedError(
+            "an EAGLE-3 drafter attends to all that was written, so it has no guess from one hidden state alone."
+        )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """long [...] -> [..., width], by its own embedding or the base's."""
+        if self.network.embedding is not None:
+            return F.embedding(token_ids, self.network.embedding)
+        return self.base.get_input_embeddings()(token_ids)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        if self.network.unembedding is not None:
+            return base_logit_scale(F.linear(x, self.network.unembedding), self.base)
+        return super().unembed(x)
+
+    def drafter(self, packing: str | None = None, kernels: bool = False) -> AttendingDrafter:  # type: ignore[override]
+        return Eagle3Drafter(self)
+
+
+class Eagle3Drafter:
+    """Drafts level by level in torch; a level's rows see their path and the nodes above them."""
+
+    def __init__(self, heads: Eagle3Heads) -> None:
+        self.heads = heads
+        self.key: Hashable = (type(self), tuple(weight.data_ptr() for weight in heads.parameters()))
+
+    @torch.inference_mode()
+    def propose_behind(
+        self, written: Any, root_ids: Tensor, tree: Any, min_probability: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """As `AttendingDrafter`; the whole tree is looked at."""
+        threads, device = len(root_ids), root_ids.device
+        heads, network = self.heads, self.heads.network
+        token_ids = root_ids.new_zeros(threads, len(tree))
+        log_probs = torch.zeros(threads, len(tree), dtype=torch.float32, device=device)
+        paths = _Paths(written, heads.num_layers, device)
+        ids, features = root_ids[:, None], written.pool.features_at(paths.last)[:, None]  # [T, rows of the level]
+        above = torch.zeros(1, 0, dtype=torch.bool, device=device)  # [rows, earlier drafted rows], which each sees
+        for depth, level in enumerate(tree.levels):
+            rows = ids.shape[1]
+            seen = torch.cat([above, torch.eye(rows, dtype=torch.bool, device=device)], dim=1)
+            positions = (paths.lengths[:, None] + depth).expand(threads, rows)
+            drafted = network(
+                heads.embed(ids).flatten(0, 1), features.flatten(0, 1), positions.flatten(), paths.attend(seen)
+            )
+            drafted = Drafted(*(part.unflatten(0, (threads, rows)) for part in drafted))
+            best, chances = heads.top(heads.unembed(drafted.states), level.top_k)
+            parents, ranks, inner = (torch.from_numpy(x).to(device) for x in (level.parents, level.ranks, level.inner))
+            nodes = torch.from_numpy(level.nodes).to(device)
+            token_ids[:, nodes], log_probs[:, nodes] = best[:, parents, ranks], chances[:, parents, ranks]
+            ids, features = best[:, parents, ranks][:, inner], drafted.features[:, parents[inner]]
+            above = seen[parents[inner]]
+        return token_ids, log_probs
+
+
+class _Paths:
+    """Keys and values of T threads' paths and of what is drafted behind them."""
+
+    def __init__(self, written: Any, layers: int, device: torch.device) -> None:
+        lengths = [len(path) for path in written.paths]
+        longest = max(lengths)
+        slots = torch.full((len(lengths), longest), -1, dtype=torch.long)
+        for row, path in zip(slots, written.paths, strict=True):
+            row[: len(path)] = torch.from_numpy(path)
+        self.last = slots[torch.arange(len(lengths)), torch.tensor(lengths) - 1].to(device)
+        self.lengths = torch.tensor(lengths, device=device)
+        slots[:, 0] = -1  # nobody attends to a path's first token
+        self._visible = (slots >= 0).to(device)[:, None, None]  # [T, 1, 1, longest]
+        self._slots = slots.clamp_(min=0).to(device)
+        first = max(written.pool.keys) - layers + 1
+        keys, values = written.pool.keys, written.pool.values
+        self._stores = [(keys[layer], values[layer]) for layer in range(first, first + layers)]
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, seen: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+        """seen: bool [rows, drafted rows], which of these each row of a level sees."""
+        threads, rows = len(self._slots), len(seen)
+        visible = torch.cat(
+            [
+                self._visible.expand(threads, 1, rows, -1),
+                seen.expand(threads, 1, rows, seen.shape[1]),
+            ],
+            dim=-1,
+        )
+
+        def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.unflatten(0, (threads, rows)) for x in (q, k, v))  # [T, rows, heads, D]
+            if index not in self._kept:
+                self._kept[index] = tuple(store[self._slots] for store in self._stores[index])  # type: ignore[assignment]
+            keys, values = self._kept[index] = tuple(
+                torch.cat([old, new], dim=1) for old, new in zip(self._kept[index], (k, v), strict=True)
+            )  # type: ignore[assignment]
+            out = F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, keys, values)), attn_mask=visible, enable_gqa=True
+            )
+            return out.transpose(1, 2).flatten(0, 1)
+
+        return attention
+
+
+def holds(folder: Path) -> bool:
+    """Whether a folder's weights are an EAGLE-3 drafter's, by their names."""
+    try:
+        found = files.files_of(folder)
+    except FileNotFoundError:
+        return False
+    names = {name for file in found for name in _names(file)}
+    return any(".fc." in f".{name}" or "midlayer." in name for name in names) and any("hidden_norm" in n for n in names)
+
+
+def _names(file: Path) -> list[str]:
+    if file.suffix == ".safetensors":
+        with reading(file), safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    return list(_pickled(file))
+
+
+def _pickled(file: Path) -> Mapping[str, Any]:
+    with reading(file, "is no plain file of tensors"):
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{file} is no plain file of tensors")
+    return state
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A drafter's tensors and config."""
+    state: dict[str, Tensor] = {}
+    for file in files.files_of(folder):
+        if file.suffix == ".safetensors":
+            with reading(file), safe_open(file, framework="pt") as tensors:
+                state |= {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        else:
+            state |= dict(_pickled(file))
+    config = json_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    return state, config

@@ -1,0 +1,40 @@
+"""A drafter's layers behind the base's: every row of a forest goes through them, over the same paths."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor
+
+from medusa_apar.drafting.drafter import DraftLayers
+from medusa_apar.forest.forest import Forest
+from medusa_apar.kv.pool import KVPool
+
+from .attention import sdpa_forest_attention
+
+
+def extend(layers: DraftLayers, states: Tensor, forest: Forest, pool: KVPool, first: int) -> None:
+    """Keeps features, keys and values of a forest's rows.
+
+    Args:
+        states: [N, boundaries * H], the base's.
+        first: number of the drafter's first layer in the pool.
+    """
+    pool.keep_features(layers.fuse(states))
+    features = pool.features_at(forest.parent_slots)
+    mask = forest.mask(_not_the_first)
+
+    def keep(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return pool.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], first + index)
+
+    def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = keep(index, k, v)
+        out, _ = sdpa_forest_attention(cast(Any, None), q.transpose(0, 1)[None], keys, values, mask)
+        return out[0]
+
+    layers.extend(forest.input_ids[0], features, forest.position_ids[0], attend, keep)
+
+
+def _not_the_first(batch: int, head: int, row: Tensor, column: Tensor) -> Tensor:
+    """A path's first token has no token before it, and so no feature: nobody attends to it but itself."""
+    return (column > 0) | (row == 0)

@@ -1,0 +1,222 @@
+"""Threads that draft with EAGLE-3 write the model's own tokens, and what is drafted saw the whole path."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+import medusa_apar
+from medusa_apar.drafting.speculator import Speculator
+from medusa_apar.heads import Eagle3Heads, load_heads
+from medusa_apar.runtimes.capture import Captured
+from tests.support.eagle3_files import LAYOUTS, checkpoint
+from tests.support.engine_runs import request
+from tests.support.models import CONTROL, VOCAB, forking_model, tiny_model
+from tests.support.oracles import assert_threads_are_plain
+from tests.support.prompts import prompts
+
+
+def drafter_of(model, name="its authors'", seed=0):
+    layout = LAYOUTS[name]
+    boundaries = tuple(2 - place % 2 for place in range(layout.states))  # the tiny models have two layers
+    layout = replace(layout, ids=boundaries, where_ids="top", target=layout.target and model.config.hidden_size)
+    return Eagle3Heads.from_state(*checkpoint(layout, seed, model.config.hidden_size, VOCAB), model)
+
+
+@torch.no_grad()
+def cold(heads, path, tree):
+    """What the drafter proposes behind a path of tokens, the root included, from nothing but these tokens."""
+    ids = torch.tensor(path)
+    with torch.no_grad(), Captured(heads.base, (), heads.boundaries) as captured:
+        heads.base(input_ids=ids[None])
+    features = heads.fuse(captured.boundary_states())
+    ids_of, features_of, parents = (
+        list(path),
+        [torch.zeros_like(features[0]), *features[:-1]],
+        [*range(-1, len(path) - 1)],
+    )
+    found, chances = [], []
+
+    def run():
+        positions = []
+        for parent in parents:
+            positions.append(positions[parent] + 1 if parent >= 0 else 0)
+        visible = torch.eye(len(parents), dtype=torch.bool)
+        for row, parent in enumerate(parents):
+            if parent >= 0:
+                visible[row] |= visible[parent]
+        visible[1:, 0] = False
+
+        def attend(index, q, k, v):
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(0, 1)
+
+        embedded = heads.embed(torch.tensor(ids_of))
+        drafted = heads.network(embedded, torch.stack(features_of), torch.tensor(positions), attend)
+        return heads.top(heads.unembed(drafted.states), tree.top_k), drafted.features
+
+    rows = {-1: len(path) - 1}
+    for node, choice in enumerate(tree.choices):
+        (best, log_probs), behind = run()
+        row = rows[int(tree.parents[node])]
+        found.append(int(best[row, choice[-1]]))
+        chances.append(float(log_probs[row, choice[-1]]))
+        rows[node] = len(ids_of)
+        ids_of.append(found[-1])
+        features_of.append(behind[row])
+        parents.append(row)
+    return found, chances
+
+
+@contextmanager
+def watched():
+    """Of every draft: the path, root included, what was drafted with which chances, and the tree."""
+    seen, draft = [], Speculator._draft
+
+    def watching(self, advances, *args):
+        drafting = draft(self, advances, *args)
+        for advance in advances if drafting is not None else ():
+            if advance.drafted is not None:
+                ids, log_probs = advance.drafted
+                lineage = [*advance.thread.ancestors(), (advance.thread, None)]
+                path = [token for thread, stop in lineage for token in thread.tokens[:stop]]
+                seen.append((path, ids.tolist(), log_probs.tolist(), drafting.tree))
+        return drafting
+
+    with patch.object(Speculator, "_draft", watching):
+        yield seen
+
+
+def finish(engine, its):
+    engine.add(its)
+    while engine.unfinished:
+        engine.step()
+    return its
+
+
+def assert_as_cold(heads, seen, some=40):
+    assert seen
+    for path, ids, log_probs, tree in seen[:: max(len(seen) // some, 1)]:
+        expected, chances = cold(heads, path, tree)
+        assert ids == expected
+        torch.testing.assert_close(torch.tensor(log_probs), torch.tensor(chances), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_drafts_and_never_shows(name):
+    model = forking_model(5)
+    plain = medusa_apar.attach(model, None, CONTROL, speculation="off", runtime="torch")
+    heads = drafter_of(model, name)
+    apar = medusa_apar.attach(model, heads, CONTROL, runtime="torch", budget=40)
+    arguments = prompts(2, 6, seed=2, ragged=True) | {"do_sample": False, "max_new_tokens": 40}
+    expected = plain.generate(**arguments, return_dict_in_generate=True)
+    out = apar.generate(**arguments, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert out.stats.drafted["heads"] > 0 and out.stats.final_slots == 0
+    assert_threads_are_plain(model, out.paragraph_tree)
+
+
+FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "gpt_oss", "gpt2"]
+SITUATIONS = {
+    "plainly": {},
+    "one thread at a time": {"max_threads": 1},
+    "with few slots": {"pool_slots": 9 + 2 * 40 + 2 * 3},
+    "with one tree for all": {"speculation": "even"},
+    "with prompts fed in pieces": {"prefill": 4},
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("name", ["its authors'", "two layers", "speculators'"])
+def test_drafts_are_those_of_a_cold_start(name, situation):
+    """Behind forks, accepted tokens, chunks of prompts and preemption, a draft saw what plain passes would show it."""
+    model = forking_model(5)
+    heads = drafter_of(model, name)
+    options = dict(SITUATIONS[situation])
+    prefill = options.pop("prefill", None)
+    apar = medusa_apar.attach(model, heads, CONTROL, **{"runtime": "torch", "budget": 40} | options)
+    if prefill is not None:
+        apar.options = replace(apar.options, max_prefill_rows=prefill)
+    with watched() as seen:
+        apar.generate(**prompts(2, 9, seed=2, ragged=True), do_sample=False, max_new_tokens=40)
+    assert_as_cold(heads, seen)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "gpt_oss", "gpt2"]
+)
+def test_drafts_of_every_family_are_those_of_a_cold_start(family):
+    model = tiny_model(family, fork=9.0)
+    heads = drafter_of(model, "with an embedding of its own")
+    apar = medusa_apar.attach(model, heads, CONTROL, runtime="torch", budget=30)
+    with watched() as seen:
+        apar.generate(**prompts(1, 7, seed=3), do_sample=False, max_new_tokens=30)
+    assert_as_cold(heads, seen, 10)
+
+
+def test_a_prefix_hit_drafts_as_a_cold_start():
+    model = forking_model(5)
+    heads = drafter_of(model)
+    apar = medusa_apar.attach(model, heads, CONTROL, runtime="torch", budget=40)
+    text = [7 + place % 50 for place in range(70)]
+    with apar.engine(prefix_cache=True) as engine:
+        finish(engine, request("first", text, limit=6))
+        with watched() as seen:
+            second = finish(engine, request("second", [*text[:66], 9, 11, 13], limit=12))
+    assert second.stats.cached_tokens > 0
+    assert_as_cold(heads, seen)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_folder_of_either_kind_is_loaded_by_its_tensors(tmp_path, pickled):
+    model = forking_model(5)
+    state, config = checkpoint(replace(LAYOUTS["its authors'"], states=2, ids=(2, 1), where_ids="top"), 0, 32, VOCAB)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    if pickled:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(state, tmp_path / "model.safetensors")
+    apar = medusa_apar.attach(model, tmp_path, CONTROL, budget=30)
+    assert isinstance(apar.heads, Eagle3Heads) and apar.heads.boundaries == (2, 1)
+    assert apar.runtime.facts.backend == "sdpa" and "5 Eagle3 heads" in repr(apar)
+    again = load_heads(tmp_path, model)
+    again.save_pretrained(tmp_path / "again", torch.float32)
+    assert torch.equal(load_heads(tmp_path / "again", model).network.fc, apar.heads.network.fc)
+
+
+def test_a_model_is_saved_with_its_drafter(tmp_path):
+    model = forking_model(5)
+    apar = medusa_apar.attach(model, drafter_of(model, "two layers"), CONTROL, budget=30)
+    apar.save_pretrained(tmp_path / "all")
+    again = load_heads(tmp_path / "all" / "medusa", model)
+    for mine, its in zip(apar.heads.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    assert again.boundaries == apar.heads.boundaries
+
+
+@pytest.mark.parametrize("asked", [{"runtime": "cpu"}, {"quantize": "int8"}])
+def test_the_cpu_runtime_refuses_it(asked):
+    model = forking_model(5, "wide_llama")
+    with pytest.raises(ValueError, match="cannot keep what an EAGLE-3 drafter attends to yet"):
+        medusa_apar.attach(model, drafter_of(model), CONTROL, **asked)
+
+
+def test_drafters_of_other_models_are_refused():
+    model = forking_model(5)
+    layout = replace(LAYOUTS["its authors'"], states=2, ids=(2, 1), where_ids="top")
+    for sizes, changes, words in (
+        ((40, VOCAB), {}, "reads states of 40 numbers"),
+        ((32, 99), {}, "vocabulary is 99"),
+        ((32, VOCAB), {"ids": (2, 9)}, "layers 0 to 1"),
+        ((32, VOCAB), {"ids": (2, 0)}, "embeddings as a state"),
+        ((40, VOCAB), {"target": 32}, "40 wide and has not an embedding"),
+        ((32, VOCAB), {"states": 3, "where_ids": None}, "layer"),
+        ((32, VOCAB), {"states": 5, "where_ids": None}, "fuses 5 states"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Eagle3Heads.from_state(*checkpoint(replace(layout, **changes), 0, *sizes), model)
