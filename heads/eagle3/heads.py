@@ -76,8 +76,11 @@ class Eagle3Heads(DraftHeads):
         vocab_size, hidden_size = unembedding_size(model)
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         boundaries = file.boundaries or files.default_boundaries(layers)
-        if len(boundaries) != file.num_states:
-            raise ValueError(f"this drafter fuses {file.num_states} states of the base, and its config names none.")
+        if len(boundaries) != file.num_states or min(boundaries) < 0:
+            raise ValueError(
+                f"this drafter fuses {file.num_states} states of the base, its config does not say which, and a base of "
+                f"{layers} layers has no usual ones."
+            )
         heads = cls(file, hidden_size, file.config.vocab_size, boundaries)
         heads.check_matches(model)
         return heads.to(device_of(model), dtype or model.dtype).attach(model)
