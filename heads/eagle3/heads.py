@@ -78,8 +78,8 @@ class Eagle3Heads(DraftHeads):
         boundaries = file.boundaries or files.default_boundaries(layers)
         if len(boundaries) != file.num_states or min(boundaries) < 0:
             raise ValueError(
-                f"this drafter fuses {file.num_states} states of the base, its config does not say which, and a base of "
-                f"{layers} layers has no usual ones."
+                f"this drafter fuses {file.num_states} states of the base, its config does not say which, and a base "
+                f"of {layers} layers has none that are usual."
             )
         heads = cls(file, hidden_size, file.config.vocab_size, boundaries)
         heads.check_matches(model)

@@ -215,7 +215,7 @@ def test_drafters_of_other_models_are_refused():
         ((32, VOCAB), {"ids": (2, 9)}, "layers 0 to 1"),
         ((32, VOCAB), {"ids": (2, 0)}, "embeddings as a state"),
         ((40, VOCAB), {"target": 32}, "40 wide and has not an embedding"),
-        ((32, VOCAB), {"states": 3, "where_ids": None}, "a base of 2 layers has no usual ones"),
+        ((32, VOCAB), {"states": 3, "where_ids": None}, "a base of 2 layers has none that are usual"),
         ((32, VOCAB), {"states": 5, "where_ids": None}, "fuses 5 states"),
     ):
         with pytest.raises(ValueError, match=words):

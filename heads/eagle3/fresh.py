@@ -1,0 +1,73 @@
+"""A drafter to begin training with: the base's own last layer, which reads the base's last state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from medusa_apar.models.families import unembedding_size
+from medusa_apar.runtimes.capture import aux_layer_modules
+
+from .files import SHAPES, Eagle3File
+
+_EMBEDDED = 0.02  # of the weights that read embeddings, which no layer of the base does
+
+
+def fresh(model: PreTrainedModel, boundaries: tuple[int, ...], token_map: Tensor | None, seed: int = 0) -> Eagle3File:
+    """A drafter of the model's width, float32, with the base's embedding and unembedding.
+
+    NotImplementedError for a base whose layers are not Llama's: their weights would fit nowhere.
+    """
+    config = model.config.get_text_config(decoder=True)
+    last = aux_layer_modules(model, (config.num_hidden_layers - 1,))[0]
+    own = {name: tensor.detach().float().clone() for name, tensor in last.state_dict().items()}
+    if unknown := [name for name in own if name not in SHAPES]:
+        raise NotImplementedError(
+            f"a drafter cannot begin as a layer of {type(model).__name__}, which has {unknown[0]}: only layers like "
+            "Llama's can."
+        )
+    vocab_size, hidden = unembedding_size(model)
+    generator = torch.Generator().manual_seed(seed)
+    for name in ("q", "k", "v"):
+        weight = own[f"self_attn.{name}_proj.weight"]
+        embedded = torch.randn(weight.shape, generator=generator) * _EMBEDDED
+        own[f"self_attn.{name}_proj.weight"] = torch.cat([embedded, weight], dim=1)
+    own["hidden_norm.weight"] = own["input_layernorm.weight"]
+    own["input_layernorm.weight"] = torch.ones(hidden)
+    fc = torch.zeros(hidden, len(boundaries) * hidden)
+    fc[:, (len(boundaries) - 1) * hidden :] = torch.eye(hidden)
+    return Eagle3File(
+        layers=[own],
+        norm=_final_norm(model),
+        config=_config(config, vocab_size, hidden),
+        fc=fc,
+        token_map=token_map,
+        boundaries=boundaries,
+    )
+
+
+def _final_norm(model: PreTrainedModel) -> Tensor:
+    norm: Any = getattr(model.base_model, "norm", None)
+    if norm is None:
+        raise NotImplementedError(f"a drafter cannot begin as a layer of {type(model).__name__}: it has no final norm.")
+    return norm.weight.detach().float().clone()
+
+
+def _config(config: Any, vocab_size: int, hidden: int) -> LlamaConfig:
+    heads = config.num_attention_heads
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        vocab_size=vocab_size,
+        rms_norm_eps=config.rms_norm_eps,
+        hidden_act=config.hidden_act,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=dict(config.rope_parameters),
+    )
