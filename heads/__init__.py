@@ -14,6 +14,7 @@ ask.py               the tuned model answers prompts with our own engine, thread
 own_answers.py       `medusa-apar answer`: such answers as a corpus
 answers.py           answers with their hidden states, computed once: what heads are trained on
 train.py             `medusa-apar train-heads`: heads that match the base's distribution
+held_out.py          which records heads are judged by
 losses.py            what heads are trained on and judged by
 calibrate.py         `medusa-apar calibrate`: how often guesses are right, and the draft tree that follows
 calibration_plot.py  the same, drawn

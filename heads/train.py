@@ -7,8 +7,6 @@ is frozen and its states are computed once (`answers.py`).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import time
@@ -29,12 +27,12 @@ from medusa_apar.models.fingerprint import fingerprint
 from . import DraftHeads, HydraHeads, MedusaHeads, load_heads
 from .answers import AnswerFile, Answers, Encoder, Store, data_fingerprint, greedy
 from .ask import check_same
+from .held_out import HELD_OUT, by_place, by_prompt
 from .losses import WINDOW, evaluate, ridge_start, window_losses
 
 HEAD_DECAY = 0.8  # head h counts 0.8^h (Medusa, section 3.2)
 WARMUP = 0.03  # of the run, and at least so many steps:
 WARMUP_STEPS = 20  # Adam's first steps are all at full length, and would undo a ridge start
-HELD_OUT = 20  # of so many prompts about one is held out
 # Residual blocks that start at zero learn slowly: 13 % top-1 of head 1 after 60 steps at 1e-3, 17 % at 5e-3.
 # A ridge start needs care: after 20 steps 1e-3 is behind 3e-4 (19.7 against 21.1 % top-1 of head 3).
 LEARNING_RATES = {"medusa": 5e-3, "hydra": 5e-4, "fused": 5e-4}
@@ -283,53 +281,16 @@ def _encode(
         if all(path.exists() for shards in paths for path in shards):
             return paths[0], paths[1]
         raise ValueError(f"{encoder.folder} lacks hidden states that the run in {out} trains on: start anew elsewhere")
-    kept, held_out = _by_prompt(file, settings)
-    if not encoder.holds(held_out) and encoder.holds(_by_place(file, settings)[1]):
-        kept, held_out = _by_place(file, settings)  # hours of an earlier version's states are not thrown away
+    kept, held_out = by_prompt(file, settings.eval_positions)
+    if not encoder.holds(held_out) and encoder.holds(by_place(file, settings.eval_positions)[1]):
+        # Hours of an earlier version's states are not thrown away.
+        kept, held_out = by_place(file, settings.eval_positions)
         job.say(f"{encoder.folder} holds an earlier version's states: held out is every {HELD_OUT}th record")
     half = 30 * settings.max_minutes
     with job.bar("encoding answers", len(kept) + len(held_out)) as bar:
         held_out_shards = encoder.run(held_out, done=bar.advance)
         shards = encoder.run(kept, lambda: time.monotonic() - started < half, bar.advance)
     return shards, held_out_shards
-
-
-def _by_prompt(file: AnswerFile, settings: Settings) -> tuple[list[int], list[int]]:
-    """Records to train on and held-out ones, no prompt among both and no record twice.
-
-    A hash of the prompt decides, so that a prompt is on the same side in every run, whatever its answers come from.
-    """
-    unique: dict[str, int] = {}
-    for index, record in enumerate(file.records):
-        unique.setdefault(json.dumps([record["prompt_ids"], record["threads"]], sort_keys=True), index)
-    hashes = {index: _prompt_hash(file.records[index]) for index in unique.values()}
-    # The model's own answers are what counts, where there are enough.
-    own = len(file.records) if file.own is None or file.own < 10 * HELD_OUT else file.own
-    held = {found for found in hashes.values() if found % HELD_OUT == 0}
-    held_out = [index for index in hashes if index < own and hashes[index] in held]
-    if not held_out:  # few records: one of them
-        held |= {min(found for index, found in hashes.items() if index < own)}
-        held_out = [index for index in hashes if index < own and hashes[index] in held]
-    kept = [index for index in hashes if hashes[index] not in held] or held_out  # a lone record serves both ends
-    return kept, _first_tokens(file, held_out, settings.eval_positions)
-
-
-def _by_place(file: AnswerFile, settings: Settings) -> tuple[list[int], list[int]]:
-    """The same as it was done before: every 20th record is held out."""
-    own = len(file.records) if file.own is None or file.own < 10 * HELD_OUT else file.own
-    held_out = list(range(0, own, HELD_OUT))
-    kept = sorted(set(range(len(file.records))) - set(held_out)) or held_out
-    return kept, _first_tokens(file, held_out, settings.eval_positions)
-
-
-def _prompt_hash(record: dict) -> int:
-    return int.from_bytes(hashlib.sha256(json.dumps(record["prompt_ids"]).encode()).digest()[:8], "big")
-
-
-def _first_tokens(file: AnswerFile, records: list[int], tokens: int) -> list[int]:
-    """As many of these records as hold so many tokens of threads, spread over them all."""
-    total = sum(len(thread["token_ids"]) for record in records for thread in file.records[record]["threads"])
-    return records[:: max(1, total // max(1, tokens))]
 
 
 def _token_map(model: PreTrainedModel, file: AnswerFile, settings: Settings, eos_ids: list[int]) -> Tensor | None:

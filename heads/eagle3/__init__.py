@@ -4,5 +4,6 @@ files.py   checkpoints as they are found in the wild, read into one normal form 
 heads.py   the drafter as draft heads of a model: loading, saving, drafting
 fresh.py   a drafter to begin training with: the base's own last layer
 layer.py   the drafter's network; whoever runs it brings the attention over the keys and values that it keeps
+train.py   `medusa-apar train-heads --kind eagle3`
 losses.py  what a drafter is trained on: it drafts several tokens from every place of an answer at once
 """

@@ -83,6 +83,7 @@ class Eagle3Heads(DraftHeads):
             )
         heads = cls(file, hidden_size, file.config.vocab_size, boundaries)
         heads.check_matches(model)
+        heads.acceptance = config.get("acceptance") or heads.acceptance
         return heads.to(device_of(model), dtype or model.dtype).attach(model)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
@@ -99,6 +100,7 @@ class Eagle3Heads(DraftHeads):
             "norm_before_fc": self.file.input_norm is not None,
             "fc_norm": bool(self.file.state_norms),
             "tie_word_embeddings": False,
+            "acceptance": self.acceptance,
         }
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         names += ("head_dim", "vocab_size", "rms_norm_eps", "hidden_act", "max_position_embeddings", "rope_parameters")

@@ -21,17 +21,19 @@ from medusa_apar.runtimes.capture import Captured
 
 from .heads import Eagle3Heads
 
+RANKS = 10  # drafts of each round that are counted where a drafter is judged
+
 
 class RoundLosses(NamedTuple):
-    """Of each round: summed cross-entropy, how many places there were, at how many the base's choice was drafted."""
+    """Of each round: summed cross-entropy, places, and at how many of these each rank was the base's choice."""
 
     losses: Tensor  # [rounds]
     counts: Tensor  # [rounds]
-    right: Tensor  # [rounds]
+    hits: Tensor  # [rounds, ranks]
 
 
 def round_losses(
-    heads: Eagle3Heads, row: PackedRow, states: Tensor, hidden: Tensor, counted: Tensor, rounds: int
+    heads: Eagle3Heads, row: PackedRow, states: Tensor, hidden: Tensor, counted: Tensor, rounds: int, ranks: int = 1
 ) -> RoundLosses:
     """Losses of a packed row of N tokens, threads among them.
 
@@ -56,8 +58,8 @@ def round_losses(
         places = (valid & counted).nonzero()[:, 0]
         logits = heads.unembed(drafted.states[places]).float()
         losses = F.cross_entropy(logits, targets[places], reduction="sum")
-        right = (logits.detach().argmax(-1) == best[places]).sum()
-        sums.append((losses, logits.new_tensor(len(places)), right))
+        hits = (logits.detach().topk(ranks, dim=-1).indices == best[places, None]).sum(0)
+        sums.append((losses, logits.new_tensor(len(places)), hits))
     return RoundLosses(*(torch.stack(each) for each in zip(*sums, strict=True)))
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from medusa_apar.heads.answers import AnswerFile
     from medusa_apar.job import Job
 
-HELP = "train Medusa or Hydra heads on a model's own answers"
+HELP = "train Medusa or Hydra heads or an EAGLE-3 drafter on a model's own answers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     heads = parser.add_argument_group("heads")
     add = heads.add_argument
-    add("--kind", choices=("medusa", "hydra"), default="medusa",
-        help="independent heads, or each seeing the tokens drafted before it (default: %(default)s)")  # fmt: skip
+    add("--kind", choices=("medusa", "hydra", "eagle3"), default="medusa",
+        help="independent heads, heads that see the tokens drafted before them, or a decoder layer that attends to all"
+        " that was written (default: %(default)s)")  # fmt: skip
     add(
         "--num-heads",
         type=number(int, 1, MAX_HEADS),
@@ -82,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ids that heads can propose, the answers' most frequent; 0: all (default: %(default)s)")  # fmt: skip
     add("--aux-layers", type=number(int, 0), nargs="*", default=[], metavar="LAYER",
         help="base layers (from 0) whose outputs the heads read beside the last one's")  # fmt: skip
+    add("--boundaries", type=number(int, 1), nargs="*", default=[], metavar="B",
+        help="of the base, whose states an EAGLE-3 drafter fuses: B is what the first B layers put out (default: 2, the"
+        " middle and all layers)")  # fmt: skip
     add("--init", metavar="HEADS", help="go on from these heads, whose kind and sizes then hold")
 
     training = parser.add_argument_group("training")
@@ -127,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.finetune.corpus import Drops
     from medusa_apar.heads.answers import AnswerFile
     from medusa_apar.heads.ask import read_prompts
-    from medusa_apar.heads.train import Settings, check_out, train
+    from medusa_apar.heads.eagle3 import train as eagle3
+    from medusa_apar.heads.train import check_out, train
     from medusa_apar.job import Job, fast_dtype, quiet, slow
     from medusa_apar.loading import load
     from medusa_apar.models.families import unembedding_size
@@ -142,24 +147,7 @@ def run(args: argparse.Namespace) -> int:
         prompts = read_prompts(args.prompts, drops) if args.prompts else []
         examples = _examples(args, drops)
     device = _device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
-    settings = Settings(
-        kind=args.kind,
-        num_heads=args.num_heads,
-        num_layers=args.num_layers,
-        draft_vocab=args.draft_vocab,
-        aux_layers=tuple(args.aux_layers),
-        init=args.init,
-        start=args.start,
-        max_minutes=args.max_minutes,
-        epochs=args.epochs,
-        lr=args.lr,
-        hard=args.hard,
-        temperature=args.temperature,
-        batch=args.batch,
-        eval_every=args.eval_every,
-        threads=threads,
-        seed=args.seed,
-    )
+    settings = _settings(args, threads)
     dtype = fast_dtype(device.type) if args.dtype == "auto" else args.dtype
     # Without guesses: what a thread writes beyond an answer's end is kept, and they would change how much.
     options = {"speculation": "off", "dtype": dtype, "trust_remote_code": args.trust_remote_code}
@@ -169,9 +157,33 @@ def run(args: argparse.Namespace) -> int:
     with Job(args.out, "train-heads", vars(args)) as job:
         file = _records(apar, args, prompts, given.records, examples, drops, job)
         torch.set_num_threads(1 if threads > 1 else threads)  # workers are single-threaded and side by side
-        train(apar.model, file, args.out, settings, job)
+        if isinstance(settings, eagle3.Settings):
+            eagle3.train(apar.model, file, args.out, settings, job)
+        else:
+            train(apar.model, file, args.out, settings, job)
         job.say(f"heads are in {args.out}")
     return 0
+
+
+def _settings(args: argparse.Namespace, threads: int) -> Any:
+    """Those of the kind's own trainer."""
+    from medusa_apar.heads.eagle3 import train as eagle3
+    from medusa_apar.heads.train import Settings
+
+    shared = {name: getattr(args, name) for name in ("draft_vocab", "init", "max_minutes", "epochs", "lr", "seed")}
+    shared |= {"batch": args.batch, "eval_every": args.eval_every, "threads": threads}
+    if args.kind == "eagle3":
+        return eagle3.Settings(boundaries=tuple(args.boundaries), **shared)
+    return Settings(
+        kind=args.kind,
+        num_heads=args.num_heads,
+        num_layers=args.num_layers,
+        aux_layers=tuple(args.aux_layers),
+        start=args.start,
+        hard=args.hard,
+        temperature=args.temperature,
+        **shared,
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ import torch
 from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
 from medusa_apar.heads import train as trainer
 from medusa_apar.heads.answers import AnswerFile, Encoder
+from medusa_apar.heads.held_out import by_prompt
 from medusa_apar.heads.train import Settings, train
 from medusa_apar.job import Job
 from tests.support.answers import CHILD, EOS, FORK, RECORD, a_model_that_counts, counting_answers
@@ -106,7 +107,7 @@ def test_training_goes_on_from_given_heads(counting_model, data, tmp_path):
 
 def held_out_and_kept(records, own=None):
     file = AnswerFile(records, own=own)
-    kept, held_out = trainer._by_prompt(file, Settings())
+    kept, held_out = by_prompt(file, Settings().eval_positions)
     prompts = [[tuple(records[index]["prompt_ids"]) for index in part] for part in (kept, held_out)]
     assert not set(prompts[0]) & set(prompts[1])
     return kept, held_out
@@ -128,7 +129,7 @@ def test_no_prompt_is_trained_on_and_held_out():
     for count in range(2, 12):
         few, one = held_out_and_kept(own[:count])
         assert few and one
-    assert trainer._by_prompt(AnswerFile(own[:1]), Settings()) == ([0], [0])
+    assert by_prompt(AnswerFile(own[:1]), Settings().eval_positions) == ([0], [0])
 
 
 def test_states_of_an_earlier_version_are_not_computed_again(counting_model, data, tmp_path, monkeypatch):

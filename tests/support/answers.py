@@ -36,13 +36,16 @@ RECORD = {
 }
 
 
-def a_model_that_counts():
-    """A model without layers that prefers token t+1 after token t: its heads can learn to count further."""
+def a_model_that_counts(layers=0):
+    """A model that prefers token t+1 after token t: its heads can learn to count further. Layers add nothing."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=0, num_attention_heads=1, eos_token_id=EOS
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=layers, num_attention_heads=1, eos_token_id=EOS
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
     torch.nn.init.normal_(model.model.embed_tokens.weight)
     model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, 0) * 0.3)
     return model

@@ -74,7 +74,9 @@ def test_rounds_lose_their_first_places_and_count_only_what_is_asked():
     assert found.counts.tolist() == [int((row.position_ids > number).sum()) for number in range(3)]
     some = round_losses(heads, row, *states, row.in_trunk, 3)
     assert (some.counts < found.counts).all() and (some.losses < found.losses).all()
-    assert (found.right <= found.counts).all()
+    assert (found.hits.sum(1) <= found.counts).all()
+    ranked = round_losses(heads, row, *states, row.in_trunk, 3, 50)
+    assert ranked.hits.sum(1).tolist() == ranked.counts.tolist()  # somewhere among all
 
 
 def test_states_of_a_packed_row_are_those_of_its_paths():

@@ -1,0 +1,83 @@
+"""Training a drafter helps, and a run that is cut goes on to the same result."""
+
+import json
+
+import pytest
+import torch
+
+import medusa_apar
+from medusa_apar.heads import Eagle3Heads, load_heads
+from medusa_apar.heads.answers import AnswerFile
+from medusa_apar.heads.eagle3.train import Settings, train
+from medusa_apar.job import Job
+from tests.support.answers import CHILD, FORK, a_model_that_counts, counting_answers
+
+
+@pytest.fixture(scope="module")
+def counting_model():
+    return a_model_that_counts(2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return counting_answers(tmp_path_factory.mktemp("data") / "answers.jsonl")
+
+
+def run(model, path, out, **settings):
+    settings = {"draft_vocab": 40, "epochs": 8, "lr": 5e-3, "batch": 256, "row_tokens": 64, "rounds": 3} | settings
+    with Job(out, "train-heads", {}) as job:
+        return train(model, AnswerFile.read(path), out, Settings(**settings), job)
+
+
+def held_out_lines(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "held_out"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_training_beats_an_untrained_drafter(counting_model, data, tmp_path, threads):
+    heads = run(counting_model, data, tmp_path, threads=threads)
+    first, *_, last = held_out_lines(tmp_path)
+    for number in range(3):
+        assert last["loss"][number] < 0.9 * first["loss"][number]
+        assert first["top1"][number] < last["top1"][number] <= last["top3"][number] <= last["top5"][number]
+    saved = load_heads(tmp_path, counting_model)
+    assert isinstance(saved, Eagle3Heads) and saved.boundaries == heads.boundaries
+    torch.testing.assert_close(saved.network.fc, heads.network.fc, atol=1e-3, rtol=1e-3)
+    assert CHILD not in saved.token_map and FORK in saved.token_map
+    assert saved.acceptance[0][0] == pytest.approx(last["top1"][0], abs=1e-3)
+
+
+def test_a_resumed_run_equals_one_in_one_go(counting_model, data, tmp_path, monkeypatch):
+    expected = run(counting_model, data, tmp_path / "whole", epochs=4)
+    from medusa_apar.heads.eagle3 import train as module
+
+    saved = module.Trainer.save
+
+    def cut(self):
+        saved(self)
+        if self.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Trainer, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(counting_model, data, tmp_path / "halves", epochs=4, eval_every=2)
+    monkeypatch.setattr(module.Trainer, "save", saved)
+    again = run(counting_model, data, tmp_path / "halves", epochs=4, eval_every=2)
+    for mine, its in zip(expected.network.parameters(), again.network.parameters(), strict=True):
+        torch.testing.assert_close(mine, its)
+    with pytest.raises(ValueError, match="holds a run"):
+        run(counting_model, data, tmp_path / "halves", rounds=2)
+
+
+def test_a_trained_drafter_saves_steps(counting_model, data, tmp_path):
+    heads = run(counting_model, data, tmp_path)
+    prompt = {"input_ids": torch.tensor([AnswerFile.read(data).records[0]["prompt_ids"]])}
+    steps = {}
+    for name, speculation in (("drafted", "even"), ("plain", "off")):
+        apar = medusa_apar.attach(
+            counting_model, heads, (FORK, CHILD), runtime="torch", speculation=speculation, budget=20
+        )
+        out = apar.generate(**prompt, do_sample=False, max_new_tokens=20, return_dict_in_generate=True)
+        steps[name] = out.stats.steps, out.sequences.tolist()
+    assert steps["drafted"][1] == steps["plain"][1] and steps["drafted"][0] < 0.7 * steps["plain"][0]
