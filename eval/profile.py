@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 
-from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import Drafter
+from medusa_apar.drafting.drafter import Reads
 from medusa_apar.generate import MedusaApar
 from medusa_apar.job import Job, write_text
 from medusa_apar.models.chat import encode
 from medusa_apar.requests import Sampling
 from medusa_apar.runtimes.cpu import library
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
-from medusa_apar.runtimes.measure import StepTimer, finish
+from medusa_apar.runtimes.measure import StepTimer, draft
 
 from .prompts import Prompt
 from .systems import chosen_by, seeded
@@ -92,30 +91,20 @@ def _add(sums: dict[str, float], seconds: dict[str, float]) -> None:
 
 def curve(apar: MedusaApar, rows: Sequence[int] = ROWS, slots: int = SLOTS) -> dict[str, Any]:
     """Seconds of one forward pass by its rows, of prefilling `slots` tokens, and of the draft for so many threads."""
-    runtime, device = apar.runtime, apar.model.device
-    timer = StepTimer(apar.model, runtime, apar.heads, slots)
+    runtime = apar.runtime
     found: dict[str, Any] = {"slots": slots, "rows": {}, "draft": {}}
     with torch.no_grad(), runtime.session():
+        drafter = None if apar.heads is None else runtime.drafter(apar.heads)
+        timer = StepTimer(apar.model, runtime, Reads.of(apar.heads, drafter), slots)
         found["prefill"] = least(timer.prefill, 3)
         timer.fill()
         for size in rows:
             found["rows"][size] = least(partial(timer.rows, size), REPEATS)
-        if apar.heads is not None and len(apar.options.draft_tree):
-            drafter = runtime.drafter(apar.heads)
+        if apar.heads is not None and drafter is not None and len(apar.options.draft_tree):
+            about = drafter, apar.options.draft_tree, apar.heads.input_size
             for threads in (1, 2, 4, 8):
-                hidden = torch.randn(threads, apar.heads.input_size, device=device, dtype=apar.model.dtype)
-                roots = torch.zeros(threads, dtype=torch.long, device=device)
-                found["draft"][threads] = least(
-                    partial(_draft, drafter, hidden, roots, apar.options.draft_tree), REPEATS
-                )
+                found["draft"][threads] = least(partial(draft, apar.model, *about, timer.written(threads)), REPEATS)
     return found
-
-
-def _draft(drafter: Drafter, hidden: torch.Tensor, roots: torch.Tensor, tree: DraftTree) -> float:
-    started = time.perf_counter()
-    drafter.propose(hidden, roots, tree)
-    finish(hidden.device)
-    return time.perf_counter() - started
 
 
 def least(run: Callable[[], float], repeats: int) -> float:

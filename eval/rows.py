@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from medusa_apar.arguments import MAX_THREADS, number
+from medusa_apar.drafting.drafter import Reads
 from medusa_apar.job import machine, write_text
 from medusa_apar.loading import load
 from medusa_apar.runtimes.measure import StepTimer
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad(), apar.runtime.session():
         for count in args.neighbours:
             with neighbours(count):
-                timer = StepTimer(apar.model, apar.runtime, (), SLOTS)
+                timer = StepTimer(apar.model, apar.runtime, Reads(), SLOTS)
                 measured[count] = measure(timer, tuple(args.rows), args.seconds)
     print(f"{machine()['cpu']}, {apar.runtime.description}")
     print(table(measured))

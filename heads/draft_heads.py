@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import AttendingDrafter, Drafter, DraftLayers
+from medusa_apar.drafting.drafter import AttendingDrafter, Drafter
 from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
 from medusa_apar.runtimes.capture import aux_layer_modules
@@ -116,6 +116,7 @@ class DraftHeads(nn.Module):
     state per aux layer.
     """
 
+    attends = False  # whether what drafts with them attends to what was written (`drafting.drafter.AttendingDrafter`)
     kind: str  # "medusa" or "hydra", as config.json says it
     token_map: Tensor | None
     # Share of positions where a head's guess of each rank is the base's choice, [heads][ranks]; None: not measured.
@@ -140,11 +141,6 @@ class DraftHeads(nn.Module):
         # The base is referenced in a tuple, which torch does not search for submodules: not saved, moved or counted.
         self._base: tuple[PreTrainedModel, ...] = ()
         self._copies = WeightCopies()
-
-    @property
-    def layers(self) -> DraftLayers | None:
-        """Layers that run behind the base's in every step, since they attend to what was written."""
-        return None
 
     @property
     def input_size(self) -> int:

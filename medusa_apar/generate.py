@@ -335,8 +335,8 @@ def attach(
 
     Args:
         heads: Medusa or Hydra heads or an EAGLE-3 drafter trained for this model, or where they lie: a folder, file or
-            Hub id. A drafter runs in torch. None guesses from n-grams alone: what followed the same words in the prompt
-            and in the answer's threads.
+            Hub id. None guesses from n-grams alone: what followed the same words in the prompt and in the answer's
+            threads.
         apar: control tokens of an APAR-tuned model, as `ControlTokens`, a directory with `apar_config.json`, or
             (fork id, child id); None never forks.
         tokenizer: only needed for `stop_strings` and `fork="lists"`.
@@ -376,14 +376,6 @@ def attach(
     typical = checks.typical_acceptance(acceptance)
     if isinstance(heads, (str, Path)):
         heads = load_heads(heads, model)
-    if heads is not None and heads.layers is not None:
-        if runtime == "cpu" or quantize:
-            asked = f"quantize={quantize!r}" if quantize else "runtime='cpu'"
-            raise ValueError(
-                f"{asked} needs the CPU runtime, which cannot keep what an EAGLE-3 drafter attends to yet: leave it "
-                "out."
-            )
-        runtime = "torch"
     pick = partial(pick_runtime, model, runtime, quantize, attention, cuda_graphs)
     chosen = pick()
     if isinstance(apar, tuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.drafting.drafter import Attend, AttendingDrafter, Keep
+from medusa_apar.drafting.draft_tree import DraftTree
+from medusa_apar.drafting.drafter import Attend, AttendingDrafter, Keep, Written
 from medusa_apar.json_files import json_object
 from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
@@ -21,10 +23,11 @@ from medusa_apar.runtimes.capture import aux_layer_modules
 from medusa_apar.runtimes.devices import device_of
 
 from .. import checkpoints
-from ..draft_heads import DraftHeads
+from ..draft_heads import DraftHeads, tree_tensors
+from ..weight_copies import DraftRows
 from . import files
 from .files import Boundaries, Eagle3File
-from .layer import Drafted, Eagle3
+from .layer import Eagle3
 
 DEPTH = 5  # tokens drafted ahead: behind these hardly one is right, and each costs a pass of the layer
 # Share of places where a draft of each rank is right, [depth][rank], while nothing is measured: about what the authors
@@ -37,17 +40,13 @@ class Eagle3Heads(DraftHeads):
     """Drafts with a decoder layer of its own, which attends to all that a thread's path has written."""
 
     kind = "eagle3"
+    attends = True
 
     def __init__(self, file: Eagle3File, hidden_size: int, vocab_size: int, boundaries: tuple[int, ...]) -> None:
         super().__init__(DEPTH, len(file.layers), hidden_size, vocab_size, file.token_map)
         self.file, self.boundaries = file, boundaries
         self.network = Eagle3(file)
         self.acceptance = [list(ranks) for ranks in USUAL]
-
-    @property
-    def layers(self) -> Eagle3Heads:
-        """`DraftLayers`, which this is itself."""
-        return self
 
     @property
     def owns_unembedding(self) -> bool:
@@ -130,14 +129,6 @@ class Eagle3Heads(DraftHeads):
                 raise ValueError("this drafter reads the base's embeddings as a state, which is not supported.")
         aux_layer_modules(model, tuple(boundary - 1 for boundary in self.boundaries))
 
-    # ---- `DraftLayers`
-
-    def fuse(self, states: Tensor) -> Tensor:
-        return self.network.fuse(states)
-
-    def extend(self, input_ids: Tensor, features: Tensor, positions: Tensor, attend: Attend, keep: Keep) -> None:
-        self.network.extend(self.embed(input_ids), features, positions, attend, keep)
-
     # ---- drafting
 
     def states(self, hidden_states: Tensor, drafted: Tensor | None = None) -> Tensor:
@@ -157,49 +148,75 @@ class Eagle3Heads(DraftHeads):
         return super().unembed(x)
 
     def drafter(self, packing: str | None = None, kernels: bool = False) -> AttendingDrafter:  # type: ignore[override]
-        return Eagle3Drafter(self)
+        make = partial(Eagle3Drafter, self, packing)
+        if packing is None:
+            return make()
+        return self._copies.get(("drafter", packing), list(self.parameters()), make, bits=True)
 
 
 class Eagle3Drafter:
-    """Drafts level by level in torch; a level's rows see their path and the nodes above them."""
+    """Drafts level by level; a level's rows see their path and the nodes above them. It is its own `layers`.
 
-    def __init__(self, heads: Eagle3Heads) -> None:
-        self.heads = heads
-        self.key: Hashable = (type(self), tuple(weight.data_ptr() for weight in heads.parameters()))
+    packing: weight format of the CPU runtime, whose code multiplies then; None multiplies in torch.
+    """
+
+    def __init__(self, heads: Eagle3Heads, packing: str | None = None) -> None:
+        self._heads, self._unembed = heads, heads.unembed
+        self.network = heads.network if packing is None else heads.network.packed(packing)
+        self.boundaries, self.num_layers = heads.boundaries, heads.num_layers
+        self.key: Hashable = (type(self), packing, tuple(weight.data_ptr() for weight in heads.parameters()))
+        if packing is not None:
+            weight = heads.network.unembedding
+            rows = DraftRows(weight, None) if weight is not None else None
+            if rows is None and heads.token_map is not None:
+                rows = heads.draft_rows(bits=True)
+            if rows is not None:
+                self._panels = rows.panels(packing)
+                self._unembed = self._packed_unembed
+
+    @property
+    def layers(self) -> Eagle3Drafter:
+        return self
+
+    def fuse(self, states: Tensor) -> Tensor:
+        return self.network.fuse(states)
+
+    def extend(self, input_ids: Tensor, features: Tensor, positions: Tensor, attend: Attend, keep: Keep) -> None:
+        self.network.extend(self._heads.embed(input_ids), features, positions, attend, keep)
 
     @torch.inference_mode()
     def propose_behind(
-        self, written: Any, root_ids: Tensor, tree: Any, min_probability: float = 0.0
+        self, written: Written, root_ids: Tensor, tree: DraftTree, min_probability: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """As `AttendingDrafter`; the whole tree is looked at."""
-        threads, device = len(root_ids), root_ids.device
-        heads, network = self.heads, self.heads.network
+        threads, device, heads = len(root_ids), root_ids.device, self._heads
         token_ids = root_ids.new_zeros(threads, len(tree))
         log_probs = torch.zeros(threads, len(tree), dtype=torch.float32, device=device)
         paths = _Paths(written, heads.num_layers, device)
         ids, features = root_ids[:, None], written.pool.features_at(paths.last)[:, None]  # [T, rows of the level]
         above = torch.zeros(1, 0, dtype=torch.bool, device=device)  # [rows, earlier drafted rows], which each sees
-        for depth, level in enumerate(tree.levels):
+        for depth, (level, places) in enumerate(zip(tree.levels, tree_tensors(tree, device).levels, strict=True)):
             rows = ids.shape[1]
             seen = torch.cat([above, torch.eye(rows, dtype=torch.bool, device=device)], dim=1)
             positions = (paths.lengths[:, None] + depth).expand(threads, rows)
-            drafted = network(
-                heads.embed(ids).flatten(0, 1), features.flatten(0, 1), positions.flatten(), paths.attend(seen)
-            )
-            drafted = Drafted(*(part.unflatten(0, (threads, rows)) for part in drafted))
-            best, chances = heads.top(heads.unembed(drafted.states), level.top_k)
-            parents, ranks, inner = (torch.from_numpy(x).to(device) for x in (level.parents, level.ranks, level.inner))
-            nodes = torch.from_numpy(level.nodes).to(device)
-            token_ids[:, nodes], log_probs[:, nodes] = best[:, parents, ranks], chances[:, parents, ranks]
-            ids, features = best[:, parents, ranks][:, inner], drafted.features[:, parents[inner]]
-            above = seen[parents[inner]]
+            embedded = heads.embed(ids).flatten(0, 1)
+            drafted = self.network(embedded, features.flatten(0, 1), positions.flatten(), paths.attend(seen))
+            best, chances = heads.top(self._unembed(drafted.states), level.top_k)
+            best, chances = best.unflatten(0, (threads, rows)), chances.unflatten(0, (threads, rows))
+            found = best[:, places.parents, places.ranks]
+            token_ids[:, places.nodes], log_probs[:, places.nodes] = found, chances[:, places.parents, places.ranks]
+            features = drafted.features.unflatten(0, (threads, rows))[:, places.inner_parents]
+            ids, above = found[:, places.inner], seen[places.inner_parents]
         return token_ids, log_probs
+
+    def _packed_unembed(self, x: Tensor) -> Tensor:
+        return base_logit_scale(self._panels(x), self._heads.base)
 
 
 class _Paths:
     """Keys and values of T threads' paths and of what is drafted behind them."""
 
-    def __init__(self, written: Any, layers: int, device: torch.device) -> None:
+    def __init__(self, written: Written, layers: int, device: torch.device) -> None:
         lengths = [len(path) for path in written.paths]
         longest = max(lengths)
         slots = torch.full((len(lengths), longest), -1, dtype=torch.long)

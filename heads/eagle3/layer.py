@@ -8,6 +8,7 @@ of that token. Its keys and values belong to t, so that the threads behind a for
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from medusa_apar.drafting.drafter import Attend, Keep
+from medusa_apar.runtimes.cpu.weights import PackedMatrix
 
 from .files import Eagle3File
 
@@ -45,6 +47,22 @@ class Eagle3(nn.Module):
         self.embedding, self.unembedding = _fixed(file.embedding), _fixed(file.unembedding)
         self.register_buffer("token_map", file.token_map)
         self.rotary = LlamaRotaryEmbedding(file.config)
+        self.packs: dict[Tensor, PackedMatrix] = {}  # weights that products are made from in another layout
+
+    def packed(self, packing: str) -> Eagle3:
+        """The same drafter, which multiplies as the CPU runtime does."""
+        other = copy.copy(self)
+        names = ("q_weight", "k_weight", "v_weight", "o_weight", "gate", "up", "down")
+        weights = [self.fc, *(getattr(layer, name) for layer in self.layers for name in names)]
+        other.packs = {weight: PackedMatrix(weight, packing) for weight in weights if weight is not None}
+        return other
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[N, inputs] -> [N, outputs]."""
+        if weight not in self.packs:
+            return F.linear(x, weight, bias)
+        out = self.packs[weight](x)
+        return out if bias is None else out + bias
 
     @property
     def hidden_size(self) -> int:
@@ -58,7 +76,7 @@ class Eagle3(nn.Module):
         if len(self.state_norms):
             parts = x.unflatten(-1, (self.num_states, -1)).unbind(-2)
             x = torch.cat([self._normed(part, norm) for part, norm in zip(parts, self.state_norms, strict=True)], -1)
-        return x if self.fc is None else F.linear(x, self.fc, self.fc_bias)
+        return x if self.fc is None else self.product(x, self.fc, self.fc_bias)
 
     def forward(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend) -> Drafted:
         """One row a token.
@@ -85,8 +103,10 @@ class Eagle3(nn.Module):
         for index, layer in zip(range(layers), self.layers, strict=False):
             inputs = self._inputs(index, embedded, features, residual)
             attended = attend(index, *self._heads(index, inputs, features, positions))
-            residual = residual + layer.out(attended.flatten(1))
-            residual = residual + layer.feed_forward(self._normed(residual, layer.post_attention_layernorm))
+            residual = residual + self.product(attended.flatten(1), layer.o_weight, layer.o_bias)
+            x = self._normed(residual, layer.post_attention_layernorm)
+            x = layer.activation(self.product(x, layer.gate)) * self.product(x, layer.up)
+            residual = residual + self.product(x, layer.down)
         return residual
 
     def _inputs(self, index: int, embedded: Tensor, features: Tensor, residual: Tensor) -> Tensor:
@@ -99,7 +119,15 @@ class Eagle3(nn.Module):
 
     def _heads(self, index: int, inputs: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, turned to their positions."""
-        q, k, v = self.layers[index].heads(inputs, self.config.head_dim, self.config.rms_norm_eps)
+        layer, shape = self.layers[index], (-1, self.config.head_dim)
+        q, k, v = (
+            self.product(inputs, getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_bias")).unflatten(-1, shape)
+            for name in "qkv"
+        )
+        if layer.q_norm is not None:  # Qwen3's
+            q = self._normed(q, layer.q_norm)
+        if layer.k_norm is not None:
+            k = self._normed(k, layer.k_norm)
         turned = self.rotary(features, positions[None])
         q, k = (x[0] for x in apply_rotary_pos_emb(q[None], k[None], *turned, unsqueeze_dim=2))
         return q, k, v
@@ -123,26 +151,6 @@ class _Layer(nn.Module):
         self.q_norm, self.k_norm = (_fixed(tensors.get(f"self_attn.{name}_norm.weight")) for name in "qk")
         self.gate, self.up, self.down = (_fixed(tensors[f"mlp.{name}_proj.weight"]) for name in ("gate", "up", "down"))
         self.activation = ACT2FN[file.config.hidden_act]
-
-    def heads(self, inputs: Tensor, head_dim: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of each head, [N, heads, D], before they are turned."""
-        q, k, v = (
-            F.linear(inputs, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")).unflatten(
-                -1, (-1, head_dim)
-            )
-            for name in "qkv"
-        )
-        if self.q_norm is not None:  # Qwen3's
-            q = self.q_norm * F.rms_norm(q.float(), (head_dim,), eps=eps).to(q.dtype)
-        if self.k_norm is not None:
-            k = self.k_norm * F.rms_norm(k.float(), (head_dim,), eps=eps).to(k.dtype)
-        return q, k, v
-
-    def out(self, attended: Tensor) -> Tensor:
-        return F.linear(attended, self.o_weight, self.o_bias)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.activation(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
 
 
 def _fixed(tensor: Tensor | None) -> nn.Parameter | None:

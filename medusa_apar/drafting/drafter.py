@@ -48,8 +48,10 @@ class Reads:
     layers: DraftLayers | None = None
 
     @classmethod
-    def of(cls, heads: Heads | None) -> Reads:
-        return cls() if heads is None else cls(tuple(heads.aux_layers), heads.layers)
+    def of(cls, heads: Heads | None, drafter: Drafter | AttendingDrafter | None) -> Reads:
+        """What heads want, and what drafts with them."""
+        layers = drafter.layers if isinstance(drafter, AttendingDrafter) else None
+        return cls() if heads is None else cls(tuple(heads.aux_layers), layers)
 
 
 class Written(NamedTuple):
@@ -88,7 +90,11 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class AttendingDrafter(Protocol):
-    """Proposes from what was written, which its `DraftLayers` have seen."""
+    """Proposes from what was written, which its layers have seen."""
+
+    @property
+    def layers(self) -> DraftLayers:
+        """What every step's rows have to go through."""
 
     @property
     def key(self) -> Hashable:
@@ -104,7 +110,7 @@ class Heads(Protocol):
     """Draft heads as the engine needs them: what they read, and what drafts with them."""
 
     aux_layers: tuple[int, ...]  # base layers whose outputs they read beside the final hidden state
-    layers: DraftLayers | None  # that attend to what was written, behind the base's
+    attends: bool  # whether what drafts with them attends to what was written (`AttendingDrafter`)
     num_heads: int
     acceptance: list[list[float]] | None  # measured chance that a draft of each rank is right, [heads][ranks]
 

@@ -71,7 +71,7 @@ class Engine:
         options = EngineOptions() if options is None else options
         self.model, self.runtime, self.heads, self.options = model, runtime, heads, options
         self.device, context = device_of(model), context_length(model)
-        self._reads = Reads.of(heads)
+        self._reads = Reads()
         self.ledger = SlotLedger(runtime.pool(options.pool_slots), options.prefix_cache)
         self.cost: StepCost | LearnedCost | None = options.step_cost
         self._learned: LearnedCost | None = None
@@ -342,6 +342,7 @@ class Engine:
             if self.heads is not None:
                 # Looked up once, as it asks every weight that was copied whether it has changed.
                 self.speculator.drafter = self.runtime.drafter(self.heads)
+                self._reads = Reads.of(self.heads, self.speculator.drafter)
             if self.options.prefix_cache:
                 weights = self.runtime.weights()
                 if self._weights is None or self._weights() is not weights:

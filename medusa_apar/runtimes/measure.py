@@ -44,8 +44,8 @@ ENOUGH, STALE = 200, 0.25  # steps of an engine before the file is corrected, an
 class StepTimer:
     """Times a model's forward passes below one thread of `slots` tokens; use it inside `runtime.session()`."""
 
-    def __init__(self, model: PreTrainedModel, runtime: Runtime, heads: Heads | None, slots: int = SLOTS) -> None:
-        self._runtime, self._device, self._reads = runtime, device_of(model), Reads.of(heads)
+    def __init__(self, model: PreTrainedModel, runtime: Runtime, reads: Reads, slots: int = SLOTS) -> None:
+        self._runtime, self._device, self._reads = runtime, device_of(model), reads
         vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
         self._trunk = ParagraphTree([number % int(vocabulary) for number in range(slots + 1)]).trunk
         self._ledger = SlotLedger(runtime.pool(None))
@@ -94,20 +94,22 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree:
     sizes = [size for size in ROWS.get(device_of(model).type, ROWS["cpu"]) if most is None or size <= most]
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * SLOTS
     with runtime.session():
+        drafter = None if heads is None else runtime.drafter(heads)
+        reads = Reads.of(heads, drafter)
         slots, repeats = max(1, min(SLOTS, positions - max(sizes))), REPEATS
-        first = StepTimer(model, runtime, heads, 1)
+        first = StepTimer(model, runtime, reads, 1)
         first.fill()
         if first.rows(1) * len(sizes) * repeats > LONGEST:
             sizes, slots, repeats = sizes[::COARSE], min(slots, FEW_SLOTS), 1
-        timer = StepTimer(model, runtime, heads, slots)
+        timer = StepTimer(model, runtime, reads, slots)
         timer.fill()
         runs: dict[tuple[str, int], Callable[[], float]] = {("rows", size): partial(timer.rows, size) for size in sizes}
         # Where steps are captured so is drafting, and costs far less than its kernels one by one.
-        if heads is not None and len(tree) and not runtime.facts.graphs:
-            drafter, some = runtime.drafter(heads), tree.first(NODES)
+        if drafter is not None and heads is not None and len(tree) and not runtime.facts.graphs:
+            some = tree.first(NODES)
             for threads in THREADS:
                 written = timer.written(threads)
-                runs["drafts", threads] = partial(_draft, model, drafter, some, heads.input_size, written)
+                runs["drafts", threads] = partial(draft, model, drafter, some, heads.input_size, written)
         runs_of = [[run() for run in runs.values()] for _ in range(repeats)]
     least = dict(zip(runs, map(min, zip(*runs_of, strict=True)), strict=True))
 
@@ -120,9 +122,10 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree:
     return StepCost(curve("rows"), curve("drafts"))
 
 
-def _draft(
+def draft(
     model: PreTrainedModel, drafter: Drafter | AttendingDrafter, tree: DraftTree, input_size: int, written: Written
 ) -> float:
+    """Seconds of one draft behind the threads that have written this."""
     device, threads = device_of(model), len(written.paths)
     hidden = torch.randn(threads, input_size, device=device, dtype=model.dtype)
     roots = torch.zeros(threads, dtype=torch.long, device=device)

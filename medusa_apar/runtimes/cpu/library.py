@@ -47,7 +47,7 @@ class Layer(ctypes.Structure):
         *(("query_norm", c_void_p), ("key_norm", c_void_p)),
         *(("qkv", Matrix), ("output", Matrix), ("gate_up", Matrix), ("down", Matrix)),
         *(("keys", c_void_p), ("values", c_void_p), ("scales", c_void_p)),
-        *(("window", c_int32), ("aux_layer", c_int32), ("rotary", c_int32)),
+        *(("window", c_int32), ("aux_layer", c_int32), ("boundary", c_int32), ("rotary", c_int32)),
     )
 
 
@@ -63,10 +63,11 @@ class Model(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = (
-        *(("rows", c_int32), ("verified", c_int32), ("aux_layers", c_int32), ("longest", c_int32)),
+        *((name, c_int32) for name in ("rows", "verified", "aux_layers", "boundaries", "longest")),
         *(("tokens", c_void_p), ("cos", c_void_p * TABLES), ("sin", c_void_p * TABLES)),
         *((name, c_void_p) for name in ("positions", "slots", "slot_lists", "runs")),
-        *((name, c_void_p) for name in ("verified_rows", "hidden", "logits", "x", "qkv", "wide", "steps", "groups")),
+        *((name, c_void_p) for name in ("verified_rows", "hidden", "states", "logits", "x", "qkv", "wide")),
+        *((name, c_void_p) for name in ("steps", "groups")),
         ("seconds", c_void_p),
     )
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from medusa_apar.drafting.drafter import AttendingDrafter, Drafter, Heads, Reads
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool
+from medusa_apar.runtimes.draft_layers import extend
 from medusa_apar.runtimes.runtime import NOTHING, RuntimeFacts
 from medusa_apar.verify.recipe import Chooser
 from medusa_apar.verify.tail import StepOutput, Tail
@@ -133,9 +134,11 @@ class CpuRuntime:
     @torch.no_grad()
     def forward(self, forest: Forest, pool: KVPool, reads: Reads = NOTHING) -> tuple[Tensor, Tensor]:
         """Runs a forest. Returns, for verified rows, logits float32 [M, vocab], good until the pool's next pass, and
-        hidden states [M, hidden * (1 + aux layers)]: before the unembedding, then each aux layer's at unit scale."""
+        hidden states [M, hidden * (1 + aux layers)]: before the unembedding, then each aux layer's at unit scale. All
+        rows go on through `reads.layers`."""
         assert self._packed is not None, "enter `session` first"
-        aux_layers = reads.aux_layers
+        aux_layers, layers = reads.aux_layers, reads.layers
+        boundaries = () if layers is None else tuple(dict.fromkeys(layers.boundaries))
         scratch = self._scratch.get(pool)
         if scratch is None:
             scratch = self._scratch[pool] = _Scratch(self._packed)
@@ -144,6 +147,7 @@ class CpuRuntime:
         lists, runs, longest = forest.paths()
         tables = packed.rotary(longest)  # a position is the length of the path before it
         hidden = floats(verified, packed.hidden * (1 + len(aux_layers)))
+        states = floats(rows, len(boundaries) * packed.hidden)
         buffers, sizes = scratch.buffers(rows, verified), scratch.sizes(rows, verified)
         turns = (
             tuple(address(table, torch.float32, longest * packed.turned) for table in each)
@@ -152,19 +156,26 @@ class CpuRuntime:
         indices = (address(each, torch.int64, rows) for each in (forest.position_ids, forest.slots))
         arrays = (torch.from_numpy(array) for array in (lists, runs))
         step = library.Step(
-            *(rows, verified, len(aux_layers), longest),
+            *(rows, verified, len(aux_layers), len(boundaries), longest),
             address(forest.input_ids, torch.int64, rows),
             *((ctypes.c_void_p * library.TABLES)(*turn) for turn in turns),
             *indices,
             *(address(array, torch.int32, array.numel()) for array in arrays),
             address(forest.verified_rows, torch.int64, verified),
             address(hidden, torch.float32, verified * packed.hidden * (1 + len(aux_layers))),
+            address(states, torch.float32, rows * len(boundaries) * packed.hidden),
             *(address(buffer, torch.float32, size) for buffer, size in zip(buffers, sizes, strict=True)),
             ctypes.addressof(self.seconds) if self.profile else None,
         )
-        model = scratch.model(pool, aux_layers)
+        model = scratch.model(pool, aux_layers, boundaries)
         if library.library().mapar_step(model, step, torch.get_num_threads(), packed.unembedding.outputs):
             raise IndexError(f"a token is not one of the model's {len(packed.table)}")
+        if layers is not None:
+            pool.slots = forest.slots
+            if boundaries != layers.boundaries:  # one is fused twice
+                places = [boundaries.index(boundary) for boundary in layers.boundaries]
+                states = states.view(rows, len(boundaries), -1)[:, places].flatten(1)
+            extend(layers, states, forest, pool, len(packed.layers))
         return buffers[0][:verified], hidden
 
     def step(self, forest: Forest, pool: KVPool, reads: Reads, tail: Tail | None) -> StepOutput:
@@ -184,12 +195,16 @@ class CpuRuntime:
         return CompiledChooser()
 
 
+def _place(number: int, among: tuple[int, ...]) -> int:
+    return among.index(number) if number in among else -1
+
+
 class _Scratch:
     """One pool's buffers; they grow and are used again."""
 
     def __init__(self, packed: PackedModel) -> None:
         self.packed = packed
-        self._model: tuple[Any, Any] = (None, None)  # capacity and aux_layers, library.Model
+        self._model: tuple[Any, Any] = (None, None)  # capacity, aux_layers and boundaries, library.Model
         heads = packed.heads
         width = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
         self._widths = max(width, packed.hidden), max(packed.intermediate, packed.hidden, width)
@@ -217,9 +232,9 @@ class _Scratch:
             self._others = tuple(floats(size) for size in self.sizes(rows, verified)[1:])
         return self._logits, *self._others
 
-    def model(self, pool: KVPool, aux_layers: tuple[int, ...]) -> Any:
+    def model(self, pool: KVPool, aux_layers: tuple[int, ...], boundaries: tuple[int, ...]) -> Any:
         """library.Model; made anew when the pool has grown."""
-        if self._model[0] != (pool.capacity, aux_layers):
+        if self._model[0] != (pool.capacity, aux_layers, boundaries):
             self._fill(pool)
             packed, heads = self.packed, self.packed.heads
             steps = packed.kind == "int8"
@@ -234,7 +249,7 @@ class _Scratch:
                     *(matrix.struct for matrix in layer.matrices),
                     *(address(store, stored, size * heads.head_dim) for store in stores),
                     address(pool.scales[index], torch.float32, size * 2) if steps else None,
-                    *(layer.numbers.window, aux_layers.index(index) if index in aux_layers else -1),
+                    *(layer.numbers.window, _place(index, aux_layers), _place(index + 1, boundaries)),
                     -1 if rotary is None else packed.rotary_kinds.index(rotary),
                 )
             table, numbers = packed.table, packed.numbers
@@ -245,7 +260,7 @@ class _Scratch:
                 *(numbers.logit_scale, numbers.logit_cap, address(packed.norm, torch.float32, packed.hidden)),
                 *(address(table, table.dtype, table.numel()), layers, packed.unembedding.struct),
             )
-            self._model = (pool.capacity, aux_layers), model
+            self._model = (pool.capacity, aux_layers, boundaries), model
         return self._model[1]
 
     def _fill(self, pool: KVPool) -> None:

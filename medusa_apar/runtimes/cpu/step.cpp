@@ -27,6 +27,7 @@ struct Layer {
     Pool pool;
     int32_t window;                      // last positions of the path that are seen, 0: all
     int32_t aux_layer;                   // place of its output among the auxiliary ones, or -1
+    int32_t boundary;                    // the same among those that are kept of all rows
     int32_t rotary;                      // which of the step's tables turns queries and keys, or -1
 };
 
@@ -52,7 +53,7 @@ struct Run {
 };
 
 struct Step {
-    int32_t rows, verified, aux_layers, longest;  // longest path
+    int32_t rows, verified, aux_layers, boundaries, longest;  // longest path
     const int64_t* tokens;                  // [rows]
     const float *cos[TABLES], *sin[TABLES]; // [positions][turned]
     const int64_t *positions, *slots;       // [rows]
@@ -60,6 +61,7 @@ struct Step {
     const Run* runs;               // [rows][3]
     const int64_t* verified_rows;  // [verified]
     float* hidden;                 // [verified][1 + aux_layers][hidden]: before the unembedding; then at unit scale
+    float* states;                 // [rows][boundaries][hidden]: what some layers put out
     float* logits;                 // [verified][outputs]
     float* x;                      // scratch: [rows][hidden], the residual stream
     float *qkv, *wide;             // scratch: [rows][(heads + 2 kv_heads) * head_dim], [rows][max(all widths)]
@@ -325,6 +327,10 @@ EXPORTED int mapar_step(const Model* model, const Step* step, int threads, int o
                 for (int r = verified.first; r < verified.last; r++)
                     unit_norm(s.x + s.verified_rows[r] * m.hidden, m.hidden, FLT_EPSILON,
                               s.hidden + (size_t)r * width + (1 + m.layer[l].aux_layer) * m.hidden);
+            if (m.layer[l].boundary >= 0)
+                for (int r = rows.first; r < rows.last; r++)
+                    std::memcpy(s.states + ((size_t)r * s.boundaries + m.layer[l].boundary) * m.hidden,
+                                s.x + (size_t)r * m.hidden, m.hidden * sizeof(float));
         }
         for (int r = verified.first; r < verified.last; r++) {
             float* out = s.hidden + (size_t)r * width;

@@ -34,7 +34,7 @@ def cold(heads, path, tree):
     ids = torch.tensor(path)
     with torch.no_grad(), Captured(heads.base, (), heads.boundaries) as captured:
         heads.base(input_ids=ids[None])
-    features = heads.fuse(captured.boundary_states())
+    features = heads.network.fuse(captured.boundary_states())
     ids_of, features_of, parents = (
         list(path),
         [torch.zeros_like(features[0]), *features[:-1]],
@@ -128,6 +128,7 @@ SITUATIONS = {
     "with few slots": {"pool_slots": 9 + 2 * 40 + 2 * 3},
     "with one tree for all": {"speculation": "even"},
     "with prompts fed in pieces": {"prefill": 4},
+    "on the CPU runtime": {"runtime": "cpu"},
 }
 
 
@@ -135,9 +136,9 @@ SITUATIONS = {
 @pytest.mark.parametrize("name", ["its authors'", "two layers", "speculators'"])
 def test_drafts_are_those_of_a_cold_start(name, situation):
     """Behind forks, accepted tokens, chunks of prompts and preemption, a draft saw what plain passes would show it."""
-    model = forking_model(5)
-    heads = drafter_of(model, name)
     options = dict(SITUATIONS[situation])
+    model = forking_model(5, "wide_llama" if options.get("runtime") == "cpu" else "llama")
+    heads = drafter_of(model, name)
     prefill = options.pop("prefill", None)
     apar = medusa_apar.attach(model, heads, CONTROL, **{"runtime": "torch", "budget": 40} | options)
     if prefill is not None:
@@ -183,7 +184,7 @@ def test_a_folder_of_either_kind_is_loaded_by_its_tensors(tmp_path, pickled):
         save_file(state, tmp_path / "model.safetensors")
     apar = medusa_apar.attach(model, tmp_path, CONTROL, budget=30)
     assert isinstance(apar.heads, Eagle3Heads) and apar.heads.boundaries == (2, 1)
-    assert apar.runtime.facts.backend == "sdpa" and "5 Eagle3 heads" in repr(apar)
+    assert "5 Eagle3 heads" in repr(apar)
     again = load_heads(tmp_path, model)
     again.save_pretrained(tmp_path / "again", torch.float32)
     assert torch.equal(load_heads(tmp_path / "again", model).network.fc, apar.heads.network.fc)
@@ -199,11 +200,19 @@ def test_a_model_is_saved_with_its_drafter(tmp_path):
     assert again.boundaries == apar.heads.boundaries
 
 
-@pytest.mark.parametrize("asked", [{"runtime": "cpu"}, {"quantize": "int8"}])
-def test_the_cpu_runtime_refuses_it(asked):
-    model = forking_model(5, "wide_llama")
-    with pytest.raises(ValueError, match="cannot keep what an EAGLE-3 drafter attends to yet"):
-        medusa_apar.attach(model, drafter_of(model), CONTROL, **asked)
+@pytest.mark.parametrize("options", [{"runtime": "cpu"}, {"quantize": "int8"}, {"dtype": torch.bfloat16}])
+def test_the_cpu_runtime_drafts_in_its_own_weights_and_never_shows(options):
+    options = dict(options)
+    model = forking_model(5, "wide_llama").to(options.pop("dtype", torch.float32))
+    heads = drafter_of(model)
+    texts = []
+    for speculation in ("off", "forest"):
+        apar = medusa_apar.attach(
+            model, heads, CONTROL, **{"runtime": "cpu", "budget": 40, "speculation": speculation} | options
+        )
+        out = apar.generate(**prompts(2, 6, seed=2), do_sample=False, max_new_tokens=40, return_dict_in_generate=True)
+        texts.append(out.sequences.tolist())
+    assert texts[0] == texts[1] and out.stats.drafted["heads"] > 0
 
 
 def test_drafters_of_other_models_are_refused():
