@@ -20,6 +20,7 @@ from medusa_apar.json_files import json_object
 from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
 from medusa_apar.runtimes.capture import aux_layer_modules
+from medusa_apar.runtimes.cpu.weight_fingerprint import plain
 from medusa_apar.runtimes.devices import device_of
 
 from .. import checkpoints
@@ -151,7 +152,10 @@ class Eagle3Heads(DraftHeads):
         make = partial(Eagle3Drafter, self, packing)
         if packing is None:
             return make()
-        return self._copies.get(("drafter", packing), list(self.parameters()), make, bits=True)
+        ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
+        weights = [*self.parameters(), *(weight for end in ends for weight in end.parameters() if plain(weight))]
+        read = list({id(weight): weight for weight in weights}.values())
+        return self._copies.get(("drafter", packing), read, make, bits=True)
 
 
 class Eagle3Drafter:
