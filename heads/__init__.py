@@ -25,6 +25,7 @@ import os
 import torch
 from transformers import PreTrainedModel
 
+from medusa_apar.models import head_files
 from medusa_apar.reading import reading
 
 from . import checkpoints
@@ -48,7 +49,8 @@ def load_heads(
     dtype: None is the model's. token: of a Hub account; None is the one of `hf auth login`.
     """
     located = checkpoints.locate(path, token)
-    if located.is_dir() and eagle3.holds(located):
+    medusa = any((located / name).exists() for name in head_files.FILES) or located.name in head_files.FILES
+    if not medusa and eagle3.holds(located):
         state, config = eagle3.read(located)
         with reading(path, "cannot be used"):
             return Eagle3Heads.from_state(state, config, model, dtype)

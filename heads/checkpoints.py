@@ -316,8 +316,10 @@ def _download(repository: str, token: str | bool | None) -> Path:
     heads_alone = ["config.json", *FILES, f"{SUBFOLDER}/*"]
     folder = Path(snapshot_download(repository, token=token, allow_patterns=heads_alone))
     if not any((folder / place / name).exists() for place in (".", SUBFOLDER) for name in FILES):
-        whole_model = ["config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"]
+        whole_model = ["config.json", "*.safetensors", "*.safetensors.index.json"]
         snapshot_download(repository, token=token, allow_patterns=whole_model)
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(repository, token=token, allow_patterns=["pytorch_model*.bin*"])
     return folder
 
 

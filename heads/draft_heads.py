@@ -116,7 +116,6 @@ class DraftHeads(nn.Module):
     state per aux layer.
     """
 
-    attends = False  # whether what drafts with them attends to what was written (`drafting.drafter.AttendingDrafter`)
     kind: str  # "medusa" or "hydra", as config.json says it
     token_map: Tensor | None
     # Share of positions where a head's guess of each rank is the base's choice, [heads][ranks]; None: not measured.

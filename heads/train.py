@@ -194,6 +194,8 @@ def make_heads(model: PreTrainedModel, settings: Settings, token_map: Tensor | N
     """New heads of the settings' kind, or those of `settings.init`: float32, on the model's device."""
     if settings.init is not None:
         heads = load_heads(settings.init, model, torch.float32)
+        if heads.kind not in LEARNING_RATES:
+            raise ValueError(f"{settings.init} holds an {heads.kind} drafter: go on with --kind {heads.kind}")
         if isinstance(heads, MedusaHeads) and heads.unembedding is not None:
             raise ValueError(f"{settings.init} holds V1 heads, which own their unembedding: only V2 heads are trained")
         return heads
@@ -307,7 +309,8 @@ def _shape(settings: Settings) -> dict[str, Any]:
 
 def check_out(out: Path) -> None:
     """FileExistsError where the heads' config.json would take the place of a model's."""
-    if kind := head_files.read_config(out).get("model_type"):
+    config = head_files.read_config(out)
+    if (kind := config.get("model_type")) and not config.get("kind"):
         raise FileExistsError(f"{out} holds a {kind} model, whose config.json stays: choose another --out")
 
 

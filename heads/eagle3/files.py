@@ -53,6 +53,7 @@ SHAPES = {
 }
 OPTIONAL = ("hidden_norm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight")  # and biases
 
+OWN_BOUNDARIES = "boundaries"  # entry of a config that we have written
 Boundaries = Literal["before", "after"]  # what a config's layer id names: the boundary before that layer, or after it
 
 
@@ -335,8 +336,9 @@ def _boundaries(
     config: Mapping[str, Any], inner: Mapping[str, Any], states: int, convention: Boundaries | None
 ) -> tuple[int, ...] | None:
     """Those that the config names; ValueError for another number of them than the tensors fuse."""
-    ids = _option(config, inner, "eagle_aux_hidden_state_layer_ids", None)
-    if ids is None:
+    if (own := config.get(OWN_BOUNDARIES)) is not None and convention is None:  # which needs no convention
+        ids, convention = own, "before"
+    elif (ids := _option(config, inner, "eagle_aux_hidden_state_layer_ids", None)) is None:
         return None
     if not isinstance(ids, list) or not all(type(layer) is int and layer >= 0 for layer in ids):
         raise ValueError(f"eagle_aux_hidden_state_layer_ids is {ids!r}, must be a list of layers.")
@@ -346,9 +348,12 @@ def _boundaries(
     return tuple(layer + after for layer in ids)
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The weight files of a drafter's folder: safetensors, else a pickle of tensors. FileNotFoundError: none."""
+def files_of(path: Path) -> list[Path]:
+    """The weight files of a drafter's folder, safetensors or else a pickle of tensors; a file is its own.
+    FileNotFoundError: there are none."""
+    if path.is_file():
+        return [path]
     for pattern in ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"):
-        if found := sorted(folder.glob(pattern)):
+        if found := sorted(path.glob(pattern)):
             return found
-    raise FileNotFoundError(f"no drafter in {folder}: neither model.safetensors nor pytorch_model.bin is there.")
+    raise FileNotFoundError(f"no drafter in {path}: neither model.safetensors nor pytorch_model.bin is there.")

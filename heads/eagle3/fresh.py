@@ -17,13 +17,13 @@ _EMBEDDED = 0.02  # of the weights that read embeddings, which no layer of the b
 
 
 def fresh(model: PreTrainedModel, boundaries: tuple[int, ...], token_map: Tensor | None, seed: int = 0) -> Eagle3File:
-    """A drafter of the model's width, float32, with the base's embedding and unembedding.
+    """A drafter of the model's width, float32 on the CPU, with the base's embedding and unembedding.
 
     NotImplementedError for a base whose layers are not Llama's: their weights would fit nowhere.
     """
     config = model.config.get_text_config(decoder=True)
     last = aux_layer_modules(model, (config.num_hidden_layers - 1,))[0]
-    own = {name: tensor.detach().float().clone() for name, tensor in last.state_dict().items()}
+    own = {name: tensor.detach().float().cpu().clone() for name, tensor in last.state_dict().items()}
     if unknown := [name for name in own if name not in SHAPES]:
         raise NotImplementedError(
             f"a drafter cannot begin as a layer of {type(model).__name__}, which has {unknown[0]}: only layers like "
@@ -53,7 +53,7 @@ def _final_norm(model: PreTrainedModel) -> Tensor:
     norm: Any = getattr(model.base_model, "norm", None)
     if norm is None:
         raise NotImplementedError(f"a drafter cannot begin as a layer of {type(model).__name__}: it has no final norm.")
-    return norm.weight.detach().float().clone()
+    return norm.weight.detach().float().cpu().clone()
 
 
 def _config(config: Any, vocab_size: int, hidden: int) -> LlamaConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from . import files
 from .files import Boundaries, Eagle3File
 from .layer import Eagle3
 
+MOST_BYTES = 1 << 28  # of paths' keys and values that one draft gathers
 DEPTH = 5  # tokens drafted ahead: behind these hardly one is right, and each costs a pass of the layer
 # Share of places where a draft of each rank is right, [depth][rank], while nothing is measured: about what the authors
 # report for chat (arXiv 2503.01840, figure 6); it shapes the tree that is drafted, and the drafter's own probabilities
@@ -41,12 +42,10 @@ class Eagle3Heads(DraftHeads):
     """Drafts with a decoder layer of its own, which attends to all that a thread's path has written."""
 
     kind = "eagle3"
-    attends = True
 
     def __init__(self, file: Eagle3File, hidden_size: int, vocab_size: int, boundaries: tuple[int, ...]) -> None:
         super().__init__(DEPTH, len(file.layers), hidden_size, vocab_size, file.token_map)
-        self.file, self.boundaries = file, boundaries
-        self.network = Eagle3(file)
+        self.boundaries, self.network = boundaries, Eagle3(file)
         self.acceptance = [list(ranks) for ranks in USUAL]
 
     @property
@@ -88,17 +87,20 @@ class Eagle3Heads(DraftHeads):
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """`model.safetensors` and `config.json`, as its authors and vLLM read them."""
-        config = self.file.config
+        file = self.network.as_file(self.token_map, self.boundaries)
+        config = file.config
         written = {
+            "kind": self.kind,
             "architectures": ["LlamaForCausalLMEagle3"],
             "model_type": "llama",
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.boundaries), "use_aux_hidden_state": True},
             "eagle_aux_hidden_state_layer_ids": list(self.boundaries),
-            "draft_vocab_size": self.file.draft_vocab_size,
-            "norm_before_residual": self.file.norm_before_residual,
-            "norm_output": self.file.norm_output,
-            "norm_before_fc": self.file.input_norm is not None,
-            "fc_norm": bool(self.file.state_norms),
+            files.OWN_BOUNDARIES: list(self.boundaries),
+            "draft_vocab_size": file.draft_vocab_size,
+            "norm_before_residual": file.norm_before_residual,
+            "norm_output": file.norm_output,
+            "norm_before_fc": file.input_norm is not None,
+            "fc_norm": bool(file.state_norms),
             "tie_word_embeddings": False,
             "acceptance": self.acceptance,
         }
@@ -107,22 +109,22 @@ class Eagle3Heads(DraftHeads):
         written |= {name: getattr(config, name) for name in names}
         if getattr(config, "target_hidden_size", None) is not None:
             written["target_hidden_size"] = config.target_hidden_size
-        state = {name: tensor.detach().contiguous() for name, tensor in files.state_dict(self.file).items()}
+        state = {name: tensor.cpu().contiguous() for name, tensor in files.state_dict(file).items()}
         checkpoints.write(Path(folder), state, written, dtype, "model.safetensors")
 
     def check_matches(self, model: PreTrainedModel) -> None:
         """ValueError if the drafter cannot sit on `model`."""
         super().check_matches(model)
-        wide = self.file.hidden_size if self.file.fc is None else self.file.fc.shape[1] // self.file.num_states
-        if wide != self.hidden_size:
+        network = self.network
+        if network.input_size != self.hidden_size:
             raise ValueError(
-                f"this is a drafter of another model: it reads states of {wide} numbers, and the model's have "
-                f"{self.hidden_size}."
+                f"this is a drafter of another model: it reads states of {network.input_size} numbers, and the model's "
+                f"have {self.hidden_size}."
             )
-        for name, tensor in (("an embedding", self.file.embedding), ("an unembedding", self.file.unembedding)):
-            if tensor is None and self.file.hidden_size != self.hidden_size:
+        for name, tensor in (("an embedding", network.embedding), ("an unembedding", network.unembedding)):
+            if tensor is None and network.hidden_size != self.hidden_size:
                 raise ValueError(
-                    f"this drafter is {self.file.hidden_size} wide and has not {name} of its own; the model's is "
+                    f"this drafter is {network.hidden_size} wide and has not {name} of its own; the model's is "
                     f"{self.hidden_size} wide."
                 )
         for boundary in self.boundaries:
@@ -139,8 +141,9 @@ class Eagle3Heads(DraftHeads):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """long [...] -> [..., width], by its own embedding or the base's."""
-        if self.network.embedding is not None:
-            return F.embedding(token_ids, self.network.embedding)
+        own = self.network.embedding
+        if own is not None:  # of a token that is new to it any row does: it is never drafted
+            return F.embedding(token_ids.clamp(max=len(own) - 1), own)
         return self.base.get_input_embeddings()(token_ids)
 
     def unembed(self, x: Tensor) -> Tensor:
@@ -193,10 +196,18 @@ class Eagle3Drafter:
         self, written: Written, root_ids: Tensor, tree: DraftTree, min_probability: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """As `AttendingDrafter`; the whole tree is looked at."""
+        some, parts = _group(written), []
+        for first in range(0, len(root_ids), some):
+            those = slice(first, first + some)
+            parts.append(self._propose(written._replace(paths=written.paths[those]), root_ids[those], tree))
+        token_ids, log_probs = zip(*parts, strict=True)
+        return torch.cat(token_ids), torch.cat(log_probs)
+
+    def _propose(self, written: Written, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
         threads, device, heads = len(root_ids), root_ids.device, self._heads
         token_ids = root_ids.new_zeros(threads, len(tree))
         log_probs = torch.zeros(threads, len(tree), dtype=torch.float32, device=device)
-        paths = _Paths(written, heads.num_layers, device)
+        paths = _Paths(written, heads.num_layers, 1 + sum(len(level.inner) for level in tree.levels), device)
         ids, features = root_ids[:, None], written.pool.features_at(paths.last)[:, None]  # [T, rows of the level]
         above = torch.zeros(1, 0, dtype=torch.bool, device=device)  # [rows, earlier drafted rows], which each sees
         for depth, (level, places) in enumerate(zip(tree.levels, tree_tensors(tree, device).levels, strict=True)):
@@ -217,84 +228,92 @@ class Eagle3Drafter:
         return base_logit_scale(self._panels(x), self._heads.base)
 
 
-class _Paths:
-    """Keys and values of T threads' paths and of what is drafted behind them."""
+def _group(written: Written) -> int:
+    """How many threads draft at once: their paths' keys and values are gathered side by side, each as long as the
+    longest."""
+    first = written.pool.storage.first_draft_layer
+    assert first is not None
+    keys = written.pool.keys[first]
+    each = 2 * max(map(len, written.paths)) * keys[0].numel() * keys.element_size()
+    return max(MOST_BYTES // max(each, 1), 1)
 
-    def __init__(self, written: Written, layers: int, device: torch.device) -> None:
+
+class _Paths:
+    """Keys and values of T threads' paths and, behind them, of so many drafted rows."""
+
+    def __init__(self, written: Written, layers: int, drafted: int, device: torch.device) -> None:
         lengths = [len(path) for path in written.paths]
-        longest = max(lengths)
-        slots = torch.full((len(lengths), longest), -1, dtype=torch.long)
+        self._longest = max(lengths)
+        slots = torch.full((len(lengths), self._longest), -1, dtype=torch.long)
         for row, path in zip(slots, written.paths, strict=True):
             row[: len(path)] = torch.from_numpy(path)
         self.last = slots[torch.arange(len(lengths)), torch.tensor(lengths) - 1].to(device)
         self.lengths = torch.tensor(lengths, device=device)
         slots[:, 0] = -1  # nobody attends to a path's first token
         self._visible = (slots >= 0).to(device)[:, None, None]  # [T, 1, 1, longest]
-        self._slots = slots.clamp_(min=0).to(device)
-        first = max(written.pool.keys) - layers + 1
-        keys, values = written.pool.keys, written.pool.values
-        self._stores = [(keys[layer], values[layer]) for layer in range(first, first + layers)]
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        slots, pool, first = slots.clamp_(min=0).to(device), written.pool, written.pool.storage.first_draft_layer
+        assert first is not None
+        self._kept = []  # of each layer keys and values, [T, longest + drafted, heads, D]
+        for layer in range(first, first + layers):
+            stores = pool.keys[layer], pool.values[layer]
+            both = [store.new_empty(len(slots), self._longest + drafted, *store.shape[1:]) for store in stores]
+            for kept, store in zip(both, stores, strict=True):
+                kept[:, : self._longest] = store[slots]
+            self._kept.append(both)
 
-    def attend(self, seen: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
-        """seen: bool [rows, drafted rows], which of these each row of a level sees."""
-        threads, rows = len(self._slots), len(seen)
+    def attend(self, seen: Tensor) -> Attend:
+        """seen: bool [rows, drafted rows so far], which of these each row of a level sees; its own come last."""
+        threads, (rows, drafted) = len(self.lengths), seen.shape
+        end = self._longest + drafted
         visible = torch.cat(
-            [
-                self._visible.expand(threads, 1, rows, -1),
-                seen.expand(threads, 1, rows, seen.shape[1]),
-            ],
-            dim=-1,
+            [self._visible.expand(threads, 1, rows, -1), seen.expand(threads, 1, rows, drafted)], dim=-1
         )
 
         def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.unflatten(0, (threads, rows)) for x in (q, k, v))  # [T, rows, heads, D]
-            if index not in self._kept:
-                self._kept[index] = tuple(store[self._slots] for store in self._stores[index])  # type: ignore[assignment]
-            keys, values = self._kept[index] = tuple(
-                torch.cat([old, new], dim=1) for old, new in zip(self._kept[index], (k, v), strict=True)
-            )  # type: ignore[assignment]
-            out = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, keys, values)), attn_mask=visible, enable_gqa=True
-            )
-            return out.transpose(1, 2).flatten(0, 1)
+            keys, values = self._kept[index]
+            keys[:, end - rows : end], values[:, end - rows : end] = k, v
+            parts = (x.transpose(1, 2) for x in (q.to(keys.dtype), keys[:, :end], values[:, :end]))
+            out = F.scaled_dot_product_attention(*parts, attn_mask=visible, enable_gqa=True)
+            return out.transpose(1, 2).flatten(0, 1).to(q.dtype)
 
         return attention
 
 
-def holds(folder: Path) -> bool:
-    """Whether a folder's weights are an EAGLE-3 drafter's, by their names."""
+def holds(path: Path) -> bool:
+    """Whether a folder's or file's weights are an EAGLE-3 drafter's, by their names; not where they cannot be read."""
     try:
-        found = files.files_of(folder)
-    except FileNotFoundError:
+        found = [file for file in files.files_of(path) if file.suffix in (".safetensors", ".bin")]
+        return any("hidden_norm" in name or "midlayer." in name for file in found for name in _names(file))
+    except (OSError, ValueError):
         return False
-    names = {name for file in found for name in _names(file)}
-    return any(".fc." in f".{name}" or "midlayer." in name for name in names) and any("hidden_norm" in n for n in names)
 
 
-def _names(file: Path) -> list[str]:
+def _names(file: Path) -> Iterable[str]:
     if file.suffix == ".safetensors":
         with reading(file), safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
-    return list(_pickled(file))
+    return _pickled(file)
 
 
-def _pickled(file: Path) -> Mapping[str, Any]:
+def _pickled(file: Path) -> Mapping[str, Tensor]:
     with reading(file, "is no plain file of tensors"):
         state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{file} is no plain file of tensors")
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} is no plain file of tensors")
     return state
 
 
-def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A drafter's tensors and config."""
     state: dict[str, Tensor] = {}
-    for file in files.files_of(folder):
+    for file in files.files_of(path):
         if file.suffix == ".safetensors":
             with reading(file), safe_open(file, framework="pt") as tensors:
                 state |= {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
         else:
-            state |= dict(_pickled(file))
-    config = json_object(folder / "config.json") if (folder / "config.json").exists() else {}
-    return state, config
+            state |= _pickled(file)
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return state, json_object(config) if config.exists() else {}

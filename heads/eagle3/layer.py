@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from medusa_apar.drafting.drafter import Attend, Keep
 from medusa_apar.runtimes.cpu.weights import PackedMatrix
 
-from .files import Eagle3File
+from .files import SHAPES, Eagle3File
 
 
 class Drafted(NamedTuple):
@@ -33,7 +33,7 @@ class Drafted(NamedTuple):
 class Eagle3(nn.Module):
     """The drafter's own weights; embedding and unembedding are the base's where the file has none.
 
-    Everything is kept in the file's dtype and not trained.
+    Weights have the file's dtype and are not trained unless somebody says so.
     """
 
     def __init__(self, file: Eagle3File) -> None:
@@ -45,9 +45,35 @@ class Eagle3(nn.Module):
         self.fc, self.fc_bias, self.input_norm = map(_fixed, (file.fc, file.fc_bias, file.input_norm))
         self.state_norms = nn.ParameterList(map(_fixed, file.state_norms))
         self.embedding, self.unembedding = _fixed(file.embedding), _fixed(file.unembedding)
-        self.register_buffer("token_map", file.token_map)
-        self.rotary = LlamaRotaryEmbedding(file.config)
+        # In a tuple, which torch does not search: its frequencies have to stay float32 whatever the weights become.
+        self._rotary = (LlamaRotaryEmbedding(file.config),)
         self.packs: dict[Tensor, PackedMatrix] = {}  # weights that products are made from in another layout
+
+    @property
+    def hidden_size(self) -> int:
+        return self.norm.numel()
+
+    @property
+    def input_size(self) -> int:
+        """Width of each state that is fused."""
+        return self.hidden_size if self.fc is None else self.fc.shape[1] // self.num_states
+
+    def as_file(self, token_map: Tensor | None, boundaries: tuple[int, ...]) -> Eagle3File:
+        """The weights as they are now."""
+        return Eagle3File(
+            layers=[layer.tensors() for layer in self.layers],
+            norm=self.norm.detach(),
+            config=self.config,
+            **{
+                name: _plain(getattr(self, name))
+                for name in ("fc", "fc_bias", "input_norm", "embedding", "unembedding")
+            },
+            state_norms=[norm.detach() for norm in self.state_norms],
+            token_map=token_map,
+            boundaries=boundaries,
+            norm_before_residual=self.norm_before_residual,
+            norm_output=self.norm_output,
+        )
 
     def packed(self, packing: str) -> Eagle3:
         """The same drafter, which multiplies as the CPU runtime does."""
@@ -63,10 +89,6 @@ class Eagle3(nn.Module):
             return F.linear(x, weight, bias)
         out = self.packs[weight](x)
         return out if bias is None else out + bias
-
-    @property
-    def hidden_size(self) -> int:
-        return self.norm.numel()
 
     def fuse(self, states: Tensor) -> Tensor:
         """The base's states side by side, [N, num_states * target size] -> [N, H]."""
@@ -128,7 +150,7 @@ class Eagle3(nn.Module):
             q = self._normed(q, layer.q_norm)
         if layer.k_norm is not None:
             k = self._normed(k, layer.k_norm)
-        turned = self.rotary(features, positions[None])
+        turned = self._rotary[0](features, positions[None])
         q, k = (x[0] for x in apply_rotary_pos_emb(q[None], k[None], *turned, unsqueeze_dim=2))
         return q, k, v
 
@@ -139,19 +161,35 @@ class Eagle3(nn.Module):
 
 
 class _Layer(nn.Module):
+    """One layer's weights; None where the file has none."""
+
     def __init__(self, file: Eagle3File, index: int) -> None:
         super().__init__()
-        tensors = file.layers[index]
-        self.hidden_norm = _fixed(tensors.get("hidden_norm.weight"))
-        self.input_layernorm = _fixed(tensors["input_layernorm.weight"])
-        self.post_attention_layernorm = _fixed(tensors["post_attention_layernorm.weight"])
-        for name in ("q", "k", "v", "o"):
-            for kind in ("weight", "bias"):
-                self.register_parameter(f"{name}_{kind}", _fixed(tensors.get(f"self_attn.{name}_proj.{kind}")))
-        self.q_norm, self.k_norm = (_fixed(tensors.get(f"self_attn.{name}_norm.weight")) for name in "qk")
-        self.gate, self.up, self.down = (_fixed(tensors[f"mlp.{name}_proj.weight"]) for name in ("gate", "up", "down"))
+        for attribute, name in _NAMES.items():
+            self.register_parameter(attribute, _fixed(file.layers[index].get(name)))
         self.activation = ACT2FN[file.config.hidden_act]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the file's names."""
+        found = ((name, getattr(self, attribute)) for attribute, name in _NAMES.items())
+        return {name: weight.detach() for name, weight in found if weight is not None}
+
+
+def _attribute(name: str) -> str:
+    """ "self_attn.q_proj.weight" -> "q_weight", "mlp.down_proj.weight" -> "down", "hidden_norm.weight" -> itself."""
+    group, _, rest = name.rpartition("_proj.")
+    if not group:
+        return name.removeprefix("self_attn.").removesuffix(".weight")
+    word = group.rpartition(".")[2]
+    return word if group.startswith("mlp.") else f"{word}_{rest}"
+
+
+_NAMES = {_attribute(name): name for name in SHAPES}
 
 
 def _fixed(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+def _plain(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.detach()

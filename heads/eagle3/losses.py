@@ -19,6 +19,7 @@ from medusa_apar.finetune.packing import NO_PARENT, PackedForest, PackedRow, pat
 from medusa_apar.runtimes.attention import current_forest, forest_attention
 from medusa_apar.runtimes.capture import Captured
 
+from ..draft_heads import DraftHeads
 from .heads import Eagle3Heads
 
 RANKS = 10  # drafts of each round that are counted where a drafter is judged
@@ -44,7 +45,7 @@ def round_losses(
     network, parents = heads.network, row.parents
     before = torch.where(parents == NO_PARENT, 0, parents)
     with torch.no_grad():
-        targets = _draft_logits(heads, hidden).float().softmax(-1)
+        targets = DraftHeads.unembed(heads, hidden).float().softmax(-1)  # by the base's own unembedding
         best = targets.argmax(-1)
     embedded = heads.embed(row.input_ids).detach()
     features = network.fuse(states)
@@ -76,12 +77,6 @@ def base_states(heads: Eagle3Heads, row: PackedRow) -> tuple[Tensor, Tensor]:
             use_cache=False,
         )
     return captured.boundary_states(), output.last_hidden_state[0]
-
-
-def _draft_logits(heads: Eagle3Heads, hidden: Tensor) -> Tensor:
-    """The base's logits over the draft vocabulary."""
-    logits = heads.base.get_output_embeddings()(hidden)
-    return logits if heads.token_map is None else logits[..., heads.token_map]
 
 
 class _Rounds:

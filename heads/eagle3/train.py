@@ -25,11 +25,12 @@ from medusa_apar.job import Job, read_checkpoint, replacing
 from medusa_apar.models.families import unembedding_size
 from medusa_apar.models.fingerprint import fingerprint
 
+from .. import load_heads
 from ..answers import AnswerFile, data_fingerprint
 from ..ask import check_same
 from ..held_out import by_prompt
 from .fresh import fresh
-from .heads import Eagle3Heads, read
+from .heads import Eagle3Heads
 from .losses import RANKS, RoundLosses, base_states, round_losses
 
 ROUND_DECAY = 0.8  # round k counts 0.8^k: a token far ahead is seldom reached
@@ -78,7 +79,8 @@ class Trainer:
     ) -> None:
         self.heads, self.rows, self.held_out = heads, rows, held_out
         self.out, self.settings, self.job = out, settings, job
-        self.parameters = [p for p in heads.network.parameters() if p.is_floating_point()]
+        # But for an embedding: tokens are read as the base reads them.
+        self.parameters = [p for p in heads.network.parameters() if p is not heads.network.embedding]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.device = self.parameters[0].device
@@ -232,7 +234,10 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
 def _made(model: PreTrainedModel, file: AnswerFile, settings: Settings) -> Eagle3Heads:
     """A new drafter, or that of `settings.init`; float32."""
     if settings.init is not None:
-        return Eagle3Heads.from_state(*read(Path(settings.init)), model, torch.float32)
+        heads = load_heads(settings.init, model, torch.float32)
+        if not isinstance(heads, Eagle3Heads):
+            raise ValueError(f"{settings.init} holds {heads.kind} heads, which no EAGLE-3 drafter can begin with")
+        return heads
     vocab_size, hidden = unembedding_size(model)
     token_map = None
     if 0 < settings.draft_vocab < vocab_size:

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 HELP = "train Medusa or Hydra heads or an EAGLE-3 drafter on a model's own answers"
 
 
+# Options that only some kinds of heads know, and what they are where nobody gives them.
+OF_HEADS = {"num_heads": 4, "num_layers": 1, "aux_layers": [], "start": "auto", "hard": 0.0, "temperature": 1.0}
+OF_DRAFTERS: dict[str, Any] = {"boundaries": []}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     positive = number(float, 0, open_low=True)
     count = number(int, 1)
@@ -68,14 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--num-heads",
         type=number(int, 1, MAX_HEADS),
-        default=4,
+        default=OF_HEADS["num_heads"],
         metavar="N",
         help="tokens guessed ahead (default: %(default)s)",
     )
     add(
         "--num-layers",
         type=number(int, 1, MAX_LAYERS),
-        default=1,
+        default=OF_HEADS["num_layers"],
         metavar="N",
         help="residual blocks of a head (default: %(default)s)",
     )
@@ -119,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.prompts or args.answers or args.copy):
         raise ValueError("there is nothing to learn from: give --prompts, --answers or --copy")
     check_files([*args.prompts, *args.answers, *args.copy])
+    _check_kind(args)
     if args.start == "ridge" and args.kind == "medusa" and not args.aux_layers:
         raise ValueError("--start ridge needs an input layer: --kind hydra, or --aux-layers")
     if args.init and not Path(args.init).exists():
@@ -163,6 +169,17 @@ def run(args: argparse.Namespace) -> int:
             train(apar.model, file, args.out, settings, job)
         job.say(f"heads are in {args.out}")
     return 0
+
+
+def _check_kind(args: argparse.Namespace) -> None:
+    """ValueError for an option that the kind of heads would ignore."""
+    foreign = OF_HEADS if args.kind == "eagle3" else OF_DRAFTERS
+    if args.kind == "eagle3" and args.init:
+        foreign = foreign | OF_DRAFTERS
+    for name, usual in foreign.items():
+        if getattr(args, name) != usual:
+            why = "with --init" if name in OF_DRAFTERS and args.init else f"with --kind {args.kind}"
+            raise ValueError(f"--{name.replace('_', '-')} means nothing {why}")
 
 
 def _settings(args: argparse.Namespace, threads: int) -> Any:

@@ -110,7 +110,6 @@ class Heads(Protocol):
     """Draft heads as the engine needs them: what they read, and what drafts with them."""
 
     aux_layers: tuple[int, ...]  # base layers whose outputs they read beside the final hidden state
-    attends: bool  # whether what drafts with them attends to what was written (`AttendingDrafter`)
     num_heads: int
     acceptance: list[list[float]] | None  # measured chance that a draft of each rank is right, [heads][ranks]
 

@@ -342,7 +342,8 @@ class Engine:
             if self.heads is not None:
                 # Looked up once, as it asks every weight that was copied whether it has changed.
                 self.speculator.drafter = self.runtime.drafter(self.heads)
-                self._reads = Reads.of(self.heads, self.speculator.drafter)
+                guessed = self.options.speculation is not None
+                self._reads = Reads.of(self.heads, self.speculator.drafter if guessed else None)
             if self.options.prefix_cache:
                 weights = self.runtime.weights()
                 if self._weights is None or self._weights() is not weights:

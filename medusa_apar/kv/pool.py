@@ -6,6 +6,7 @@ Which slots a request has is for `SlotRuns` to choose.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ class KVStorage:
 
     scales: of those that are int16 steps: layer -> float32 [capacity, kv_heads, 2], a key's step and a value's.
     features: what a drafter that attends knows behind each slot's token: [capacity, width] at 0, or nothing.
+    first_draft_layer: number of the drafter's first layer among keys and values; None without.
     chunks: int32 [chunks, columns], which slots a path's tokens lie in; written by PathTable, which says more.
     """
 
@@ -32,6 +34,14 @@ class KVStorage:
     scales: dict[int, torch.Tensor] = field(default_factory=dict)
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     chunks: torch.Tensor | None = None
+    first_draft_layer: int | None = None
+
+    def forget_drafter(self) -> None:
+        """Without what a drafter has kept: another one is none of its business, nor are callers without."""
+        self.features.clear()
+        for layer in [layer for layer in self.keys if layer >= (self.first_draft_layer or math.inf)]:
+            del self.keys[layer], self.values[layer]
+        self.first_draft_layer = None
 
     @property
     def capacity(self) -> int:
@@ -54,6 +64,7 @@ class KVPool(Cache):
         super().__init__(layers=[])
         self.max_slots = max_slots
         self.storage = KVStorage() if storage is None else storage
+        self.storage.forget_drafter()
         self._take_storage()
         self.positions = np.zeros(0, dtype=np.int64)  # [capacity] path position of the token in each slot
         self.slots: torch.Tensor | None = None  # int64 [N], set by the runtime before each forward pass
@@ -137,9 +148,12 @@ class KVPool(Cache):
     def keep_features(self, features: torch.Tensor) -> None:
         """[N, width], behind the tokens of the current forest's rows."""
         assert self.slots is not None
-        if 0 not in self._features:
-            self._features[0] = features.new_zeros(self.capacity, features.shape[1])
-        self._features[0][self.slots] = features
+        kept = self._features.get(0)
+        if kept is None or (kept.dtype, kept.device) != (features.dtype, features.device):
+            with torch.inference_mode(False):  # it outlives a caller's inference mode, and is written to outside of it
+                kept = torch.zeros(self.capacity, features.shape[1], dtype=features.dtype, device=features.device)
+            self._features[0] = kept
+        kept[self.slots] = features
 
     def features_at(self, slots: torch.Tensor) -> torch.Tensor:
         """What was kept for these slots (long, any shape), [..., width]; zeros for -1, which is no slot."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from medusa_apar.drafting.drafter import DraftLayers
 from medusa_apar.forest.forest import Forest
+from medusa_apar.forest.mask import ForestMask
 from medusa_apar.kv.pool import KVPool
 
 from .attention import sdpa_forest_attention
@@ -20,16 +21,19 @@ def extend(layers: DraftLayers, states: Tensor, forest: Forest, pool: KVPool, fi
         states: [N, boundaries * H], the base's.
         first: number of the drafter's first layer in the pool.
     """
+    pool.storage.first_draft_layer = first
     pool.keep_features(layers.fuse(states))
     features = pool.features_at(forest.parent_slots)
-    mask = forest.mask(_not_the_first)
+    masks: list[ForestMask] = []  # a drafter of one layer needs none
 
     def keep(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return pool.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], first + index)
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = keep(index, k, v)
-        out, _ = sdpa_forest_attention(cast(Any, None), q.transpose(0, 1)[None], keys, values, mask)
+        if not masks:
+            masks.append(forest.mask(_not_the_first))
+        out, _ = sdpa_forest_attention(cast(Any, None), q.transpose(0, 1)[None], keys, values, masks[0])
         return out[0]
 
     layers.extend(forest.input_ids[0], features, forest.position_ids[0], attend, keep)

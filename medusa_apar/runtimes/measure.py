@@ -105,7 +105,8 @@ def measure(model: PreTrainedModel, runtime: Runtime, heads: Heads | None, tree:
         timer.fill()
         runs: dict[tuple[str, int], Callable[[], float]] = {("rows", size): partial(timer.rows, size) for size in sizes}
         # Where steps are captured so is drafting, and costs far less than its kernels one by one.
-        if drafter is not None and heads is not None and len(tree) and not runtime.facts.graphs:
+        captured = runtime.facts.graphs and not isinstance(drafter, AttendingDrafter)
+        if drafter is not None and heads is not None and len(tree) and not captured:
             some = tree.first(NODES)
             for threads in THREADS:
                 written = timer.written(threads)

@@ -69,6 +69,25 @@ def test_the_command_makes_heads_that_load(tuned, tmp_path, options):
     assert json.loads((tmp_path / "heads" / "report.json").read_text())["records"] > 6
 
 
+def test_the_command_makes_a_drafter_that_loads_and_refuses_what_it_would_ignore(tuned, tmp_path, capsys):
+    questions = ["why", "how", "when", "where to go", "what is it", "who"]
+    copied = write_chats(tmp_path / "corpus.jsonl", questions, "That is a long answer")
+    command = ["train-heads", "--model", str(tuned), "--out", str(tmp_path / "heads"), "--copy", copied]
+    command += ["--kind", "eagle3", "--draft-vocab", "40", "--epochs", "2", "--batch", "64", "--threads", "1"]
+    assert main(command) == 0
+    assert main(command) == 0  # nothing is left to do
+    apar = load(tuned, heads=tmp_path / "heads")
+    assert apar.heads.kind == "eagle3" and apar.heads.boundaries == (2, 1, 2)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(apar.generate(**inputs), load(tuned, heads=None).generate(**inputs))
+    for foreign in (["--num-heads", "3"], ["--temperature", "0.5"], ["--boundaries", "1", "--init", str(tmp_path)]):
+        assert main([*command, *foreign]) == 2
+        assert "means nothing with" in capsys.readouterr().err
+    medusa = [part if part != "eagle3" else "hydra" for part in command]
+    assert main([*medusa, "--boundaries", "1"]) == 2
+    assert "--boundaries means nothing with --kind hydra" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [

@@ -15,7 +15,7 @@ from tests.support.models import LLAMA_LIKE, VOCAB
 class WeightlessHeads:
     """Draft heads that are their own drafter (`medusa_apar.drafting.drafter`); `propose` is what they differ in."""
 
-    aux_layers, attends = (), False
+    aux_layers = ()
     num_heads, input_size = 3, LLAMA_LIKE["hidden_size"]
     acceptance: list[list[float]] | None = [[0.8, 0.1, 0.05]] * 3
 

@@ -1,5 +1,6 @@
 """Threads that draft with EAGLE-3 write the model's own tokens, and what is drafted saw the whole path."""
 
+import copy
 import json
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import medusa_apar
 from medusa_apar.drafting.speculator import Speculator
 from medusa_apar.heads import Eagle3Heads, load_heads
+from medusa_apar.heads.eagle3 import heads as heads_module
 from medusa_apar.runtimes.capture import Captured
 from tests.support.eagle3_files import LAYOUTS, checkpoint
 from tests.support.engine_runs import request
@@ -121,7 +123,6 @@ def test_every_layout_drafts_and_never_shows(name):
     assert_threads_are_plain(model, out.paragraph_tree)
 
 
-FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "gpt_oss", "gpt2"]
 SITUATIONS = {
     "plainly": {},
     "one thread at a time": {"max_threads": 1},
@@ -229,3 +230,59 @@ def test_drafters_of_other_models_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             Eagle3Heads.from_state(*checkpoint(replace(layout, **changes), 0, *sizes), model)
+
+
+def test_rotary_frequencies_stay_whole_in_any_dtype():
+    model = forking_model(5).to(torch.bfloat16)
+    half, whole = drafter_of(model), drafter_of(model.float())
+    assert half.dtype == torch.bfloat16
+    rotaries = [heads.to(heads.dtype).network._rotary[0] for heads in (half, whole)]
+    assert torch.equal(*(rotary.inv_freq for rotary in rotaries)) and rotaries[0].inv_freq.dtype == torch.float32
+
+
+def test_what_is_saved_are_the_weights_as_they_are_and_the_states_that_are_read(tmp_path):
+    """Whatever became of the tensors of the file: another dtype, a copy, an update."""
+    model = forking_model(5)
+    layout = replace(LAYOUTS["speculators'"], states=2, ids=(1, 2), where_ids="top")
+    state, config = checkpoint(layout, 0, 32, VOCAB)
+    heads = copy.deepcopy(Eagle3Heads.from_state(state, config, model, convention="before").half()).float()
+    assert heads.boundaries == (1, 2)
+    with torch.no_grad():
+        heads.network.fc += 1.0
+    heads.attach(model).save_pretrained(tmp_path, torch.float32)
+    again = load_heads(tmp_path, model, torch.float32)
+    assert again.boundaries == (1, 2)  # though a first id of 1 would be the layer after which
+    for (name, mine), its in zip(heads.network.named_parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(mine, its), name
+
+
+def test_tokens_that_are_new_to_the_drafter_do_no_harm():
+    model = forking_model(5)
+    layout = replace(LAYOUTS["with an embedding of its own"], states=2, ids=(2, 1), where_ids="top", draft_vocab=9)
+    heads = Eagle3Heads.from_state(*checkpoint(layout, 0, 32, 20), model)  # the model has 61 tokens
+    plain, drafting = (
+        medusa_apar.attach(model, heads, CONTROL, runtime="torch", speculation=its, budget=30).generate(
+            **prompts(2, 6, seed=2), do_sample=False, max_new_tokens=30
+        )
+        for its in ("off", "forest")
+    )
+    assert torch.equal(plain, drafting)
+
+
+def test_threads_that_draft_in_groups_draft_the_same(monkeypatch):
+    model = forking_model(5)
+    heads = drafter_of(model)
+    monkeypatch.setattr(heads_module, "MOST_BYTES", 1)  # one at a time
+    apar = medusa_apar.attach(model, heads, CONTROL, runtime="torch", budget=40)
+    with watched() as seen:
+        apar.generate(**prompts(2, 9, seed=2), do_sample=False, max_new_tokens=30)
+    assert_as_cold(heads, seen, 20)
+
+
+def test_an_engine_that_does_not_guess_keeps_nothing_for_it():
+    model = forking_model(5)
+    apar = medusa_apar.attach(model, drafter_of(model), CONTROL, runtime="torch", speculation="off")
+    with apar.engine() as engine:
+        engine.add(request("one", [7, 8, 9], limit=4))
+        engine.step()
+        assert not engine.ledger.pool.storage.features and max(engine.ledger.pool.keys) == 1

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import medusa_apar
 from medusa_apar.heads import Eagle3Heads, load_heads
 from medusa_apar.heads.answers import AnswerFile
 from medusa_apar.heads.eagle3.train import Settings, train
+from medusa_apar.heads.train import Settings as HeadSettings
+from medusa_apar.heads.train import make_heads
 from medusa_apar.job import Job
 from tests.support.answers import CHILD, FORK, a_model_that_counts, counting_answers
 
@@ -81,3 +84,21 @@ def test_a_trained_drafter_saves_steps(counting_model, data, tmp_path):
         out = apar.generate(**prompt, do_sample=False, max_new_tokens=20, return_dict_in_generate=True)
         steps[name] = out.stats.steps, out.sequences.tolist()
     assert steps["drafted"][1] == steps["plain"][1] and steps["drafted"][0] < 0.7 * steps["plain"][0]
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+def test_training_goes_on_from_a_drafter_in_float16(counting_model, data, tmp_path, embedding):
+    run(counting_model, data, tmp_path / "first", epochs=1)
+    if embedding:  # as SpecForge's and speculators' files have one
+        state = load_file(tmp_path / "first" / "model.safetensors")
+        state["embed_tokens.weight"] = counting_model.get_input_embeddings().weight.half()
+        save_file(state, tmp_path / "first" / "model.safetensors")
+    second = run(counting_model, data, tmp_path / "second", init=str(tmp_path / "first"), draft_vocab=8192)
+    saved = load_heads(tmp_path / "second", counting_model, torch.float32)
+    assert (saved.network.embedding is not None) == embedding
+    for mine, its in zip(second.network.parameters(), saved.network.parameters(), strict=True):
+        torch.testing.assert_close(mine.detach(), its, atol=1e-3, rtol=1e-3)
+    first = load_heads(tmp_path / "first", counting_model, torch.float32)
+    assert not torch.allclose(first.network.fc, saved.network.fc, atol=1e-3)
+    with pytest.raises(ValueError, match="holds an eagle3 drafter: go on with --kind eagle3"):
+        make_heads(counting_model, HeadSettings(init=str(tmp_path / "first")), None)
