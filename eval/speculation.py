@@ -23,7 +23,7 @@ from .runs import Runs
 from .statistics import ratio_of_totals
 
 SLOWER = 0.03  # share of its time that a prompt may lose (DESIGN.md, promise 7: never slower)
-SOURCES = ("heads", "ngrams", "forks")
+SOURCES = ("heads", "ngrams", "recycled", "forks")
 
 
 def read(folder: Path) -> dict[str, list[Median]]:

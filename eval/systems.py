@@ -108,21 +108,28 @@ NAMES = {
     "heads": "our engine with heads",
     "ours": "our engine with threads and heads, and all else that it guesses ahead",
     "ngrams": "our engine with threads that guess without heads, from what has been said",
+    "ngrams+recycling": "the same, and by recycled tokens: what the model said last time behind the same tokens",
 }
 # Parts of `ours`, to see what each brings; all with threads and the same heads.
 SPECULATIONS = {
     "static": Speculation.even(),
-    "budget": Speculation(thread_weights=False, ngrams=False, forks=False),
-    "budget+weighted": Speculation(ngrams=False, forks=False),
-    "budget+forks": Speculation(thread_weights=False, ngrams=False),
-    "budget+ngrams": Speculation(thread_weights=False, forks=False),
+    "budget": Speculation(thread_weights=False, ngrams=False, forks=False, recycling=False),
+    "budget+weighted": Speculation(ngrams=False, forks=False, recycling=False),
+    "budget+forks": Speculation(thread_weights=False, ngrams=False, recycling=False),
+    "budget+ngrams": Speculation(thread_weights=False, forks=False, recycling=False),
+    "budget+recycling": Speculation(thread_weights=False, ngrams=False, forks=False, recycling=True),
+    "unrecycled": Speculation(recycling=False),
 }
+# Threads that guess without heads.
+HEADLESS = {"ngrams": Speculation(recycling=False), "ngrams+recycling": Speculation(recycling=True)}
 NAMES |= {
     "static": "the same draft tree below every thread, as many nodes as pay",
     "budget": "one budget for the whole forest, of the heads' guesses alone",
     "budget+weighted": "the same, nodes of threads that the answer does not wait for earning half",
     "budget+forks": "the same, with [Child] below every drafted [Fork]",
     "budget+ngrams": "the same, with what has been said as guesses besides",
+    "budget+recycling": "the same, with recycled tokens as guesses besides",
+    "unrecycled": "ours without recycled tokens",
 }
 
 
@@ -135,7 +142,8 @@ def make(name: str, apar: MedusaApar, longest: int = 0, untuned: MedusaApar | No
     if name not in NAMES:
         raise ValueError(f"system {name!r} is none of {', '.join(NAMES)}")
     parts = name in SPECULATIONS
-    threads, heads = parts or name in ("threads", "ngrams", "ours"), parts or name in ("heads", "ours")
+    headless = name in HEADLESS
+    threads, heads = parts or headless or name in ("threads", "ours"), parts or name in ("heads", "ours")
     if threads and apar.control_token_ids is None:
         raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
     if heads and apar.heads is None:
@@ -153,8 +161,8 @@ def make(name: str, apar: MedusaApar, longest: int = 0, untuned: MedusaApar | No
     ours = whose if heads else whose.without_heads()
     if parts:
         ours = ours.speculating(SPECULATIONS[name])
-    elif name == "ngrams":
-        ours = ours.speculating(Speculation())
+    elif headless:
+        ours = ours.speculating(HEADLESS[name])
     facts = ours.runtime.facts
     shapes = Shapes.of(ours.model, facts.kind) if facts.backend == "cpu" else None
     weights = f"{facts.kind}, {UNTUNED}" if name in OF_BASE else facts.kind

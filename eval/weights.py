@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
         "--heads", nargs="+", default=["auto"], metavar="DIR", help="of different kinds, or none (default: the model's)"
     )
     add("--base", default="smollm2-135m", help="the untuned model (default: %(default)s without its tuning)")
-    add("--prompts", nargs="+", type=_named_file, required=True, metavar="NAME=FILE", help="JSONL with `turns`")
+    add("--prompts", nargs="+", type=named_file, required=True, metavar="NAME=FILE", help="JSONL with `turns`")
     add("--corpus", nargs="+", type=Path, default=[], metavar="FILE", help="chat JSONL: its held-out part is used")
     add("--out", type=Path, required=True, metavar="DIR", help="gets runs.jsonl, log.jsonl and report.json")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="which answer (default: all)")
@@ -200,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _named_file(text: str) -> tuple[str, Path]:
+def named_file(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not equals or not name or name == CORPUS:
         raise argparse.ArgumentTypeError(f"{text!r} must be NAME=FILE, such as vicuna=vicuna_bench.jsonl")

@@ -7,7 +7,9 @@
   lists     the same with threads that a rule forks at list items
 
   static    Medusa's draft trees, one for all threads            ngrams  threads that guess without heads
-  budget  budget+weighted  budget+forks  budget+ngrams: parts of `ours`, to see what each brings
+  ngrams+recycling                                               the same, and from recycled tokens
+  budget  budget+weighted  budget+forks  budget+ngrams  budget+recycling  unrecycled: parts of `ours`, to see what
+                                                        each brings
 
 Other engines take part when they are named, each in an environment of its own under the cache folder, made the first
 time (from PyPI; llama.cpp is compiled):

@@ -155,7 +155,7 @@ def _accepted(after: Recording, row: int) -> dict[tuple[int, int], bool]:
     return found
 
 
-_SIGNS = {"heads": "◇", "ngrams": "≡", "fork": "↳"}
+_SIGNS = {"heads": "◇", "ngrams": "≡", "recycled": "♺", "fork": "↳"}
 _KEY = (
     '<p class="ma-key">● root, the last token that was chosen · ○ other pending token · ◇ guessed by the heads · '
     "≡ guessed, since it had been written before · ↳ [Child] below a guessed [Fork] · ✓ accepted, ✕ rejected · "

@@ -9,6 +9,7 @@ SOURCES = {
     "model": "chosen by the model",
     "heads": "guessed by the heads",
     "ngrams": "guessed, since it had been written before",
+    "recycled": "guessed, since the model would have said so before",
     "rule": "written by the fork rule",
 }
 

@@ -118,6 +118,8 @@ class ForestBudget:
         """Most candidates of each thread that drafts among so many roots: twice an even share, since shares differ, and
         rounded up to a power of two, since a CUDA graph is captured for each number."""
         each = 2 * max(min(room, self.rows - roots), 0) // drafting
+        if self.max_nodes is not None:
+            each = min(each, 2 * self.max_nodes)
         return power_of_two(each) if each else 0
 
     def heads_enabled(self) -> bool:
@@ -258,6 +260,9 @@ class _Candidates:
                 own = gains[first : first + len(proposal.tokens)]
                 chances[first : first + len(own)][np.argsort(-own, kind="stable")[max_nodes:]] = 0.0
         from_heads[recalled] = False
+        for first, proposal in zip(bounds.tolist(), proposals, strict=False):
+            if proposal is not None and proposal.from_heads is not None:
+                from_heads[first : first + len(proposal.from_heads)] = proposal.from_heads
         gains[children] *= SECONDARY
         return cls(chances, gains, from_heads, bounds, int(np.count_nonzero(heads)))
 

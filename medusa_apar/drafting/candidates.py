@@ -8,7 +8,9 @@ mixed: a token that both propose is likelier, and where they disagree the probab
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -20,11 +22,14 @@ from .ngram_index import MAX_MATCH, MAX_RECALLED, NgramMatch
 # Chance that the token which followed a match of so many tokens follows again, beside the heads' own chance for it:
 # about what 59 answers of the tuned SmolLM2 showed, counted as so many observations each.
 _MATCH_ACCEPTANCE = (0.0, 0.25, 0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.85, 0.9)
+# The same beside recycled tokens, which know most of it: 14 answers.
+_BESIDE_RECYCLED = (0.0, 0.1, 0.15, 0.2, 0.4, 0.4, 0.45, 0.45, 0.5, 0.6, 0.65, 0.7, 0.85)
 _MATCH_WEIGHT = 20.0
 MAX_DEPTH = MAX_RECALLED  # of nodes that do not hang in the heads' tree
 _TINY = 1e-9
 _BINS, _BINS_PER_OCTAVE = 16, 2  # of what heads claim
 _HEADS_WEIGHT = 10.0  # observations for which a claim stands before any came in
+Source = Literal["heads", "ngrams", "recycled"]
 
 
 @dataclass(slots=True)
@@ -37,6 +42,10 @@ class Proposal:
     chain: the nodes of what was recalled, from the top; matches: tokens that matched before each;
         chain_head_probs: the heads' own probability of each, given its parent.
     forks: node of a `[Fork]` -> node of the `[Child]` below it; these are the last.
+    recycled: so many before those are recycled tokens that nobody else proposes. claims: by node, what recycled tokens
+        claim, and the heads beside them: a calibration of `RecycledScorer`, and the chance given the parent.
+    from_heads: bool [nodes but for the `[Child]`s], what would not be there without the heads; None: the heads' drafts
+        that are not of the chain.
     """
 
     tokens: np.ndarray
@@ -48,6 +57,18 @@ class Proposal:
     matches: list[int] = field(default_factory=list)
     chain_head_probs: list[float] = field(default_factory=list)
     forks: dict[int, int] = field(default_factory=dict)
+    recycled: int = 0
+    claims: dict[int, tuple[int, float]] = field(default_factory=dict)
+    from_heads: np.ndarray | None = None
+
+    def sources(self, nodes: np.ndarray) -> dict[Source, int]:
+        """How many of these nodes each source proposes, in their order; what several do counts for the first.
+
+        nodes: int64, ascending, `[Child]`s not among them.
+        """
+        bounds = [self.heads, len(self.tokens) - len(self.forks) - self.recycled]
+        heads, others = np.searchsorted(nodes, bounds).tolist()
+        return {"heads": heads, "ngrams": others - heads, "recycled": len(nodes) - others}
 
     def within(self, room: int) -> Proposal:
         """Without chances for nodes that stand `room` path positions or more behind the root."""
@@ -59,11 +80,15 @@ class Proposal:
 
 
 class MatchAcceptance:
-    """How likely a recalled token is accepted, by the length of the match: an estimate that every step corrects."""
+    """How likely a recalled token is accepted, by the length of the match: an estimate that every step corrects.
 
-    def __init__(self) -> None:
-        self._right = [_MATCH_WEIGHT * share for share in _MATCH_ACCEPTANCE]
-        self._count = [_MATCH_WEIGHT] * len(_MATCH_ACCEPTANCE)
+    recycling: whether recycled tokens are proposed beside it.
+    """
+
+    def __init__(self, recycling: bool = False) -> None:
+        known = _BESIDE_RECYCLED if recycling else _MATCH_ACCEPTANCE
+        self._right = [_MATCH_WEIGHT * share for share in known]
+        self._count = [_MATCH_WEIGHT] * len(known)
 
     def of(self, match: int) -> float:
         match = min(match, MAX_MATCH)
@@ -80,17 +105,25 @@ class MatchAcceptance:
 
 
 class Calibration:
-    """How often the heads' drafts were right, by octaves of the heads' own probability; without any, it is believed."""
+    """How often drafts were right, by octaves of the probability that is claimed for them.
 
-    def __init__(self) -> None:
+    trust: what share of a claim comes true, before it is known. 1 believes it.
+    """
+
+    def __init__(self, trust: float = 1.0) -> None:
         middle = 2.0 ** -((np.arange(_BINS) + 0.5) / _BINS_PER_OCTAVE)
-        self._right = _HEADS_WEIGHT * middle
-        self._claimed = self._right.copy()
+        self._claimed = _HEADS_WEIGHT * middle
+        self._right = trust * self._claimed
 
     def chances(self, head_probs: np.ndarray) -> np.ndarray:
         """Any shape of probabilities given the parent."""
         bins = _bins(head_probs)
         return np.minimum(head_probs * self._right[bins] / self._claimed[bins], 1.0)
+
+    def chance(self, claim: float) -> float:
+        """As `chances`, of one."""
+        place = _bin(claim)
+        return min(claim * float(self._right[place] / self._claimed[place]), 1.0)
 
     def saw(self, head_probs: np.ndarray, right: np.ndarray) -> None:
         """float and bool [k], of nodes whose parents were accepted."""
@@ -98,10 +131,20 @@ class Calibration:
         np.add.at(self._right, bins, right)
         np.add.at(self._claimed, bins, head_probs)
 
+    def saw_one(self, claim: float, right: bool) -> None:
+        """As `saw`, of one."""
+        place = _bin(claim)
+        self._right[place] += right
+        self._claimed[place] += claim
+
 
 def _bins(head_probs: np.ndarray) -> np.ndarray:
-    octaves = -np.log2(np.maximum(head_probs, 1e-9)) * _BINS_PER_OCTAVE
+    octaves = -np.log2(np.maximum(head_probs, _TINY)) * _BINS_PER_OCTAVE
     return np.minimum(octaves, _BINS - 1).astype(np.intp)
+
+
+def _bin(claim: float) -> int:
+    return min(int(-math.log2(max(claim, _TINY)) * _BINS_PER_OCTAVE), _BINS - 1)
 
 
 @dataclass(slots=True)

@@ -15,17 +15,19 @@ class Speculation:
     ngrams: where the prompt or a thread of the answer has written the same tokens before, what followed them is
         proposed beside the heads' drafts, and without heads too.
     forks: below a proposed `[Fork]` its `[Child]` runs in the same step, so that a fork costs none.
+    recycling: what the model said last time behind the same one or two tokens is proposed too.
     """
 
     plan: str = "forest"
     thread_weights: bool = True
     ngrams: bool = True
     forks: bool = True
+    recycling: bool = False
 
     def __post_init__(self) -> None:
         if self.plan not in ("forest", "even"):
             raise ValueError(f'speculation plans "forest" or "even", not {self.plan!r}.')
-        if self.plan == "even" and (self.thread_weights or self.ngrams or self.forks):
+        if self.plan == "even" and (self.thread_weights or self.ngrams or self.forks or self.recycling):
             raise ValueError("an even plan takes the heads' guesses alone: use Speculation.even().")
 
     @classmethod

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from medusa_apar.kv.slot_ledger import SlotLedger
 from medusa_apar.threads.paragraph_tree import Thread
+from medusa_apar.threads.request import Request
 
 from .advance import Advance, DraftResult
 from .budget import SECONDARY, EvenBudget, ForestBudget
-from .candidates import MAX_DEPTH, CandidateScorer, Proposal
+from .candidates import MAX_DEPTH, CandidateScorer, MatchAcceptance, Proposal
 from .draft_tree import DraftTree
 from .drafter import AttendingDrafter, Drafter, Written
 from .ngram_index import MAX_MATCH, MAX_RECALLED, NgramIndex, NgramMatch
 from .options import Speculation
+from .recycled_candidates import RecycledScorer
+from .recycling import RecyclingTable, SeenRows
 
 
 class Drafting(NamedTuple):
@@ -48,7 +51,7 @@ class Load(NamedTuple):
 
 @dataclass(slots=True)
 class Speculator:
-    """Candidates for every thread's draft tree, from draft heads and from what was written before.
+    """Candidates for every thread's draft tree, from draft heads, what was written before and recycled tokens.
 
     Args:
         options: what is guessed; None for nothing.
@@ -62,7 +65,8 @@ class Speculator:
     ledger: SlotLedger
     drafter: Drafter | AttendingDrafter | None = None
     tree: DraftTree = field(default_factory=lambda: DraftTree([]))
-    scorer: CandidateScorer = field(default_factory=CandidateScorer)
+    scorer: CandidateScorer = field(init=False)
+    recycled: RecycledScorer = field(init=False)
     # Draft nodes, and those that were right, by who proposed them.
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
@@ -70,10 +74,25 @@ class Speculator:
     last_draft: tuple[int, float] | None = None  # threads that the heads drafted for in this step, and seconds
     _proposals: dict[Thread, Proposal] = field(default_factory=dict)
     _asks: bool = False  # whether the heads draft in this step
+    _any_worth: bool = True  # whether guesses could pay for any thread of the latest step
+
+    def __post_init__(self) -> None:
+        self.scorer = CandidateScorer(MatchAcceptance(self.recycles))
+        self.recycled = RecycledScorer(self.scorer.match_acceptance)
 
     @property
     def ngrams(self) -> bool:
         return self.options is not None and self.options.ngrams
+
+    @property
+    def recycles(self) -> bool:
+        """Whether recycled tokens are among the guesses."""
+        return self.options is not None and self.options.recycling
+
+    @property
+    def watches(self) -> bool:
+        """Whether this step's rows are to be recycled. Where no thread is worth a guess, they would only cost time."""
+        return self.recycles and self._any_worth
 
     @property
     def max_depth(self) -> int:
@@ -100,11 +119,17 @@ class Speculator:
         accepted = kept[result.nodes].tolist()
         if thread.live and not thread.ends_with_forced:  # else nobody knows what would have come next
             self.scorer.learn(proposal, kept, set(accepted))
-        of_heads = sum(node < proposal.heads for node in kept[: result.num_candidates].tolist())
-        heads_right = sum(node < proposal.heads for node in accepted)
-        self.drafted.update(heads=of_heads, ngrams=result.num_candidates - of_heads, forks=len(result.forks))
-        self.accepted.update(heads=heads_right, ngrams=len(accepted) - heads_right)
+            self.recycled.learn(proposal, kept, set(accepted))
+        self.drafted.update(proposal.sources(kept[: result.num_candidates]), forks=len(result.forks))
+        self.accepted.update(proposal.sources(kept[result.nodes]))
         self.accepted["forks"] += sum(node in result.forks for node in result.nodes)
+
+    def recycle(self, seen: Sequence[tuple[Request, SeenRows]]) -> None:
+        """Keeps what the model says behind a step's rows, each thread's with its request."""
+        for request, rows in seen:
+            if request.recycled is None:
+                request.recycled = RecyclingTable()
+            request.recycled.learn(rows)
 
     def draft(self, advances: Sequence[Advance], hidden: Tensor, load: Load, on_device: Drafting | None) -> None:
         """Candidates for the next step of the threads that go on.
@@ -114,14 +139,16 @@ class Speculator:
             hidden: [M, input_size], hidden states of the step's verified rows.
             on_device: with what the heads have drafted behind verification; None where they draft here.
         """
-        if self.drafter is None and not self.ngrams:
+        if self.drafter is None and not self.ngrams and not self.recycles:
             return
-        advances = self._worth_drafting([advance for advance in advances if advance.goes_on], load)
+        going_on = [advance for advance in advances if advance.goes_on]
+        advances = self._worth_drafting(going_on, load)
+        self._any_worth = bool(advances) or not going_on
         matches = self._matches(advances) if self.ngrams else {}
         drafting = on_device
         if self._asks and advances:
             drafting = self._draft(advances, hidden, load, matches, on_device) or on_device
-        self._propose(advances, None if drafting is None else drafting.tree, matches)
+        self._propose(advances, None if drafting is None else drafting.tree, matches, load)
 
     def forget(self, threads: Sequence[Thread]) -> None:
         """Drops what was to be drafted for threads that have ended."""
@@ -174,9 +201,7 @@ class Speculator:
         drafting = (on_device or self._drafting(load.threads, len(todo))) if todo else None
         if drafting is None:
             return None
-        # Beside others of its request, the thread that the answer waits for weighs about as much as all of them.
-        weight = 1.0 if load.threads <= load.requests else SECONDARY
-        min_probability = self.budget.min_probability(load.threads, load.requests, weight)
+        min_probability = self._min_probability(load)
         rows = torch.tensor([advance.row for advance in todo], dtype=torch.long, device=hidden.device)
         last = [advance.thread.tokens[-1] for advance in todo]
         roots = torch.tensor(last, dtype=torch.long, device=hidden.device)
@@ -193,8 +218,14 @@ class Speculator:
             advance.drafted = guess
         return drafting
 
-    def _propose(self, advances: Sequence[Advance], tree: DraftTree | None, matches: dict[Thread, NgramMatch]) -> None:
-        """Candidates for these threads: what the heads drafted in `tree`, and what followed the same tokens before."""
+    def _propose(
+        self, advances: Sequence[Advance], tree: DraftTree | None, matches: dict[Thread, NgramMatch], load: Load
+    ) -> None:
+        """Candidates for these threads: what the heads drafted in `tree`, what followed the same tokens before, and
+        what the model would have said behind them."""
+        if self.recycles:
+            least = self._min_probability(load)
+            most = self.budget.nodes(load.threads, max(len(advances), 1), self.budget.rows)
         guesses = [advance.drafted for advance in advances if advance.drafted is not None]
         made: Iterator[Proposal] = iter(())
         if tree is not None and guesses:
@@ -203,11 +234,20 @@ class Speculator:
             thread, proposal = advance.thread, None if advance.drafted is None else next(made)
             if thread in matches:
                 proposal = self.scorer.with_match(proposal, tree, matches[thread])
+            table = advance.request.recycled
+            if self.recycles and table is not None:
+                proposal = self.recycled.extend(proposal, table, thread.last_two, least, most)
             if proposal is not None and self.options is not None and self.options.forks:
                 rule = advance.request.options.rule
                 proposal = self.scorer.with_children(proposal, rule, thread.depth, thread.tokens[-1])
             if proposal is not None:
                 self._proposals[thread] = proposal
+
+    def _min_probability(self, load: Load) -> float:
+        """The chance below which nobody need look for nodes."""
+        # Beside others of its request, the thread that the answer waits for weighs about as much as all of them.
+        weight = 1.0 if load.threads <= load.requests else SECONDARY
+        return self.budget.min_probability(load.threads, load.requests, weight)
 
     def _drafting(self, roots: int, threads: int) -> Drafting | None:
         """A tree of as many nodes below each of so many threads as can be of use; None for none."""

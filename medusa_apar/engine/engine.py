@@ -189,7 +189,8 @@ class Engine:
             forest = Forest(segments, self.ledger, self.device)
             drafting = self.speculator.begin(plan.load, len(forest.verified))
             verify, argmax, chooser = self.runtime.verify, self.runtime.argmax, self.runtime.chooser
-            tail = Tail(forest, verify, argmax, chooser, drafting, self.speculator.max_depth)
+            top = self.runtime.top if self.speculator.watches else None
+            tail = Tail(forest, verify, argmax, chooser, drafting, self.speculator.max_depth, top)
         self.reporters.planned(forest, self.ledger.pool.live)
         with phase("forward"), forest.undone_on_error():
             output = self.runtime.step(forest, self.ledger.pool, self._reads, tail)
@@ -202,6 +203,7 @@ class Engine:
             for request in plan.requests:
                 self._publish(request)
         with phase("draft"):
+            self.speculator.recycle(tail.seen)
             self.speculator.draft(advances, output.hidden, self.scheduler.load(), tail.drafting)
         with phase("count"):
             self._counting.record_iteration(plan, forest, phase, advances)

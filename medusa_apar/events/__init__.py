@@ -38,8 +38,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-# Who guessed a token: draft heads, what had been written before, or the `[Child]` below a guessed `[Fork]`.
-Source = Literal["heads", "ngrams", "fork"]
+# Who guessed a token: draft heads, what had been written before, what the model would have said behind the same token
+# before, or the `[Child]` below a guessed `[Fork]`.
+Source = Literal["heads", "ngrams", "recycled", "fork"]
 
 
 @dataclass(frozen=True, slots=True)

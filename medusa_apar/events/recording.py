@@ -27,8 +27,8 @@ from . import (
 
 
 class Origin(NamedTuple):
-    """Where a token came from: the step, and who drafted it: "heads", "ngrams", "model" where nobody did, or "rule"
-    where a fork rule wrote it."""
+    """Where a token came from: the step, and who drafted it: "heads", "ngrams", "recycled", "model" where nobody did,
+    or "rule" where a fork rule wrote it."""
 
     step: int
     source: str

@@ -241,12 +241,10 @@ def _drafted(segment: Segment) -> Drafted:
     fed = segment.cached - thread.start, len(segment.extend_tokens)
     if not nodes:
         return Drafted(request, thread.index, *fed, verified=segment.verified)
-    heads = 0 if segment.proposal is None else int((segment.kept < segment.proposal.heads).sum())
-    counts: tuple[tuple[Source, int], ...] = (
-        ("heads", heads),
-        ("ngrams", segment.num_candidates - heads),
-        ("fork", len(segment.forks)),
-    )
-    sources = tuple(source for source, count in counts for _ in range(count))
+    counts: dict[Source, int] = {"ngrams": segment.num_candidates}
+    if segment.proposal is not None:
+        counts = {**segment.proposal.sources(segment.kept[: segment.num_candidates])}
+    counts["fork"] = len(segment.forks)
+    sources = tuple(source for source, count in counts.items() for _ in range(count))
     parents = tuple(segment.draft_tree.parents[:nodes].tolist())
     return Drafted(request, thread.index, *fed, tuple(segment.draft_tokens), parents, sources)

@@ -62,6 +62,14 @@ class Segment:
         """Draft nodes that can be a token of this thread: all but the `[Child]`s."""
         return len(self.draft_tokens) - len(self.forks)
 
+    def last_two(self) -> tuple[np.ndarray, np.ndarray]:
+        """The last two tokens of the paths down to the root and to each draft node, int64 [1 + drafted] both; -1 where
+        there is only one."""
+        before, root = self.thread.last_two
+        tokens = np.array([root, *self.draft_tokens], dtype=np.int64)
+        above = tokens[1 + self.draft_tree.parents[: len(self.draft_tokens)]]
+        return np.concatenate([[before], above]), tokens
+
     def child_key(self, fork: int) -> int:
         """Key of the thread that the `[Fork]` at a draft node would spawn."""
         return thread_key(self.thread.key, len(self.thread.tokens) + int(self.draft_tree.depths[fork]))

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from medusa_apar.drafting.drafter import AttendingDrafter, Drafter, Heads, Reads
@@ -81,6 +82,10 @@ class Runtime(Protocol):
 
     def argmax(self, logits: Tensor) -> Tensor:
         """[M, vocab] -> long [M]."""
+
+    def top(self, logits: Tensor, rows: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+        """Of these rows (int64 [N]) of `logits` [M, vocab] the `count` largest, best first: ids (long) and float32
+        logits, both [N, count]. What is not finite is no token's, and its id says nothing."""
 
     @property
     def chooser(self) -> Chooser | None:

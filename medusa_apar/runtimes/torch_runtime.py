@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -134,6 +135,11 @@ class TorchRuntime:
 
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
+
+    def top(self, logits: Tensor, rows: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+        some = logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
+        values, ids = some.topk(count)
+        return ids, values.float()
 
 
 _compiled_passes = 0  # under way, of models that torch.compile has compiled

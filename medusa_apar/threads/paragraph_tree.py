@@ -88,6 +88,14 @@ class Thread:
         return len(self.tokens) - 1 in self.inserted
 
     @property
+    def last_two(self) -> tuple[int, int]:
+        """The last two tokens of its path, what runs next being behind them; -1 for one that is not there."""
+        if len(self.tokens) > 1:
+            return self.tokens[-2], self.tokens[-1]
+        above = -1 if self.parent is None or not self.seen else self.parent.tokens[self.seen - 1]
+        return above, self.tokens[-1]
+
+    @property
     def end(self) -> int:
         """Path position behind its last token."""
         return self.start + len(self.tokens)

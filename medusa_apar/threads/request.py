@@ -192,6 +192,7 @@ class Request:
         self.guide: Any = None  # verify.guides.GuideLogitsProcessor, None without one
         self.watcher: Any = options.watcher  # events.reporter.Reporter, None where nobody watches
         self.ngrams: Any = None  # drafting.ngram_index.NgramIndex, None where none is kept
+        self.recycled: Any = None  # drafting.recycling.RecyclingTable, likewise
         self.sent = 0  # tokens of the text that were handed out
         self._cursor = ReadingCursor(self.tree)
 

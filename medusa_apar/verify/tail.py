@@ -8,12 +8,17 @@ kernel it verifies all.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
+from medusa_apar.drafting.recycling import TOP_K, SeenRows, shares_of
 from medusa_apar.drafting.speculator import Drafting
-from medusa_apar.forest.forest import Forest
+from medusa_apar.forest.forest import Forest, Segment
+from medusa_apar.threads.request import Request
 from medusa_apar.triton_kernels.reference import Verified
 
 from .device_verify import DeviceVerify
@@ -44,8 +49,9 @@ class Tail:
         chooser: the runtime's, for what the host verifies; None where it has none.
         drafting: what the heads draft on the device behind the verification; None for nothing.
         depth: most draft nodes that a thread can accept.
+        top: the runtime's, where the likeliest tokens of all rows are kept for later drafts; None keeps nothing.
 
-    `device` is what the runtime runs behind the pass; None for nothing.
+    `device` is what the runtime runs behind the pass; None for nothing. `seen` is what `read` has kept.
     """
 
     def __init__(
@@ -56,8 +62,10 @@ class Tail:
         chooser: Chooser | None,
         drafting: Drafting | None,
         depth: int,
+        top: Callable[[Tensor, np.ndarray, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self._forest, self._argmax, self._chooser = forest, argmax, chooser
+        self._forest, self._argmax, self._chooser, self._top = forest, argmax, chooser, top
+        self.seen: list[tuple[Request, SeenRows]] = []
         self.device: DeviceVerify | None = None
         scoring = any(segment.request.options.score_from is not None for segment in forest.verified)
         if verify is not None and not scoring and any(segment.request.sampler.on_device for segment in forest.verified):
@@ -73,6 +81,7 @@ class Tail:
 
         None where the request's text was scored, and where its verification has failed: `Request.error` says why.
         """
+        seen = self._likeliest(output.logits)
         results: list[VerifyResult | None] = [None] * len(self._forest.verified)
         if self.device is not None and output.chosen is not None:
             results = list(self.device.read(output.chosen))
@@ -95,7 +104,22 @@ class Tail:
             except Exception as error:  # it ends this request alone
                 segment.request.error = error
         self._check(results, output.logits)
+        self.seen = [] if seen is None else _by_request(*seen)
         return results
+
+    def _likeliest(self, logits: Tensor) -> tuple[list[Segment], Tensor, Tensor] | None:
+        """Segments of requests that are guessed for, with ids and logits of their rows' likeliest tokens, before bans
+        are written; on a device nobody waits for them yet."""
+        own = [
+            (first, segment)
+            for first, segment in zip(self._forest.first_rows, self._forest.verified, strict=True)
+            if segment.request.options.speculation and segment.request.options.score_from is None
+        ]
+        if self._top is None or not own:
+            return None
+        rows = np.concatenate([np.arange(first, first + 1 + len(segment.draft_tokens)) for first, segment in own])
+        ids, scores = self._top(logits, rows, min(TOP_K, logits.shape[1]))
+        return [segment for _, segment in own], ids, scores
 
     def _check(self, results: list[VerifyResult | None], logits: Tensor) -> None:
         """Fails requests for which the device found no token to choose."""
@@ -113,3 +137,15 @@ class Tail:
         for place, segment in enumerate(self._forest.verified):
             if segment.request.error is not None:
                 results[place] = None
+
+
+def _by_request(segments: list[Segment], ids: Tensor, scores: Tensor) -> list[tuple[Request, SeenRows]]:
+    """The likeliest tokens [rows, k] of segments' rows, each request's with the ends of its rows' paths."""
+    tokens, shares, first = ids.cpu().numpy(), shares_of(scores.cpu().numpy()), 0
+    found: list[tuple[Request, SeenRows]] = []
+    for request, own in groupby(segments, attrgetter("request")):
+        ends = [np.concatenate(parts) for parts in zip(*(segment.last_two() for segment in own), strict=True)]
+        rows = slice(first, first + len(ends[0]))
+        found.append((request, SeenRows(*ends, tokens[rows], shares[rows])))
+        first = rows.stop
+    return found

@@ -120,7 +120,7 @@ def test_every_text_is_the_one_written_alone(data):
     model, runtime, heads = backend(name)
     most = max(map(len, PROMPTS)) + LONGEST + LONGEST + 2 * 3
     how = EngineOptions(
-        speculation=draw(st.sampled_from([None, Speculation(), Speculation.even()])),
+        speculation=draw(st.sampled_from([None, Speculation(), Speculation(recycling=True), Speculation.even()])),
         draft_tree=DraftTree.likeliest(8),
         step_cost=COST,
         budget=draw(st.sampled_from([None, 6, 40])),

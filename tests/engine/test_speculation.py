@@ -23,6 +23,8 @@ POLICIES = {
     "thread_weights": Speculation(ngrams=False, forks=False),
     "forks": Speculation(ngrams=False),
     "ngrams": Speculation(forks=False),
+    "recycling": Speculation(ngrams=False, forks=False, recycling=True),
+    "all and recycling": Speculation(recycling=True),
     "even": Speculation.even(),
 }
 
@@ -55,7 +57,7 @@ def test_policies_never_show(forked, policy, budget):
         assert_threads_are_plain(model, out.paragraph_tree)
 
 
-@pytest.mark.parametrize("policy", ["all", "forks", "even"])
+@pytest.mark.parametrize("policy", ["all", "forks", "even", "all and recycling"])
 @pytest.mark.parametrize("generate", [{"do_sample": True, "seed": 3}, {"repetition_penalty": 1.2}])
 def test_policies_never_show_in_samples_and_behind_processors(policy, generate):
     model = forking_model(11)
@@ -66,7 +68,8 @@ def test_policies_never_show_in_samples_and_behind_processors(policy, generate):
     stats = out.stats
     assert stats.iteration_tokens.total() == stats.steps < plain.stats.steps
     by_length = sum(length * count for length, count in stats.drafts.items())
-    assert by_length == stats.accepted["heads"] + stats.accepted["ngrams"] > 0 == plain.stats.drafts.total()
+    by_source = sum(stats.accepted[source] for source in ("heads", "ngrams", "recycled"))
+    assert by_length == by_source > 0 == plain.stats.drafts.total()
 
 
 @pytest.mark.parametrize("limits", [{"max_threads": 1}, {"pool_slots": 6 + 2 * 40 + 2 * 3}, {"runtime": "torch"}])
@@ -94,6 +97,23 @@ def test_threads_speculate_without_heads():
     assert not plain.stats.drafted
     out = run(model, rows=1, speculation="forest")
     assert torch.equal(out.sequences, plain.sequences) and out.stats.drafted["ngrams"] > 0
+
+
+@pytest.mark.parametrize("generate", [{}, {"do_sample": True, "seed": 3}, {"repetition_penalty": 1.2}])
+@pytest.mark.parametrize("runtime", ["cpu", "torch", "one launch"])
+def test_recycled_tokens_alone_save_steps_and_never_show(runtime, generate):
+    model = forking_model(24, "wide_llama")
+    chosen = "torch" if runtime == "one launch" else runtime
+    plain = run(model, runtime=chosen, generate=generate)
+    policy = Speculation(ngrams=False, recycling=True)
+    apar = medusa_apar.attach(model, None, CONTROL, speculation=policy, runtime=chosen, budget=40)
+    if runtime == "one launch":
+        apar.runtime.verify = reference.verify
+    arguments = prompts(2, 6, seed=2, ragged=True) | {"do_sample": False} | generate
+    out = apar.generate(**arguments, max_new_tokens=40, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert out.stats.accepted["recycled"] > 0 and out.stats.steps < plain.stats.steps
+    assert not out.stats.drafted["heads"] and not out.stats.drafted["ngrams"]
 
 
 def test_a_model_without_heads_guesses_unless_it_is_told_not_to(caplog):

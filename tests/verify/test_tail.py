@@ -3,6 +3,7 @@
 from functools import cache, partial
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -378,3 +379,43 @@ def test_texts_are_scored_beside_what_decodes(verify, first):
             likeliest = [int(process(TEXT[: first + row], own[row]).argmax()) for row in range(rows)]
             assert scores.chosen == [token == TEXT[first + row] for row, token in enumerate(likeliest)]
             assert True in scores.chosen and False in scores.chosen
+
+
+@pytest.mark.parametrize("verify", [None, reference.verify])
+def test_what_is_seen_is_what_the_model_says_behind_every_row(verify):
+    """Of requests that are guessed for, before bans are written."""
+    tree = DraftTree([(0,), (0, 0), (1,)])
+    child = request_in("greedy")
+    child.tree.trunk.tokens += [9, FORK]
+    thread = child.tree.fork(child.tree.trunk, len(child.tree.trunk.tokens) - 1, 13)
+    groups = [
+        [segment_of(request_in("greedy"), None, tree, [9, 10, 11])],
+        [segment_of(request_of([5], rule=ForkRule.of(CONTROL), speculation=False))],
+        [segment_of(child, thread)],
+        [segment_of(request_of([5], seed=3))],
+        [scored_segment(scoring(6))],
+    ]
+    logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(2))
+    logits[:, [FORK, CHILD]] += 9.0
+
+    def top(logits, rows, count):
+        values, ids = logits[torch.from_numpy(rows)].topk(count)
+        return ids, values
+
+    forest = Forest(groups, SlotLedger(KVPool()), torch.device("cpu"))
+    tail, given = Tail(forest, verify, argmax, None, None, DEPTH, top), logits.clone()
+    chosen = None if tail.device is None else tail.device.run(given, given, tail.device.inputs())
+    tail.read(StepOutput(given, given, chosen))
+    root = groups[0][0].extend_tokens[-1]
+    last = groups[0][0].thread.tokens[-2]
+    expected = {
+        0: ([last, root, 9, root], [root, 9, 10, 11], [0, 1, 2, 3]),
+        2: ([FORK], [CHILD], [5]),
+        3: ([-1], [5], [6]),
+    }
+    assert [request for request, _ in tail.seen] == [groups[place][0].request for place in expected]
+    for (_, seen), (before, tokens, rows) in zip(tail.seen, expected.values(), strict=True):
+        assert (seen.before.tolist(), seen.tokens.tolist()) == (before, tokens)
+        values, ids = logits[rows].topk(8)
+        assert seen.ids.tolist() == ids.tolist()
+        np.testing.assert_allclose(seen.shares, values.softmax(-1).numpy(), atol=1e-6)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ from . import known, library
 from .choosing import CompiledChooser
 from .library import address, floats
 from .packed_model import PackedModel, packs_of, weights_of
-from .weights import GROUP_INPUTS, KINDS, argmax, up
+from .weights import GROUP_INPUTS, KINDS, argmax, top_of_rows, up
 
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
@@ -189,6 +190,11 @@ class CpuRuntime:
 
     def argmax(self, logits: Tensor) -> Tensor:
         return argmax(logits)
+
+    def top(self, logits: Tensor, rows: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+        assert rows.min() >= 0 and rows.max() < len(logits)
+        values, ids, _ = top_of_rows(logits, torch.from_numpy(rows), count, summed=False)
+        return ids, values
 
     @property
     def chooser(self) -> Chooser:
