@@ -113,15 +113,15 @@ NAMES = {
 # Parts of `ours`, to see what each brings; all with threads and the same heads.
 SPECULATIONS = {
     "static": Speculation.even(),
-    "budget": Speculation(thread_weights=False, ngrams=False, forks=False, recycling=False),
-    "budget+weighted": Speculation(ngrams=False, forks=False, recycling=False),
-    "budget+forks": Speculation(thread_weights=False, ngrams=False, recycling=False),
-    "budget+ngrams": Speculation(thread_weights=False, forks=False, recycling=False),
+    "budget": Speculation(thread_weights=False, ngrams=False, forks=False),
+    "budget+weighted": Speculation(ngrams=False, forks=False),
+    "budget+forks": Speculation(thread_weights=False, ngrams=False),
+    "budget+ngrams": Speculation(thread_weights=False, forks=False),
     "budget+recycling": Speculation(thread_weights=False, ngrams=False, forks=False, recycling=True),
-    "unrecycled": Speculation(recycling=False),
+    "ours+recycling": Speculation(recycling=True),
 }
 # Threads that guess without heads.
-HEADLESS = {"ngrams": Speculation(recycling=False), "ngrams+recycling": Speculation(recycling=True)}
+HEADLESS = {"ngrams": Speculation(), "ngrams+recycling": Speculation(recycling=True)}
 NAMES |= {
     "static": "the same draft tree below every thread, as many nodes as pay",
     "budget": "one budget for the whole forest, of the heads' guesses alone",
@@ -129,7 +129,7 @@ NAMES |= {
     "budget+forks": "the same, with [Child] below every drafted [Fork]",
     "budget+ngrams": "the same, with what has been said as guesses besides",
     "budget+recycling": "the same, with recycled tokens as guesses besides",
-    "unrecycled": "ours without recycled tokens",
+    "ours+recycling": "ours, with recycled tokens as guesses besides",
 }
 
 

@@ -125,6 +125,8 @@ class MedusaApar:
                 guesses.append(f"{self.heads.num_heads} {type(self.heads).__name__.removesuffix('Heads')} heads")
             if self.options.speculation.ngrams:
                 guesses.append("n-grams")
+            if self.options.speculation.recycling:
+                guesses.append("recycled tokens")
         control = self.control_token_ids
         forks = "never forks"
         if self.fork == "lists":
@@ -341,8 +343,8 @@ def attach(
             (fork id, child id); None never forks.
         tokenizer: only needed for `stop_strings` and `fork="lists"`.
         speculation: what is guessed ahead and how a step's nodes are chosen: a `Speculation`, "forest" or "even" (its
-            two plans with all, or none, of what goes with them), or "off", which decodes one token per thread and step.
-            By default "forest", and "even" where heads come with a `draft_tree`.
+            two plans, with all of what goes with them but recycled tokens, or with none of it), or "off", which decodes
+            one token per thread and step. By default "forest", and "even" where heads come with a `draft_tree`.
         fork: where answers split unless a call says otherwise; `generate` has what it can be.
         draft_tree: which of the heads' guesses can become nodes (default: the likeliest by measured acceptance).
         budget: rows of a step's forest, threads' roots included, to be filled (default: at most 24 on a CPU and 64 on a

@@ -8,8 +8,8 @@
 
   static    Medusa's draft trees, one for all threads            ngrams  threads that guess without heads
   ngrams+recycling                                               the same, and from recycled tokens
-  budget  budget+weighted  budget+forks  budget+ngrams  budget+recycling  unrecycled: parts of `ours`, to see what
-                                                        each brings
+  budget  budget+weighted  budget+forks  budget+ngrams: parts of `ours`, to see what each brings
+  budget+recycling  ours+recycling: with recycled tokens, too
 
 Other engines take part when they are named, each in an environment of its own under the cache folder, made the first
 time (from PyPI; llama.cpp is compiled):

@@ -137,7 +137,9 @@ def _plain(recording: Recording, row: int, pieces: Pieces) -> str:
 
 _KEY = (
     '<p class="ma-key"><span class="ma-heads">guessed by the heads</span> · '
-    '<span class="ma-ngrams">guessed, since it had been written before</span> · chosen by the model itself · '
+    '<span class="ma-ngrams">guessed, since it had been written before</span> · '
+    '<span class="ma-recycled">guessed, since the model would have said so before</span> · '
+    "chosen by the model itself · "
     "hover over a word for the step in which it came · a box above: a step in which the thread wrote, "
     "with the number of tokens if more than one</p>"
 )

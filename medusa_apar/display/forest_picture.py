@@ -158,7 +158,8 @@ def _accepted(after: Recording, row: int) -> dict[tuple[int, int], bool]:
 _SIGNS = {"heads": "◇", "ngrams": "≡", "recycled": "♺", "fork": "↳"}
 _KEY = (
     '<p class="ma-key">● root, the last token that was chosen · ○ other pending token · ◇ guessed by the heads · '
-    "≡ guessed, since it had been written before · ↳ [Child] below a guessed [Fork] · ✓ accepted, ✕ rejected · "
+    "≡ guessed, since it had been written before · ♺ guessed, since the model would have said so before · "
+    "↳ [Child] below a guessed [Fork] · ✓ accepted, ✕ rejected · "
     "pos: position on the path</p>"
 )
 

@@ -105,15 +105,13 @@ class MatchAcceptance:
 
 
 class Calibration:
-    """How often drafts were right, by octaves of the probability that is claimed for them.
+    """How often drafts were right, by octaves of the probability that is claimed for them; at first a claim is
+    believed."""
 
-    trust: what share of a claim comes true, before it is known. 1 believes it.
-    """
-
-    def __init__(self, trust: float = 1.0) -> None:
+    def __init__(self) -> None:
         middle = 2.0 ** -((np.arange(_BINS) + 0.5) / _BINS_PER_OCTAVE)
         self._claimed = _HEADS_WEIGHT * middle
-        self._right = trust * self._claimed
+        self._right = self._claimed.copy()
 
     def chances(self, head_probs: np.ndarray) -> np.ndarray:
         """Any shape of probabilities given the parent."""

@@ -22,7 +22,8 @@ class Stats:
     forward_tokens: int = 0  # rows of all forests, prompts included
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # tokens gained by a thread in a step -> how often
     # Draft nodes, and those that were right, by who proposed them: "heads", "ngrams" (what had been written before),
-    # "forks" (a `[Child]` below a drafted `[Fork]`); over vLLM by its own name for how it drafts, such as "eagle3".
+    # "recycled" (what the model would have said before), "forks" (a `[Child]` below a drafted `[Fork]`); over vLLM by
+    # its own name for how it drafts, such as "eagle3".
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     # Draft trees, by how many of its nodes the thread then accepted, one behind the other.
