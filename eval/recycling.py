@@ -64,7 +64,7 @@ SOURCES = ("heads", "ngrams", "recycled")
 @contextmanager
 def promises() -> Iterator[dict[str, Counter[str]]]:
     """Counts, as long as it is entered, the chances of draft nodes and how many of them were right, by source."""
-    found = {"promised": Counter[str](), "right": Counter[str]()}
+    found: dict[str, Counter[str]] = {"promised": Counter(), "right": Counter()}
     learn = Speculator.learn
 
     def counted(self: Speculator, result: DraftResult, thread: Thread) -> None:
@@ -72,7 +72,8 @@ def promises() -> Iterator[dict[str, Counter[str]]]:
             proposal, kept = result.proposal, result.kept[: result.num_candidates]
             start = 0
             for source, count in proposal.sources(kept).items():
-                found["promised"][source] += float(proposal.chances[kept[start : start + count]].sum())
+                chances = float(proposal.chances[kept[start : start + count]].sum())
+                found["promised"][source] += chances  # type: ignore[assignment]  # a counter of shares
                 start += count
             found["right"].update(proposal.sources(result.kept[np.array(result.nodes, dtype=np.int64)]))
         learn(self, result, thread)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import AttendingDrafter, Drafter
+from medusa_apar.drafting.drafter import Drafter
 from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
 from medusa_apar.runtimes.capture import aux_layer_modules
@@ -165,7 +165,7 @@ class DraftHeads(nn.Module):
         """`Drafter.propose`, in inference mode; states become tokens as `drafter` says."""
         raise NotImplementedError
 
-    def drafter(self, packing: str | None = None, kernels: bool = False) -> Drafter | AttendingDrafter:
+    def drafter(self, packing: str | None = None, kernels: bool = False) -> Drafter:
         """As `drafting.drafter.Heads.drafter`. Calls that need other drafters of the same heads may run at once."""
         rows = self.draft_rows(bits=True) if self.token_map is not None and not self.owns_unembedding else None
         if kernels:

@@ -251,8 +251,10 @@ def _llama_config(
     if not vocabulary:
         raise ValueError("neither config nor tensors say how large the drafter's vocabulary is.")
     names = ("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "max_position_embeddings")
+    known: dict[str, Any] = {name: inner[name] for name in names if inner.get(name) is not None}
+    known["target_hidden_size"] = inner.get("target_hidden_size")
     return LlamaConfig(
-        **{name: inner[name] for name in names if inner.get(name) is not None},
+        **known,
         hidden_size=hidden,
         intermediate_size=len(first["mlp.gate_proj.weight"]),
         num_hidden_layers=len(layers),
@@ -260,7 +262,6 @@ def _llama_config(
         num_key_value_heads=keys // head_dim,
         head_dim=head_dim,
         vocab_size=vocabulary,
-        target_hidden_size=inner.get("target_hidden_size"),
     )
 
 
@@ -268,7 +269,7 @@ def _target_size(config: LlamaConfig) -> int | None:
     return getattr(config, "target_hidden_size", None)
 
 
-def _check_layer(layer: Mapping[str, Tensor], index: int, config: LlamaConfig) -> None:
+def _check_layer(layer: Mapping[str, Tensor], index: int, config: Any) -> None:
     """ValueError for a tensor that is missing, unknown or of another size."""
     hidden = config.hidden_size
     sizes = {

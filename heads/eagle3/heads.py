@@ -104,8 +104,8 @@ class Eagle3Heads(DraftHeads):
             "tie_word_embeddings": False,
             "acceptance": self.acceptance,
         }
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        names += ("head_dim", "vocab_size", "rms_norm_eps", "hidden_act", "max_position_embeddings", "rope_parameters")
+        names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+        names += ["head_dim", "vocab_size", "rms_norm_eps", "hidden_act", "max_position_embeddings", "rope_parameters"]
         written |= {name: getattr(config, name) for name in names}
         if getattr(config, "target_hidden_size", None) is not None:
             written["target_hidden_size"] = config.target_hidden_size
@@ -273,8 +273,8 @@ class _Paths:
             q, k, v = (x.unflatten(0, (threads, rows)) for x in (q, k, v))  # [T, rows, heads, D]
             keys, values = self._kept[index]
             keys[:, end - rows : end], values[:, end - rows : end] = k, v
-            parts = (x.transpose(1, 2) for x in (q.to(keys.dtype), keys[:, :end], values[:, :end]))
-            out = F.scaled_dot_product_attention(*parts, attn_mask=visible, enable_gqa=True)
+            own, keys, values = (x.transpose(1, 2) for x in (q.to(keys.dtype), keys[:, :end], values[:, :end]))
+            out = F.scaled_dot_product_attention(own, keys, values, attn_mask=visible, enable_gqa=True)
             return out.transpose(1, 2).flatten(0, 1).to(q.dtype)
 
         return attention

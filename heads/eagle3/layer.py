@@ -9,7 +9,7 @@ of that token. Its keys and values belong to t, so that the threads behind a for
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Eagle3(nn.Module):
         super().__init__()
         self.config, self.num_states = file.config, file.num_states
         self.norm_before_residual, self.norm_output = file.norm_before_residual, file.norm_output
-        self.layers = nn.ModuleList(_Layer(file, index) for index in range(len(file.layers)))
+        self.layers: Any = nn.ModuleList(_Layer(file, index) for index in range(len(file.layers)))
         self.norm = _fixed(file.norm)
         self.fc, self.fc_bias, self.input_norm = map(_fixed, (file.fc, file.fc_bias, file.input_norm))
         self.state_norms = nn.ParameterList(map(_fixed, file.state_norms))
@@ -176,7 +176,8 @@ class _Layer(nn.Module):
 
 
 def _attribute(name: str) -> str:
-    """ "self_attn.q_proj.weight" -> "q_weight", "mlp.down_proj.weight" -> "down", "hidden_norm.weight" -> itself."""
+    """Of a layer: "self_attn.q_proj.weight" -> "q_weight", "mlp.down_proj.weight" -> "down", "hidden_norm.weight" ->
+    "hidden_norm"."""
     group, _, rest = name.rpartition("_proj.")
     if not group:
         return name.removeprefix("self_attn.").removesuffix(".weight")
@@ -187,7 +188,8 @@ def _attribute(name: str) -> str:
 _NAMES = {_attribute(name): name for name in SHAPES}
 
 
-def _fixed(tensor: Tensor | None) -> nn.Parameter | None:
+def _fixed(tensor: Tensor | None) -> Any:
+    """A parameter, or None where there is no tensor."""
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 

@@ -115,16 +115,16 @@ class RecycledScorer:
         known = {tree.tokens[child]: child for child in own}
         tree.shared.update(known[token] for token in recycled if token in known)
         for token, (chance, claim) in mixed.items():
-            child = known.get(token)
+            node_below = known.get(token)
             given = (1 - match) * chance
-            if child is not None:
-                if place is not None and child == recalled:
+            if node_below is not None:
+                if place is not None and node_below == recalled:
                     given += match
                     tree.chain_head_probs[place] = chance
-                tree.given[child] = given
+                tree.given[node_below] = given
                 if place is None:
-                    tree.claims[child] = claim
-            yield _Candidate(child, token, node, given, claim if place is None else None)
+                    tree.claims[node_below] = claim
+            yield _Candidate(node_below, token, node, given, claim if place is None else None)
 
     def _mixed(
         self, heads: dict[int, float], recycled: dict[int, float], length: int

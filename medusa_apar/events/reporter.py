@@ -241,9 +241,11 @@ def _drafted(segment: Segment) -> Drafted:
     fed = segment.cached - thread.start, len(segment.extend_tokens)
     if not nodes:
         return Drafted(request, thread.index, *fed, verified=segment.verified)
-    counts: dict[Source, int] = {"ngrams": segment.num_candidates}
-    if segment.proposal is not None:
-        counts = {**segment.proposal.sources(segment.kept[: segment.num_candidates])}
+    counts: dict[Source, int] = {}
+    if segment.proposal is None:
+        counts["ngrams"] = segment.num_candidates
+    else:
+        counts.update(segment.proposal.sources(segment.kept[: segment.num_candidates]).items())
     counts["fork"] = len(segment.forks)
     sources = tuple(source for source, count in counts.items() for _ in range(count))
     parents = tuple(segment.draft_tree.parents[:nodes].tolist())

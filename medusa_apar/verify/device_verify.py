@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medusa_apar.drafting.drafter import AttendingDrafter
 from medusa_apar.drafting.speculator import Drafting
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.triton_kernels.reference import Noise, Verified
@@ -171,6 +172,7 @@ class DeviceVerify:
         last = (verified.lengths.long() - 1).clamp(min=0)
         roots = verified.tokens.gather(1, last[:, None])[:, 0].long().clamp(min=0)
         states = hidden[verified.last_rows.long().clamp(min=0)]
+        assert not isinstance(self.drafting.drafter, AttendingDrafter)
         guesses, log_probs = self.drafting.drafter.propose(states, roots, self.drafting.tree)
         drafted = guesses.to(torch.int32), log_probs.float().contiguous().view(torch.int32)
         return torch.cat([verified.packed, *drafted], dim=1)

@@ -144,8 +144,8 @@ def _by_request(segments: list[Segment], ids: Tensor, scores: Tensor) -> list[tu
     tokens, shares, first = ids.cpu().numpy(), shares_of(scores.cpu().numpy()), 0
     found: list[tuple[Request, SeenRows]] = []
     for request, own in groupby(segments, attrgetter("request")):
-        ends = [np.concatenate(parts) for parts in zip(*(segment.last_two() for segment in own), strict=True)]
-        rows = slice(first, first + len(ends[0]))
-        found.append((request, SeenRows(*ends, tokens[rows], shares[rows])))
+        before, last = (np.concatenate(parts) for parts in zip(*(each.last_two() for each in own), strict=True))
+        rows = slice(first, first + len(last))
+        found.append((request, SeenRows(before, last, tokens[rows], shares[rows])))
         first = rows.stop
     return found
