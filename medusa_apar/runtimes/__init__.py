@@ -10,6 +10,7 @@ cpu/                 models of many families in compiled code
 model_state.py       whether a model still is what it was
 packed_linear.py     linear layers on a CPU from weights laid out for few rows
 capture.py           the hidden states that heads read, taken out of a forward pass
+draft_layers.py      a drafter's layers behind the base's, over the same paths
 agreement.py         whether a runtime computes what the model does
 measure.py           what a step costs on this device
 devices.py           which devices a model lies on
