@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from medusa_apar.heads import HydraHeads, MedusaHeads, load_heads
-from medusa_apar.heads import train as trainer
 from medusa_apar.heads.answers import AnswerFile, Encoder
-from medusa_apar.heads.held_out import by_prompt
+from medusa_apar.heads.held_out import by_place, by_prompt
 from medusa_apar.heads.train import Settings, train
 from medusa_apar.job import Job
 from tests.support.answers import CHILD, EOS, FORK, RECORD, a_model_that_counts, counting_answers
@@ -134,7 +133,7 @@ def test_no_prompt_is_trained_on_and_held_out():
 
 def test_states_of_an_earlier_version_are_not_computed_again(counting_model, data, tmp_path, monkeypatch):
     file = AnswerFile.read(data)
-    kept, held_out = trainer._by_place(file, Settings())
+    kept, held_out = by_place(file, Settings().eval_positions)
     assert held_out == [0, 20]
     encoder = Encoder(counting_model, file, [EOS], tmp_path / "train" / "states")
     encoder.run(held_out), encoder.run(kept)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 import medusa_apar
 from medusa_apar import DraftTree
+from medusa_apar.drafting.drafter import Reads
 from medusa_apar.forest.forest import Forest, Segment
 from medusa_apar.heads import HydraHeads
 from medusa_apar.kv.pool import KVPool
@@ -190,7 +191,7 @@ def test_hidden_states_and_aux_layers_are_those_of_the_torch_runtime():
         with runtime.session():
             segment = Segment(trunk, 4, draft_tree=tree, draft_tokens=[7, 8, 9])
             forest = Forest([[segment]], ledger, model.device)
-            forests.append(runtime.forward(forest, ledger.pool, (0, 2)))
+            forests.append(runtime.forward(forest, ledger.pool, Reads((0, 2))))
     for ours, theirs in zip(*forests, strict=True):
         torch.testing.assert_close(ours[:, : theirs.shape[1]], theirs, rtol=1e-3, atol=1e-3)
 

@@ -61,7 +61,7 @@ int main(int, char** arguments) {
                           numbers.matrix(kind, HIDDEN, INNER),
                           {numbers.zeros(pool_size), numbers.zeros(pool_size),
                            in_steps ? (float*)numbers.zeros(2 * ROWS * HEADS.kv_heads) : nullptr},
-                          0, -1, 0});
+                          0, -1, -1, 0});
     const Model model{LAYERS, HIDDEN, INNER, VOCABULARY, FLOAT32, HEADS.head_dim, 0, 0, HEADS, 1e-5f, 1, 1, 3, 0,
                       numbers.floats(HIDDEN, 0.1f, 1), numbers.floats((size_t)VOCABULARY * HIDDEN, 1), layers.data(),
                       numbers.matrix(kind, VOCABULARY, HIDDEN)};
@@ -77,8 +77,8 @@ int main(int, char** arguments) {
     const float *cos = numbers.floats(ROWS * HEADS.head_dim, 1), *sin = numbers.floats(ROWS * HEADS.head_dim, 1);
     std::vector<float> hidden(ROWS * HIDDEN), logits(ROWS * VOCABULARY);
     std::vector<Group> groups(ROWS * WIDEST);
-    const Step step{ROWS, ROWS, 0, ROWS, tokens, {cos}, {sin}, positions, slots, slot_lists, runs, verified,
-                    hidden.data(), logits.data(), (float*)numbers.zeros(ROWS * WIDEST),
+    const Step step{ROWS, ROWS, 0, 0, ROWS, tokens, {cos}, {sin}, positions, slots, slot_lists, runs, verified,
+                    hidden.data(), nullptr, logits.data(), (float*)numbers.zeros(ROWS * WIDEST),
                     (float*)numbers.zeros(ROWS * WIDEST), (float*)numbers.zeros(ROWS * WIDEST),
                     {(int8_t*)numbers.zeros(ROWS * WIDEST), groups.data()}, nullptr};
     if (mapar_step(&model, &step, THREADS, VOCABULARY)) return 1;
