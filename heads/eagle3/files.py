@@ -336,7 +336,7 @@ def _token_map(d2t: Tensor | None, t2d: Tensor | None, vocabulary: int) -> Tenso
 def _boundaries(
     config: Mapping[str, Any], inner: Mapping[str, Any], states: int, convention: Boundaries | None
 ) -> tuple[int, ...] | None:
-    """Those that the config names; ValueError for another number of them than the tensors fuse."""
+    """The boundaries that the config names; ValueError where the tensors fuse another number of states."""
     if (own := config.get(OWN_BOUNDARIES)) is not None and convention is None:  # which needs no convention
         ids, convention = own, "before"
     elif (ids := _option(config, inner, "eagle_aux_hidden_state_layer_ids", None)) is None:

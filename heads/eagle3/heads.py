@@ -1,4 +1,4 @@
-"""An EAGLE-3 drafter as draft heads of a model: what the engine asks of it, and its files."""
+"""An EAGLE-3 drafter as draft heads of a model: loading, saving, and what it has of the model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import Attend, AttendingDrafter, Keep, Written
+from medusa_apar.drafting.drafter import AttendingDrafter
 from medusa_apar.json_files import json_object
 from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
@@ -24,17 +23,15 @@ from medusa_apar.runtimes.cpu.weight_fingerprint import plain
 from medusa_apar.runtimes.devices import device_of
 
 from .. import checkpoints
-from ..draft_heads import DraftHeads, tree_tensors
-from ..weight_copies import DraftRows
+from ..draft_heads import DraftHeads
 from . import files
+from .drafter import Eagle3Drafter
 from .files import Boundaries, Eagle3File
 from .layer import Eagle3
 
-MOST_BYTES = 1 << 28  # of paths' keys and values that one draft gathers
 DEPTH = 5  # tokens drafted ahead: behind these hardly one is right, and each costs a pass of the layer
-# Share of places where a draft of each rank is right, [depth][rank], while nothing is measured: about what the authors
-# report for chat (arXiv 2503.01840, figure 6); it shapes the tree that is drafted, and the drafter's own probabilities
-# choose among its nodes.
+# Share of places where a draft of each rank is right, [depth][rank], while nothing is measured: a guess that shapes the
+# tree which is drafted; the drafter's own probabilities choose among its nodes.
 USUAL = ((0.65, 0.13, 0.06, 0.03), (0.62, 0.13, 0.06), (0.6, 0.12, 0.05), (0.58, 0.11), (0.56, 0.1))
 
 
@@ -159,125 +156,6 @@ class Eagle3Heads(DraftHeads):
         weights = [*self.parameters(), *(weight for end in ends for weight in end.parameters() if plain(weight))]
         read = list({id(weight): weight for weight in weights}.values())
         return self._copies.get(("drafter", packing), read, make, bits=True)
-
-
-class Eagle3Drafter:
-    """Drafts level by level; a level's rows see their path and the nodes above them. It is its own `layers`.
-
-    packing: weight format of the CPU runtime, whose code multiplies then; None multiplies in torch.
-    """
-
-    def __init__(self, heads: Eagle3Heads, packing: str | None = None) -> None:
-        self._heads, self._unembed = heads, heads.unembed
-        self.network = heads.network if packing is None else heads.network.packed(packing)
-        self.boundaries, self.num_layers = heads.boundaries, heads.num_layers
-        self.key: Hashable = (type(self), packing, tuple(weight.data_ptr() for weight in heads.parameters()))
-        if packing is not None:
-            weight = heads.network.unembedding
-            rows = DraftRows(weight, None) if weight is not None else None
-            if rows is None and heads.token_map is not None:
-                rows = heads.draft_rows(bits=True)
-            if rows is not None:
-                self._panels = rows.panels(packing)
-                self._unembed = self._packed_unembed
-
-    @property
-    def layers(self) -> Eagle3Drafter:
-        return self
-
-    def fuse(self, states: Tensor) -> Tensor:
-        return self.network.fuse(states)
-
-    def extend(self, input_ids: Tensor, features: Tensor, positions: Tensor, attend: Attend, keep: Keep) -> None:
-        self.network.extend(self._heads.embed(input_ids), features, positions, attend, keep)
-
-    @torch.inference_mode()
-    def propose_behind(
-        self, written: Written, root_ids: Tensor, tree: DraftTree, min_probability: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """As `AttendingDrafter`; the whole tree is looked at."""
-        some, parts = _group(written), []
-        for first in range(0, len(root_ids), some):
-            those = slice(first, first + some)
-            parts.append(self._propose(written._replace(paths=written.paths[those]), root_ids[those], tree))
-        token_ids, log_probs = zip(*parts, strict=True)
-        return torch.cat(token_ids), torch.cat(log_probs)
-
-    def _propose(self, written: Written, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        threads, device, heads = len(root_ids), root_ids.device, self._heads
-        token_ids = root_ids.new_zeros(threads, len(tree))
-        log_probs = torch.zeros(threads, len(tree), dtype=torch.float32, device=device)
-        paths = _Paths(written, heads.num_layers, 1 + sum(len(level.inner) for level in tree.levels), device)
-        ids, features = root_ids[:, None], written.pool.features_at(paths.last)[:, None]  # [T, rows of the level]
-        above = torch.zeros(1, 0, dtype=torch.bool, device=device)  # [rows, earlier drafted rows], which each sees
-        for depth, (level, places) in enumerate(zip(tree.levels, tree_tensors(tree, device).levels, strict=True)):
-            rows = ids.shape[1]
-            seen = torch.cat([above, torch.eye(rows, dtype=torch.bool, device=device)], dim=1)
-            positions = (paths.lengths[:, None] + depth).expand(threads, rows)
-            embedded = heads.embed(ids).flatten(0, 1)
-            drafted = self.network(embedded, features.flatten(0, 1), positions.flatten(), paths.attend(seen))
-            best, chances = heads.top(self._unembed(drafted.states), level.top_k)
-            best, chances = best.unflatten(0, (threads, rows)), chances.unflatten(0, (threads, rows))
-            found = best[:, places.parents, places.ranks]
-            token_ids[:, places.nodes], log_probs[:, places.nodes] = found, chances[:, places.parents, places.ranks]
-            features = drafted.features.unflatten(0, (threads, rows))[:, places.inner_parents]
-            ids, above = found[:, places.inner], seen[places.inner_parents]
-        return token_ids, log_probs
-
-    def _packed_unembed(self, x: Tensor) -> Tensor:
-        return base_logit_scale(self._panels(x), self._heads.base)
-
-
-def _group(written: Written) -> int:
-    """How many threads draft at once: their paths' keys and values are gathered side by side, each as long as the
-    longest."""
-    first = written.pool.storage.first_draft_layer
-    assert first is not None
-    keys = written.pool.keys[first]
-    each = 2 * max(map(len, written.paths)) * keys[0].numel() * keys.element_size()
-    return max(MOST_BYTES // max(each, 1), 1)
-
-
-class _Paths:
-    """Keys and values of T threads' paths and, behind them, of so many drafted rows."""
-
-    def __init__(self, written: Written, layers: int, drafted: int, device: torch.device) -> None:
-        lengths = [len(path) for path in written.paths]
-        self._longest = max(lengths)
-        slots = torch.full((len(lengths), self._longest), -1, dtype=torch.long)
-        for row, path in zip(slots, written.paths, strict=True):
-            row[: len(path)] = torch.from_numpy(path)
-        self.last = slots[torch.arange(len(lengths)), torch.tensor(lengths) - 1].to(device)
-        self.lengths = torch.tensor(lengths, device=device)
-        slots[:, 0] = -1  # nobody attends to a path's first token
-        self._visible = (slots >= 0).to(device)[:, None, None]  # [T, 1, 1, longest]
-        slots, pool, first = slots.clamp_(min=0).to(device), written.pool, written.pool.storage.first_draft_layer
-        assert first is not None
-        self._kept = []  # of each layer keys and values, [T, longest + drafted, heads, D]
-        for layer in range(first, first + layers):
-            stores = pool.keys[layer], pool.values[layer]
-            both = [store.new_empty(len(slots), self._longest + drafted, *store.shape[1:]) for store in stores]
-            for kept, store in zip(both, stores, strict=True):
-                kept[:, : self._longest] = store[slots]
-            self._kept.append(both)
-
-    def attend(self, seen: Tensor) -> Attend:
-        """seen: bool [rows, drafted rows so far], which of these each row of a level sees; its own come last."""
-        threads, (rows, drafted) = len(self.lengths), seen.shape
-        end = self._longest + drafted
-        visible = torch.cat(
-            [self._visible.expand(threads, 1, rows, -1), seen.expand(threads, 1, rows, drafted)], dim=-1
-        )
-
-        def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.unflatten(0, (threads, rows)) for x in (q, k, v))  # [T, rows, heads, D]
-            keys, values = self._kept[index]
-            keys[:, end - rows : end], values[:, end - rows : end] = k, v
-            own, keys, values = (x.transpose(1, 2) for x in (q.to(keys.dtype), keys[:, :end], values[:, :end]))
-            out = F.scaled_dot_product_attention(own, keys, values, attn_mask=visible, enable_gqa=True)
-            return out.transpose(1, 2).flatten(0, 1).to(q.dtype)
-
-        return attention
 
 
 def holds(path: Path) -> bool:

@@ -176,8 +176,8 @@ class _Layer(nn.Module):
 
 
 def _attribute(name: str) -> str:
-    """Of a layer: "self_attn.q_proj.weight" -> "q_weight", "mlp.down_proj.weight" -> "down", "hidden_norm.weight" ->
-    "hidden_norm"."""
+    """What a layer calls a weight: "self_attn.q_proj.weight" is "q_weight", "mlp.down_proj.weight" is "down",
+    "hidden_norm.weight" is "hidden_norm"."""
     group, _, rest = name.rpartition("_proj.")
     if not group:
         return name.removeprefix("self_attn.").removesuffix(".weight")

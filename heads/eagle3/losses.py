@@ -26,7 +26,7 @@ RANKS = 10  # drafts of each round that are counted where a drafter is judged
 
 
 class RoundLosses(NamedTuple):
-    """Of each round: summed cross-entropy, places, and at how many of these each rank was the base's choice."""
+    """Each round's summed cross-entropy, its places, and how often a draft of each rank was the base's choice there."""
 
     losses: Tensor  # [rounds]
     counts: Tensor  # [rounds]

@@ -183,7 +183,7 @@ def _check_kind(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace, threads: int) -> Any:
-    """Those of the kind's own trainer."""
+    """The settings that the kind's own trainer takes."""
     from medusa_apar.heads.eagle3 import train as eagle3
     from medusa_apar.heads.train import Settings
 

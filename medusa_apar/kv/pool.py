@@ -39,7 +39,8 @@ class KVStorage:
     def forget_drafter(self) -> None:
         """Without what a drafter has kept: another one is none of its business, nor are callers without."""
         self.features.clear()
-        for layer in [layer for layer in self.keys if layer >= (self.first_draft_layer or math.inf)]:
+        first = math.inf if self.first_draft_layer is None else self.first_draft_layer
+        for layer in [layer for layer in self.keys if layer >= first]:
             del self.keys[layer], self.values[layer]
         self.first_draft_layer = None
 

@@ -11,7 +11,7 @@ from medusa_apar.heads.answers import AnswerFile, Encoder
 from medusa_apar.heads.held_out import by_place, by_prompt
 from medusa_apar.heads.train import Settings, train
 from medusa_apar.job import Job
-from tests.support.answers import CHILD, EOS, FORK, RECORD, a_model_that_counts, counting_answers
+from tests.support.answers import CHILD, EOS, FORK, RECORD, a_model_that_counts, counting_answers, held_out_lines
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,6 @@ def data(tmp_path_factory):
 def run(model, path, out, **settings):
     with Job(out, "train-heads", {}) as job:
         return train(model, AnswerFile.read(path), out, Settings(**settings), job)
-
-
-def held_out_lines(out):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "held_out"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

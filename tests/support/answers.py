@@ -64,3 +64,9 @@ def counting_answers(path):
         lines.append(json.dumps({"prompt_ids": [start, start], "threads": threads}))
     path.write_text("\n".join(lines))
     return path
+
+
+def held_out_lines(out):
+    """What a training run's log says of held-out answers."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "held_out"]

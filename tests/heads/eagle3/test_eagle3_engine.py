@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import medusa_apar
 from medusa_apar.drafting.speculator import Speculator
 from medusa_apar.heads import Eagle3Heads, load_heads
-from medusa_apar.heads.eagle3 import heads as heads_module
+from medusa_apar.heads.eagle3 import drafter as drafter_module
 from medusa_apar.runtimes.capture import Captured
 from tests.support.eagle3_files import LAYOUTS, checkpoint
 from tests.support.engine_runs import request
@@ -272,7 +272,7 @@ def test_tokens_that_are_new_to_the_drafter_do_no_harm():
 def test_threads_that_draft_in_groups_draft_the_same(monkeypatch):
     model = forking_model(5)
     heads = drafter_of(model)
-    monkeypatch.setattr(heads_module, "MOST_BYTES", 1)  # one at a time
+    monkeypatch.setattr(drafter_module, "MOST_BYTES", 1)  # one at a time
     apar = medusa_apar.attach(model, heads, CONTROL, runtime="torch", budget=40)
     with watched() as seen:
         apar.generate(**prompts(2, 9, seed=2), do_sample=False, max_new_tokens=30)

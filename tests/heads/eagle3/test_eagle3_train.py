@@ -1,7 +1,5 @@
 """Training a drafter helps, and a run that is cut goes on to the same result."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +11,7 @@ from medusa_apar.heads.eagle3.train import Settings, train
 from medusa_apar.heads.train import Settings as HeadSettings
 from medusa_apar.heads.train import make_heads
 from medusa_apar.job import Job
-from tests.support.answers import CHILD, FORK, a_model_that_counts, counting_answers
+from tests.support.answers import CHILD, FORK, a_model_that_counts, counting_answers, held_out_lines
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +28,6 @@ def run(model, path, out, **settings):
     settings = {"draft_vocab": 40, "epochs": 8, "lr": 5e-3, "batch": 256, "row_tokens": 64, "rounds": 3} | settings
     with Job(out, "train-heads", {}) as job:
         return train(model, AnswerFile.read(path), out, Settings(**settings), job)
-
-
-def held_out_lines(out):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "held_out"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
