@@ -1,4 +1,4 @@
-"""Drafting with an EAGLE-3 network: level by level below the roots, over the keys and values of their threads' paths."""
+"""Drafting with an EAGLE-3 network, level by level, over the keys and values of the threads' paths."""
 
 from __future__ import annotations
 

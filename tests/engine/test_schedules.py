@@ -16,12 +16,14 @@ from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.engine.engine import Engine
 from medusa_apar.engine.options import EngineOptions
+from medusa_apar.heads import Eagle3Heads
 from medusa_apar.runtimes.pick import pick_runtime
 from medusa_apar.threads.fork_policy import ControlTokenForks, NoForks
 from medusa_apar.threads.fork_rule import ForkRule
 from medusa_apar.threads.request import Request, RequestOptions, Status
 from medusa_apar.triton_kernels import reference
 from tests.support.drafters import RecallHeads
+from tests.support.eagle3_files import Layout, checkpoint
 from tests.support.models import CONTROL, EOS, VOCAB, forking_model
 
 COUNT = int(os.environ.get("MEDUSA_APAR_SCHEDULES", "500"))
@@ -55,6 +57,15 @@ def backend(name):
                 engine.step()
         trees.append(request.tree)
     return model, runtime, RecallHeads(model, trees)
+
+
+@cache
+def attending(name):
+    """A drafter of random weights, whose keys, values and features have to be wherever its model's are."""
+    model = backend(name)[0]
+    layout = Layout(states=2, ids=(2, 1), where_ids="top", draft_vocab=None)
+    state, config = checkpoint(layout, 0, model.config.hidden_size, VOCAB)
+    return Eagle3Heads.from_state(state, config, model)
 
 
 def options(how, seed, fork=True, **changes):
@@ -132,7 +143,7 @@ def test_every_text_is_the_one_written_alone(data):
     todo = draw(st.lists(requests, min_size=1, max_size=7))
     schedule = iter(draw(schedules))
     running, aborted = {}, set()
-    with Engine(model, runtime, draw(st.sampled_from([None, heads])), how) as engine:
+    with Engine(model, runtime, draw(st.sampled_from([None, heads, attending(name)])), how) as engine:
         # What answers need is learned; an engine that expects too little lets in more than the pool can hold.
         engine.scheduler.needs.share = draw(st.sampled_from([1.0, 0.05]))
         while todo or engine.unfinished:
