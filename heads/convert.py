@@ -1,4 +1,4 @@
-"""Medusa heads from one file layout into another, bit for bit.
+"""Medusa heads from one file layout into another, bit for bit; an EAGLE-3 drafter goes to `eagle3/convert.py`.
 
 Layouts are those of `checkpoints.py`; what `vllm_layout.py` says of its own holds here. Tensors are renamed, never
 recomputed: what a target cannot express is refused with a sentence. Three things come and go on the way:
@@ -17,7 +17,7 @@ import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -30,6 +30,9 @@ from medusa_apar.models.model_folder import check_empty, new_model_folder
 from medusa_apar.reading import expanded, reading
 
 from . import checkpoints, vllm_layout
+from .eagle3 import convert as eagle3
+from .eagle3.writing import LAYOUTS as DRAFTER_LAYOUTS
+from .eagle3.writing import Layout as DrafterLayout
 from .layouts import LAYOUTS, Heads, Summary, bias_of, check_free, draft_rows, own_base, read, summary, write_alone
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -47,7 +50,7 @@ def convert(
     file_format: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
-) -> tuple[Summary, Summary, list[str]]:
+) -> tuple[Summary | eagle3.Summary, Summary | eagle3.Summary, list[str]]:
     """Heads of `source` (folder, file or Hub id) in layout `to`, written into folder `out`.
 
     base: the model the heads sit on, for targets that need its unembedding or its weights; None: as the heads' config
@@ -62,6 +65,11 @@ def convert(
     in any of these cases.
     """
     out = expanded(out)
+    if to in DRAFTER_LAYOUTS:
+        if file_format == "pt":
+            raise ValueError(f"the {to} layout is written as safetensors alone")
+        shared: dict[str, Any] = {"base": base, "dtype": dtype, "force": force, "trust_remote_code": trust_remote_code}
+        return eagle3.convert(source, cast(DrafterLayout, to), out, **shared)
     name = _file_name(to, file_format)
     folder = out / head_files.SUBFOLDER if to == "apar" else out
     heads = read(source)
@@ -178,7 +186,7 @@ def _config(heads: Heads, to: str, folder: Path) -> dict[str, Any]:
 
 def _file_name(to: str, file_format: str | None) -> str:
     if to not in LAYOUTS:
-        raise ValueError(f"layout {to!r} is not one of {', '.join(LAYOUTS)}")
+        raise ValueError(f"layout {to!r} is not one of {', '.join((*LAYOUTS, *DRAFTER_LAYOUTS))}")
     if file_format is not None and file_format not in FORMATS:
         raise ValueError(f"format {file_format!r} is not one of {', '.join(FORMATS)}")
     if to in ("vllm", "medusa2"):

@@ -257,6 +257,11 @@ class DraftHeads(nn.Module):
         return self
 
     @property
+    def base_name(self) -> str:
+        """What the base calls itself, "" before the heads are attached to one."""
+        return (self._base[0].name_or_path or "") if self._base else ""
+
+    @property
     def base(self) -> PreTrainedModel:
         if not self._base:
             raise RuntimeError("these heads use the base's unembedding: call attach(model) first.")
@@ -339,7 +344,7 @@ class DraftHeads(nn.Module):
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
             "acceptance": self.acceptance and [[round(share, 4) for share in ranks] for ranks in self.acceptance],
-            "base_model_name_or_path": self._base[0].name_or_path if self._base else "",
+            "base_model_name_or_path": self.base_name,
         }
 
 

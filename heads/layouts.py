@@ -16,6 +16,7 @@ from medusa_apar.reading import expanded, reading
 
 from . import checkpoints
 from .checkpoints import HeadFile
+from .eagle3 import heads as eagle3
 
 LAYOUTS = ("v1", "v2", "vllm", "medusa2", "apar")
 
@@ -65,6 +66,8 @@ def read(source: str | Path) -> Heads:
     path = expanded(source)
     if not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
         raise FileNotFoundError(f"{source} is no file, folder or Hub id")
+    if eagle3.holds(path):
+        raise ValueError(f"{source} holds an EAGLE-3 drafter: convert it --to eagle3 or --to speculators")
     files = checkpoints.find(path)
     folder = files[0].parent
     config = head_files.read_config(folder)

@@ -1,7 +1,11 @@
-"""Drafting with an EAGLE-3 network, level by level, over the keys and values of the threads' paths."""
+"""Drafting with an EAGLE-3 network, level by level, over the keys and values of the threads' paths.
+
+In torch; where the CPU runtime's code has been compiled, all levels are one call of it (`runtimes/cpu/eagle3.py`).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -12,6 +16,7 @@ from torch.nn import functional as F
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.drafter import Attend, AttendingDrafter, Keep, Written
 from medusa_apar.models.families import base_logit_scale
+from medusa_apar.runtimes.cpu.eagle3 import CompiledEagle3, compilable
 
 from ..draft_heads import tree_tensors
 from ..weight_copies import DraftRows
@@ -30,17 +35,24 @@ class Eagle3Drafter(AttendingDrafter):
 
     def __init__(self, heads: Eagle3Heads, packing: str | None = None) -> None:
         self._heads, self._unembed = heads, heads.unembed
-        self.network = heads.network if packing is None else heads.network.packed(packing)
+        self.network, self._compiled = heads.network, None
         self.boundaries, self.num_layers = heads.boundaries, heads.num_layers
         self._key = type(self), packing, tuple(weight.data_ptr() for weight in heads.parameters())
         if packing is not None:
-            weight = heads.network.unembedding
-            rows = DraftRows(weight, None) if weight is not None else None
-            if rows is None and heads.token_map is not None:
-                rows = heads.draft_rows(bits=True)
-            if rows is not None:
+            rows = self._rows()
+            if rows is not None and rows.bias is None and compilable(heads, rows.weight):
+                self._compiled = CompiledEagle3(heads, rows.weight, packing)
+            elif rows is not None:
                 self._panels = rows.panels(packing)
                 self._unembed = self._packed_unembed
+            self.network = heads.network.packed(packing, only_extends=self._compiled is not None)
+
+    def _rows(self) -> DraftRows | None:
+        """The unembedding over a draft vocabulary; None where the base's whole one serves, which is packed already."""
+        weight = self._heads.network.unembedding
+        if weight is not None:
+            return DraftRows(weight, None)
+        return None if self._heads.token_map is None else self._heads.draft_rows(bits=True)
 
     @property
     def layers(self) -> Eagle3Drafter:
@@ -60,33 +72,52 @@ class Eagle3Drafter(AttendingDrafter):
     def propose_behind(
         self, written: Written, root_ids: Tensor, tree: DraftTree, min_probability: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """As `AttendingDrafter`; the whole tree is looked at."""
+        """As `AttendingDrafter`."""
+        if self._compiled is not None:
+            return self._compiled.propose(written, root_ids, tree, min_probability)
         some, parts = _group(written), []
+        least = math.log(min_probability) if min_probability > 0 else -math.inf
         for first in range(0, len(root_ids), some):
             those = slice(first, first + some)
-            parts.append(self._propose(written._replace(paths=written.paths[those]), root_ids[those], tree))
+            parts.append(self._propose(written._replace(paths=written.paths[those]), root_ids[those], tree, least))
         token_ids, log_probs = zip(*parts, strict=True)
         return torch.cat(token_ids), torch.cat(log_probs)
 
-    def _propose(self, written: Written, root_ids: Tensor, tree: DraftTree) -> tuple[Tensor, Tensor]:
+    def _propose(self, written: Written, root_ids: Tensor, tree: DraftTree, least: float) -> tuple[Tensor, Tensor]:
+        """least: log-probability of a path below which nothing is looked for, as far as no other thread wants it."""
         threads, device, heads = len(root_ids), root_ids.device, self._heads
-        token_ids = root_ids.new_zeros(threads, len(tree))
-        log_probs = torch.zeros(threads, len(tree), dtype=torch.float32, device=device)
+        token_ids = torch.full((threads, len(tree)), -1, dtype=torch.long, device=device)
+        log_probs = torch.full((threads, len(tree)), -math.inf, dtype=torch.float32, device=device)
         paths = _Paths(written, heads.num_layers, 1 + sum(len(level.inner) for level in tree.levels), device)
         ids, features = root_ids[:, None], written.pool.features_at(paths.last)[:, None]  # [T, rows of the level]
         above = torch.zeros(1, 0, dtype=torch.bool, device=device)  # [rows, earlier drafted rows], which each sees
+        reach = torch.zeros(threads, 1, device=device)  # [T, parents], log-probability of the path down to each
+        looked = torch.arange(1, device=device)  # of the parents those whose children are looked for
         for depth, (level, places) in enumerate(zip(tree.levels, tree_tensors(tree, device).levels, strict=True)):
-            rows = ids.shape[1]
+            rows = len(looked)
             seen = torch.cat([above, torch.eye(rows, dtype=torch.bool, device=device)], dim=1)
             positions = (paths.lengths[:, None] + depth).expand(threads, rows)
             embedded = heads.embed(ids).flatten(0, 1)
             drafted = self.network(embedded, features.flatten(0, 1), positions.flatten(), paths.attend(seen))
-            best, chances = heads.top(self._unembed(drafted.states), level.top_k)
-            best, chances = best.unflatten(0, (threads, rows)), chances.unflatten(0, (threads, rows))
-            found = best[:, places.parents, places.ranks]
-            token_ids[:, places.nodes], log_probs[:, places.nodes] = found, chances[:, places.parents, places.ranks]
-            features = drafted.features.unflatten(0, (threads, rows))[:, places.inner_parents]
-            ids, above = found[:, places.inner], seen[places.inner_parents]
+            best, chances = (
+                x.unflatten(0, (threads, rows)) for x in heads.top(self._unembed(drafted.states), level.top_k)
+            )
+            # Of every parent, -1 and -inf where nobody looked.
+            all_best = best.new_full((threads, reach.shape[1], level.top_k), -1).index_copy(1, looked, best)
+            all_chances = chances.new_full(all_best.shape, -math.inf).index_copy(1, looked, chances)
+            found = all_best[:, places.parents, places.ranks]
+            chance = all_chances[:, places.parents, places.ranks]
+            token_ids[:, places.nodes], log_probs[:, places.nodes] = found, chance
+            reach = (reach[:, places.parents] + chance)[:, places.inner]
+            kept = (reach >= least).any(0) & (reach > -math.inf).any(0)
+            inner = kept.nonzero()[:, 0]
+            if not len(inner):
+                break
+            row_of = torch.zeros(all_best.shape[1], dtype=torch.long, device=device)
+            row_of[looked] = torch.arange(rows, device=device)
+            parents = row_of[places.inner_parents[inner]]
+            features = drafted.features.unflatten(0, (threads, rows))[:, parents]
+            ids, above, looked = found[:, places.inner[inner]], seen[parents], inner
         return token_ids, log_probs
 
     def _packed_unembed(self, x: Tensor) -> Tensor:

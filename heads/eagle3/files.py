@@ -153,29 +153,6 @@ def default_boundaries(num_layers: int) -> tuple[int, ...]:
     return 2, num_layers // 2, num_layers - 3
 
 
-def state_dict(file: Eagle3File) -> dict[str, Tensor]:
-    """The inverse of `parse`, in the names of its authors: `midlayer` for a single layer, offsets in d2t."""
-    state: dict[str, Tensor] = {}
-    single = len(file.layers) == 1
-    for index, layer in enumerate(file.layers):
-        place = "midlayer" if single else f"layers.{index}"
-        state |= {f"{place}.{name}": tensor for name, tensor in layer.items()}
-    named = {
-        "norm.weight": file.norm,
-        "fc.weight": file.fc,
-        "fc.bias": file.fc_bias,
-        "input_norm.weight": file.input_norm,
-        "embed_tokens.weight": file.embedding,
-        "lm_head.weight": file.unembedding,
-    }
-    state |= {name: tensor for name, tensor in named.items() if tensor is not None}
-    state |= {f"fc_norm.{index}.weight": tensor for index, tensor in enumerate(file.state_norms)}
-    if file.token_map is not None:
-        state["d2t"] = file.token_map - torch.arange(len(file.token_map))
-        state["t2d"] = torch.zeros(file.config.vocab_size, dtype=torch.bool).index_fill_(0, file.token_map, True)
-    return state
-
-
 # ---- the parts
 
 

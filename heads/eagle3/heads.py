@@ -24,7 +24,7 @@ from medusa_apar.runtimes.devices import device_of
 
 from .. import checkpoints
 from ..draft_heads import DraftHeads
-from . import files
+from . import files, writing
 from .drafter import Eagle3Drafter
 from .files import Boundaries, Eagle3File
 from .layer import Eagle3
@@ -85,28 +85,9 @@ class Eagle3Heads(DraftHeads):
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """`model.safetensors` and `config.json`, as its authors and vLLM read them."""
         file = self.network.as_file(self.token_map, self.boundaries)
-        config = file.config
-        written = {
-            "kind": self.kind,
-            "architectures": ["LlamaForCausalLMEagle3"],
-            "model_type": "llama",
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.boundaries), "use_aux_hidden_state": True},
-            "eagle_aux_hidden_state_layer_ids": list(self.boundaries),
-            files.OWN_BOUNDARIES: list(self.boundaries),
-            "draft_vocab_size": file.draft_vocab_size,
-            "norm_before_residual": file.norm_before_residual,
-            "norm_output": file.norm_output,
-            "norm_before_fc": file.input_norm is not None,
-            "fc_norm": bool(file.state_norms),
-            "tie_word_embeddings": False,
-            "acceptance": self.acceptance,
-        }
-        names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-        names += ["head_dim", "vocab_size", "rms_norm_eps", "hidden_act", "max_position_embeddings", "rope_parameters"]
-        written |= {name: getattr(config, name) for name in names}
-        if getattr(config, "target_hidden_size", None) is not None:
-            written["target_hidden_size"] = config.target_hidden_size
-        state = {name: tensor.cpu().contiguous() for name, tensor in files.state_dict(file).items()}
+        config = writing.config(file, "eagle3", self.base_name, DEPTH)
+        state = {name: tensor.cpu().contiguous() for name, tensor in writing.state_dict(file).items()}
+        written = config | {"kind": self.kind, "acceptance": self.acceptance}
         checkpoints.write(Path(folder), state, written, dtype, "model.safetensors")
 
     def check_matches(self, model: PreTrainedModel) -> None:

@@ -75,11 +75,16 @@ class Eagle3(nn.Module):
             norm_output=self.norm_output,
         )
 
-    def packed(self, packing: str) -> Eagle3:
-        """The same drafter, which multiplies as the CPU runtime does."""
+    def packed(self, packing: str, only_extends: bool = False) -> Eagle3:
+        """The same drafter, which multiplies as the CPU runtime does; one that `only_extends` packs no more than that
+        takes."""
         other = copy.copy(self)
-        names = ("q_weight", "k_weight", "v_weight", "o_weight", "gate", "up", "down")
-        weights = [self.fc, *(getattr(layer, name) for layer in self.layers for name in names)]
+        attention = ("q_weight", "k_weight", "v_weight")
+        whole = (*attention, "o_weight", "gate", "up", "down")
+        weights = [self.fc]
+        for index, layer in enumerate(self.layers):
+            last = only_extends and index == len(self.layers) - 1
+            weights += [getattr(layer, name) for name in (attention if last else whole)]
         other.packs = {weight: PackedMatrix(weight, packing) for weight in weights if weight is not None}
         return other
 

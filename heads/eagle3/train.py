@@ -31,12 +31,16 @@ from ..ask import check_same
 from ..held_out import by_prompt
 from .fresh import fresh
 from .heads import Eagle3Heads
-from .losses import RANKS, RoundLosses, base_states, round_losses
+from .losses import RANKS, RoundLosses, round_losses
+from .states import StateCache
 
 ROUND_DECAY = 0.8  # round k counts 0.8^k: a token far ahead is seldom reached
 LEARNING_RATE = 5e-4
 WARMUP_STEPS = 20
 STATE = "train/state.pt"
+# Rounds that are trained until so much of a run is done, then all: what comes far behind a root can only be learned
+# where what lies before it is, and every round costs as much as the first.
+GROWTH = ((0.35, 2), (0.65, 3))
 
 
 @dataclass(slots=True)
@@ -91,6 +95,7 @@ class Trainer:
         self.last_step = max(1, math.ceil(settings.epochs * per_epoch))
         self.fixed: dict[str, Any] = {}
         self.product_dtype = heads.base.dtype
+        self.states = StateCache(heads)
         threads = settings.threads if self.device.type == "cpu" else 1
         initialise = (lambda: torch.set_num_threads(1)) if threads > 1 else None
         self.workers = ThreadPoolExecutor(threads, initializer=initialise)
@@ -141,10 +146,10 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak * warm * 0.5 * (1 + math.cos(math.pi * progress))
-        tokens = sum(map(len, rows))
+        tokens, rounds = sum(map(len, rows)), rounds_at(progress, self.settings.rounds)
         sums = torch.zeros(2, device=self.device)
         rows = sorted(rows, key=len, reverse=True)  # so that no worker is left with a long one at the end
-        for gradients, losses in self.workers.map(lambda row: self._gradients(row, tokens), rows):
+        for gradients, losses in self.workers.map(lambda row: self._gradients(row, tokens, rounds), rows):
             sums += torch.stack([losses.losses[0], losses.counts[0]]).detach()
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
@@ -153,22 +158,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return float(sums[0] / sums[1].clamp(min=1))
 
-    def _losses(self, row: PackedRow, ranks: int = 0) -> RoundLosses:
+    def _losses(self, row: PackedRow, rounds: int, ranks: int = 0) -> RoundLosses:
+        states, hidden = self.states.of(row)
         row = row.to(self.device)
         counted = row.trained & ~torch.isin(row.input_ids, _eos(self.heads.base, self.device))
-        states, hidden = base_states(self.heads, row)
         with torch.autocast(self.device.type, self.product_dtype, enabled=self.product_dtype != torch.float32):
-            return round_losses(self.heads, row, states.float(), hidden, counted, self.settings.rounds, ranks)
+            return round_losses(self.heads, row, states.float(), hidden, counted, rounds, ranks)
 
-    def _gradients(self, row: PackedRow, tokens: int) -> tuple[tuple[Tensor, ...], RoundLosses]:
-        losses = self._losses(row)
-        decay = ROUND_DECAY ** torch.arange(self.settings.rounds, device=self.device)
+    def _gradients(self, row: PackedRow, tokens: int, rounds: int) -> tuple[tuple[Tensor, ...], RoundLosses]:
+        losses = self._losses(row, rounds)
+        decay = ROUND_DECAY ** torch.arange(rounds, device=self.device)
         return torch.autograd.grad((decay * losses.losses).sum() / tokens, self.parameters), losses
 
     @torch.no_grad()
     def evaluate(self, loss: float | None = None) -> dict[str, list[float]]:
         """Held-out figures of each round, logged and said; the drafter's `acceptance` becomes what was measured."""
-        parts = list(self.workers.map(lambda row: self._losses(row, RANKS), self.held_out))
+        parts = list(self.workers.map(lambda row: self._losses(row, self.settings.rounds, RANKS), self.held_out))
         counts = sum(part.counts for part in parts).clamp(min=1)  # type: ignore[union-attr]
         losses = sum(part.losses for part in parts) / counts
         hits = sum(part.hits for part in parts) / counts[:, None]
@@ -246,6 +251,11 @@ def _made(model: PreTrainedModel, file: AnswerFile, settings: Settings) -> Eagle
     made = Eagle3Heads(fresh(model, boundaries, token_map, settings.seed), hidden, vocab_size, boundaries)
     made.check_matches(model)
     return made.to(model.device).attach(model)
+
+
+def rounds_at(progress: float, rounds: int) -> int:
+    """How many of so many rounds are trained when this share of a run is done."""
+    return next((min(some, rounds) for until, some in GROWTH if progress < until), rounds)
 
 
 def usual_boundaries(model: PreTrainedModel) -> tuple[int, ...]:

@@ -63,7 +63,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED, VOCAB = 24, 4, 2, 8, 40, 40
 
 
 def checkpoint(
-    layout: Layout, seed: int = 0, hidden: int = HIDDEN, vocab: int = VOCAB
+    layout: Layout, seed: int = 0, hidden: int = HIDDEN, vocab: int = VOCAB, head_dim: int = HEAD_DIM, feed: int = FEED
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """State dict and config of a drafter so wide."""
     generator = torch.Generator().manual_seed(seed)
@@ -81,22 +81,21 @@ def checkpoint(
         layer = {
             "input_layernorm.weight": norm(hidden),
             "post_attention_layernorm.weight": norm(hidden),
-            "self_attn.q_proj.weight": random(HEADS * HEAD_DIM, wide),
-            "self_attn.k_proj.weight": random(KV_HEADS * HEAD_DIM, wide),
-            "self_attn.v_proj.weight": random(KV_HEADS * HEAD_DIM, wide),
-            "self_attn.o_proj.weight": random(hidden, HEADS * HEAD_DIM),
-            "mlp.gate_proj.weight": random(FEED, hidden),
-            "mlp.up_proj.weight": random(FEED, hidden),
-            "mlp.down_proj.weight": random(hidden, FEED),
+            "self_attn.q_proj.weight": random(HEADS * head_dim, wide),
+            "self_attn.k_proj.weight": random(KV_HEADS * head_dim, wide),
+            "self_attn.v_proj.weight": random(KV_HEADS * head_dim, wide),
+            "self_attn.o_proj.weight": random(hidden, HEADS * head_dim),
+            "mlp.gate_proj.weight": random(feed, hidden),
+            "mlp.up_proj.weight": random(feed, hidden),
+            "mlp.down_proj.weight": random(hidden, feed),
         }
         if not index:
             layer["hidden_norm.weight"] = norm(hidden)
         if layout.bias:
-            layer |= {
-                f"self_attn.{name}_proj.bias": random(size) for name, size in zip("qkv", (32, 16, 16), strict=True)
-            }
+            sizes = HEADS * head_dim, KV_HEADS * head_dim, KV_HEADS * head_dim
+            layer |= {f"self_attn.{name}_proj.bias": random(size) for name, size in zip("qkv", sizes, strict=True)}
         if "q" in layout.norms:
-            layer |= {"self_attn.q_norm.weight": norm(HEAD_DIM), "self_attn.k_norm.weight": norm(HEAD_DIM)}
+            layer |= {"self_attn.q_norm.weight": norm(head_dim), "self_attn.k_norm.weight": norm(head_dim)}
         place = "midlayer" if layout.midlayer else f"layers.{index}"
         state |= {f"{place}.{name}": tensor for name, tensor in layer.items()}
     if "input" in layout.norms:
@@ -118,11 +117,11 @@ def checkpoint(
     }
     sizes = {
         "hidden_size": hidden,
-        "intermediate_size": FEED,
+        "intermediate_size": feed,
         "num_attention_heads": HEADS,
         "num_key_value_heads": 1,  # a lie: the tensors count
         "num_hidden_layers": 7,  # likewise
-        "head_dim": HEAD_DIM,
+        "head_dim": head_dim,
         "vocab_size": vocab,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",

@@ -9,9 +9,11 @@ weight_fingerprint.py  whether weights still are what was copied
 mapped_weights.py  weights in a mapped file: that nobody wrote to them, without reading them
 pack_files.py  packed weights on disk, mapped by the next start
 drafting.py    drafting with Hydra heads
+eagle3.py      drafting with an EAGLE-3 drafter
 choosing.py    which tokens rows choose, in one call
 library.py     compiles the code once, and mirrors its structs
 step.cpp       the step
+layer_pass.h   one layer of it
 matrix.h       products of few rows with a matrix
 int8.h         such products of int8
 amx.h          the same in tiles, for many rows
@@ -23,7 +25,9 @@ step_cache.h   keys and values as int16 steps
 float_cache.h  keys and values as floats
 int16.h        products of int16
 panel16.h      such products with a tile that several rows share
-hydra.h        Hydra heads over a draft tree
+descent.h      down a draft tree, level by level
+hydra.h        Hydra heads over one
+eagle3.h       an EAGLE-3 drafter over one
 choose.h       which token a row chooses
 scores.h       what processors make of its logits
 noise.h        the noise of its choice

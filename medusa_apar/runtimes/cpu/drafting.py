@@ -62,7 +62,7 @@ class CompiledHydra:
         assert states.shape == (count, self._inputs) and len(tree.levels) <= self._struct.heads
         made = self._trees.get(tree)
         if made is None:
-            made = self._trees[tree] = _tree(tree)
+            made = self._trees[tree] = packed_tree(tree)
         nodes = len(tree)
         token_ids, log_probs = torch.empty(count, nodes, dtype=torch.long, device="cpu"), floats(count, nodes)
         if library.library().mapar_hydra(
@@ -88,7 +88,8 @@ def compilable(heads: Any, unembedding: tuple[Tensor, Tensor | None]) -> bool:
     return hidden == heads.hidden_size and hidden % PANEL == 0
 
 
-def _tree(tree: DraftTree) -> tuple[Any, list[Tensor]]:
+def packed_tree(tree: DraftTree) -> tuple[Any, list[Tensor]]:
+    """As compiled code reads it, and what has to stay alive for that."""
     levels = tree.levels
     parts = [
         [len(level.nodes) for level in levels],

@@ -87,6 +87,24 @@ class Tree(ctypes.Structure):
     )
 
 
+class Eagle3(ctypes.Structure):
+    _fields_ = (
+        *(("model", Model), ("hidden_norm", c_void_p), ("token_map", c_void_p)),
+        *((name, c_int32) for name in ("vocabulary", "norm_before_residual", "norm_output")),
+    )
+
+
+class Pool(ctypes.Structure):
+    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("scales", c_void_p))
+
+
+class Written(ctypes.Structure):
+    _fields_ = (
+        *(("slots", c_void_p), ("starts", c_void_p), ("pools", POINTER(Pool))),
+        *((name, c_void_p) for name in ("features", "cos", "sin")),
+    )
+
+
 class Operation(ctypes.Structure):
     _fields_ = (
         *(("kind", c_int32), ("count", c_int32), ("length", c_int32), ("value", c_float)),
@@ -173,7 +191,8 @@ def outcome() -> ctypes.CDLL | str:
 
 def _open(path: Path) -> ctypes.CDLL:
     opened = ctypes.CDLL(str(path))
-    for index, struct in enumerate((Matrix, Layer, Model, Step, Hydra, Tree, Span, Operation, Recipe, Choice, Choices)):
+    mirrors = Matrix, Layer, Model, Step, Hydra, Tree, Span, Operation, Recipe, Choice, Choices, Eagle3, Written
+    for index, struct in enumerate(mirrors):
         assert opened.mapar_sizes(index) == ctypes.sizeof(struct), f"{struct.__name__} differs from step.cpp's"
     assert opened.mapar_phases() == len(PHASES)
     opened.mapar_step.argtypes = (POINTER(Model), POINTER(Step), c_int, c_int)
@@ -188,6 +207,11 @@ def _open(path: Path) -> ctypes.CDLL:
         *(c_float, c_void_p, c_void_p, c_int),
     )
     opened.mapar_hydra.restype = c_int
+    opened.mapar_eagle3.argtypes = (
+        *(POINTER(Eagle3), POINTER(Tree), POINTER(Written), c_void_p, c_int),
+        *(c_float, c_void_p, c_void_p, c_int),
+    )
+    opened.mapar_eagle3.restype = c_int
     opened.mapar_choose.argtypes = (POINTER(Choices), c_int)
     opened.mapar_choose.restype = None
     opened.mapar_top.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)

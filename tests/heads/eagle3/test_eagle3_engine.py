@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
@@ -77,17 +78,19 @@ def cold(heads, path, tree):
 
 @contextmanager
 def watched():
-    """Of every draft: the path, root included, what was drafted with which chances, and the tree."""
+    """Of every draft: the path, root included, what was drafted with which chances, the tree, and the chance of a path
+    below which nothing need be looked for."""
     seen, draft = [], Speculator._draft
 
-    def watching(self, advances, *args):
-        drafting = draft(self, advances, *args)
+    def watching(self, advances, hidden, load, *args):
+        least = self._min_probability(load)
+        drafting = draft(self, advances, hidden, load, *args)
         for advance in advances if drafting is not None else ():
             if advance.drafted is not None:
                 ids, log_probs = advance.drafted
                 lineage = [*advance.thread.ancestors(), (advance.thread, None)]
                 path = [token for thread, stop in lineage for token in thread.tokens[:stop]]
-                seen.append((path, ids.tolist(), log_probs.tolist(), drafting.tree))
+                seen.append((path, ids.tolist(), log_probs.tolist(), drafting.tree, least))
         return drafting
 
     with patch.object(Speculator, "_draft", watching):
@@ -102,11 +105,18 @@ def finish(engine, its):
 
 
 def assert_as_cold(heads, seen, some=40):
+    """Every node, but that below an unlikely path nothing need have been looked for."""
     assert seen
-    for path, ids, log_probs, tree in seen[:: max(len(seen) // some, 1)]:
+    for path, ids, log_probs, tree, least in seen[:: max(len(seen) // some, 1)]:
         expected, chances = cold(heads, path, tree)
-        assert ids == expected
-        torch.testing.assert_close(torch.tensor(log_probs), torch.tensor(chances), rtol=1e-3, atol=1e-3)
+        reach = {-1: 1.0}
+        for node, parent in enumerate(tree.parents.tolist()):
+            reach[node] = reach[parent] * math.exp(chances[node])
+            if ids[node] == -1:
+                assert log_probs[node] == -math.inf and reach[parent] < least * 1.01
+            else:
+                assert ids[node] == expected[node]
+                assert log_probs[node] == pytest.approx(chances[node], abs=1e-3 + 1e-3 * abs(chances[node]))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

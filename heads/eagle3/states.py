@@ -1,0 +1,43 @@
+"""What the base puts out along the rows that a drafter is trained on: computed once, and kept while there is room."""
+
+from __future__ import annotations
+
+import threading
+
+from torch import Tensor
+
+from medusa_apar.finetune.packing import PackedRow
+
+from .heads import Eagle3Heads
+from .losses import base_states
+
+ROOM = 4 << 30  # bytes: a million tokens of a base that is 576 wide, or forty thousand of one that is 4,096 wide
+
+
+class StateCache:
+    """The base's states along rows. In memory and not on the disk: a run that goes on makes them anew, all the same.
+
+    room: bytes. A GPU keeps none: its memory is dear, and the base's pass is quick there.
+    """
+
+    def __init__(self, heads: Eagle3Heads, room: int = ROOM) -> None:
+        self._heads = heads
+        self._left = room if heads.base.device.type == "cpu" else 0
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # by the row's identity
+        self._rows: list[PackedRow] = []  # of these, which must stay for that
+        self._lock = threading.Lock()
+
+    def of(self, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """[N, boundaries * H], and [N, H] before the unembedding, on the base's device."""
+        with self._lock:
+            kept = self._kept.get(id(row))
+        if kept is not None:
+            return kept
+        found = base_states(self._heads, row.to(self._heads.base.device))
+        size = sum(each.nbytes for each in found)
+        with self._lock:
+            if size <= self._left:
+                self._left -= size
+                self._kept[id(row)] = found
+                self._rows.append(row)
+        return found
