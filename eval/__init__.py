@@ -80,6 +80,7 @@ The weights we ship:
     questions.py       what is asked and read
     answering.py       answers with what they took
     replay.py          what heads would have done for answers that are already there
+    draft_levels.py    what drafting costs, level by level
     recycling.py       what token recycling brings beside them, node by node
     loops.py           answers that loop
     runs.py            what was answered, on disk

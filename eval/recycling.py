@@ -103,7 +103,7 @@ def run(apar: MedusaApar, questions: Sequence[Question], runs: Runs, args: argpa
     texts = {(row["fork"], row["set"], row["id"]): row["ids"] for row in runs.rows.values()}
     for system in args.systems:
         for nodes in args.nodes:
-            todo = [q for q in questions if (system, nodes, args.fork, q.set, q.id) not in runs]
+            todo = [q for q in questions if (args.heads, system, nodes, args.fork, q.set, q.id) not in runs]
             made = speculating(apar, system, nodes, args.fork, args.quantize) if todo else apar
             for question in todo:
                 prompt = encode_messages(apar.tokenizer, question.messages)["input_ids"][0].tolist()
@@ -113,7 +113,14 @@ def run(apar: MedusaApar, questions: Sequence[Question], runs: Runs, args: argpa
                 if texts.setdefault((args.fork, question.set, question.id), ids) != ids:
                     raise RuntimeError(f"{system} with {nodes} nodes has answered {question.id} otherwise")
                 counts = {name: record[name] for name in ("ids", "steps", "thread_steps", "gained")}
-                row = {"system": system, "nodes": nodes, "fork": args.fork, "set": question.set, "id": question.id}
+                row = {
+                    "heads": args.heads,
+                    "system": system,
+                    "nodes": nodes,
+                    "fork": args.fork,
+                    "set": question.set,
+                    "id": question.id,
+                }
                 runs.add([row | counts | found | {"looping": looping_share(ids)}])
             if todo:
                 print(f"{system}, {nodes} nodes: {len(todo)} answers", flush=True)
@@ -121,22 +128,22 @@ def run(apar: MedusaApar, questions: Sequence[Question], runs: Runs, args: argpa
 
 def table(runs: Runs) -> list[str]:
     """Lines of Markdown, a row for each system, number of nodes and prompt set."""
-    groups: dict[tuple[bool, str, int, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[bool, str, int, str, str], list[dict[str, Any]]] = {}
     for row in runs.rows.values():
-        groups.setdefault((row["fork"], row["set"], row["nodes"], row["system"]), []).append(row)
+        groups.setdefault((row["fork"], row["set"], row["nodes"], row["system"], row["heads"]), []).append(row)
     order = {name: place for place, name in enumerate(SYSTEMS)}
     promised = " | ".join(f"{source} promised" for source in SOURCES)
     lines = [
-        f"| threads | prompts | nodes | system | accepted | per step | {promised} |",
-        "|---" * (6 + len(SOURCES)) + "|",
+        f"| threads | prompts | nodes | system | heads | accepted | per step | {promised} |",
+        "|---" * (7 + len(SOURCES)) + "|",
     ]
-    for key in sorted(groups, key=lambda key: (*key[:3], order[key[3]])):
-        fork, name, nodes, system = key
+    for key in sorted(groups, key=lambda key: (*key[:3], order[key[3]], key[4])):
+        fork, name, nodes, system, heads = key
         rows = groups[key]
         calm = [row for row in rows if row["looping"] <= LOOPS]
         cells = [f"{plain} ({every})" for plain, every in zip(_figures(calm), _figures(rows), strict=True)]
         counted = f"{name} ({len(calm)} of {len(rows)})"
-        lines.append(f"| {'yes' if fork else 'no'} | {counted} | {nodes} | {system} | {' | '.join(cells)} |")
+        lines.append(f"| {'yes' if fork else 'no'} | {counted} | {nodes} | {system} | {heads} | {' | '.join(cells)} |")
     return lines
 
 
@@ -157,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--model", default="smollm2-135m", help="tuned model: name or folder (default: %(default)s)")
+    add("--heads", default="auto", metavar="NAME|DIR", help="as `load` takes them (default: the model's own)")
     add("--prompts", nargs="+", type=named_file, required=True, metavar="NAME=FILE", help="JSONL with `turns`")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
     add("--nodes", nargs="+", type=number(int, 1), default=[8, 24, 64], metavar="N", help="default: 8 24 64")
@@ -175,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         question for name, path in args.prompts for question in read_questions(name, path)[:: args.every][: args.limit]
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = Runs(args.out / "runs.jsonl", ("system", "nodes", "fork", "set", "id"))
-    run(load(args.model, quantize=args.quantize), questions, runs, args)
+    runs = Runs(args.out / "runs.jsonl", ("heads", "system", "nodes", "fork", "set", "id"))
+    run(load(args.model, heads=args.heads, quantize=args.quantize), questions, runs, args)
     lines = table(runs)
     write_text(args.out / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

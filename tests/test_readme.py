@@ -16,12 +16,15 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import httpx
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import medusa_apar
 from medusa_apar import loading
@@ -31,7 +34,9 @@ from medusa_apar.eval.peers import PEERS
 from medusa_apar.eval.systems import OF_BASE
 from medusa_apar.heads import HydraHeads
 from medusa_apar.serve.server import Server
+from tests.support.eagle3_files import LAYOUTS, checkpoint
 from tests.support.folders import forking_folder
+from tests.support.models import LLAMA_LIKE
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -226,6 +231,20 @@ def commands_run_by(notebook: str) -> dict[str, set[str]]:
     return {command: set(re.findall(r"--[\w-]+", options)) for command, options in found}
 
 
+def small_qwen(folder, tokenizer):
+    """What stands for a Qwen and its drafter: random ones, with another model's tokenizer."""
+    torch.manual_seed(0)
+    sizes = LLAMA_LIKE | {"vocab_size": len(tokenizer), "head_dim": 8, "max_position_embeddings": 2048}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    layout = replace(LAYOUTS["its authors'"], ids=(2, 2, 2), where_ids="top")
+    state, config = checkpoint(layout, hidden=LLAMA_LIKE["hidden_size"], vocab=len(tokenizer))
+    (folder / "drafter").mkdir()
+    save_file(state, folder / "drafter" / "model.safetensors")
+    (folder / "drafter" / "config.json").write_text(json.dumps(config))
+    return {"Qwen/Qwen3-1.7B": folder / "model", "AngelSlim/Qwen3-1.7B_eagle3": folder / "drafter"}
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
 def test_commands_run(folder, words):
@@ -236,10 +255,10 @@ def test_commands_run(folder, words):
 @pytest.mark.parametrize("page", [page for page in PAGES if EXAMPLES[page]])
 def test_examples_run(page, folder, load, capsys):
     """One after the other, as a reader would type them who has a model of his own."""
-    for name, path in STANDS_FOR.items():
+    apar = load("smollm2-135m")
+    for name, path in (STANDS_FOR | small_qwen(folder / "small", apar.tokenizer)).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(path)
-    apar = load("smollm2-135m")
     inputs = apar.tokenizer("What is a choir?", return_tensors="pt")
     names = {"medusa_apar": medusa_apar, "model": apar.model, "inputs": inputs}
     for example in EXAMPLES[page]:

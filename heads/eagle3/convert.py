@@ -22,7 +22,7 @@ from .. import checkpoints
 from ..layouts import check_free, draft_rows
 from . import writing
 from .files import Eagle3File, parse
-from .heads import DEPTH, read
+from .heads import read
 from .writing import Layout
 
 FILE = "model.safetensors"
@@ -84,7 +84,7 @@ def convert(
     notes += _not_read_elsewhere(file)
     tensors = {key: tensor.contiguous() for key, tensor in writing.state_dict(written, to).items()}
     kept = {key: said[key] for key in ("acceptance",) if said.get(key)}
-    checkpoints.write(folder, tensors, writing.config(written, to, name, DEPTH) | kept, dtype, FILE)
+    checkpoints.write(folder, tensors, writing.config(written, to, name) | kept, dtype, FILE)
     layout = "speculators" if "speculators_model_type" in said else "eagle3"
     return Summary(layout, file, _size(state), Path(source)), Summary(to, written, _size(tensors, dtype), folder), notes
 

@@ -85,7 +85,7 @@ class Eagle3Heads(DraftHeads):
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """`model.safetensors` and `config.json`, as its authors and vLLM read them."""
         file = self.network.as_file(self.token_map, self.boundaries)
-        config = writing.config(file, "eagle3", self.base_name, DEPTH)
+        config = writing.config(file, "eagle3", self.base_name)
         state = {name: tensor.cpu().contiguous() for name, tensor in writing.state_dict(file).items()}
         written = config | {"kind": self.kind, "acceptance": self.acceptance}
         checkpoints.write(Path(folder), state, written, dtype, "model.safetensors")

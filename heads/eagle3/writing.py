@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .files import OWN_BOUNDARIES, Eagle3File
 
+CHAIN = 3  # tokens that other engines draft at a time, one behind the other: most of their users' choice
 LAYOUTS = ("eagle3", "speculators")
 Layout = Literal["eagle3", "speculators"]
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -46,13 +47,12 @@ def state_dict(file: Eagle3File, layout: Layout = "eagle3") -> dict[str, Tensor]
     return state
 
 
-def config(file: Eagle3File, layout: Layout, base: str, tokens: int) -> dict[str, Any]:
+def config(file: Eagle3File, layout: Layout, base: str) -> dict[str, Any]:
     """What `config.json` says in a layout.
 
-    base: name of the model that the drafter was made for, "" where it is unknown. tokens: to be drafted at a time,
-        which speculators' config has to say.
+    base: name of the model that the drafter was made for, "" where it is unknown.
     """
-    return _speculators(file, base, tokens) if layout == "speculators" else _authors(file, base)
+    return _speculators(file, base) if layout == "speculators" else _authors(file, base)
 
 
 def model_type(file: Eagle3File) -> str:
@@ -74,10 +74,10 @@ def _authors(file: Eagle3File, base: str) -> dict[str, Any]:
     return written
 
 
-def _speculators(file: Eagle3File, base: str, tokens: int) -> dict[str, Any]:
+def _speculators(file: Eagle3File, base: str) -> dict[str, Any]:
     proposal = {
         "proposal_type": "greedy",
-        "speculative_tokens": tokens,
+        "speculative_tokens": CHAIN,
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
@@ -87,7 +87,7 @@ def _speculators(file: Eagle3File, base: str, tokens: int) -> dict[str, Any]:
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
-            "proposal_methods": [proposal | {"speculative_tokens": tokens}],
+            "proposal_methods": [proposal | {"speculative_tokens": CHAIN}],
             "verifier": {"name_or_path": base, "architectures": []},
         },
         "transformer_layer_config": _layer_config(file),

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: float32 on a CPU, bfloat16 on CUDA; vLLM's own choice with --engine vllm")  # fmt: skip
     add("--heads", default="auto", metavar="NAME",
         help="draft heads; none leaves them out (default: the model's own; none with --engine vllm, which knows Medusa "
-        "heads, but not the Hydra heads of the default model)")  # fmt: skip
+        "heads and EAGLE-3 drafters, but not the Hydra heads of the default model)")  # fmt: skip
     add("--speculation", choices=("auto", "off"), default="auto", help=f"whether tokens are guessed ahead {default}")
     add("--fork", choices=FORKS, default="auto", help=f"where answers split unless a request says otherwise {default}")
     add("--max-threads", type=count, metavar="N", help="most threads of a request in one step (default: any number)")

@@ -1,4 +1,4 @@
-"""vLLM behind our own server: its flags, the model as it reads it, and drafting by Medusa heads."""
+"""vLLM behind our own server: its flags, the model as it reads it, and drafting by heads that it knows."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ Result = TypeVar("Result")
 class Served:
     """What is served, in our own words.
 
-    model: a name that `medusa_apar.load` takes. heads: a folder of Medusa heads, a Hub id, or a name beside the model's
-    own; None drafts nothing. dtype: of torch; None is vLLM's choice. fork, max_threads: where a request does not say.
+    model: a name that `medusa_apar.load` takes. heads: a folder of Medusa heads or an EAGLE-3 drafter, a Hub id, or a
+    name beside the model's own; None drafts nothing. dtype: of torch; None is vLLM's choice. fork, max_threads: where a
+    request does not say.
     """
 
     model: str
@@ -202,20 +203,28 @@ def facts_of(client: Any, tokenizer: Any, control: ControlTokens | None, **other
 
 
 def _drafter(served: Served, source: Source, args: Namespace) -> dict[str, Any]:
-    """vLLM's `speculative_config` for Medusa heads, which are written as it reads them, once, into the cache folder."""
-    from medusa_apar.heads.vllm_layout import export
+    """vLLM's `speculative_config` for heads, which are written as it reads them, once, into the cache folder."""
+    from medusa_apar.heads import checkpoints, vllm_layout
+    from medusa_apar.heads.eagle3.convert import convert
+    from medusa_apar.heads.eagle3.heads import holds
+    from medusa_apar.heads.eagle3.writing import CHAIN
 
     assert served.heads is not None
     heads = heads_name(served.heads, source)
+    attends = holds(checkpoints.locate(heads))
     made_from = [str(heads), *files_at(heads), args.model, str(served.dtype)]  # heads on the Hub by their name alone
     target = hub.cache_dir() / "models" / f"vllm-heads-{name_of(made_from)}"
 
     def build(_: Path, folder: Path) -> None:
-        export(heads, args.model, folder, _torch_dtype(served.dtype), trust_remote_code=args.trust_remote_code)
+        dtype, trusted = _torch_dtype(served.dtype), args.trust_remote_code
+        if attends:
+            convert(heads, "eagle3", folder, base=args.model, dtype=dtype, trust_remote_code=trusted)
+        else:
+            vllm_layout.export(heads, args.model, folder, dtype, trust_remote_code=trusted)
 
     folder = hub.build_once(target, build)
-    number = json_object(folder / "config.json")["num_heads"]
-    return {"method": "medusa", "model": str(folder), "num_speculative_tokens": number}
+    number = CHAIN if attends else json_object(folder / "config.json")["num_heads"]
+    return {"method": "eagle3" if attends else "medusa", "model": str(folder), "num_speculative_tokens": number}
 
 
 def _torch_dtype(name: str | None) -> Any:

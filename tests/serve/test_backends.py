@@ -4,16 +4,20 @@ import json
 import signal
 import threading
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
 from medusa_apar.serve.options import ServeOptions
 from medusa_apar.serve.vllm_backend import Served, VllmBackend
+from tests.support.eagle3_files import LAYOUTS, checkpoint
 from tests.support.folders import forking_folder, lora_of
-from tests.support.models import CHILD, FORK
+from tests.support.models import CHILD, FORK, VOCAB
 from tests.support.serving import SECONDS, running, wait_until
 from tests.support.vllm_client import client_of, speak_plainly
 
@@ -84,6 +88,24 @@ def test_an_adapter_is_merged_once_and_answered_with_as_by_our_own_engine(adapte
         folders.append(Path(started.args.model))
         assert not (folders[-1] / "adapter_config.json").exists() and not (folders[-1] / "medusa").exists()
     assert folders[0] == folders[1] != adapter
+
+
+def test_an_eagle3_drafter_goes_along_with_rows_of_the_base(base, tmp_path):
+    heads, started = tmp_path / "drafter", Started()
+    model = load(base, heads=None, speculation="off").model
+    layout = replace(LAYOUTS["its authors'"], unembedding=False, ids=(2, 2, 2), where_ids="top")
+    state, config = checkpoint(layout, hidden=model.config.hidden_size, vocab=VOCAB)
+    heads.mkdir()
+    save_file(state, heads / "model.safetensors")
+    (heads / "config.json").write_text(json.dumps(config))
+    with running(backend(Served(str(base), heads=str(heads)), started)) as server:
+        answer(server, max_tokens=2)
+    asked = started.args.speculative_config
+    assert asked["method"] == "eagle3" and asked["num_speculative_tokens"] == 3
+    written = load_file(Path(asked["model"]) / "model.safetensors")
+    assert torch.equal(written["midlayer.mlp.up_proj.weight"], state["midlayer.mlp.up_proj.weight"])
+    ids = state["d2t"] + torch.arange(len(state["d2t"]))
+    assert torch.equal(written["lm_head.weight"], model.get_output_embeddings().weight[ids])
 
 
 def test_a_plain_model_is_left_where_it_is_and_medusa_heads_go_along(base, tmp_path):

@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+from tests.support.models import LLAMA3_ROPE
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,9 @@ LAYOUTS = {
         norms=("q",), bias=True, rope={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     ),
     "a norm for each state": Layout(norms=("state",), target=16, more={"fc_norm": True}),
-    "scaled rope": Layout(rope={"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}),
+    "scaled rope": Layout(
+        rope={"rope_theta": 5e5, "rope_scaling": {name: x for name, x in LLAMA3_ROPE.items() if name != "rope_theta"}}
+    ),
     "norm before the residual": Layout(more={"norm_before_residual": True, "norm_output": True}),
 }
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED, VOCAB = 24, 4, 2, 8, 40, 40

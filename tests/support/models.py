@@ -39,9 +39,19 @@ IDS = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
 
 # Heads of 32 dimensions: the CPU runtime can run it.
 WIDE = LLAMA_LIKE | {"hidden_size": 96, "intermediate_size": 112, "num_attention_heads": 6, "head_dim": 32}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**LLAMA_LIKE, **IDS),
     "wide_llama": lambda: LlamaConfig(**WIDE, **IDS),
+    # Rope as Llama 3's, whose long waves are stretched.
+    "llama3": lambda: LlamaConfig(**LLAMA_LIKE, **IDS, rope_parameters=LLAMA3_ROPE),
     # Windows shorter than the text: masked by path position, or the test fails.
     "mistral": lambda: MistralConfig(**LLAMA_LIKE, **IDS, sliding_window=7),
     "qwen2": lambda: Qwen2Config(**LLAMA_LIKE, **IDS),

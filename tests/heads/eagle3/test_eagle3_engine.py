@@ -160,7 +160,7 @@ def test_drafts_are_those_of_a_cold_start(name, situation):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "gpt_oss", "gpt2"]
+    "family", ["llama", "llama3", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "gpt_oss", "gpt2"]
 )
 def test_drafts_of_every_family_are_those_of_a_cold_start(family):
     model = tiny_model(family, fork=9.0)
