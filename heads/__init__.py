@@ -13,6 +13,7 @@ convert.py           `medusa-apar convert`: heads from one file layout into anot
 ask.py               the tuned model answers prompts with our own engine, threads included
 own_answers.py       `medusa-apar answer`: such answers as a corpus
 answers.py           answers with their hidden states, computed once: what heads are trained on
+training_loop.py     updates until steps or time are used up, figures and a checkpoint, for heads of every kind
 train.py             `medusa-apar train-heads`: heads that match the base's distribution
 held_out.py          which records heads are judged by
 losses.py            what heads are trained on and judged by

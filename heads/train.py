@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_apar.job import Job, read_checkpoint, replacing
+from medusa_apar.job import Job, read_checkpoint
 from medusa_apar.models import head_files
 from medusa_apar.models.families import unembedding_size
 from medusa_apar.models.fingerprint import fingerprint
@@ -29,10 +28,10 @@ from .answers import AnswerFile, Answers, Encoder, Store, data_fingerprint, gree
 from .ask import check_same
 from .held_out import HELD_OUT, by_place, by_prompt
 from .losses import WINDOW, evaluate, ridge_start, window_losses
+from .training_loop import STATE, Course, Figures, TrainingLoop
 
 HEAD_DECAY = 0.8  # head h counts 0.8^h (Medusa, section 3.2)
-WARMUP = 0.03  # of the run, and at least so many steps:
-WARMUP_STEPS = 20  # Adam's first steps are all at full length, and would undo a ridge start
+WARMUP = 0.03  # of the run
 # Residual blocks that start at zero learn slowly: 13 % top-1 of head 1 after 60 steps at 1e-3, 17 % at 5e-3.
 # A ridge start needs care: after 20 steps 1e-3 is behind 3e-4 (19.7 against 21.1 % top-1 of head 3).
 LEARNING_RATES = {"medusa": 5e-3, "hydra": 5e-4, "fused": 5e-4}
@@ -67,8 +66,8 @@ SHAPE = (
 )
 
 
-class Trainer:
-    """The loop and its checkpoint (`train/` in the output folder)."""
+class Trainer(TrainingLoop):
+    """Heads that read stored states, window by window."""
 
     def __init__(
         self,
@@ -80,64 +79,22 @@ class Trainer:
         settings: Settings,
         job: Job,
     ) -> None:
-        self.heads, self.store, self.held_out, self.greedy = heads, store, held_out, greedy
-        self.out, self.settings, self.job = out, settings, job
-        self.peak = settings.lr or LEARNING_RATES[heads.kind]
-        self.parameters = list(heads.parameters())
-        self.device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.peak, betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.seconds = 0, 0.0  # done so far, earlier runs included
+        self.store, self.held_out, self.greedy, self.settings = store, held_out, greedy, settings
         self.windows_per_step = max(1, round(settings.batch / WINDOW))
         windows_per_epoch = math.ceil(len(store) / WINDOW)
-        self.last_step = math.ceil(settings.epochs * windows_per_epoch / self.windows_per_step)
-        self.extra: dict[str, Any] = {}  # goes into the checkpoint
-        # float32 weights, products in the model's precision.
-        self.product_dtype = heads.base.dtype
-        threads = settings.threads if self.device.type == "cpu" else 1
-        initialise = (lambda: torch.set_num_threads(1)) if threads > 1 else None
-        self.workers = ThreadPoolExecutor(threads, initializer=initialise)
+        course = Course(
+            last_step=math.ceil(settings.epochs * windows_per_epoch / self.windows_per_step),
+            max_minutes=settings.max_minutes,
+            lr=settings.lr or LEARNING_RATES[heads.kind],
+            warmup=WARMUP,
+            betas=(0.9, 0.98),
+            eval_every=settings.eval_every,
+            threads=settings.threads,
+        )
+        super().__init__(heads, list(heads.parameters()), out, course, job)
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.product_dtype, enabled=self.product_dtype != torch.float32)
-
-    def run(self) -> dict[str, list[float]]:
-        """Trains to the end; the held-out figures after it."""
-        started, before = time.monotonic(), self.seconds
-        if self.step == 0:
-            self.evaluate()
-            self.save()  # which data it is trained on is settled from here on
-        with self.job.bar("training", self.last_step, self.step) as bar:
-            while (progress := self.progress()) < 1:
-                loss = self.train_step(progress)
-                self.step += 1
-                self.seconds = before + time.monotonic() - started
-                bar.at(progress * self.last_step, f"loss {sum(loss) / len(loss):.3f}")
-                if self.step % self.settings.eval_every == 0:
-                    self.evaluate(loss)
-                    self.save()
-        held_out = self.evaluate()
-        self.save()
-        self.workers.shutdown()
-        return held_out
-
-    def progress(self) -> float:
-        """The share of the run that is done, by time or by steps, whichever is further: the cosine ends with it."""
-        return max(self.step / self.last_step, self.seconds / (60 * self.settings.max_minutes))
-
-    def train_step(self, progress: float) -> list[float]:
-        """One update; the loss of each head."""
-        warm = min(1.0, (progress + 1e-3) / WARMUP, (self.step + 1) / WARMUP_STEPS)
-        scale = warm * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak * scale
-        sums = torch.zeros(2, self.heads.num_heads, device=self.device)
-        for gradients, losses in self.workers.map(self._gradients, self.window_starts()):
-            sums += losses
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def update(self, progress: float) -> list[float]:
+        sums = self.descend(self.window_starts(), self._gradients)
         return (sums[0] / sums[1].clamp(min=1)).tolist()
 
     def _gradients(self, start: int) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -165,29 +122,9 @@ class Trainer:
             starts.append((order[place] * WINDOW + offset) % last)
         return starts
 
-    def evaluate(self, loss: list[float] | None = None) -> dict[str, list[float]]:
-        """Held-out figures, logged and said; `loss` is the last update's."""
+    def judge(self) -> Figures:
         with self.autocast():
-            held_out = evaluate(self.heads, self.held_out, self.greedy)
-        figures = {name: [round(value, 4) for value in values] for name, values in held_out.items()}
-        rounded = loss and [round(value, 4) for value in loss]
-        minutes = round(self.seconds / 60, 2)
-        self.job.log("held_out", step=self.step, minutes=minutes, train_loss=rounded, **figures)
-        self.job.say(f"step {self.step}/{self.last_step}  {minutes:.1f} min  held out: {figures}")
-        return held_out
-
-    def save(self) -> None:
-        """Heads ready for use in the output folder, and what `resume` needs."""
-        self.heads.save_pretrained(self.out)
-        state = {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
-        with replacing(self.out / "train" / "state.pt") as temporary:
-            torch.save(state | {"step": self.step, "seconds": self.seconds, **self.extra}, temporary)
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.heads.load_state_dict(state["heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+            return evaluate(self.heads, self.held_out, self.greedy)
 
 
 def make_heads(model: PreTrainedModel, settings: Settings, token_map: Tensor | None) -> DraftHeads:
@@ -253,9 +190,9 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
         records=len(file.records),
         positions=len(store),
         steps=trainer.step,
-        last_step=trainer.last_step,
+        last_step=trainer.course.last_step,
         training_minutes=round(trainer.seconds / 60, 2),
-        lr=trainer.peak,
+        lr=trainer.course.lr,
         parameters=sum(parameter.numel() for parameter in trainer.parameters),
         precision=str(trainer.product_dtype).removeprefix("torch."),
         held_out=figures,
@@ -315,7 +252,7 @@ def check_out(out: Path) -> None:
 
 
 def _read_state(out: Path, fixed: dict[str, Any]) -> dict[str, Any] | None:
-    path = out / "train" / "state.pt"
+    path = out / STATE
     if not path.exists():
         return None
     state = read_checkpoint(path, ("heads", "optimizer", "step", "seconds", "shards", "settings"))

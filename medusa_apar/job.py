@@ -37,8 +37,10 @@ class Job:
     `say` prints a plain line.
     """
 
-    def __init__(self, folder: Path, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any], speaks: bool = True) -> None:
+        """speaks: whether this process says, logs and reports; of several that train together, one does."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.speaks = speaks
         self.folder, self.name = folder, name
         self.settings = {key: _plain(value) for key, value in settings.items()}
         self.started = time.monotonic()
@@ -52,7 +54,7 @@ class Job:
             TimeRemainingColumn(),
             TextColumn("{task.fields[shown]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (speaks and self.console.is_terminal),
         )
 
     def __enter__(self) -> Job:
@@ -73,6 +75,8 @@ class Job:
         return self.earlier_seconds + time.monotonic() - self.started
 
     def log(self, event: str, **entry: Any) -> None:
+        if not self.speaks:
+            return
         line = json.dumps(_finite({"event": event, "seconds": round(self.seconds, 1), **entry}), ensure_ascii=False)
         with (self.folder / "log.jsonl").open("ab+") as file:
             if file.tell():
@@ -83,7 +87,8 @@ class Job:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self.console.print(text, highlight=False, markup=False)
+        if self.speaks:
+            self.console.print(text, highlight=False, markup=False)
 
     @contextmanager
     def bar(self, description: str, total: int | None, done: int = 0) -> Iterator[Bar]:
@@ -95,7 +100,7 @@ class Job:
             self._progress.remove_task(task)
 
     def report(self, **results: Any) -> dict[str, Any]:
-        """Writes `report.json` and returns it."""
+        """Writes `report.json`, where this process speaks, and returns it."""
         report = {
             "command": f"medusa-apar {self.name}",
             "settings": self.settings,
@@ -104,8 +109,9 @@ class Job:
             **results,
         }
         report = _finite(report)
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(self.folder / "report.json", text + "\n")
+        if self.speaks:
+            text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+            write_text(self.folder / "report.json", text + "\n")
         return report
 
 

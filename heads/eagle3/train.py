@@ -1,7 +1,7 @@
 """Train an EAGLE-3 drafter on a model's own answers: `medusa-apar train-heads --kind eagle3`.
 
-The base is frozen. It runs once over each packed row of an update, and the drafter drafts behind every place of it
-(`losses.py`), so that nothing but the drafter lies on the disk.
+The base is frozen. It runs once over each packed row, whose states are kept while there is room (`states.py`), and the
+drafter drafts behind every place of it (`losses.py`). Nothing but the drafter lies on the disk.
 """
 
 from __future__ import annotations
@@ -9,19 +9,16 @@ from __future__ import annotations
 import json
 import math
 import random
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_apar.finetune.packing import PackedRow, join, pack_threads
-from medusa_apar.job import Job, read_checkpoint, replacing
+from medusa_apar.job import Job, read_checkpoint
 from medusa_apar.models.families import unembedding_size
 from medusa_apar.models.fingerprint import fingerprint
 
@@ -29,6 +26,7 @@ from .. import load_heads
 from ..answers import AnswerFile, data_fingerprint
 from ..ask import check_same
 from ..held_out import by_prompt
+from ..training_loop import STATE, Course, Figures, TrainingLoop
 from .fresh import fresh
 from .heads import Eagle3Heads
 from .losses import RANKS, RoundLosses, round_losses
@@ -36,8 +34,6 @@ from .states import StateCache
 
 ROUND_DECAY = 0.8  # round k counts 0.8^k: a token far ahead is seldom reached
 LEARNING_RATE = 5e-4
-WARMUP_STEPS = 20
-STATE = "train/state.pt"
 # Rounds that are trained until so much of a run is done, then all: what comes far behind a root can only be learned
 # where what lies before it is, and every round costs as much as the first.
 GROWTH = ((0.35, 2), (0.65, 3))
@@ -69,8 +65,8 @@ class Settings:
 SHAPE = ("boundaries", "draft_vocab", "init", "rounds", "lr", "batch", "row_tokens", "seed")
 
 
-class Trainer:
-    """The loop, and its checkpoint in the output folder."""
+class Trainer(TrainingLoop):
+    """A drafter that drafts behind every place of packed rows."""
 
     def __init__(
         self,
@@ -81,53 +77,31 @@ class Trainer:
         settings: Settings,
         job: Job,
     ) -> None:
-        self.heads, self.rows, self.held_out = heads, rows, held_out
-        self.out, self.settings, self.job = out, settings, job
+        self.rows, self.held_out, self.settings = rows, held_out, settings
         # But for an embedding: tokens are read as the base reads them.
-        self.parameters = [p for p in heads.network.parameters() if p is not heads.network.embedding]
-        for parameter in self.parameters:
+        parameters = [p for p in heads.network.parameters() if p is not heads.network.embedding]
+        for parameter in parameters:
             parameter.requires_grad_(True)
-        self.device = self.parameters[0].device
-        self.peak = settings.lr or LEARNING_RATE
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.peak, betas=(0.9, 0.95), weight_decay=0.0)
-        self.step, self.seconds = 0, 0.0
         per_epoch = sum(map(len, rows)) / settings.batch
-        self.last_step = max(1, math.ceil(settings.epochs * per_epoch))
-        self.fixed: dict[str, Any] = {}
-        self.product_dtype = heads.base.dtype
-        self.states = StateCache(heads)
-        threads = settings.threads if self.device.type == "cpu" else 1
-        initialise = (lambda: torch.set_num_threads(1)) if threads > 1 else None
-        self.workers = ThreadPoolExecutor(threads, initializer=initialise)
+        course = Course(
+            last_step=max(1, math.ceil(settings.epochs * per_epoch)),
+            max_minutes=settings.max_minutes,
+            lr=settings.lr or LEARNING_RATE,
+            warmup=0.0,
+            betas=(0.9, 0.95),
+            eval_every=settings.eval_every,
+            threads=settings.threads,
+        )
+        super().__init__(heads, parameters, out, course, job)
+        self.drafter, self.states = heads, StateCache(heads)
+        self._updates = self._drawn()
 
-    def run(self) -> dict[str, list[float]]:
-        """Trains to the end; the held-out figures after it."""
-        started, before = time.monotonic(), self.seconds
-        updates = self._updates()
-        if self.step == 0:
-            self.evaluate()
-            self.save()
-        for _ in range(self.step):
-            next(updates)
-        with self.job.bar("training", self.last_step, self.step) as bar:
-            while (progress := self._progress()) < 1:
-                loss = self._update(next(updates), progress)
-                self.step += 1
-                self.seconds = before + time.monotonic() - started
-                bar.at(progress * self.last_step, f"loss {loss:.3f}")
-                if self.step % self.settings.eval_every == 0:
-                    self.evaluate(loss)
-                    self.save()
-        figures = self.evaluate()
-        self.save()
-        self.workers.shutdown()
-        return figures
+    def run(self) -> Figures:
+        for _ in range(self.step):  # of earlier runs
+            next(self._updates)
+        return super().run()
 
-    def _progress(self) -> float:
-        """By time or by steps, whichever is further."""
-        return max(self.step / self.last_step, self.seconds / (60 * self.settings.max_minutes))
-
-    def _updates(self) -> Iterator[list[PackedRow]]:
+    def _drawn(self) -> Iterator[list[PackedRow]]:
         """Rows of update after update; each epoch in an order of its own, which the seed decides."""
         epoch, group, size = 0, [], 0
         while True:
@@ -136,66 +110,47 @@ class Trainer:
             for index in order:
                 group.append(self.rows[index])
                 size += len(self.rows[index])
-                if size >= self.settings.batch:
+                if size >= self.settings.batch and len(group) >= self.accelerator.num_processes:
                     yield group
                     group, size = [], 0
             epoch += 1
 
-    def _update(self, rows: list[PackedRow], progress: float) -> float:
-        """One update; its mean loss of the first round."""
-        warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak * warm * 0.5 * (1 + math.cos(math.pi * progress))
+    def update(self, progress: float) -> list[float]:
+        rows = next(self._updates)
         tokens, rounds = sum(map(len, rows)), rounds_at(progress, self.settings.rounds)
-        sums = torch.zeros(2, device=self.device)
         rows = sorted(rows, key=len, reverse=True)  # so that no worker is left with a long one at the end
-        for gradients, losses in self.workers.map(lambda row: self._gradients(row, tokens, rounds), rows):
-            sums += torch.stack([losses.losses[0], losses.counts[0]]).detach()
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(sums[0] / sums[1].clamp(min=1))
+        counted = self.descend(self.share(rows), lambda row: self._gradients(row, tokens, rounds))
+        return (counted[0] / counted[1].clamp(min=1)).tolist()
 
     def _losses(self, row: PackedRow, rounds: int, ranks: int = 0) -> RoundLosses:
         states, hidden = self.states.of(row)
         row = row.to(self.device)
         counted = row.trained & ~torch.isin(row.input_ids, _eos(self.heads.base, self.device))
-        with torch.autocast(self.device.type, self.product_dtype, enabled=self.product_dtype != torch.float32):
-            return round_losses(self.heads, row, states.float(), hidden, counted, rounds, ranks)
+        with self.autocast():
+            return round_losses(self.drafter, row, states.float(), hidden, counted, rounds, ranks)
 
-    def _gradients(self, row: PackedRow, tokens: int, rounds: int) -> tuple[tuple[Tensor, ...], RoundLosses]:
-        losses = self._losses(row, rounds)
+    def _gradients(self, row: PackedRow, tokens: int, rounds: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """A row's share of an update of so many tokens; losses and places [2, rounds]."""
+        found = self._losses(row, rounds)
         decay = ROUND_DECAY ** torch.arange(rounds, device=self.device)
-        return torch.autograd.grad((decay * losses.losses).sum() / tokens, self.parameters), losses
+        gradients = torch.autograd.grad((decay * found.losses).sum() / tokens, self.parameters)
+        return gradients, torch.stack([found.losses.detach(), found.counts])
 
     @torch.no_grad()
-    def evaluate(self, loss: float | None = None) -> dict[str, list[float]]:
-        """Held-out figures of each round, logged and said; the drafter's `acceptance` becomes what was measured."""
-        parts = list(self.workers.map(lambda row: self._losses(row, self.settings.rounds, RANKS), self.held_out))
-        counts = sum(part.counts for part in parts).clamp(min=1)  # type: ignore[union-attr]
-        losses = sum(part.losses for part in parts) / counts
-        hits = sum(part.hits for part in parts) / counts[:, None]
+    def judge(self) -> Figures:
+        """Of each round."""
+        rows = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
+        rounds = self.settings.rounds
+        sums = torch.zeros(rounds, 2 + RANKS, device=self.device)
+        for part in self.workers.map(lambda row: self._losses(row, rounds, RANKS), rows):
+            sums += torch.cat([part.losses[:, None], part.counts[:, None], part.hits], dim=1)
+        sums = self.total(sums)
+        counts = sums[:, 1].clamp(min=1)
+        hits = sums[:, 2:] / counts[:, None]
         self.heads.acceptance = hits.tolist()
-        found = {"loss": losses, "top1": hits[:, 0], "top3": hits[:, :3].sum(1), "top5": hits[:, :5].sum(1)}
-        figures = {name: [round(float(value), 4) for value in values] for name, values in found.items()}
-        minutes = round(self.seconds / 60, 2)
-        self.job.log("held_out", step=self.step, minutes=minutes, train_loss=loss and round(loss, 4), **figures)
-        self.job.say(f"step {self.step}/{self.last_step}  {minutes:.1f} min  held out: {figures}")
-        return figures
-
-    def save(self) -> None:
-        """A drafter ready for use in the output folder, and what `resume` needs."""
-        self.heads.save_pretrained(self.out)
-        state = {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
-        with replacing(self.out / STATE) as temporary:
-            torch.save(state | {"step": self.step, "seconds": self.seconds, "settings": self.fixed}, temporary)
-
-    def resume(self, state: dict[str, Any]) -> None:
-        self.heads.load_state_dict(state["heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        found = {"loss": sums[:, 0] / counts, "top1": hits[:, 0]}
+        found |= {"top3": hits[:, :3].sum(1), "top5": hits[:, :5].sum(1)}
+        return {name: values.tolist() for name, values in found.items()}
 
 
 def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Settings, job: Job) -> Eagle3Heads:
@@ -218,7 +173,7 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
         raise ValueError("no answers to train on: every thread of the data is empty.")
     job.say(f"{sum(map(len, rows))} tokens to train on, {sum(map(len, held))} held out")
     trainer = Trainer(heads, rows, held, out, settings, job)
-    trainer.fixed = fixed
+    trainer.extra = {"settings": fixed}
     if state is not None:
         trainer.resume(state)
     figures = trainer.run()
@@ -226,10 +181,11 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
         records=len(file.records),
         tokens=sum(map(len, rows)),
         steps=trainer.step,
-        last_step=trainer.last_step,
+        last_step=trainer.course.last_step,
         training_minutes=round(trainer.seconds / 60, 2),
-        lr=trainer.peak,
+        lr=trainer.course.lr,
         parameters=sum(parameter.numel() for parameter in trainer.parameters),
+        processes=trainer.accelerator.num_processes,
         held_out=figures,
         acceptance=heads.acceptance,
     )

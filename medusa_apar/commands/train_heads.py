@@ -25,6 +25,7 @@ from medusa_apar.reading import MAX_HEADS, MAX_LAYERS
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
     from medusa_apar.finetune.corpus import Drops
     from medusa_apar.generate import MedusaApar
@@ -144,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.models.families import unembedding_size
 
     quiet()
+    launched = _launched(args)
     threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     check_out(args.out)
@@ -152,7 +154,8 @@ def run(args: argparse.Namespace) -> int:
         given = AnswerFile.read(*args.answers, drops=drops)
         prompts = read_prompts(args.prompts, drops) if args.prompts else []
         examples = _examples(args, drops)
-    device = _device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
+    alone = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(args.device or (alone if launched.num_processes == 1 else str(launched.device)))
     settings = _settings(args, threads)
     dtype = fast_dtype(device.type) if args.dtype == "auto" else args.dtype
     # Without guesses: what a thread writes beyond an answer's end is kept, and they would change how much.
@@ -160,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     with slow(f"loading {args.model}"):
         apar = load(args.model, heads=None, device=device, **options)
     given.check_ids(unembedding_size(apar.model)[0])
-    with Job(args.out, "train-heads", vars(args)) as job:
+    with Job(args.out, "train-heads", vars(args), launched.is_main_process) as job:
         file = _records(apar, args, prompts, given.records, examples, drops, job)
         torch.set_num_threads(1 if threads > 1 else threads)  # workers are single-threaded and side by side
         if isinstance(settings, eagle3.Settings):
@@ -201,6 +204,20 @@ def _settings(args: argparse.Namespace, threads: int) -> Any:
         temperature=args.temperature,
         **shared,
     )
+
+
+def _launched(args: argparse.Namespace) -> Accelerator:
+    """This process's part in a launch. ValueError where several could not share the work."""
+    from medusa_apar.processes import accelerator
+
+    found = accelerator(args.out)
+    if found.num_processes > 1 and args.kind != "eagle3":
+        raise ValueError(f"several processes train --kind eagle3 together, and no --kind {args.kind}")
+    if found.num_processes > 1 and args.prompts:
+        raise ValueError(
+            "several processes cannot answer --prompts: give --answers, which `train-heads` has kept, or --copy"
+        )
+    return found
 
 
 def _device(name: str) -> torch.device:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from medusa_apar.job import Job, read_checkpoint, replacing, slow
 from medusa_apar.models.fingerprint import fingerprint
+from medusa_apar.processes import accelerator as launched
 
 from .adapter import Losses, attach_lora, check_forward, control_rows, label_losses, save_adapter
 from .corpus import Drops, Example, load_examples
@@ -270,12 +271,7 @@ def finetune(
     """
     from .base import load_base
 
-    accelerator = Accelerator()
-    if (started := int(os.environ.get("WORLD_SIZE") or 1)) > 1 and accelerator.num_processes == 1:
-        raise ValueError(
-            f"{started} processes were started, but each would train alone into {job.folder}: "
-            "set ACCELERATE_USE_CPU=true to train together on a CPU."
-        )
+    accelerator = launched(job.folder)
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu:
         torch.set_num_threads(1)

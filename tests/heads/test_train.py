@@ -63,7 +63,7 @@ def test_a_resumed_run_equals_one_in_one_go(counting_model, data, tmp_path, kind
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(
-            "medusa_apar.heads.train.Trainer.evaluate", lambda self, *_: stop() if self.step > steps // 2 else None
+            "medusa_apar.heads.train.Trainer._evaluate", lambda self, *_: stop() if self.step > steps // 2 else None
         )
         run(counting_model, data, tmp_path / "halves", eval_every=steps // 2, **settings)
     resumed = run(counting_model, data, tmp_path / "halves", eval_every=steps // 2, **settings)

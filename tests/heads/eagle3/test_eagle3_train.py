@@ -1,10 +1,17 @@
 """Training a drafter helps, and a run that is cut goes on to the same result."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import medusa_apar
+from medusa_apar.commands.cli import main
 from medusa_apar.heads import Eagle3Heads, load_heads
 from medusa_apar.heads.answers import AnswerFile
 from medusa_apar.heads.eagle3.train import Settings, train
@@ -95,3 +102,49 @@ def test_training_goes_on_from_a_drafter_in_float16(counting_model, data, tmp_pa
     assert not torch.allclose(first.network.fc, saved.network.fc, atol=1e-3)
     with pytest.raises(ValueError, match="holds an eagle3 drafter: go on with --kind eagle3"):
         make_heads(counting_model, HeadSettings(init=str(tmp_path / "first")), None)
+
+
+TWO = """
+import sys
+import torch
+from medusa_apar.heads.answers import AnswerFile
+from medusa_apar.heads.eagle3.train import Settings, train
+from medusa_apar.job import Job
+from medusa_apar.processes import accelerator
+from pathlib import Path
+from tests.support.answers import a_model_that_counts
+
+data, out = map(Path, sys.argv[1:])
+torch.set_num_threads(1)
+with Job(out, "train-heads", {}, accelerator(out).is_main_process) as job:
+    settings = Settings(draft_vocab=40, epochs=3, lr=5e-3, batch=256, row_tokens=64, rounds=3)
+    train(a_model_that_counts(2), AnswerFile.read(data), out, settings, job)
+"""
+
+
+def test_two_processes_train_what_one_does(counting_model, data, tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = {"PYTHONPATH": str(Path(__file__).parents[3]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    words = [*launch, tmp_path / "two.py", data, tmp_path / "two"]
+    subprocess.run([str(word) for word in words], check=True, timeout=300, env=os.environ | paths)
+    heads = run(counting_model, data, tmp_path / "one", epochs=3)
+    one, two = (held_out_lines(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]  # one of them has written
+    assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], abs=1e-2)
+    assert two[-1]["top1"] == pytest.approx(one[-1]["top1"], abs=0.02)
+    again = load_heads(tmp_path / "two", counting_model)
+    torch.testing.assert_close(again.network.fc, heads.network.fc, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--kind", "hydra", "--copy"], "no --kind hydra"),
+        (["--kind", "eagle3", "--prompts"], "cannot answer --prompts"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(words, why, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("medusa_apar.processes.accelerator", lambda folder: SimpleNamespace(num_processes=2))
+    assert main(["train-heads", *words, str(data), "--out", str(tmp_path / "out")]) == 2
+    assert why in capsys.readouterr().err
