@@ -162,13 +162,16 @@ def test_drafts_are_those_of_a_cold_start(name, situation):
 @pytest.mark.parametrize(
     "family", ["llama", "llama3", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "gpt_oss", "gpt2"]
 )
-def test_drafts_of_every_family_are_those_of_a_cold_start(family):
+def test_drafts_of_every_family_are_those_of_a_cold_start_and_never_show(family):
     model = tiny_model(family, fork=9.0)
     heads = drafter_of(model, "with an embedding of its own")
-    apar = medusa_apar.attach(model, heads, CONTROL, runtime="torch", budget=30)
+    call = prompts(1, 7, seed=3) | {"do_sample": False, "max_new_tokens": 30, "return_dict_in_generate": True}
     with watched() as seen:
-        apar.generate(**prompts(1, 7, seed=3), do_sample=False, max_new_tokens=30)
+        out = medusa_apar.attach(model, heads, CONTROL, runtime="torch", budget=30).generate(**call)
     assert_as_cold(heads, seen, 10)
+    plain = medusa_apar.attach(model, None, CONTROL, runtime="torch", speculation="off").generate(**call)
+    assert torch.equal(out.sequences, plain.sequences) and out.stats.forks > 0
+    assert_threads_are_plain(model, out.paragraph_tree)
 
 
 def test_a_prefix_hit_drafts_as_a_cold_start():
