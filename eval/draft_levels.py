@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         apar = load(args.model, heads=heads, quantize=args.quantize, dtype=args.dtype)
         if apar.heads is None:
             parser.error(f"{args.model} has no heads {heads}")
-        kinds[apar.heads.kind] = apar
+        name = apar.heads.kind
+        kinds[name if name not in kinds else f"{name} ({heads})"] = apar
     every: Times = {}
     with torch.no_grad():
         for kind, apar in kinds.items():

@@ -59,13 +59,19 @@ class Summary:
         return ", ".join(parts)
 
 
-def read(source: str | Path) -> Heads:
-    """The heads of a folder, file or Hub repository in any layout, with nothing lost."""
+def source_path(source: str | Path) -> Path:
+    """Where a folder or a file lies; a Hub id as it is. FileNotFoundError: it is none of these."""
     if not str(source):
         raise ValueError("the name of the heads is empty")
     path = expanded(source)
     if not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
         raise FileNotFoundError(f"{source} is no file, folder or Hub id")
+    return path
+
+
+def read(source: str | Path) -> Heads:
+    """The heads of a folder, file or Hub repository in any layout, with nothing lost."""
+    path = source_path(source)
     if eagle3.holds(path):
         raise ValueError(f"{source} holds an EAGLE-3 drafter: convert it --to eagle3 or --to speculators")
     files = checkpoints.find(path)

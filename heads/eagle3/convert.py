@@ -1,7 +1,8 @@
 """An EAGLE-3 drafter of any layout into one that other engines read: `medusa-apar convert --to eagle3|speculators`.
 
-Tensors are renamed and never recomputed. One may be added: an engine that finds a truncated draft vocabulary and no
-unembedding takes the base's whole one, so the base's rows are written along.
+Tensors are renamed and never recomputed. What another engine would get wrong in silence is put right on the way: it
+takes the base's whole unembedding where a draft vocabulary has none, so the base's rows are written along; it hands
+states out in ascending order; and it adds all biases of attention or none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from medusa_apar.models.head_files import FILES, FULL_MODEL_FILES
 from medusa_apar.reading import expanded, reading
 
 from .. import checkpoints
-from ..layouts import check_free, draft_rows
+from ..layouts import check_free, draft_rows, source_path
 from . import writing
 from .files import Eagle3File, parse
 from .heads import read
@@ -62,6 +63,7 @@ def convert(
     base: the model that it drafts for, whose rows it gets where it has no unembedding, and which speculators' config
         names; None: as its own config says. The other parameters and errors are those of `heads.convert.convert`.
     """
+    source_path(source)
     folder, path = expanded(out), checkpoints.locate(source)
     state, said = read(path)
     with reading(source, "cannot be converted"):
@@ -70,21 +72,25 @@ def convert(
     name, notes = base or _base_name(said), []
     if to == "speculators" and not name:
         raise ValueError("name the base model with --base: speculators' config has to, and the drafter's does not.")
-    written = file
+    written = _with_whole_biases(_ascending(file))
     if file.unembedding is None and file.token_map is not None:
         if not name:
             raise ValueError(
                 "name the base model with --base: rows of its unembedding are written along, and the drafter's config "
                 "does not say which it is."
             )
-        written = replace(file, unembedding=_rows_of(Base(name, trust_remote_code), file, file.token_map))
+        written = replace(written, unembedding=_rows_of(Base(name, trust_remote_code), file, file.token_map))
         notes.append(
             "lm_head.weight is written along: rows of the base's unembedding, which other engines would take whole."
         )
-    notes += _not_read_elsewhere(file)
+    notes += refused_by_vllm(file)
     tensors = {key: tensor.contiguous() for key, tensor in writing.state_dict(written, to).items()}
     kept = {key: said[key] for key in ("acceptance",) if said.get(key)}
     checkpoints.write(folder, tensors, writing.config(written, to, name) | kept, dtype, FILE)
+    for other in [folder / each for each in (*FILES, *FULL_MODEL_FILES) if each != FILE]:
+        other.unlink(missing_ok=True)  # of an earlier drafter, which would be read with it
+    for other in [*folder.glob("model-*.safetensors"), *folder.glob("pytorch_model-*.bin")]:
+        other.unlink()
     layout = "speculators" if "speculators_model_type" in said else "eagle3"
     return Summary(layout, file, _size(state), Path(source)), Summary(to, written, _size(tensors, dtype), folder), notes
 
@@ -108,9 +114,44 @@ def _rows_of(base: Base, file: Eagle3File, token_map: Tensor) -> Tensor:
     return draft_rows(unembedding, token_map).to(file.norm.dtype)
 
 
-def _not_read_elsewhere(file: Eagle3File) -> list[str]:
+def _ascending(file: Eagle3File) -> Eagle3File:
+    """The same drafter with its states in ascending order, as vLLM hands them out: columns change places.
+
+    ValueError where one state is fused twice, which vLLM hands out once.
+    """
+    if file.boundaries is None or file.fc is None or list(file.boundaries) == sorted(set(file.boundaries)):
+        return file
+    if len(set(file.boundaries)) < len(file.boundaries):
+        raise ValueError(f"this drafter fuses a state twice ({list(file.boundaries)}), which no other engine does.")
+    order = sorted(range(file.num_states), key=file.boundaries.__getitem__)
+    width = file.fc.shape[1] // file.num_states
+    columns = torch.cat([torch.arange(place * width, (place + 1) * width) for place in order])
+    return replace(
+        file,
+        fc=file.fc[:, columns],
+        input_norm=None if file.input_norm is None else file.input_norm[columns],
+        state_norms=[file.state_norms[place] for place in order] if file.state_norms else [],
+        boundaries=tuple(file.boundaries[place] for place in order),
+    )
+
+
+def _with_whole_biases(file: Eagle3File) -> Eagle3File:
+    """Zeros where a Llama's layer has some biases and lacks others: vLLM adds all or none, whatever lies there."""
+    if writing.model_type(file) != "llama" or not writing.biased(file):
+        return file
+    layers = []
+    for layer in file.layers:
+        weights = {f"self_attn.{name}_proj": layer[f"self_attn.{name}_proj.weight"] for name in "qkvo"}
+        zeros = {f"{name}.bias": weight.new_zeros(len(weight)) for name, weight in weights.items()}
+        layers.append(zeros | layer)
+    return replace(file, layers=layers)
+
+
+def refused_by_vllm(file: Eagle3File) -> list[str]:
     """A sentence for what vLLM 0.32 has no place for."""
-    foreign = {"fc.bias": file.fc_bias, "a bias of o_proj": file.layers[0].get("self_attn.o_proj.bias")}
+    foreign = {"fc.bias": file.fc_bias}
+    if writing.model_type(file) == "qwen3":
+        foreign["a bias of o_proj"] = file.layers[0].get("self_attn.o_proj.bias")
     words = "vLLM does not load this drafter: it has no place for"
     return [f"{words} {name}." for name, tensor in foreign.items() if tensor is not None]
 

@@ -117,7 +117,7 @@ def parse(state: Mapping[str, Tensor], config: Mapping[str, Any], convention: Bo
         raise ValueError("the drafter lacks its final norm (norm.weight).")
     hidden = norm.numel()
     inner = _inner_config(config)
-    llama = _llama_config(inner, hidden, layers, top)
+    llama = _llama_config(config, inner, hidden, layers, top)
     for index, layer in enumerate(layers):
         _check_layer(layer, index, llama)
     fc, fc_bias = top.pop("fc.weight", None), top.pop("fc.bias", None)
@@ -208,7 +208,11 @@ def _option(config: Mapping[str, Any], inner: Mapping[str, Any], name: str, othe
 
 
 def _llama_config(
-    inner: Mapping[str, Any], hidden: int, layers: Sequence[Mapping[str, Tensor]], top: Mapping[str, Tensor]
+    config: Mapping[str, Any],
+    inner: Mapping[str, Any],
+    hidden: int,
+    layers: Sequence[Mapping[str, Tensor]],
+    top: Mapping[str, Tensor],
 ) -> LlamaConfig:
     """What no tensor tells, checked against what the tensors do tell."""
     first = layers[0]
@@ -229,7 +233,7 @@ def _llama_config(
         raise ValueError("neither config nor tensors say how large the drafter's vocabulary is.")
     names = ("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "max_position_embeddings")
     known: dict[str, Any] = {name: inner[name] for name in names if inner.get(name) is not None}
-    known["target_hidden_size"] = inner.get("target_hidden_size")
+    known["target_hidden_size"] = _option(config, inner, "target_hidden_size", None)
     return LlamaConfig(
         **known,
         hidden_size=hidden,

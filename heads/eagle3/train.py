@@ -21,6 +21,7 @@ from medusa_apar.finetune.packing import PackedRow, join, pack_threads
 from medusa_apar.job import Job, read_checkpoint
 from medusa_apar.models.families import unembedding_size
 from medusa_apar.models.fingerprint import fingerprint
+from medusa_apar.processes import accelerator
 
 from .. import load_heads
 from ..answers import AnswerFile, data_fingerprint
@@ -30,7 +31,7 @@ from ..training_loop import STATE, Course, Figures, TrainingLoop
 from .fresh import fresh
 from .heads import Eagle3Heads
 from .losses import RANKS, RoundLosses, round_losses
-from .states import StateCache
+from .states import ROOM, StateCache
 
 ROUND_DECAY = 0.8  # round k counts 0.8^k: a token far ahead is seldom reached
 LEARNING_RATE = 5e-4
@@ -78,11 +79,14 @@ class Trainer(TrainingLoop):
         job: Job,
     ) -> None:
         self.rows, self.held_out, self.settings = rows, held_out, settings
+        launched = accelerator(out)
         # But for an embedding: tokens are read as the base reads them.
         parameters = [p for p in heads.network.parameters() if p is not heads.network.embedding]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        per_epoch = sum(map(len, rows)) / settings.batch
+        tokens = sum(map(len, rows))
+        # Each process needs a row of every update, however few tokens that is to have.
+        per_epoch = tokens / max(settings.batch, launched.num_processes * tokens / len(rows))
         course = Course(
             last_step=max(1, math.ceil(settings.epochs * per_epoch)),
             max_minutes=settings.max_minutes,
@@ -93,7 +97,7 @@ class Trainer(TrainingLoop):
             threads=settings.threads,
         )
         super().__init__(heads, parameters, out, course, job)
-        self.drafter, self.states = heads, StateCache(heads)
+        self.drafter, self.states = heads, StateCache(heads, ROOM // launched.num_processes)
         self._updates = self._drawn()
 
     def run(self) -> Figures:
@@ -136,13 +140,16 @@ class Trainer(TrainingLoop):
         gradients = torch.autograd.grad((decay * found.losses).sum() / tokens, self.parameters)
         return gradients, torch.stack([found.losses.detach(), found.counts])
 
-    @torch.no_grad()
+    @torch.no_grad()  # of this thread, which is not the workers'
+    def _judged(self, row: PackedRow) -> RoundLosses:
+        return self._losses(row, self.settings.rounds, RANKS)
+
     def judge(self) -> Figures:
         """Of each round."""
         rows = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
         rounds = self.settings.rounds
         sums = torch.zeros(rounds, 2 + RANKS, device=self.device)
-        for part in self.workers.map(lambda row: self._losses(row, rounds, RANKS), rows):
+        for part in self.workers.map(self._judged, rows):
             sums += torch.cat([part.losses[:, None], part.counts[:, None], part.hits], dim=1)
         sums = self.total(sums)
         counts = sums[:, 1].clamp(min=1)
@@ -160,6 +167,7 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
     """
     (out / "train").mkdir(parents=True, exist_ok=True)
     fixed = {name: value for name, value in json.loads(json.dumps(asdict(settings))).items() if name in SHAPE}
+    fixed["processes"] = accelerator(out).num_processes  # which share the draw
     fixed |= {"model_fingerprint": fingerprint(model)[:16], "data_fingerprint": data_fingerprint(file)}
     state = None
     if (out / STATE).exists():
@@ -215,9 +223,10 @@ def rounds_at(progress: float, rounds: int) -> int:
 
 
 def usual_boundaries(model: PreTrainedModel) -> tuple[int, ...]:
-    """A low one, a middle one, and the last layer's output, from which the base says what comes next."""
+    """A low one, a middle one, and the last layer's output, from which the base says what comes next; ascending."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    return min(2, layers), max(layers // 2, 1), layers
+    low = 2 if layers >= 6 else 1
+    return tuple(sorted({low, max(layers // 2, low + 1), layers} & set(range(1, layers + 1))))
 
 
 def _rows(file: AnswerFile, records: Sequence[int], row_tokens: int) -> Iterator[PackedRow]:

@@ -42,8 +42,9 @@ def state_dict(file: Eagle3File, layout: Layout = "eagle3") -> dict[str, Tensor]
     state |= {name: tensor for name, tensor in named.items() if tensor is not None}
     state |= {f"fc_norm.{index}.weight": tensor for index, tensor in enumerate(file.state_norms)}
     if file.token_map is not None:
-        state["d2t"] = file.token_map - torch.arange(len(file.token_map))
-        state["t2d"] = torch.zeros(file.config.vocab_size, dtype=torch.bool).index_fill_(0, file.token_map, True)
+        ids = file.token_map.cpu()
+        state["d2t"] = ids - torch.arange(len(ids))
+        state["t2d"] = torch.zeros(file.config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
     return state
 
 
@@ -61,17 +62,14 @@ def model_type(file: Eagle3File) -> str:
 
 
 def _authors(file: Eagle3File, base: str) -> dict[str, Any]:
-    qwen = model_type(file) == "qwen3"
-    written: dict[str, Any] = {
-        "architectures": ["Eagle3Qwen3ForCausalLM" if qwen else "LlamaForCausalLMEagle3"],
+    architecture = "Eagle3Qwen3ForCausalLM" if model_type(file) == "qwen3" else "LlamaForCausalLMEagle3"
+    return {
+        "architectures": [architecture],
         **_layer_config(file),
         **_options(file),
+        **_states(file),
         "base_model_name_or_path": base,
     }
-    written["eagle_config"] = {"use_aux_hidden_state": file.fc is not None}
-    if file.boundaries is not None:
-        written["eagle_config"][AUX_IDS] = list(file.boundaries)
-    return written
 
 
 def _speculators(file: Eagle3File, base: str) -> dict[str, Any]:
@@ -87,10 +85,11 @@ def _speculators(file: Eagle3File, base: str) -> dict[str, Any]:
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
-            "proposal_methods": [proposal | {"speculative_tokens": CHAIN}],
+            "proposal_methods": [proposal],
             "verifier": {"name_or_path": base, "architectures": []},
         },
-        "transformer_layer_config": _layer_config(file),
+        # vLLM takes this and some of what lies beside it; how many states there are it asks of this alone.
+        "transformer_layer_config": _layer_config(file) | _states(file),
         **_options(file),
     }
 
@@ -103,7 +102,6 @@ def _options(file: Eagle3File) -> dict[str, Any]:
         "norm_output": file.norm_output,
         "norm_before_fc": file.input_norm is not None,
         "fc_norm": bool(file.state_norms),
-        "num_aux_hidden_states": file.num_states,
         "tie_word_embeddings": False,
     }
     if file.boundaries is not None:
@@ -113,15 +111,23 @@ def _options(file: Eagle3File) -> dict[str, Any]:
     return found
 
 
+def _states(file: Eagle3File) -> dict[str, Any]:
+    """How many states are fused, and which, as vLLM and SGLang ask for it."""
+    eagle: dict[str, Any] = {"use_aux_hidden_state": file.fc is not None}
+    if file.boundaries is not None:
+        eagle[AUX_IDS] = list(file.boundaries)
+    return {"num_aux_hidden_states": file.num_states, "eagle_config": eagle}
+
+
 def _layer_config(file: Eagle3File) -> dict[str, Any]:
-    biased = any(name.endswith("_proj.bias") for name in file.layers[0])
     sizes = {name: getattr(file.config, name) for name in _SHAPE}
-    return {
-        "model_type": model_type(file),
-        "attention_bias": biased,
-        **sizes,
-        **_rope(cast(Mapping[str, Any], file.config.rope_parameters)),
-    }
+    rope = _rope(cast(Mapping[str, Any], file.config.rope_parameters))
+    return {"model_type": model_type(file), "attention_bias": biased(file), **sizes, **rope}
+
+
+def biased(file: Eagle3File) -> bool:
+    """Whether any product of attention has a bias."""
+    return any(name.endswith("_proj.bias") for layer in file.layers for name in layer)
 
 
 def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet()
     launched = _launched(args)
-    threads = args.threads or len(os.sched_getaffinity(0))
+    threads = args.threads or max(len(os.sched_getaffinity(0)) // launched.num_processes, 1)
     torch.set_num_threads(threads)
     check_out(args.out)
     drops = Drops(skip_bad=args.bad_lines == "skip")
@@ -217,6 +217,8 @@ def _launched(args: argparse.Namespace) -> Accelerator:
         raise ValueError(
             "several processes cannot answer --prompts: give --answers, which `train-heads` has kept, or --copy"
         )
+    if found.num_processes > 1 and args.device is not None:
+        raise ValueError("several processes have a device each: leave out --device")
     return found
 
 

@@ -43,6 +43,6 @@ def holds_model(folder: Path) -> bool:
     """Whether the folder's config.json is a model's, and not that of heads in vLLM's layout or of a drafter."""
     config = read_config(folder)
     drafter = "speculators_model_type" in config or any(
-        "Eagle" in str(name) for name in config.get("architectures") or []
+        "Eagle3" in str(name) for name in config.get("architectures") or []
     )
     return not drafter and config.get("model_type", "medusa") != "medusa"

@@ -205,7 +205,7 @@ def facts_of(client: Any, tokenizer: Any, control: ControlTokens | None, **other
 def _drafter(served: Served, source: Source, args: Namespace) -> dict[str, Any]:
     """vLLM's `speculative_config` for heads, which are written as it reads them, once, into the cache folder."""
     from medusa_apar.heads import checkpoints, vllm_layout
-    from medusa_apar.heads.eagle3.convert import convert
+    from medusa_apar.heads.eagle3.convert import convert, refused_by_vllm
     from medusa_apar.heads.eagle3.heads import holds
     from medusa_apar.heads.eagle3.writing import CHAIN
 
@@ -218,7 +218,9 @@ def _drafter(served: Served, source: Source, args: Namespace) -> dict[str, Any]:
     def build(_: Path, folder: Path) -> None:
         dtype, trusted = _torch_dtype(served.dtype), args.trust_remote_code
         if attends:
-            convert(heads, "eagle3", folder, base=args.model, dtype=dtype, trust_remote_code=trusted)
+            _, written, _ = convert(heads, "eagle3", folder, base=args.model, dtype=dtype, trust_remote_code=trusted)
+            if refused := refused_by_vllm(written.file):
+                raise ValueError(refused[0])
         else:
             vllm_layout.export(heads, args.model, folder, dtype, trust_remote_code=trusted)
 

@@ -93,7 +93,7 @@ def test_an_adapter_is_merged_once_and_answered_with_as_by_our_own_engine(adapte
 def test_an_eagle3_drafter_goes_along_with_rows_of_the_base(base, tmp_path):
     heads, started = tmp_path / "drafter", Started()
     model = load(base, heads=None, speculation="off").model
-    layout = replace(LAYOUTS["its authors'"], unembedding=False, ids=(2, 2, 2), where_ids="top")
+    layout = replace(LAYOUTS["its authors'"], unembedding=False, states=2, more={"boundaries": [1, 2]})
     state, config = checkpoint(layout, hidden=model.config.hidden_size, vocab=VOCAB)
     heads.mkdir()
     save_file(state, heads / "model.safetensors")

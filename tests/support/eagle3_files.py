@@ -49,6 +49,7 @@ LAYOUTS = {
     "Qwen3's norms": Layout(
         norms=("q",), bias=True, rope={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     ),
+    "biases": Layout(bias=True),
     "a norm for each state": Layout(norms=("state",), target=16, more={"fc_norm": True}),
     "scaled rope": Layout(
         rope={"rope_theta": 5e5, "rope_scaling": {name: x for name, x in LLAMA3_ROPE.items() if name != "rope_theta"}}
@@ -59,7 +60,14 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED, VOCAB = 24, 4, 2, 8, 40, 40
 
 
 def checkpoint(
-    layout: Layout, seed: int = 0, hidden: int = HIDDEN, vocab: int = VOCAB, head_dim: int = HEAD_DIM, feed: int = FEED
+    layout: Layout,
+    seed: int = 0,
+    hidden: int = HIDDEN,
+    vocab: int = VOCAB,
+    head_dim: int = HEAD_DIM,
+    feed: int = FEED,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """State dict and config of a drafter so wide."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,10 +85,10 @@ def checkpoint(
         layer = {
             "input_layernorm.weight": norm(hidden),
             "post_attention_layernorm.weight": norm(hidden),
-            "self_attn.q_proj.weight": random(HEADS * head_dim, wide),
-            "self_attn.k_proj.weight": random(KV_HEADS * head_dim, wide),
-            "self_attn.v_proj.weight": random(KV_HEADS * head_dim, wide),
-            "self_attn.o_proj.weight": random(hidden, HEADS * head_dim),
+            "self_attn.q_proj.weight": random(heads * head_dim, wide),
+            "self_attn.k_proj.weight": random(kv_heads * head_dim, wide),
+            "self_attn.v_proj.weight": random(kv_heads * head_dim, wide),
+            "self_attn.o_proj.weight": random(hidden, heads * head_dim),
             "mlp.gate_proj.weight": random(feed, hidden),
             "mlp.up_proj.weight": random(feed, hidden),
             "mlp.down_proj.weight": random(hidden, feed),
@@ -88,7 +96,7 @@ def checkpoint(
         if not index:
             layer["hidden_norm.weight"] = norm(hidden)
         if layout.bias:
-            sizes = HEADS * head_dim, KV_HEADS * head_dim, KV_HEADS * head_dim
+            sizes = heads * head_dim, kv_heads * head_dim, kv_heads * head_dim
             layer |= {f"self_attn.{name}_proj.bias": random(size) for name, size in zip("qkv", sizes, strict=True)}
         if "q" in layout.norms:
             layer |= {"self_attn.q_norm.weight": norm(head_dim), "self_attn.k_norm.weight": norm(head_dim)}
@@ -114,7 +122,7 @@ def checkpoint(
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": feed,
-        "num_attention_heads": HEADS,
+        "num_attention_heads": heads,
         "num_key_value_heads": 1,  # a lie: the tensors count
         "num_hidden_layers": 7,  # likewise
         "head_dim": head_dim,

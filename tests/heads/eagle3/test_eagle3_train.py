@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import medusa_apar
 from medusa_apar.commands.cli import main
+from medusa_apar.finetune.packing import pack_threads
 from medusa_apar.heads import Eagle3Heads, load_heads
 from medusa_apar.heads.answers import AnswerFile
-from medusa_apar.heads.eagle3.train import Settings, train
+from medusa_apar.heads.eagle3.losses import base_states
+from medusa_apar.heads.eagle3.states import StateCache
+from medusa_apar.heads.eagle3.train import Settings, Trainer, rounds_at, train, usual_boundaries
 from medusa_apar.heads.train import Settings as HeadSettings
 from medusa_apar.heads.train import make_heads
 from medusa_apar.job import Job
@@ -108,7 +111,7 @@ TWO = """
 import sys
 import torch
 from medusa_apar.heads.answers import AnswerFile
-from medusa_apar.heads.eagle3.train import Settings, train
+from medusa_apar.heads.eagle3.train import Settings, Trainer, train
 from medusa_apar.job import Job
 from medusa_apar.processes import accelerator
 from pathlib import Path
@@ -116,13 +119,26 @@ from tests.support.answers import a_model_that_counts
 
 data, out = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
-with Job(out, "train-heads", {}, accelerator(out).is_main_process) as job:
+launched, trained, gradients = accelerator(out), [], Trainer._gradients
+def counted(self, row, *arguments):
+    trained.append(len(row))
+    return gradients(self, row, *arguments)
+Trainer._gradients = counted
+with Job(out, "train-heads", {}, launched.is_main_process) as job:
     settings = Settings(draft_vocab=40, epochs=3, lr=5e-3, batch=256, row_tokens=64, rounds=3)
-    train(a_model_that_counts(2), AnswerFile.read(data), out, settings, job)
+    heads = train(a_model_that_counts(2), AnswerFile.read(data), out, settings, job)
+torch.save({"fc": heads.network.fc.detach(), "trained": trained}, out / f"process{launched.process_index}.pt")
 """
 
 
-def test_two_processes_train_what_one_does(counting_model, data, tmp_path):
+def test_two_processes_train_what_one_does(counting_model, data, tmp_path, monkeypatch):
+    trained, gradients = [], Trainer._gradients
+
+    def counted(self, row, *arguments):
+        trained.append(len(row))
+        return gradients(self, row, *arguments)
+
+    monkeypatch.setattr(Trainer, "_gradients", counted)
     (tmp_path / "two.py").write_text(TWO)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = {"PYTHONPATH": str(Path(__file__).parents[3]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -133,8 +149,38 @@ def test_two_processes_train_what_one_does(counting_model, data, tmp_path):
     assert [line["step"] for line in one] == [line["step"] for line in two]  # one of them has written
     assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], abs=1e-2)
     assert two[-1]["top1"] == pytest.approx(one[-1]["top1"], abs=0.02)
-    again = load_heads(tmp_path / "two", counting_model)
-    torch.testing.assert_close(again.network.fc, heads.network.fc, atol=2e-2, rtol=2e-2)
+    parts = [torch.load(tmp_path / "two" / f"process{index}.pt") for index in range(2)]
+    assert sorted(parts[0]["trained"] + parts[1]["trained"]) == sorted(trained)  # each row by one of them
+    assert min(sum(part["trained"]) for part in parts) > 0.3 * sum(trained)
+    assert torch.equal(parts[0]["fc"], parts[1]["fc"])
+    torch.testing.assert_close(parts[0]["fc"], heads.network.fc.detach(), atol=2e-2, rtol=2e-2)
+
+
+def test_rounds_grow_to_all_of_them():
+    grown = [rounds_at(done / 100, 5) for done in range(100)]
+    assert grown == sorted(grown) and set(grown) == {2, 3, 5}
+    assert {rounds_at(done / 100, 1) for done in range(100)} == {1}
+
+
+def test_kept_states_are_those_that_are_made_anew(counting_model, data, tmp_path):
+    heads = run(counting_model, data, tmp_path, epochs=1)
+    rows = [pack_threads([([1, 5, *range(6, 6 + size)], -1, 0)], 2) for size in (9, 4, 12)]
+    size = sum(each.nbytes for each in StateCache(heads).of(rows[0]))
+    cache = StateCache(heads, size)  # room for the first alone
+    for _ in range(2):
+        for row in rows:
+            for kept, made in zip(cache.of(row), base_states(heads, row), strict=True):
+                assert torch.equal(kept, made)
+    assert cache.of(rows[0])[0] is cache.of(rows[0])[0]
+    assert cache.of(rows[1])[0] is not cache.of(rows[1])[0]
+
+
+@pytest.mark.parametrize("layers", range(1, 40))
+def test_usual_boundaries_ascend_and_end_behind_the_last_layer(layers):
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(num_hidden_layers=layers))
+    found = usual_boundaries(SimpleNamespace(config=config))
+    assert list(found) == sorted(set(found)) and found[-1] == layers and found[0] >= 1
+    assert len(found) == min(layers, 3)
 
 
 @pytest.mark.parametrize(

@@ -14,21 +14,23 @@ from medusa_apar.drafting.drafter import Written
 from medusa_apar.heads import Eagle3Heads
 from medusa_apar.heads.eagle3 import drafter as drafter_module
 from medusa_apar.kv.pool import KVPool
-from tests.support.eagle3_files import KV_HEADS, LAYOUTS, checkpoint
+from tests.support.eagle3_files import LAYOUTS, checkpoint
 from tests.support.models import CONTROL, VOCAB, forking_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts
 
 NAMES = ["its authors'", "with an embedding of its own", "two layers", "Qwen3's norms", "scaled rope"]
-NAMES += ["whole vocabulary", "norm before the residual", "five states"]
+NAMES += ["biases", "whole vocabulary", "norm before the residual", "five states"]
 CHOICES = [(0,), (0, 0), (1,), (0, 1), (0, 0, 0), (2,), (1, 0), (0, 0, 1), (0, 0, 0, 0), (1, 0, 2), (1, 0, 2, 0)]
-HEAD_DIM, SLOTS, LAYERS = 32, 160, 2  # the tiny models have two layers
+SLOTS, LAYERS = 160, 2  # the tiny models have two layers
+SHAPES = [(4, 2, 32), (3, 3, 64), (6, 1, 32), (8, 2, 128), (12, 3, 32)]  # heads, key/value heads, dimensions of each
 
 
-def heads_of(name, model, seed=3):
+def heads_of(name, model, seed=3, shape=SHAPES[0]):
     layout = LAYOUTS[name]
     layout = replace(layout, ids=tuple(2 - place % 2 for place in range(layout.states)), where_ids="top")
-    sizes = {"hidden": model.config.hidden_size, "vocab": VOCAB, "head_dim": HEAD_DIM, "feed": 48}
+    sizes = {"hidden": model.config.hidden_size, "vocab": VOCAB, "feed": 48}
+    sizes |= dict(zip(("heads", "kv_heads", "head_dim"), shape, strict=True))
     return Eagle3Heads.from_state(*checkpoint(layout, seed, **sizes), model)
 
 
@@ -39,7 +41,8 @@ def written_of(heads, lengths, seed):
     pool.storage.first_draft_layer = LAYERS
     for layer in range(LAYERS, LAYERS + heads.num_layers):
         for store in (pool.keys, pool.values):
-            store[layer] = torch.randn(SLOTS, KV_HEADS, HEAD_DIM, generator=generator)
+            config = heads.network.config
+            store[layer] = torch.randn(SLOTS, config.num_key_value_heads, config.head_dim, generator=generator)
     pool.slots = torch.arange(SLOTS)
     pool.keep_features(torch.randn(SLOTS, heads.network.hidden_size, generator=generator))
     paths = [torch.randperm(SLOTS, generator=generator)[:length].numpy() for length in lengths]
@@ -52,16 +55,17 @@ def both(heads, packing="float32"):
     return drafters
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(NAMES),
+    st.sampled_from(SHAPES),
     st.integers(1, len(CHOICES)),
     st.lists(st.tuples(st.integers(0, VOCAB - 1), st.integers(1, 150)), min_size=1, max_size=5),
     st.sampled_from([1, 2, 3]),
     st.integers(0, 99),
 )
-def test_compiled_drafts_are_those_of_torch(name, nodes, roots, threads, seed):
-    heads, tree = heads_of(name, tiny_model("wide_llama", seed=2)), DraftTree(CHOICES[:nodes])
+def test_compiled_drafts_are_those_of_torch(name, shape, nodes, roots, threads, seed):
+    heads, tree = heads_of(name, tiny_model("wide_llama", seed=2), shape=shape), DraftTree(CHOICES[:nodes])
     ids, lengths = zip(*roots, strict=True)
     written, roots = written_of(heads, lengths, seed), torch.tensor(ids)
     before = torch.get_num_threads()
