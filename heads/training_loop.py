@@ -121,6 +121,7 @@ class TrainingLoop(ABC):
         assert counted is not None
         if not self.alone:
             for parameter in self.parameters:
+                assert parameter.grad is not None  # each process has a piece
                 parameter.grad = self.total(parameter.grad)
             counted = self.total(counted)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)

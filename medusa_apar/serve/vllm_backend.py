@@ -218,8 +218,8 @@ def _drafter(served: Served, source: Source, args: Namespace) -> dict[str, Any]:
     def build(_: Path, folder: Path) -> None:
         dtype, trusted = _torch_dtype(served.dtype), args.trust_remote_code
         if attends:
-            _, written, _ = convert(heads, "eagle3", folder, base=args.model, dtype=dtype, trust_remote_code=trusted)
-            if refused := refused_by_vllm(written.file):
+            made = convert(heads, "eagle3", folder, base=args.model, dtype=dtype, trust_remote_code=trusted)
+            if refused := refused_by_vllm(made[1].file):
                 raise ValueError(refused[0])
         else:
             vllm_layout.export(heads, args.model, folder, dtype, trust_remote_code=trusted)
