@@ -33,8 +33,7 @@ Each folder is a room, and a room imports only from the rows below its own:
     kv/               KV pool, slot ledger and path table
     models/           where models come from
     threads/          paragraph trees, requests and fork policies; no tensors
-    processes.py      those that train together
-    job.py            a long command's log, settings and report
+    job.py            a long command's log, settings, report and processes
     arguments.py      what subcommands' arguments have in common
     reading.py        files that others wrote, and what is wrong with them
     json_files.py     JSON that others wrote

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,7 +26,26 @@ from safetensors import SafetensorError
 
 from .reading import out_of_memory
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")  # of torch.save, whose errors are RuntimeErrors
+
+
+def launched(folder: Path) -> Accelerator:
+    """This process's part in `accelerate launch`, or that of one alone.
+
+    folder: where all of them write. ValueError where several were started that know nothing of each other.
+    """
+    from accelerate import Accelerator
+
+    found = Accelerator()
+    if (started := int(os.environ.get("WORLD_SIZE") or 1)) > 1 and found.num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started, but each would train alone into {folder}: "
+            "set ACCELERATE_USE_CPU=true to train together on a CPU."
+        )
+    return found
 
 
 class Job:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import Attend, AttendingDrafter, Keep, Written
+from medusa_apar.drafting.drafter import Attend, AttendingDrafter, Keep, NewRows, Written
+from medusa_apar.kv.pool import KVPool
 from medusa_apar.models.families import base_logit_scale
 from medusa_apar.runtimes.cpu.eagle3 import CompiledEagle3, compilable
 
@@ -45,7 +46,8 @@ class Eagle3Drafter(AttendingDrafter):
             elif rows is not None:
                 self._panels = rows.panels(packing)
                 self._unembed = self._packed_unembed
-            self.network = heads.network.packed(packing, only_extends=self._compiled is not None)
+            if self._compiled is None or not self._compiled.writes:
+                self.network = heads.network.packed(packing, only_extends=self._compiled is not None)
 
     def _rows(self) -> DraftRows | None:
         """The unembedding over a draft vocabulary; None where the base's whole one serves, which is packed already."""
@@ -67,6 +69,9 @@ class Eagle3Drafter(AttendingDrafter):
 
     def extend(self, input_ids: Tensor, features: Tensor, positions: Tensor, attend: Attend, keep: Keep) -> None:
         self.network.extend(self._heads.embed(input_ids), features, positions, attend, keep)
+
+    def write(self, states: Tensor, rows: NewRows, pool: KVPool, first: int) -> bool:
+        return self._compiled is not None and self._compiled.write(states, rows, pool, first)
 
     @torch.inference_mode()
     def propose_behind(

@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medusa_apar.finetune.packing import PackedRow, join, pack_threads
-from medusa_apar.job import Job, read_checkpoint
+from medusa_apar.job import Job, launched, read_checkpoint
 from medusa_apar.models.families import unembedding_size
 from medusa_apar.models.fingerprint import fingerprint
-from medusa_apar.processes import accelerator
 
 from .. import load_heads
 from ..answers import AnswerFile, data_fingerprint
@@ -79,14 +78,14 @@ class Trainer(TrainingLoop):
         job: Job,
     ) -> None:
         self.rows, self.held_out, self.settings = rows, held_out, settings
-        launched = accelerator(out)
+        processes = launched(out).num_processes
         # But for an embedding: tokens are read as the base reads them.
         parameters = [p for p in heads.network.parameters() if p is not heads.network.embedding]
         for parameter in parameters:
             parameter.requires_grad_(True)
         tokens = sum(map(len, rows))
         # Each process needs a row of every update, however few tokens that is to have.
-        per_epoch = tokens / max(settings.batch, launched.num_processes * tokens / len(rows))
+        per_epoch = tokens / max(settings.batch, processes * tokens / len(rows))
         course = Course(
             last_step=max(1, math.ceil(settings.epochs * per_epoch)),
             max_minutes=settings.max_minutes,
@@ -97,7 +96,7 @@ class Trainer(TrainingLoop):
             threads=settings.threads,
         )
         super().__init__(heads, parameters, out, course, job)
-        self.drafter, self.states = heads, StateCache(heads, ROOM // launched.num_processes)
+        self.drafter, self.states = heads, StateCache(heads, ROOM // processes)
         self._updates = self._drawn()
 
     def run(self) -> Figures:
@@ -167,7 +166,7 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
     """
     (out / "train").mkdir(parents=True, exist_ok=True)
     fixed = {name: value for name, value in json.loads(json.dumps(asdict(settings))).items() if name in SHAPE}
-    fixed["processes"] = accelerator(out).num_processes  # which share the draw
+    fixed["processes"] = launched(out).num_processes  # which share the draw
     fixed |= {"model_fingerprint": fingerprint(model)[:16], "data_fingerprint": data_fingerprint(file)}
     state = None
     if (out / STATE).exists():

@@ -208,9 +208,9 @@ def _settings(args: argparse.Namespace, threads: int) -> Any:
 
 def _launched(args: argparse.Namespace) -> Accelerator:
     """This process's part in a launch. ValueError where several could not share the work."""
-    from medusa_apar.processes import accelerator
+    from medusa_apar.job import launched
 
-    found = accelerator(args.out)
+    found = launched(args.out)
     if found.num_processes > 1 and args.kind != "eagle3":
         raise ValueError(f"several processes train --kind eagle3 together, and no --kind {args.kind}")
     if found.num_processes > 1 and args.prompts:

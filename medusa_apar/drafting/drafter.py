@@ -21,6 +21,18 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Keep = Callable[[int, Tensor, Tensor], object]
 
 
+class NewRows(NamedTuple):
+    """Rows that a step has run, long [N] each.
+
+    parents: slots of the tokens before them on their paths, -1 where a path begins.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    parents: Tensor
+
+
 class DraftLayers(Protocol):
     """Layers of a drafter that attend to what was written. Each step runs its rows through them behind the base's own.
 
@@ -36,6 +48,14 @@ class DraftLayers(Protocol):
 
     def extend(self, input_ids: Tensor, features: Tensor, positions: Tensor, attend: Attend, keep: Keep) -> None:
         """Keeps keys and values of tokens, long [N], at these path positions; `attend` does so as well."""
+
+    def write(self, states: Tensor, rows: NewRows, pool: KVPool, first: int) -> bool:
+        """Keeps all that is to be kept of the rows in one call; False where it cannot.
+
+        Args:
+            states: [N, boundaries * hidden size].
+            first: number of its first layer in the pool.
+        """
 
 
 @dataclass(frozen=True, slots=True)

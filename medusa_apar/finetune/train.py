@@ -19,9 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from medusa_apar.job import Job, read_checkpoint, replacing, slow
+from medusa_apar.job import Job, launched, read_checkpoint, replacing, slow
 from medusa_apar.models.fingerprint import fingerprint
-from medusa_apar.processes import accelerator as launched
 
 from .adapter import Losses, attach_lora, check_forward, control_rows, label_losses, save_adapter
 from .corpus import Drops, Example, load_examples

@@ -149,12 +149,26 @@ class KVPool(Cache):
     def keep_features(self, features: torch.Tensor) -> None:
         """[N, width], behind the tokens of the current forest's rows."""
         assert self.slots is not None
+        self.features(features.shape[1], features.dtype, features.device)[self.slots] = features
+
+    def features(self, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[capacity, width], where features lie; begun with zeros where there are none of this type."""
         kept = self._features.get(0)
-        if kept is None or (kept.dtype, kept.device) != (features.dtype, features.device):
+        if kept is None or (kept.dtype, kept.device) != (dtype, device):
             with torch.inference_mode(False):  # it outlives a caller's inference mode, and is written to outside of it
-                kept = torch.zeros(self.capacity, features.shape[1], dtype=features.dtype, device=features.device)
+                kept = torch.zeros(self.capacity, width, dtype=dtype, device=device)
             self._features[0] = kept
-        kept[self.slots] = features
+        return kept
+
+    def layer(
+        self, layer: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, [capacity, kv_heads, head_dim] each; begun with zeros where there are none."""
+        for store in (self.keys, self.values):
+            if layer not in store:
+                # Zeros, not empty: masked slots still meet a softmax weight of zero, and 0 * NaN is NaN.
+                store[layer] = torch.zeros(self.capacity, kv_heads, head_dim, dtype=dtype, device=device)
+        return self.keys[layer], self.values[layer]
 
     def features_at(self, slots: torch.Tensor) -> torch.Tensor:
         """What was kept for these slots (long, any shape), [..., width]; zeros for -1, which is no slot."""

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from medusa_apar.drafting.drafter import DraftLayers
+from medusa_apar.drafting.drafter import DraftLayers, NewRows
 from medusa_apar.forest.forest import Forest
 from medusa_apar.forest.mask import ForestMask
 from medusa_apar.kv.pool import KVPool
@@ -22,8 +22,11 @@ def extend(layers: DraftLayers, states: Tensor, forest: Forest, pool: KVPool, fi
         first: number of the drafter's first layer in the pool.
     """
     pool.storage.first_draft_layer = first
+    rows = NewRows(forest.input_ids[0], forest.position_ids[0], forest.slots, forest.parent_slots)
+    if layers.write(states, rows, pool, first):
+        return
     pool.keep_features(layers.fuse(states))
-    features = pool.features_at(forest.parent_slots)
+    features = pool.features_at(rows.parents)
     masks: list[ForestMask] = []  # a drafter of one layer needs none
 
     def keep(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,7 @@ def extend(layers: DraftLayers, states: Tensor, forest: Forest, pool: KVPool, fi
         out, _ = sdpa_forest_attention(cast(Any, None), q.transpose(0, 1)[None], keys, values, masks[0])
         return out[0]
 
-    layers.extend(forest.input_ids[0], features, forest.position_ids[0], attend, keep)
+    layers.extend(rows.token_ids, features, rows.positions, attend, keep)
 
 
 def _not_the_first(batch: int, head: int, row: Tensor, column: Tensor) -> Tensor:

@@ -16,6 +16,19 @@ struct Eagle3 {
     const int64_t* token_map;  // draft vocabulary -> vocabulary, or null
     int32_t vocabulary;        // of the draft
     int32_t norm_before_residual, norm_output;
+    int32_t states, target;                 // how many of the base's states are fused, and how wide each is
+    Matrix fc;                              // [hidden][states * target]; without panels the one state is the feature
+    const float *input_norm, *state_norms;  // of all of them at once, or of each; or null
+};
+
+// Rows that a step has run, which are to be drafted behind.
+struct NewRows {
+    int32_t rows;
+    const float* states;                                   // [rows][states * target], the base's
+    const int64_t *tokens, *positions, *slots, *parents;   // [rows]; parents: slots of the tokens before, or -1
+    float* features;                                       // the KV pool's, [capacity][hidden]
+    Pool pool;                                             // of the only layer
+    const float *cos, *sin;                                // [positions][turned]
 };
 
 // What the threads of a draft have written.
@@ -97,6 +110,15 @@ struct Eagle3Draft {
     }
 };
 
+// What the first layer reads: a token's embedding and its feature side by side, each at its norm's scale.
+inline void read_row(const Eagle3& e, const Layer& layer, int64_t token, const float* feature, float* wide) {
+    const Model& m = e.model;
+    for (int i = 0; i < m.hidden; i += LANES)
+        store(wide + i, embedded(m.table, m.table_kind, token * m.hidden + i) * m.embedding_scale);
+    rms_norm(wide, layer.attention_norm, m.hidden, m.eps, wide);
+    rms_norm(feature, e.hidden_norm, m.hidden, m.eps, wide + m.hidden);
+}
+
 struct Eagle3Pass : LayerPass<FloatCache> {
     const Eagle3Draft& d;
     const Pool& written;  // the layer's
@@ -114,16 +136,12 @@ struct Eagle3Pass : LayerPass<FloatCache> {
         finish();
     }
 
-    // The first layer reads a token's embedding and its feature side by side.
     void read() {
         const int H = m.hidden;
         for (int r = rows.first; r < rows.last; r++) {
             float *wide = s.wide + (size_t)r * inputs, *x = s.x + (size_t)r * H;
             const float* feature = d.features.data() + (size_t)r * H;
-            for (int i = 0; i < H; i += LANES)
-                store(wide + i, embedded(m.table, m.table_kind, s.tokens[r] * H + i) * m.embedding_scale);
-            rms_norm(wide, layer.attention_norm, H, m.eps, wide);
-            rms_norm(feature, d.e.hidden_norm, H, m.eps, wide + H);
+            read_row(d.e, layer, s.tokens[r], feature, wide);
             std::memcpy(x, d.e.norm_before_residual ? wide + H : feature, sizeof(float) * H);
             prepare(layer.qkv, wide, inputs, r, s.act);
         }
@@ -222,6 +240,57 @@ inline void propose(const Eagle3& e, const Tree& tree, const Written& written, c
             if (!omp_get_thread_num()) d.go_down();
             barrier.wait();
         }
+    }
+}
+
+// Keeps what drafts read of new rows, features, keys and values, for a drafter of one layer: nobody reads more of it.
+inline void keep_rows(const Eagle3& e, const NewRows& n, int threads) {
+    const Model& m = e.model;
+    const size_t rows = n.rows, H = m.hidden, all = (size_t)e.states * e.target, widest = std::max(all, 2 * H);
+    const size_t width = (size_t)(m.heads.heads + 2 * m.heads.kv_heads) * m.heads.head_dim;
+    std::vector<float> wide(rows * widest), fused(rows * H), qkv(rows * width);
+    const size_t padded = widest / GROUP_INPUTS + 1;
+    std::vector<int8_t> steps(rows * padded * GROUP_INPUTS * sizeof(float));
+    std::vector<Group> groups(rows * padded);
+    Layer layer = m.layer[0];
+    layer.pool = n.pool;
+    Step s = {};
+    s.rows = n.rows, s.positions = n.positions, s.slots = n.slots, s.cos[0] = n.cos, s.sin[0] = n.sin;
+    s.qkv = qkv.data(), s.wide = wide.data(), s.act = {steps.data(), groups.data()};
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    {
+        const Share mine = share(n.rows);
+        for (int r = mine.first; r < mine.last; r++) {
+            const float* states = n.states + r * all;
+            float* x = wide.data() + r * all;
+            if (e.input_norm)
+                rms_norm(states, e.input_norm, all, m.eps, x);
+            else
+                std::memcpy(x, states, sizeof(float) * all);
+            for (int i = 0; e.state_norms && i < e.states; i++)
+                rms_norm(x + i * e.target, e.state_norms + i * e.target, e.target, m.eps, x + i * e.target);
+            if (e.fc.panels) prepare(e.fc, x, all, r, s.act);
+        }
+        barrier.wait();
+        if (e.fc.panels) {
+            multiply(e.fc, rows_for(e.fc, wide.data(), all, s.act), n.rows, fused.data(), H, H);
+            barrier.wait();
+        }
+        const float* made = e.fc.panels ? fused.data() : wide.data();
+        for (int r = mine.first; r < mine.last; r++)
+            std::memcpy(n.features + n.slots[r] * H, made + r * H, sizeof(float) * H);
+        barrier.wait();  // a row's parent may be one of these
+        const std::vector<float> nothing(H);
+        for (int r = mine.first; r < mine.last; r++) {
+            float* x = wide.data() + r * 2 * H;
+            read_row(e, layer, n.tokens[r], n.parents[r] < 0 ? nothing.data() : n.features + n.parents[r] * H, x);
+            prepare(layer.qkv, x, 2 * H, r, s.act);
+        }
+        barrier.wait();
+        Clock clock{nullptr};
+        Blocks blocks(m.heads, 1, 1);
+        LayerPass<FloatCache>{m, layer, s, blocks, barrier, clock, (int)(2 * H)}.project();
     }
 }
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.drafting.drafter import Written
+from medusa_apar.drafting.drafter import NewRows, Written
+from medusa_apar.kv.pool import KVPool
 from medusa_apar.models.families import base_logit_scale
 
 from . import library
@@ -51,10 +52,17 @@ class CompiledEagle3:
             address(self._table, self._table.dtype, len(self._table) * self._hidden),
             *(self._array, self._unembedding.struct),
         )
+        self.writes = len(self._layers) == 1
+        self._fc = None if network.fc is None else PackedMatrix(network.fc.detach(), kind, _floats(network.fc_bias))
+        norms = torch.cat([_vector(norm) for norm in network.state_norms]) if len(network.state_norms) else None
+        self._norms, self._width = (_floats(network.input_norm), norms), network.num_states * network.input_size
         self._struct = library.Eagle3(
             *(model, address(self._hidden_norm, torch.float32, self._hidden)),
             None if self._token_map is None else address(self._token_map, torch.long, len(self._token_map)),
             *(len(unembedding), network.norm_before_residual, network.norm_output),
+            *(network.num_states, network.input_size),
+            library.Matrix() if self._fc is None else self._fc.struct,
+            *(None if norm is None else address(norm, torch.float32, self._width) for norm in self._norms),
         )
         self._tables: tuple[Tensor, Tensor] = floats(0, config.head_dim), floats(0, config.head_dim)
         self._trees: weakref.WeakKeyDictionary[DraftTree, tuple[Any, list[Tensor]]] = weakref.WeakKeyDictionary()
@@ -74,7 +82,7 @@ class CompiledEagle3:
         features = written.pool.features_at(last).float().contiguous()
         pools, stores = self._pools(written)
         cos, sin = self._turns(max(lengths) + len(tree.levels) + 1)
-        roots = root_ids.clamp(max=len(self._table) - 1) if self._clamps else root_ids.contiguous()
+        roots = self._known(root_ids)
         least = math.log(min_probability) if min_probability > 0 else -math.inf
         token_ids, log_probs = torch.empty(count, nodes, dtype=torch.long, device="cpu"), floats(count, nodes)
         if library.library().mapar_eagle3(
@@ -93,6 +101,34 @@ class CompiledEagle3:
             raise IndexError(f"a token is not one of the model's {len(self._table)}")
         del stores
         return token_ids, log_probs
+
+    def write(self, states: Tensor, rows: NewRows, pool: KVPool, first: int) -> bool:
+        """As `DraftLayers.write`."""
+        if not self.writes:
+            return False
+        count, heads, device = len(states), self._heads, torch.device("cpu")
+        states, tokens = states.float().contiguous(), self._known(rows.token_ids)
+        features = pool.features(self._hidden, torch.float32, device)
+        stores = pool.layer(first, heads.kv_heads, heads.head_dim, torch.float32, device)
+        cos, sin = self._turns(int(rows.positions.max()) + 1)
+        held = [each.contiguous() for each in (tokens, rows.positions, rows.slots, rows.parents)]
+        if library.library().mapar_eagle3_rows(
+            self._struct,
+            library.NewRows(
+                *(count, address(states, torch.float32, count * self._width)),
+                *(address(each, torch.long, count) for each in held),
+                address(features, torch.float32, features.numel()),
+                library.Pool(*(address(store, torch.float32, store.numel()) for store in stores), None),
+                *(address(each, torch.float32, each.numel()) for each in (cos, sin)),
+            ),
+            torch.get_num_threads(),
+        ):
+            raise IndexError(f"a token is not one of the model's {len(self._table)}")
+        return True
+
+    def _known(self, token_ids: Tensor) -> Tensor:
+        """Of a token that is new to a drafter with an embedding of its own any row does: it is never drafted."""
+        return token_ids.clamp(max=len(self._table) - 1) if self._clamps else token_ids.contiguous()
 
     def _pools(self, written: Written) -> tuple[Any, Sequence[Tensor]]:
         pool, first = written.pool, written.pool.storage.first_draft_layer
@@ -155,9 +191,13 @@ def compilable(heads: Any, unembedding: Tensor) -> bool:
         return False
     if not all(isinstance(layer.activation, (nn.SiLU, SiLUActivation)) for layer in network.layers):
         return False
-    sizes = network.hidden_size, config.intermediate_size
+    sizes = network.hidden_size, network.input_size, config.intermediate_size
     scaled = config.rope_parameters.get("rope_type", "default") in _ROPES
     return scaled and config.head_dim % _HEAD == 0 and all(size % PANEL == 0 for size in sizes)
+
+
+def _floats(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else _vector(weight)
 
 
 def _vector(weight: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class Tree(ctypes.Structure):
 class Eagle3(ctypes.Structure):
     _fields_ = (
         *(("model", Model), ("hidden_norm", c_void_p), ("token_map", c_void_p)),
-        *((name, c_int32) for name in ("vocabulary", "norm_before_residual", "norm_output")),
+        *((name, c_int32) for name in ("vocabulary", "norm_before_residual", "norm_output", "states", "target")),
+        *(("fc", Matrix), ("input_norm", c_void_p), ("state_norms", c_void_p)),
     )
 
 
@@ -102,6 +103,14 @@ class Written(ctypes.Structure):
     _fields_ = (
         *(("slots", c_void_p), ("starts", c_void_p), ("pools", POINTER(Pool))),
         *((name, c_void_p) for name in ("features", "cos", "sin")),
+    )
+
+
+class NewRows(ctypes.Structure):
+    _fields_ = (
+        *(("rows", c_int32), ("states", c_void_p)),
+        *((name, c_void_p) for name in ("tokens", "positions", "slots", "parents", "features")),
+        *(("pool", Pool), ("cos", c_void_p), ("sin", c_void_p)),
     )
 
 
@@ -191,7 +200,10 @@ def outcome() -> ctypes.CDLL | str:
 
 def _open(path: Path) -> ctypes.CDLL:
     opened = ctypes.CDLL(str(path))
-    mirrors = Matrix, Layer, Model, Step, Hydra, Tree, Span, Operation, Recipe, Choice, Choices, Eagle3, Written
+    mirrors = (
+        *(Matrix, Layer, Model, Step, Hydra, Tree, Span, Operation, Recipe, Choice, Choices),
+        *(Eagle3, Written, NewRows),
+    )
     for index, struct in enumerate(mirrors):
         assert opened.mapar_sizes(index) == ctypes.sizeof(struct), f"{struct.__name__} differs from step.cpp's"
     assert opened.mapar_phases() == len(PHASES)
@@ -212,6 +224,8 @@ def _open(path: Path) -> ctypes.CDLL:
         *(c_float, c_void_p, c_void_p, c_int),
     )
     opened.mapar_eagle3.restype = c_int
+    opened.mapar_eagle3_rows.argtypes = (POINTER(Eagle3), POINTER(NewRows), c_int)
+    opened.mapar_eagle3_rows.restype = c_int
     opened.mapar_choose.argtypes = (POINTER(Choices), c_int)
     opened.mapar_choose.restype = None
     opened.mapar_top.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int)

@@ -24,7 +24,7 @@ EXPORTED int mapar_sizes(int which) {
     const int sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Model), sizeof(Step),
                          sizeof(Hydra),  sizeof(Tree),  sizeof(Span),
                          sizeof(Operation), sizeof(Recipe), sizeof(Choice), sizeof(Choices),
-                         sizeof(Eagle3), sizeof(Written)};
+                         sizeof(Eagle3), sizeof(Written), sizeof(NewRows)};
     return sizes[which];
 }
 
@@ -131,6 +131,15 @@ EXPORTED int mapar_eagle3(const Eagle3* drafter, const Tree* tree, const Written
     for (int t = 0; t < count; t++)
         if (roots[t] < 0 || roots[t] >= drafter->model.vocabulary) return 1;
     propose(*drafter, *tree, *written, roots, count, least, {ids, log_probs}, crowd().team_of(threads));
+    return 0;
+}
+
+// What later drafts read of rows that a step has run. Returns 0, or 1 where a token is none of the base's and nothing was
+// done.
+EXPORTED int mapar_eagle3_rows(const Eagle3* drafter, const NewRows* rows, int threads) {
+    for (int r = 0; r < rows->rows; r++)
+        if (rows->tokens[r] < 0 || rows->tokens[r] >= drafter->model.vocabulary) return 1;
+    keep_rows(*drafter, *rows, crowd().team_of(threads));
     return 0;
 }
 

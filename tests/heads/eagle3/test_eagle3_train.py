@@ -112,22 +112,21 @@ import sys
 import torch
 from medusa_apar.heads.answers import AnswerFile
 from medusa_apar.heads.eagle3.train import Settings, Trainer, train
-from medusa_apar.job import Job
-from medusa_apar.processes import accelerator
+from medusa_apar.job import Job, launched
 from pathlib import Path
 from tests.support.answers import a_model_that_counts
 
 data, out = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
-launched, trained, gradients = accelerator(out), [], Trainer._gradients
+process, trained, gradients = launched(out), [], Trainer._gradients
 def counted(self, row, *arguments):
     trained.append(len(row))
     return gradients(self, row, *arguments)
 Trainer._gradients = counted
-with Job(out, "train-heads", {}, launched.is_main_process) as job:
+with Job(out, "train-heads", {}, process.is_main_process) as job:
     settings = Settings(draft_vocab=40, epochs=3, lr=5e-3, batch=256, row_tokens=64, rounds=3)
     heads = train(a_model_that_counts(2), AnswerFile.read(data), out, settings, job)
-torch.save({"fc": heads.network.fc.detach(), "trained": trained}, out / f"process{launched.process_index}.pt")
+torch.save({"fc": heads.network.fc.detach(), "trained": trained}, out / f"process{process.process_index}.pt")
 """
 
 
@@ -191,6 +190,6 @@ def test_usual_boundaries_ascend_and_end_behind_the_last_layer(layers):
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(words, why, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("medusa_apar.processes.accelerator", lambda folder: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("medusa_apar.job.launched", lambda folder: SimpleNamespace(num_processes=2))
     assert main(["train-heads", *words, str(data), "--out", str(tmp_path / "out")]) == 2
     assert why in capsys.readouterr().err

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import medusa_apar
 from medusa_apar import DraftTree
-from medusa_apar.drafting.drafter import Written
+from medusa_apar.drafting.drafter import NewRows, Written
 from medusa_apar.heads import Eagle3Heads
 from medusa_apar.heads.eagle3 import drafter as drafter_module
 from medusa_apar.kv.pool import KVPool
@@ -28,7 +28,8 @@ SHAPES = [(4, 2, 32), (3, 3, 64), (6, 1, 32), (8, 2, 128), (12, 3, 32)]  # heads
 
 def heads_of(name, model, seed=3, shape=SHAPES[0]):
     layout = LAYOUTS[name]
-    layout = replace(layout, ids=tuple(2 - place % 2 for place in range(layout.states)), where_ids="top")
+    target = layout.target and model.config.hidden_size
+    layout = replace(layout, ids=tuple(2 - place % 2 for place in range(layout.states)), where_ids="top", target=target)
     sizes = {"hidden": model.config.hidden_size, "vocab": VOCAB, "feed": 48}
     sizes |= dict(zip(("heads", "kv_heads", "head_dim"), shape, strict=True))
     return Eagle3Heads.from_state(*checkpoint(layout, seed, **sizes), model)
@@ -129,3 +130,35 @@ def test_texts_never_show_who_drafts(name, options):
     assert apar.runtime.drafter(heads)._compiled is not None
     if not options and model.dtype == torch.float32:
         assert_threads_are_plain(model, out.paragraph_tree)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([*NAMES, "under eagle_config", "a norm for each state"]), st.integers(1, 40), st.integers(0, 99))
+def test_what_a_step_keeps_for_drafts_is_what_torch_keeps(name, count, seed):
+    model = tiny_model("wide_llama", seed=2)
+    layout, heads = LAYOUTS[name], heads_of(name, model)
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(count, heads.network.num_states * heads.network.input_size, generator=generator)
+    slots = torch.randperm(SLOTS, generator=generator)[:count]
+    parents = torch.tensor([-1, *slots[:-1].tolist()])  # one path, whose rows the step runs all
+    tokens = torch.randint(0, VOCAB, (count,), generator=generator)
+    rows = NewRows(tokens, torch.arange(count), slots, parents)
+    level_by_level, compiled = both(heads)
+    pools = [KVPool(SLOTS), KVPool(SLOTS)]
+    written = compiled.write(states, rows, pools[0], LAYERS)
+    assert written == (layout.layers == 1) and not level_by_level.write(states, rows, pools[1], LAYERS)
+    if not written:
+        return
+    pools[1].slots = slots
+    pools[1].keep_features(level_by_level.fuse(states))
+
+    def keep(index, k, v):
+        pools[1].update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], LAYERS + index)
+
+    level_by_level.extend(tokens, pools[1].features_at(parents), rows.positions, None, keep)
+    for read in (
+        lambda pool: pool.features_at(slots),
+        lambda pool: pool.keys[LAYERS],
+        lambda pool: pool.values[LAYERS],
+    ):
+        torch.testing.assert_close(read(pools[0]), read(pools[1]), rtol=1e-4, atol=1e-4)
