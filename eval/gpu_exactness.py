@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
 from medusa_apar.generate import attach
-from medusa_apar.heads import HydraHeads, MedusaHeads
+from medusa_apar.heads import Eagle3Heads, HydraHeads, MedusaHeads
 from medusa_apar.job import machine, write_text
 from medusa_apar.threads.control_tokens import ControlTokens
 
@@ -47,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "hydra heads": {"heads": HydraHeads},
     "hydra heads, a small pool": {"heads": HydraHeads, "pool_slots": 1400},
     "hydra heads, all rows filled": {"heads": HydraHeads, "budget": 64},
+    "an EAGLE-3 drafter": {"heads": Eagle3Heads},
     "n-grams alone": {"speculation": "forest", "budget": 64},
     "hydra heads, three threads": {"heads": HydraHeads, "max_threads": 3},
     "sampled": {"heads": HydraHeads, "generate": {"do_sample": True, "seed": 5, "top_k": 0}},

@@ -153,6 +153,13 @@ def default_boundaries(num_layers: int) -> tuple[int, ...]:
     return 2, num_layers // 2, num_layers - 3
 
 
+def ascending_boundaries(num_layers: int) -> tuple[int, ...]:
+    """Those of a drafter of our own: a low one, a middle one, and the last layer's output, from which the base says
+    what comes next; as many as there are different ones."""
+    low = 2 if num_layers >= 6 else 1
+    return tuple(sorted({low, max(num_layers // 2, low + 1), num_layers} & set(range(1, num_layers + 1))))
+
+
 # ---- the parts
 
 

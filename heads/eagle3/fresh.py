@@ -1,4 +1,4 @@
-"""A drafter to begin training with: the base's own last layer, which reads the base's last state."""
+"""Drafters without a file: the base's own last layer, to begin training with; and random ones, of any base."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from medusa_apar.runtimes.capture import aux_layer_modules
 from .files import SHAPES, Eagle3File
 
 _EMBEDDED = 0.02  # of the weights that read embeddings, which no layer of the base does
+_HEAD = 64  # dimensions of a random drafter's heads
 
 
 def fresh(model: PreTrainedModel, boundaries: tuple[int, ...], token_map: Tensor | None, seed: int = 0) -> Eagle3File:
@@ -47,6 +48,33 @@ def fresh(model: PreTrainedModel, boundaries: tuple[int, ...], token_map: Tensor
         token_map=token_map,
         boundaries=boundaries,
     )
+
+
+def random_file(model: PreTrainedModel, boundaries: tuple[int, ...], seed: int = 0) -> Eagle3File:
+    """One of random weights for any base, of its width, float32 on the CPU, with its embedding and unembedding."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size, hidden = unembedding_size(model)
+    heads = max(hidden // _HEAD, 1)
+    sizes = {"H": hidden, "I": 2 * hidden, "Q": heads * _HEAD, "K": heads * _HEAD, "F": 2 * hidden}
+    layer = {}
+    for name, shape in SHAPES.items():
+        if name.endswith("norm.weight") and "self_attn" not in name:
+            layer[name] = torch.ones(hidden)
+        elif name.endswith("proj.weight"):
+            wanted = [sizes[letter] for letter in shape]
+            layer[name] = torch.randn(wanted, generator=generator) * wanted[-1] ** -0.5
+    fused = len(boundaries) * hidden
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=_HEAD,
+        vocab_size=vocab_size,
+    )
+    fc = torch.randn(hidden, fused, generator=generator) * fused**-0.5
+    return Eagle3File(layers=[layer], norm=torch.ones(hidden), config=config, fc=fc, boundaries=boundaries)
 
 
 def _final_norm(model: PreTrainedModel) -> Tensor:

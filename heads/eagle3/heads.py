@@ -27,6 +27,7 @@ from ..draft_heads import DraftHeads
 from . import files, writing
 from .drafter import Eagle3Drafter
 from .files import Boundaries, Eagle3File
+from .fresh import random_file
 from .layer import Eagle3
 
 DEPTH = 5  # tokens drafted ahead: behind these hardly one is right, and each costs a pass of the layer
@@ -52,6 +53,15 @@ class Eagle3Heads(DraftHeads):
     @property
     def shape_key(self) -> Hashable:
         return *cast(tuple, super().shape_key), self.boundaries
+
+    @classmethod
+    def random(cls, model: PreTrainedModel, seed: int = 0) -> Eagle3Heads:
+        """An untrained drafter of one layer in the model's dtype and device; the global random state is left alone."""
+        vocab_size, hidden_size = unembedding_size(model)
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        boundaries = files.ascending_boundaries(layers)
+        heads = cls(random_file(model, boundaries, seed), hidden_size, vocab_size, boundaries)
+        return heads.to(device_of(model), model.dtype).attach(model)
 
     # ---- loading and saving
 

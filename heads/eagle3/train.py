@@ -27,6 +27,7 @@ from ..answers import AnswerFile, data_fingerprint
 from ..ask import check_same
 from ..held_out import by_prompt
 from ..training_loop import STATE, Course, Figures, TrainingLoop
+from .files import ascending_boundaries
 from .fresh import fresh
 from .heads import Eagle3Heads
 from .losses import RANKS, RoundLosses, round_losses
@@ -210,7 +211,8 @@ def _made(model: PreTrainedModel, file: AnswerFile, settings: Settings) -> Eagle
     token_map = None
     if 0 < settings.draft_vocab < vocab_size:
         token_map = file.draft_vocabulary(settings.draft_vocab, vocab_size, _eos(model).tolist())
-    boundaries = settings.boundaries or usual_boundaries(model)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    boundaries = settings.boundaries or ascending_boundaries(layers)
     made = Eagle3Heads(fresh(model, boundaries, token_map, settings.seed), hidden, vocab_size, boundaries)
     made.check_matches(model)
     return made.to(model.device).attach(model)
@@ -219,13 +221,6 @@ def _made(model: PreTrainedModel, file: AnswerFile, settings: Settings) -> Eagle
 def rounds_at(progress: float, rounds: int) -> int:
     """How many of so many rounds are trained when this share of a run is done."""
     return next((min(some, rounds) for until, some in GROWTH if progress < until), rounds)
-
-
-def usual_boundaries(model: PreTrainedModel) -> tuple[int, ...]:
-    """A low one, a middle one, and the last layer's output, from which the base says what comes next; ascending."""
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    low = 2 if layers >= 6 else 1
-    return tuple(sorted({low, max(layers // 2, low + 1), layers} & set(range(1, layers + 1))))
 
 
 def _rows(file: AnswerFile, records: Sequence[int], row_tokens: int) -> Iterator[PackedRow]:

@@ -68,6 +68,11 @@ class Reads:
     aux_layers: tuple[int, ...] = ()
     layers: DraftLayers | None = None
 
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Of the base, whose states those layers fuse."""
+        return () if self.layers is None else self.layers.boundaries
+
     @classmethod
     def of(cls, heads: Heads | None, drafter: Drafter | AttendingDrafter | None) -> Reads:
         """What heads want, and what drafts with them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,13 @@ def aux_layer_modules(model: PreTrainedModel, aux_layers: tuple[int, ...]) -> li
                 f"these heads read base layer {layer}, but {type(model).__name__} has layers 0 to {count - 1}."
             )
     return [lists[0][layer] for layer in aux_layers]
+
+
+class Kept(NamedTuple):
+    """What a forward pass keeps beside logits and final states: aux layers' outputs, and states at these boundaries."""
+
+    aux_layers: tuple[int, ...]
+    boundaries: tuple[int, ...]
 
 
 class Captured:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_apar.drafting.drafter import Reads
 from medusa_apar.forest.device_tables import PackedForest, fill
 from medusa_apar.forest.forest import Forest
 from medusa_apar.kv.pool import KVPool, KVStorage
@@ -25,14 +24,16 @@ from medusa_apar.triton_kernels.layout import CHUNK, LayoutKind, Sizes, TreeLayo
 from medusa_apar.verify.device_verify import DeviceVerify
 from medusa_apar.verify.tail import StepOutput
 
+from .capture import Kept
+
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 256  # a prompt's rows keep the device busy by themselves
 MAX_GRAPHS = 64  # kept at once, those used last
 _FIRST_SLOTS = 4096  # what graphs know of the KV pool is its address: it should rarely have to move
 
-# What a forward pass returns, from (forest, pool, reads): see Runtime.forward.
-Forward = Callable[["Forest | StaticForest", KVPool, Reads], tuple[Tensor, Tensor]]
+# Logits, hidden states and, where there are boundaries, states: see StepOutput.
+Forward = Callable[["Forest | StaticForest", KVPool, Kept], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class StaticForest:
@@ -71,8 +72,8 @@ class StaticForest:
 class _Step:
     """One size and kind of step in buffers of its own; `outputs` are logits, hidden states and what was chosen."""
 
-    def __init__(self, forward: Forward, sizes: Sizes, device: torch.device, reads: Reads) -> None:
-        self._forward, self._reads = forward, reads
+    def __init__(self, forward: Forward, sizes: Sizes, device: torch.device, kept: Kept) -> None:
+        self._forward, self._kept = forward, kept
         self._forest = StaticForest(sizes, device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._device_verify: DeviceVerify | None = None
@@ -93,13 +94,13 @@ class _Step:
 
     def run(self, pool: KVPool) -> None:
         self._forest.pack()
-        logits, hidden = self._forward(self._forest, pool, self._reads)
+        logits, hidden, states = self._forward(self._forest, pool, self._kept)
         chosen = None
         if self._device_verify is not None and self._inputs is not None:
             chosen = self._device_verify.run(
                 logits, hidden, self._inputs, power_of_two(self._device_verify.num_threads)
             )
-        self.outputs = StepOutput(logits, hidden, chosen)
+        self.outputs = StepOutput(logits, hidden, chosen, states)
 
     def replay(self, pool: KVPool) -> None:
         try:
@@ -144,23 +145,24 @@ class GraphedSteps:
             return pool
 
     def __call__(
-        self, forest: Forest, pool: KVPool, reads: Reads, device_verify: DeviceVerify | None
+        self, forest: Forest, pool: KVPool, kept: Kept, device_verify: DeviceVerify | None
     ) -> StepOutput | None:
         """As Runtime.step, good until the next call; None where it has to run without a graph."""
         if self._broken or len(forest) > MAX_ROWS or pool.storage is not self._storage or not self._storage.keys:
             return None
-        stores = (self._storage.keys, self._storage.values)
-        slots = (forest.table.data_ptr(), *(tensor.data_ptr() for store in stores for tensor in store.values()))
+        stores, drafter = (self._storage.keys, self._storage.values), self._storage.first_draft_layer
+        base = (tensor for store in stores for layer, tensor in store.items() if drafter is None or layer < drafter)
+        slots = (forest.table.data_ptr(), *(tensor.data_ptr() for tensor in base))
         sizes = Sizes.of(forest.leaves).rounded()
         key = (
             sizes,
-            reads,
+            kept,
             device_verify and (device_verify.operations, power_of_two(device_verify.num_threads)),
             slots,
         )
         step = self._steps.get(key)
         if step is None:
-            step = self._made(forest, sizes, pool, reads, device_verify)
+            step = self._made(forest, sizes, pool, kept, device_verify)
             if step is None:
                 return None
             self._steps[key] = step
@@ -170,23 +172,25 @@ class GraphedSteps:
             step.load(forest, device_verify)
         self._steps.move_to_end(key)
         step.replay(pool)
-        logits, hidden, chosen = step.outputs
+        logits, hidden, chosen, states = step.outputs
         verified = len(forest.arrays[3])
-        return StepOutput(logits[:verified], hidden[:verified], chosen)
+        return StepOutput(
+            logits[:verified], hidden[:verified], chosen, None if states is None else states[: len(forest)]
+        )
 
     def _made(
         self,
         forest: Forest,
         sizes: Sizes,
         pool: KVPool,
-        reads: Reads,
+        kept: Kept,
         device_verify: DeviceVerify | None,
     ) -> _Step | None:
         before = torch.cuda.current_stream() if self._device.type == "cuda" else None
         try:
             # Buffers outlive a caller's inference mode, outside of which such tensors could not be filled again.
             with self._lock, torch.inference_mode(False), torch.no_grad():
-                step = _Step(self._forward, sizes, self._device, reads)
+                step = _Step(self._forward, sizes, self._device, kept)
                 step.load(forest, device_verify)
                 if before is not None:
                     self._capture(step, pool)

@@ -21,7 +21,7 @@ def extend(layers: DraftLayers, states: Tensor, forest: Forest, pool: KVPool, fi
         states: [N, boundaries * H], the base's.
         first: number of the drafter's first layer in the pool.
     """
-    pool.storage.first_draft_layer = first
+    pool.storage.first_draft_layer, pool.slots = first, forest.slots
     rows = NewRows(forest.input_ids[0], forest.position_ids[0], forest.slots, forest.parent_slots)
     if layers.write(states, rows, pool, first):
         return

@@ -20,7 +20,7 @@ from medusa_apar.triton_kernels.layout import MAX_NODES
 from medusa_apar.verify.tail import StepOutput, Tail
 
 from .attention import current_forest, forest_attention
-from .capture import Captured
+from .capture import Captured, Kept
 from .devices import device_of
 from .draft_layers import extend
 from .model_state import ModelState
@@ -100,11 +100,16 @@ class TorchRuntime:
     def step(self, forest: Forest, pool: KVPool, reads: Reads, tail: Tail | None) -> StepOutput:
         device = None if tail is None else tail.device
         captured = device if device is None or device.operations is not None else None
-        output = None
-        if self._graphed is not None and reads.layers is None:  # what attends behind the base is not captured yet
-            output = self._graphed(forest, pool, reads, captured)
+        output, kept = None, Kept(reads.aux_layers, reads.boundaries)
+        if self._graphed is not None:
+            output = self._graphed(forest, pool, kept, captured)
         if output is None:
-            output = StepOutput(*self._forward(forest, pool, reads))
+            logits, hidden, states = self._forward(forest, pool, kept)
+            output = StepOutput(logits, hidden, states=states)
+        if reads.layers is not None and output.states is not None:  # behind a graph: it is a small part of a step
+            pool.write = self._write
+            extend(reads.layers, output.states, forest, pool, self._num_layers)
+            output = output._replace(states=None)
         if device is None or output.chosen is not None:
             return output
         inputs = device.inputs()
@@ -112,12 +117,11 @@ class TorchRuntime:
             inputs = inputs.pin_memory().to(output.logits.device, non_blocking=True)
         return output._replace(chosen=device.run(output.logits, output.hidden, inputs))
 
-    def _forward(self, forest: Forest | StaticForest, pool: KVPool, reads: Reads) -> tuple[Tensor, Tensor]:
+    def _forward(self, forest: Forest | StaticForest, pool: KVPool, kept: Kept) -> tuple[Tensor, Tensor, Tensor | None]:
         pool.slots, pool.write = forest.slots, self._write
         keep = {"logits_to_keep": forest.verified_rows} if self._keeps_logits else {}
-        boundaries = () if reads.layers is None else reads.layers.boundaries
         eager = _eager() if self._compiled else nullcontext()
-        with eager, current_forest(forest), Captured(self.model, reads.aux_layers, boundaries) as captured:
+        with eager, current_forest(forest), Captured(self.model, kept.aux_layers, kept.boundaries) as captured:
             logits = self.model(
                 input_ids=forest.input_ids,
                 position_ids=forest.position_ids,
@@ -128,10 +132,8 @@ class TorchRuntime:
             ).logits[0]
         if not keep:
             logits = logits[forest.verified_rows]
-        if reads.layers is not None:
-            assert isinstance(forest, Forest)
-            extend(reads.layers, captured.boundary_states(), forest, pool, self._num_layers)
-        return logits, captured.hidden_states(forest.verified_rows, kept=bool(keep))
+        states = captured.boundary_states() if kept.boundaries else None
+        return logits, captured.hidden_states(forest.verified_rows, kept=bool(keep)), states
 
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(dim=-1)

@@ -33,11 +33,13 @@ class StepOutput(NamedTuple):
     """What a runtime's step returns, of the forest's M verified rows.
 
     logits: [M, vocab]. hidden: [M, input_size]. chosen: what the tail's device part has written, None without one.
+    states: of all N rows, [N, boundaries * hidden size], for layers that run behind the base; None beyond a runtime.
     """
 
     logits: Tensor
     hidden: Tensor
     chosen: Tensor | None = None
+    states: Tensor | None = None
 
 
 class Tail:

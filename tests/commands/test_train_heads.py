@@ -77,7 +77,7 @@ def test_the_command_makes_a_drafter_that_loads_and_refuses_what_it_would_ignore
     assert main(command) == 0
     assert main(command) == 0  # nothing is left to do
     apar = load(tuned, heads=tmp_path / "heads")
-    assert apar.heads.kind == "eagle3" and apar.heads.boundaries == (2, 1, 2)
+    assert apar.heads.kind == "eagle3" and apar.heads.boundaries == (1, 2)
     inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 12, "do_sample": False}
     assert torch.equal(apar.generate(**inputs), load(tuned, heads=None).generate(**inputs))
     for foreign in (["--num-heads", "3"], ["--temperature", "0.5"], ["--boundaries", "1", "--init", str(tmp_path)]):

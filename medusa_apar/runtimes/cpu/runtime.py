@@ -172,7 +172,6 @@ class CpuRuntime:
         if library.library().mapar_step(model, step, torch.get_num_threads(), packed.unembedding.outputs):
             raise IndexError(f"a token is not one of the model's {len(packed.table)}")
         if layers is not None:
-            pool.slots = forest.slots
             if boundaries != layers.boundaries:  # one is fused twice
                 places = [boundaries.index(boundary) for boundary in layers.boundaries]
                 states = states.view(rows, len(boundaries), -1)[:, places].flatten(1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medusa_apar.heads.eagle3.files import default_boundaries, parse
+from medusa_apar.heads.eagle3.files import ascending_boundaries, default_boundaries, parse
 from tests.support.eagle3_files import HEAD_DIM, HIDDEN, KV_HEADS, LAYOUTS, VOCAB, Layout, checkpoint
 
 
@@ -49,6 +49,13 @@ def test_layer_ids_are_before_or_after(ids, convention, boundaries, place):
 def test_without_ids_low_middle_and_high_states_are_fused():
     state, config = checkpoint(Layout())
     assert parse(state, config).boundaries is None and default_boundaries(32) == (2, 16, 29)
+
+
+@pytest.mark.parametrize("layers", range(1, 40))
+def test_our_own_boundaries_ascend_and_end_behind_the_last_layer(layers):
+    found = ascending_boundaries(layers)
+    assert list(found) == sorted(set(found)) and found[-1] == layers and found[0] >= 1
+    assert len(found) == min(layers, 3)
 
 
 def test_rope_may_stand_at_either_place():

@@ -17,7 +17,7 @@ from medusa_apar.heads import Eagle3Heads, load_heads
 from medusa_apar.heads.answers import AnswerFile
 from medusa_apar.heads.eagle3.losses import base_states
 from medusa_apar.heads.eagle3.states import StateCache
-from medusa_apar.heads.eagle3.train import Settings, Trainer, rounds_at, train, usual_boundaries
+from medusa_apar.heads.eagle3.train import Settings, Trainer, rounds_at, train
 from medusa_apar.heads.train import Settings as HeadSettings
 from medusa_apar.heads.train import make_heads
 from medusa_apar.job import Job
@@ -172,14 +172,6 @@ def test_kept_states_are_those_that_are_made_anew(counting_model, data, tmp_path
                 assert torch.equal(kept, made)
     assert cache.of(rows[0])[0] is cache.of(rows[0])[0]
     assert cache.of(rows[1])[0] is not cache.of(rows[1])[0]
-
-
-@pytest.mark.parametrize("layers", range(1, 40))
-def test_usual_boundaries_ascend_and_end_behind_the_last_layer(layers):
-    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(num_hidden_layers=layers))
-    found = usual_boundaries(SimpleNamespace(config=config))
-    assert list(found) == sorted(set(found)) and found[-1] == layers and found[0] >= 1
-    assert len(found) == min(layers, 3)
 
 
 @pytest.mark.parametrize(

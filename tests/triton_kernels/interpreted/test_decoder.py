@@ -1,16 +1,19 @@
 """The whole decoder over the attention kernels, token for token what it is over dense masks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import medusa_apar
 from medusa_apar import DraftTree
 from medusa_apar.events import StepFinished
-from medusa_apar.heads import HydraHeads
+from medusa_apar.heads import Eagle3Heads, HydraHeads
 from medusa_apar.kv.path_table import PathTable
 from medusa_apar.runtimes.cuda_graphs import GraphedSteps, StaticForest
 from tests.support.drafters import RecallHeads
-from tests.support.models import CONTROL, forking_model, tiny_model
+from tests.support.eagle3_files import LAYOUTS, checkpoint
+from tests.support.models import CONTROL, VOCAB, forking_model, tiny_model
 from tests.support.oracles import assert_threads_are_plain
 from tests.support.prompts import prompts
 
@@ -45,6 +48,31 @@ def test_threads_drafts_and_batches_decode_the_same(monkeypatch, graphs):
     assert torch.equal(ours.sequences, plain.sequences)
     assert ours.stats.forks >= 2 and max(ours.stats.accepted_lengths) >= 3
     assert bool(used) == graphs
+    assert_threads_are_plain(model, ours.paragraph_tree)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_drafter_that_attends_drafts_and_decodes_the_same(monkeypatch, graphs):
+    """Its layer runs behind the base's pass, which a graph may have been."""
+    model = forking_model(24)
+    layout = replace(LAYOUTS["with an embedding of its own"], ids=(1, 2, 2), more={"boundaries": [1, 2, 2]})
+    heads = Eagle3Heads.from_state(*checkpoint(layout, 1, model.config.hidden_size, VOCAB), model)
+    plain = run(model, "sdpa", heads, limit=8, budget=12)
+    used = []
+    monkeypatch.setattr(StaticForest, "layout", spied(StaticForest.layout, used))
+    apar = medusa_apar.attach(model, heads, CONTROL, attention="triton", runtime="torch", budget=12, cuda_graphs=graphs)
+    made = []
+    monkeypatch.setattr(GraphedSteps, "_made", spied(GraphedSteps._made, made))
+    counts = []
+    for _ in range(3):
+        inputs = prompts(2, 6, seed=2, ragged=True)
+        ours = apar.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        counts.append(len(made))
+        assert torch.equal(ours.sequences, plain.sequences) and ours.stats.steps == plain.stats.steps
+        assert ours.stats.drafted == plain.stats.drafted and ours.stats.drafted["heads"] > 0
+        assert ours.stats.accepted == plain.stats.accepted
+    # What the drafter keeps is begun anew in each call: no graph knows of it, and none is made for that.
+    assert bool(used) == graphs and counts[1] == counts[2] and bool(counts[0]) == graphs
     assert_threads_are_plain(model, ours.paragraph_tree)
 
 
