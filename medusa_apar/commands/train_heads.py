@@ -155,7 +155,8 @@ def run(args: argparse.Namespace) -> int:
         prompts = read_prompts(args.prompts, drops) if args.prompts else []
         examples = _examples(args, drops)
     alone = "cuda" if torch.cuda.is_available() else "cpu"
-    device = _device(args.device or (alone if launched.num_processes == 1 else str(launched.device)))
+    usual = alone if launched.num_processes == 1 else str(launched.device)
+    device = _device(usual if args.device is None else args.device)
     settings = _settings(args, threads)
     dtype = fast_dtype(device.type) if args.dtype == "auto" else args.dtype
     # Without guesses: what a thread writes beyond an answer's end is kept, and they would change how much.
