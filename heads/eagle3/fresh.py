@@ -54,7 +54,7 @@ def random_file(model: PreTrainedModel, boundaries: tuple[int, ...], seed: int =
     """One of random weights for any base, of its width, float32 on the CPU, with its embedding and unembedding."""
     generator = torch.Generator().manual_seed(seed)
     vocab_size, hidden = unembedding_size(model)
-    heads = max(hidden // _HEAD, 1)
+    heads = next(count for count in range(max(hidden // _HEAD, 1), 0, -1) if hidden % count == 0)
     sizes = {"H": hidden, "I": 2 * hidden, "Q": heads * _HEAD, "K": heads * _HEAD, "F": 2 * hidden}
     layer = {}
     for name, shape in SHAPES.items():

@@ -45,8 +45,9 @@ class Eagle3(nn.Module):
         self.fc, self.fc_bias, self.input_norm = map(_fixed, (file.fc, file.fc_bias, file.input_norm))
         self.state_norms = nn.ParameterList(map(_fixed, file.state_norms))
         self.embedding, self.unembedding = _fixed(file.embedding), _fixed(file.unembedding)
-        # In a tuple, which torch does not search: its frequencies have to stay float32 whatever the weights become.
-        self._rotary = (LlamaRotaryEmbedding(file.config),)
+        # In a dict, which torch does not search: frequencies have to stay float32 whatever the weights become. One a
+        # device: to copy them there at every step would wait for what the device is doing.
+        self._rotaries = {torch.device("cpu"): LlamaRotaryEmbedding(file.config)}
         self.packs: dict[Tensor, PackedMatrix] = {}  # weights that products are made from in another layout
 
     @property
@@ -87,6 +88,11 @@ class Eagle3(nn.Module):
             weights += [getattr(layer, name) for name in (attention if last else whole)]
         other.packs = {weight: PackedMatrix(weight, packing) for weight in weights if weight is not None}
         return other
+
+    def rotary(self, device: torch.device) -> LlamaRotaryEmbedding:
+        if device not in self._rotaries:
+            self._rotaries[device] = copy.deepcopy(self._rotaries[torch.device("cpu")]).to(device)
+        return self._rotaries[device]
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """[N, inputs] -> [N, outputs]."""
@@ -155,7 +161,7 @@ class Eagle3(nn.Module):
             q = self._normed(q, layer.q_norm)
         if layer.k_norm is not None:
             k = self._normed(k, layer.k_norm)
-        turned = self._rotary[0](features, positions[None])
+        turned = self.rotary(features.device)(features, positions[None])
         q, k = (x[0] for x in apply_rotary_pos_emb(q[None], k[None], *turned, unsqueeze_dim=2))
         return q, k, v
 

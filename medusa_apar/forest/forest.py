@@ -173,10 +173,14 @@ class Forest:
     @cached_property
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         """`arrays` on the device, in one copy; made only where somebody asks."""
-        flat = torch.from_numpy(np.concatenate(self.arrays))
+        return self._sent(np.concatenate(self.arrays)).split([len(array) for array in self.arrays])
+
+    def _sent(self, array: np.ndarray) -> torch.Tensor:
+        """On the device, without waiting for what that is doing."""
+        found = torch.from_numpy(array)
         if self._device.type == "cuda":
-            flat = flat.pin_memory()
-        return flat.to(self._device, non_blocking=True).split([len(array) for array in self.arrays])
+            found = found.pin_memory()
+        return found.to(self._device, non_blocking=True)
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
@@ -206,7 +210,7 @@ class Forest:
             rows[1:extend] = segment.slots[: extend - 1]
             # A node below the root, whose parent is -1, hangs from the last extend token, which comes before the first.
             rows[extend:] = segment.slots[extend + segment.draft_tree.parents[:drafted]]
-        return torch.from_numpy(parents).to(self._device)
+        return self._sent(parents)
 
     @cached_property
     def groups(self) -> list[Group]:

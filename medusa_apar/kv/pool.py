@@ -152,9 +152,9 @@ class KVPool(Cache):
         self.features(features.shape[1], features.dtype, features.device)[self.slots] = features
 
     def features(self, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """[capacity, width], where features lie; begun with zeros where there are none of this type."""
+        """[capacity, width], where features lie; begun with zeros where there are none of this kind."""
         kept = self._features.get(0)
-        if kept is None or (kept.dtype, kept.device) != (dtype, device):
+        if kept is None or (kept.shape[1], kept.dtype, kept.device) != (width, dtype, device):
             with torch.inference_mode(False):  # it outlives a caller's inference mode, and is written to outside of it
                 kept = torch.zeros(self.capacity, width, dtype=dtype, device=device)
             self._features[0] = kept
@@ -163,9 +163,11 @@ class KVPool(Cache):
     def layer(
         self, layer: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, [capacity, kv_heads, head_dim] each; begun with zeros where there are none."""
+        """A layer's keys and values, [capacity, kv_heads, head_dim] each; begun with zeros where there are none of this
+        kind."""
         for store in (self.keys, self.values):
-            if layer not in store:
+            kept = store.get(layer)
+            if kept is None or (*kept.shape[1:], kept.dtype, kept.device) != (kv_heads, head_dim, dtype, device):
                 # Zeros, not empty: masked slots still meet a softmax weight of zero, and 0 * NaN is NaN.
                 store[layer] = torch.zeros(self.capacity, kv_heads, head_dim, dtype=dtype, device=device)
         return self.keys[layer], self.values[layer]

@@ -291,6 +291,7 @@ inline void keep_rows(const Eagle3& e, const NewRows& n, int threads) {
         Clock clock{nullptr};
         Blocks blocks(m.heads, 1, 1);
         LayerPass<FloatCache>{m, layer, s, blocks, barrier, clock, (int)(2 * H)}.project();
+        release_tiles();
     }
 }
 

@@ -35,7 +35,7 @@ class CompiledEagle3:
         network, config = heads.network, heads.network.config
         table = heads.base.get_input_embeddings().weight if network.embedding is None else network.embedding
         self._table, self._clamps = table.detach(), network.embedding is not None
-        self._hidden, self._rotary = network.hidden_size, network._rotary[0]
+        self._hidden, self._rotary = network.hidden_size, network.rotary(torch.device("cpu"))
         self._token_map = None if heads.token_map is None else heads.token_map.to("cpu", torch.long).contiguous()
         self._unembedding = PackedMatrix(unembedding, kind)
         self._norm, self._layers = _vector(network.norm), [_PackedLayer(layer, kind) for layer in network.layers]
@@ -107,6 +107,7 @@ class CompiledEagle3:
         if not self.writes:
             return False
         count, heads, device = len(states), self._heads, torch.device("cpu")
+        width = heads.kv_heads * heads.head_dim
         states, tokens = states.float().contiguous(), self._known(rows.token_ids)
         features = pool.features(self._hidden, torch.float32, device)
         stores = pool.layer(first, heads.kv_heads, heads.head_dim, torch.float32, device)
@@ -117,8 +118,8 @@ class CompiledEagle3:
             library.NewRows(
                 *(count, address(states, torch.float32, count * self._width)),
                 *(address(each, torch.long, count) for each in held),
-                address(features, torch.float32, features.numel()),
-                library.Pool(*(address(store, torch.float32, store.numel()) for store in stores), None),
+                address(features, torch.float32, pool.capacity * self._hidden),
+                library.Pool(*(address(store, torch.float32, pool.capacity * width) for store in stores), None),
                 *(address(each, torch.float32, each.numel()) for each in (cos, sin)),
             ),
             torch.get_num_threads(),

@@ -249,7 +249,7 @@ def test_rotary_frequencies_stay_whole_in_any_dtype():
     model = forking_model(5).to(torch.bfloat16)
     half, whole = drafter_of(model), drafter_of(model.float())
     assert half.dtype == torch.bfloat16
-    rotaries = [heads.to(heads.dtype).network._rotary[0] for heads in (half, whole)]
+    rotaries = [heads.to(heads.dtype).network.rotary(torch.device("cpu")) for heads in (half, whole)]
     assert torch.equal(*(rotary.inv_freq for rotary in rotaries)) and rotaries[0].inv_freq.dtype == torch.float32
 
 
