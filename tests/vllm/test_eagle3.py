@@ -1,7 +1,7 @@
 """An EAGLE-3 drafter that we train and `convert` writes: vLLM loads it, and accepts of it what a chain is worth here.
 
-The drafter learns the very answers that are asked for, so that it is often right; float32 and greedy, so that both
-engines have the same drafts to accept, to the last one.
+The drafter learns one of the answers that are asked for, so that it is often right. All is float32 and greedy, so that
+both engines have the same drafts to accept, to the last one.
 """
 
 import asyncio
@@ -71,4 +71,5 @@ def test_vllm_accepts_of_an_exported_drafter_what_we_do(merged, tmp_path, layout
     # The last step of a text is cut at its end here and drafted in full there.
     for accepted in range(CHAIN + 1):
         assert abs(stats.drafts[accepted] - drafts[accepted]) <= len(QUESTIONS)
-    assert stats.accepted.total() > 0.3 * stats.drafts.total() * CHAIN > 0
+    # One of the two prompts is held out; a drafter that is read wrongly is hardly ever right.
+    assert stats.accepted.total() > 0.15 * stats.drafts.total() * CHAIN > 0
