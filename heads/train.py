@@ -28,7 +28,7 @@ from .answers import AnswerFile, Answers, Encoder, Store, data_fingerprint, gree
 from .ask import check_same
 from .held_out import HELD_OUT, by_place, by_prompt
 from .losses import WINDOW, evaluate, ridge_start, window_losses
-from .training_loop import STATE, Course, Figures, TrainingLoop
+from .training_loop import STATE, Figures, LoopSettings, TrainingLoop
 
 HEAD_DECAY = 0.8  # head h counts 0.8^h (Medusa, section 3.2)
 WARMUP = 0.03  # of the run
@@ -82,7 +82,7 @@ class Trainer(TrainingLoop):
         self.store, self.held_out, self.greedy, self.settings = store, held_out, greedy, settings
         self.windows_per_step = max(1, round(settings.batch / WINDOW))
         windows_per_epoch = math.ceil(len(store) / WINDOW)
-        course = Course(
+        loop = LoopSettings(
             last_step=math.ceil(settings.epochs * windows_per_epoch / self.windows_per_step),
             max_minutes=settings.max_minutes,
             lr=settings.lr or LEARNING_RATES[heads.kind],
@@ -91,10 +91,10 @@ class Trainer(TrainingLoop):
             eval_every=settings.eval_every,
             threads=settings.threads,
         )
-        super().__init__(heads, list(heads.parameters()), out, course, job)
+        super().__init__(heads, list(heads.parameters()), out, loop, job)
 
     def update(self, progress: float) -> list[float]:
-        sums = self.descend(self.window_starts(), self._gradients)
+        sums = self.take_step(self.window_starts(), self._gradients)
         return (sums[0] / sums[1].clamp(min=1)).tolist()
 
     def _gradients(self, start: int) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -190,9 +190,9 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
         records=len(file.records),
         positions=len(store),
         steps=trainer.step,
-        last_step=trainer.course.last_step,
+        last_step=trainer.loop.last_step,
         training_minutes=round(trainer.seconds / 60, 2),
-        lr=trainer.course.lr,
+        lr=trainer.loop.lr,
         parameters=sum(parameter.numel() for parameter in trainer.parameters),
         precision=str(trainer.product_dtype).removeprefix("torch."),
         held_out=figures,

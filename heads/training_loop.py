@@ -27,7 +27,7 @@ Figures = dict[str, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class LoopSettings:
     """How a run goes.
 
     last_step: after which it ends, if its time has not ended before. warmup: share of the run that the rate takes to
@@ -52,16 +52,16 @@ class TrainingLoop(ABC):
     """
 
     def __init__(
-        self, heads: DraftHeads, parameters: Sequence[nn.Parameter], out: Path, course: Course, job: Job
+        self, heads: DraftHeads, parameters: Sequence[nn.Parameter], out: Path, loop: LoopSettings, job: Job
     ) -> None:
-        self.heads, self.parameters, self.out, self.course, self.job = heads, list(parameters), out, course, job
+        self.heads, self.parameters, self.out, self.loop, self.job = heads, list(parameters), out, loop, job
         self.accelerator = Accelerator()
         self.device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=course.lr, betas=course.betas, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=loop.lr, betas=loop.betas, weight_decay=0.0)
         self.step, self.seconds = 0, 0.0  # done so far, earlier runs included
         self.extra: dict[str, Any] = {}  # goes into the checkpoint
         self.product_dtype = heads.base.dtype
-        threads = course.threads if self.device.type == "cpu" else 1
+        threads = loop.threads if self.device.type == "cpu" else 1
         initialise = (lambda: torch.set_num_threads(1)) if threads > 1 else None
         self.workers = ThreadPoolExecutor(threads, initializer=initialise)
 
@@ -91,14 +91,14 @@ class TrainingLoop(ABC):
         if self.step == 0:
             self._evaluate()
             self.save()  # which data it is trained on is settled from here on
-        with self.job.bar("training", self.course.last_step, self.step) as bar:
+        with self.job.bar("training", self.loop.last_step, self.step) as bar:
             while (progress := self._progress()) < 1:
                 self._set_rate(progress)
                 losses = self.update(progress)
                 self.step += 1
                 self.seconds = before + time.monotonic() - started
-                bar.at(progress * self.course.last_step, f"loss {sum(losses) / len(losses):.3f}")
-                if self.step % self.course.eval_every == 0:
+                bar.at(progress * self.loop.last_step, f"loss {sum(losses) / len(losses):.3f}")
+                if self.step % self.loop.eval_every == 0:
                     self._evaluate(losses)
                     self.save()
         figures = self._evaluate()
@@ -106,7 +106,7 @@ class TrainingLoop(ABC):
         self.workers.shutdown()
         return figures
 
-    def descend(
+    def take_step(
         self, work: Iterable[Work], gradients_of: Callable[[Work], tuple[tuple[Tensor, ...], Tensor]]
     ) -> Tensor:
         """One step down the gradients of all pieces of work, each process having its own; what was counted of them.
@@ -141,7 +141,7 @@ class TrainingLoop(ABC):
 
     def _progress(self) -> float:
         """The share of the run that is done, by time or by steps, whichever is further: the cosine ends with it."""
-        done = max(self.step / self.course.last_step, self.seconds / (60 * self.course.max_minutes))
+        done = max(self.step / self.loop.last_step, self.seconds / (60 * self.loop.max_minutes))
         if self.alone:
             return done
         # By the first process's clock: replicas with clocks of their own would part, or wait for ever.
@@ -150,10 +150,10 @@ class TrainingLoop(ABC):
 
     def _set_rate(self, progress: float) -> None:
         warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
-        if self.course.warmup:
-            warm = min(warm, (progress + 1e-3) / self.course.warmup)
+        if self.loop.warmup:
+            warm = min(warm, (progress + 1e-3) / self.loop.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.course.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = self.loop.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _evaluate(self, losses: list[float] | None = None) -> Figures:
         """Held-out figures, logged and said; `losses` are the last update's."""
@@ -161,7 +161,7 @@ class TrainingLoop(ABC):
         figures = {name: [round(value, 4) for value in values] for name, values in found.items()}
         rounded, minutes = losses and [round(value, 4) for value in losses], round(self.seconds / 60, 2)
         self.job.log("held_out", step=self.step, minutes=minutes, train_loss=rounded, **figures)
-        self.job.say(f"step {self.step}/{self.course.last_step}  {minutes:.1f} min  held out: {figures}")
+        self.job.say(f"step {self.step}/{self.loop.last_step}  {minutes:.1f} min  held out: {figures}")
         return found
 
     def save(self) -> None:

@@ -107,7 +107,7 @@ class Eagle3Drafter(AttendingDrafter):
             best, chances = (
                 x.unflatten(0, (threads, rows)) for x in heads.top(self._unembed(drafted.states), level.top_k)
             )
-            # Of every parent, -1 and -inf where nobody looked.
+            # Every parent has an entry, -1 and -inf where nobody looked.
             all_best = best.new_full((threads, reach.shape[1], level.top_k), -1).index_copy(1, looked, best)
             all_chances = chances.new_full(all_best.shape, -math.inf).index_copy(1, looked, chances)
             found = all_best[:, places.parents, places.ranks]

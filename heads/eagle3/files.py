@@ -154,8 +154,8 @@ def default_boundaries(num_layers: int) -> tuple[int, ...]:
 
 
 def ascending_boundaries(num_layers: int) -> tuple[int, ...]:
-    """Those of a drafter of our own: a low one, a middle one, and the last layer's output, from which the base says
-    what comes next; as many as there are different ones."""
+    """A drafter of our own fuses a low state, a middle one, and the last layer's output, from which the base says what
+    comes next; a base of one or two layers has fewer."""
     low = 2 if num_layers >= 6 else 1
     return tuple(sorted({low, max(num_layers // 2, low + 1), num_layers} & set(range(1, num_layers + 1))))
 

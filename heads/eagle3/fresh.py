@@ -51,7 +51,7 @@ def fresh(model: PreTrainedModel, boundaries: tuple[int, ...], token_map: Tensor
 
 
 def random_file(model: PreTrainedModel, boundaries: tuple[int, ...], seed: int = 0) -> Eagle3File:
-    """One of random weights for any base, of its width, float32 on the CPU, with its embedding and unembedding."""
+    """A random drafter of any base, as wide, float32 on the CPU, with its embedding and unembedding."""
     generator = torch.Generator().manual_seed(seed)
     vocab_size, hidden = unembedding_size(model)
     heads = next(count for count in range(max(hidden // _HEAD, 1), 0, -1) if hidden % count == 0)

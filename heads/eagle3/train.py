@@ -26,7 +26,7 @@ from .. import load_heads
 from ..answers import AnswerFile, data_fingerprint
 from ..ask import check_same
 from ..held_out import by_prompt
-from ..training_loop import STATE, Course, Figures, TrainingLoop
+from ..training_loop import STATE, Figures, LoopSettings, TrainingLoop
 from .files import ascending_boundaries
 from .fresh import fresh
 from .heads import Eagle3Heads
@@ -87,7 +87,7 @@ class Trainer(TrainingLoop):
         tokens = sum(map(len, rows))
         # Each process needs a row of every update, however few tokens that is to have.
         per_epoch = tokens / max(settings.batch, processes * tokens / len(rows))
-        course = Course(
+        loop = LoopSettings(
             last_step=max(1, math.ceil(settings.epochs * per_epoch)),
             max_minutes=settings.max_minutes,
             lr=settings.lr or LEARNING_RATE,
@@ -96,7 +96,7 @@ class Trainer(TrainingLoop):
             eval_every=settings.eval_every,
             threads=settings.threads,
         )
-        super().__init__(heads, parameters, out, course, job)
+        super().__init__(heads, parameters, out, loop, job)
         self.drafter, self.states = heads, StateCache(heads, ROOM // processes)
         self._updates = self._drawn()
 
@@ -123,7 +123,7 @@ class Trainer(TrainingLoop):
         rows = next(self._updates)
         tokens, rounds = sum(map(len, rows)), rounds_at(progress, self.settings.rounds)
         rows = sorted(rows, key=len, reverse=True)  # so that no worker is left with a long one at the end
-        counted = self.descend(self.share(rows), lambda row: self._gradients(row, tokens, rounds))
+        counted = self.take_step(self.share(rows), lambda row: self._gradients(row, tokens, rounds))
         return (counted[0] / counted[1].clamp(min=1)).tolist()
 
     def _losses(self, row: PackedRow, rounds: int, ranks: int = 0) -> RoundLosses:
@@ -145,7 +145,7 @@ class Trainer(TrainingLoop):
         return self._losses(row, self.settings.rounds, RANKS)
 
     def judge(self) -> Figures:
-        """Of each round."""
+        """Figures of each round."""
         rows = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
         rounds = self.settings.rounds
         sums = torch.zeros(rounds, 2 + RANKS, device=self.device)
@@ -189,9 +189,9 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
         records=len(file.records),
         tokens=sum(map(len, rows)),
         steps=trainer.step,
-        last_step=trainer.course.last_step,
+        last_step=trainer.loop.last_step,
         training_minutes=round(trainer.seconds / 60, 2),
-        lr=trainer.course.lr,
+        lr=trainer.loop.lr,
         parameters=sum(parameter.numel() for parameter in trainer.parameters),
         processes=trainer.accelerator.num_processes,
         held_out=figures,

@@ -57,7 +57,7 @@ def config(file: Eagle3File, layout: Layout, base: str) -> dict[str, Any]:
 
 
 def model_type(file: Eagle3File) -> str:
-    """Whose layers the drafter's are: norms of queries and keys are Qwen3's."""
+    """The family whose layers the drafter has: norms of queries and keys are Qwen3's."""
     return "qwen3" if "self_attn.q_norm.weight" in file.layers[0] else "llama"
 
 

@@ -70,7 +70,7 @@ class Reads:
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Of the base, whose states those layers fuse."""
+        """Places in the base whose states those layers fuse."""
         return () if self.layers is None else self.layers.boundaries
 
     @classmethod

@@ -80,7 +80,7 @@ class CompiledEagle3:
         starts = torch.tensor([0, *lengths]).sub_(1).clamp_(min=0).cumsum(0).to(torch.int32)
         last = torch.tensor([int(path[-1]) for path in written.paths])
         features = written.pool.features_at(last).float().contiguous()
-        pools, stores = self._pools(written)
+        pools = self._pools(written)
         cos, sin = self._turns(max(lengths) + len(tree.levels) + 1)
         roots = self._known(root_ids)
         least = math.log(min_probability) if min_probability > 0 else -math.inf
@@ -99,7 +99,6 @@ class CompiledEagle3:
             torch.get_num_threads(),
         ):
             raise IndexError(f"a token is not one of the model's {len(self._table)}")
-        del stores
         return token_ids, log_probs
 
     def write(self, states: Tensor, rows: NewRows, pool: KVPool, first: int) -> bool:
@@ -128,17 +127,20 @@ class CompiledEagle3:
         return True
 
     def _known(self, token_ids: Tensor) -> Tensor:
-        """Of a token that is new to a drafter with an embedding of its own any row does: it is never drafted."""
+        """A drafter's own embedding may lack rows of new tokens: any row does, since these are never drafted."""
         return token_ids.clamp(max=len(self._table) - 1) if self._clamps else token_ids.contiguous()
 
-    def _pools(self, written: Written) -> tuple[Any, Sequence[Tensor]]:
+    def _pools(self, written: Written) -> Any:
+        """Where the pool keeps the layers' keys and values, which stay there as long as it does."""
         pool, first = written.pool, written.pool.storage.first_draft_layer
         assert first is not None
-        stores = [store[first + index] for index in range(len(self._layers)) for store in (pool.keys, pool.values)]
-        width = self._heads.kv_heads * self._heads.head_dim
-        found = [address(store, torch.float32, pool.capacity * width) for store in stores]
-        pairs = zip(found[::2], found[1::2], strict=True)
-        return (library.Pool * len(self._layers))(*(library.Pool(*pair, None) for pair in pairs)), stores
+        size = pool.capacity * self._heads.kv_heads * self._heads.head_dim
+        return (library.Pool * len(self._layers))(
+            *(
+                library.Pool(*(address(store[layer], torch.float32, size) for store in (pool.keys, pool.values)), None)
+                for layer in range(first, first + len(self._layers))
+            )
+        )
 
     def _turns(self, needed: int) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [positions, head_dim] of at least so many positions."""

@@ -64,7 +64,7 @@ def test_there_and_back_every_layout_is_the_same_drafter(tmp_path, name, first):
 @pytest.mark.parametrize("layout", ["eagle3", "speculators"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_vllm_finds_what_it_asks_for(tmp_path, name, layout):
-    """By its own names: of tensors, and of what its configs say of them (`llama_eagle3.py`, `speculators/algos.py`)."""
+    """Tensors and config entries stand where its loaders look for them (`llama_eagle3.py`, `speculators/algos.py`)."""
     given = LAYOUTS[name]
     convert(written(tmp_path / "source", given), layout, tmp_path / "out", base="their/base")
     state = load_file(tmp_path / "out" / "model.safetensors")
