@@ -59,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of them of which half of the details fork (default: %(default)s)")  # fmt: skip
     add("--unlikelihood", type=number(float, 0), default=1.0, metavar="W",
         help="weight of what looping answers repeat, which becomes unlikely (default: %(default)s)")  # fmt: skip
+    add("--distil", type=number(float, 0), default=0.0, metavar="W",
+        help="weight of staying close to what the untuned base would write (default: %(default)s)")  # fmt: skip
     add(
         "--total-tokens",
         type=number(int, 1),
@@ -113,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         in_line=args.in_line_share,
         mixed=args.mixed_share,
         unlikelihood=args.unlikelihood,
+        distil=args.distil,
         total_tokens=args.total_tokens,
         max_minutes=args.max_minutes,
         dtype=fast_dtype() if args.dtype == "auto" else args.dtype,

@@ -10,5 +10,6 @@ mixture.py  which examples are trained on, and how rows fill updates
 base.py     the model to be tuned and its two control tokens
 adapter.py  LoRA plus the two control rows: attach, forward, save
 lora_linear.py  LoRA's products in the dtype of the frozen weights
+distil.py   what the untuned base would have written, where it knows better than a corpus
 train.py    `medusa-apar finetune`: the training loop
 """

@@ -24,6 +24,8 @@ from medusa_apar.models.merge import put_adapter
 from medusa_apar.runtimes.attention import current_forest, forest_attention
 from medusa_apar.threads.control_tokens import CONFIG_NAME
 
+from .distil import divergence, taught, without_control
+from .lora_linear import frozen_alone
 from .packing import IGNORED, PackedForest, PackedRow, Tokens, pack_threads
 
 FORK_LIKE = ":\n"  # [Fork] follows what ":" ends, and a line break follows it
@@ -39,6 +41,7 @@ class Losses:
     in_trunk: torch.Tensor  # [L] bool
     says_fork: torch.Tensor  # [L] bool: the model's first choice is [Fork]
     against: torch.Tensor  # [A] -log(1 - p) of each token to be avoided
+    from_base: torch.Tensor  # [D] divergence from the base where it teaches (`distil.py`)
 
 
 def attach_lora(
@@ -129,8 +132,11 @@ def check_forward(tuned: PeftModel) -> None:
         )
 
 
-def label_losses(tuned: PeftModel, row: PackedRow, tokens: Tokens) -> Losses:
-    """Losses of a row's labels, float32; the unembedding runs only where there is one (half of the tokens)."""
+def label_losses(tuned: PeftModel, row: PackedRow, tokens: Tokens, ends: torch.Tensor | None = None) -> Losses:
+    """Losses of a row's labels, float32; the unembedding runs only where there is one (half of the tokens).
+
+    ends: `distil.ending_tokens`, where the divergence from the base is wanted. That is within `lean_lora` alone.
+    """
     labels, avoided = row.labels(), row.labels(of=row.avoided)
     wanted, unwanted = ((ids != IGNORED).nonzero()[:, 0] for ids in (labels, avoided))
     logits = _logits(tuned, row, torch.cat([wanted, unwanted]), [tokens.fork, tokens.child]).float()
@@ -139,7 +145,15 @@ def label_losses(tuned: PeftModel, row: PackedRow, tokens: Tokens) -> Losses:
     values = F.cross_entropy(logits, labels, reduction="none")
     says_fork = logits.detach().argmax(-1) == tokens.fork
     against = _unlikelihood(others, avoided[unwanted])
-    return Losses(values, labels == tokens.fork, row.in_trunk[wanted], says_fork, against)
+    in_trunk = row.in_trunk[wanted]
+    from_base = values.new_zeros(0)
+    if ends is not None:
+        of = taught(row.input_ids[wanted], labels, tokens)
+        plain = without_control(row, tokens)
+        with torch.no_grad(), frozen_alone():
+            teacher = _logits(tuned, plain.row, plain.places[wanted[of]], []).float()
+        from_base = divergence(logits[of], teacher, in_trunk[of], tokens, ends)
+    return Losses(values, labels == tokens.fork, in_trunk, says_fork, against, from_base)
 
 
 def _unlikelihood(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

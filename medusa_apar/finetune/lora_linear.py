@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,17 +47,37 @@ class _LoraProduct(torch.autograd.Function):
         return of_x, None, None, of_a, of_b, None
 
 
+_frozen_alone: ContextVar[bool] = ContextVar("frozen_alone", default=False)
+
+
 @contextmanager
 def lean_lora(tuned: PeftModel) -> Iterator[None]:
     """Within it, the plain LoRA layers of a model run so; others, with dropout or DoRA say, as peft has them."""
-    layers: list[Any] = [module for module in tuned.modules() if _plain(module)]
+    layers: list[Any] = [module for module in tuned.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        layer.forward = _forward(layer)
+        layer.forward = _switched(layer, _forward(layer) if _plain(layer) else layer.forward)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+
+
+@contextmanager
+def frozen_alone() -> Iterator[None]:
+    """Within it and within `lean_lora`, LoRA layers are their frozen weights, in this thread alone."""
+    token = _frozen_alone.set(True)
+    try:
+        yield
+    finally:
+        _frozen_alone.reset(token)
+
+
+def _switched(layer: Any, tuned: Any) -> Any:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return layer.base_layer(x) if _frozen_alone.get() else tuned(x, *args, **kwargs)
+
+    return forward
 
 
 def _forward(layer: Linear) -> Any:

@@ -25,13 +25,14 @@ from medusa_apar.models.fingerprint import fingerprint
 from .adapter import Losses, attach_lora, check_forward, control_rows, label_losses, save_adapter
 from .corpus import Drops, Example, load_examples
 from .data import EXAMPLES
+from .distil import ending_tokens
 from .forms import Forms, pack
 from .lora_linear import lean_lora
 from .mixture import Given, Limits, Source, draw, updates
 from .packing import PackedRow, Tokens
 
 PARTS = ("trunk", "fork", "thread")
-BESIDE = ("fork_recall", "fork_precision", "avoided")  # means that are no part of the loss
+BESIDE = ("fork_recall", "fork_precision", "avoided", "from_base")  # means that are no part of the loss
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class Settings:
     in_line: float = 0.25
     mixed: float = 0.25
     unlikelihood: float = 1.0
+    distil: float = 0.0
     total_tokens: int | None = None
     max_minutes: float | None = None
     dtype: str = "float32"
@@ -75,7 +77,7 @@ class Schedule:
 class Tally:
     """Mean losses by what the label is: fork decisions, other trunk tokens, thread tokens.
 
-    "avoided" is the mean probability of the tokens that are to become unlikely.
+    "avoided" is the mean probability of the tokens that are to become unlikely, "from_base" the mean divergence.
     """
 
     def __init__(self) -> None:
@@ -97,6 +99,8 @@ class Tally:
             self.counts[name] += int(of.sum())
         self.sums["avoided"] += float(-torch.expm1(-losses.against).sum())
         self.counts["avoided"] += len(losses.against)
+        self.sums["from_base"] += float(losses.from_base.sum())
+        self.counts["from_base"] += len(losses.from_base)
 
     def gather(self, accelerator: Accelerator) -> Tally:
         """The sums over all processes."""
@@ -128,9 +132,12 @@ class Trainer:
 
     def __init__(
         self, tuned, tokens: Tokens, schedule: Schedule, settings: Settings, job: Job, accelerator: Accelerator,
-        workers: int, of: dict[str, Any],
+        workers: int, of: dict[str, Any], ends: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """of: what else the run is made of (base, data, ...); a checkpoint is only taken up with the same."""
+        """of: what else the run is made of (base, data, ...); a checkpoint is only taken up with the same.
+
+        ends: `distil.ending_tokens`, where the base teaches.
+        """
         rows = control_rows(tuned)
         apart = {id(row) for row in rows}
         lora = [p for p in tuned.parameters() if p.requires_grad and id(p) not in apart]
@@ -140,6 +147,7 @@ class Trainer:
         self.workers = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         self.tuned, self.tokens, self.schedule, self.job = tuned, tokens, schedule, job
         self.accelerator, self.settings, self.of = accelerator, settings, of
+        self.ends = None if ends is None else ends.to(accelerator.device)
         self.update = 0
 
     def elapsed(self) -> float:
@@ -186,10 +194,13 @@ class Trainer:
 
     def _gradients(self, row: PackedRow, labels: int) -> tuple[tuple[Tensor, ...], Losses]:
         """A row's share of an update of so many labels, and its losses."""
-        losses = label_losses(self.tuned, row.to(self.accelerator.device), self.tokens)
-        loss = losses.values.sum() + self.settings.unlikelihood * losses.against.sum()
+        losses = label_losses(self.tuned, row.to(self.accelerator.device), self.tokens, self.ends)
+        settings = self.settings
+        loss = losses.values.sum() + settings.unlikelihood * losses.against.sum()
+        loss = loss + settings.distil * losses.from_base.sum()
         gradients = torch.autograd.grad(loss / labels, self.parameters)
-        losses.values, losses.against = losses.values.detach(), losses.against.detach()
+        for name in ("values", "against", "from_base"):  # the graphs of an update's rows go as they are done
+            setattr(losses, name, getattr(losses, name).detach())
         return gradients, losses
 
     def evaluate(self, rows: list[PackedRow]) -> dict[str, float | None]:
@@ -201,7 +212,7 @@ class Trainer:
 
     @torch.no_grad()
     def _losses(self, row: PackedRow) -> Losses:
-        return label_losses(self.tuned, row.to(self.accelerator.device), self.tokens)
+        return label_losses(self.tuned, row.to(self.accelerator.device), self.tokens, self.ends)
 
     # ---- checkpoints
 
@@ -306,7 +317,8 @@ def finetune(
     minutes = settings.max_minutes
     schedule = Schedule(len(groups), None if minutes is None else 60 * minutes, settings.warmup)
     threads = workers or (len(os.sched_getaffinity(0)) if on_cpu and hasattr(os, "sched_getaffinity") else 1)
-    trainer = Trainer(tuned, tokens, schedule, settings, job, accelerator, threads, of)
+    ends = ending_tokens(tokenizer, tokens) if settings.distil else None
+    trainer = Trainer(tuned, tokens, schedule, settings, job, accelerator, threads, of, ends)
     trainer.resume()
     if accelerator.is_main_process and (short := _shortage(given)):
         job.say(short)
