@@ -6,7 +6,7 @@ READY := .venv/.installed
 TORCH_INDEX ?=
 
 .PHONY: install demo serve test test-newest test-litellm schedules faults vllm vllm-install vllm-parallel bench \
-	notebooks notebooks-run lint clean
+	notebooks notebooks-run lint dist wheel clean
 
 install: $(READY)
 
@@ -114,11 +114,24 @@ notebooks-run: install
 
 # mypy cannot follow the editable install's import hook to heads/, triton_kernels/ and eval/: it checks a built copy.
 lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/pre-commit run --all-files
 	rm -rf build/lib
 	$(BIN)/python setup.py -q build_py --build-lib build/lib
 	$(BIN)/mypy build/lib/medusa_apar
+
+# What is published, an sdist and the wheel that is made of it, as the index wants them.
+RELEASE := .venv-release/bin/python
+dist:
+	test -x $(RELEASE) || $(PYTHON) -m venv .venv-release
+	$(RELEASE) -m pip install --disable-pip-version-check --quiet build twine
+	rm -rf dist build
+	$(RELEASE) -m build
+	$(RELEASE) -m twine check --strict dist/*
+
+# The wheel in a fresh environment; PYTHONS="python3.11 python3.13" names those that are tried.
+PYTHONS ?= $(PYTHON)
+wheel: dist
+	.ci/wheel $(PYTHONS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -3,15 +3,39 @@
 A top-level `triton_kernels` would shadow a package that other projects import, hence the mapping.
 """
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+# Where the project is published. A fork that is published elsewhere changes it here, in mkdocs.yml and in CITATION.cff.
+HOME = "https://github.com/medusa-apar/medusa-apar"
+RELATIVE = r"(?!\w+:|#)"  # a link to a file beside the README
 MAPPED = {"medusa_apar.heads": "heads", "medusa_apar.triton_kernels": "triton_kernels", "medusa_apar.eval": "eval"}
 
 # FastAPI and uvicorn carry the server, prometheus-client counts for it. FastAPI 0.136 is what vLLM 0.32 brings, and has
 # been tried; starlette's limit of a body's length, which 1.10 has, is what bounds the memory of one.
 SERVE = ["fastapi>=0.136", "starlette>=1.10", "uvicorn", "prometheus-client"]
+
+
+def version() -> str:
+    """The one that `medusa_apar.__version__` says: there is no other."""
+    text = (HERE / "medusa_apar" / "__init__.py").read_text(encoding="utf-8")
+    return re.findall(r'^__version__ = "(.+)"$', text, re.M)[0]
+
+
+def page() -> str:
+    """The README for a reader who has no clone beside it: its links and pictures lead to the published repository."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def lead(kind: str) -> Callable[[re.Match[str]], str]:
+        return lambda found: f"{found[1]}{HOME}/{kind}/main/{found[2]}"
+
+    text = re.sub(rf'((?:src|srcset)="|!\[[^\]]*\]\(){RELATIVE}([^")\s]+)', lead("raw"), text)
+    return re.sub(rf"(\]\(){RELATIVE}([^)\s]+)", lead("blob"), text)
+
 
 packages = find_packages(include=["medusa_apar", "medusa_apar.*"])
 for folder in MAPPED.values():
@@ -19,11 +43,30 @@ for folder in MAPPED.values():
 
 setup(
     name="medusa-apar",
-    version="0.1.0",
+    version=version(),
     description="Parallel threads (APAR) times speculative heads (Medusa): a drop-in generate() for transformers",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=page(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    author="The medusa-apar authors",
+    url=HOME,
+    project_urls={
+        "Source": HOME,
+        "Issues": f"{HOME}/issues",
+        "Changes": f"{HOME}/blob/main/CHANGELOG.md",
+        "Benchmarks": f"{HOME}/blob/main/eval/README.md",
+    },
+    keywords=[
+        "llm",
+        "inference",
+        "speculative decoding",
+        "parallel decoding",
+        "medusa",
+        "eagle",
+        "apar",
+        "transformers",
+    ],
     python_requires=">=3.11",
     packages=packages,
     package_dir=MAPPED,
@@ -74,7 +117,17 @@ setup(
         # httpx and openai ask the server what its users would, playwright has a browser open its page, and sacrebleu's
         # chrF is tried.
         "dev": [
-            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "nbclient", "nbformat", "ipykernel"),
+            *(
+                "pytest",
+                "pytest-xdist",
+                "hypothesis",
+                "ruff",
+                "mypy",
+                "pre-commit",
+                "nbclient",
+                "nbformat",
+                "ipykernel",
+            ),
             *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright", "schemathesis", "sacrebleu"),
         ],
     },
@@ -84,9 +137,17 @@ setup(
         "vllm.endpoint_plugins": ["medusa_apar = medusa_apar.serve.vllm_plugin:Plugin"],
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Operating System :: MacOS",
+        "Operating System :: Microsoft :: Windows",
+        "Programming Language :: C++",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING, Any
 if (Path(__file__).parent.parent / "setup.py").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from medusa_apar import display as display

@@ -35,6 +35,7 @@ from medusa_apar.eval.systems import OF_BASE
 from medusa_apar.heads import HydraHeads
 from medusa_apar.serve.server import Server
 from tests.support.eagle3_files import LAYOUTS, checkpoint
+from tests.support.files import repository_files
 from tests.support.folders import forking_folder
 from tests.support.models import LLAMA_LIKE
 
@@ -160,11 +161,10 @@ def run_pip(arguments: list[str]) -> None:
     """What is installed from a copy of the clone works outside it, weights and kernels included; what it depends on is
     here already."""
     assert arguments[0] == "install" and re.fullmatch(r"\.(\[\w+\])?", arguments[1])
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for name in filter(None, files):
-        if (ROOT / name).is_file() and not name.startswith(("eval/results", "notebooks")):
-            Path("clone", name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, Path("clone", name))
+    for path in repository_files(ROOT):
+        if not str(path).startswith(("eval/results", "notebooks")):
+            Path("clone", path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, Path("clone", path))
     command = [
         sys.executable,
         "-m",

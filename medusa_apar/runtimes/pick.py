@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .agreement import check_agrees
 from .attention import pick_backend
+from .cpu import library
 from .cpu.runtime import CpuRuntime, unsupported_reason
 from .devices import device_of, gpus_of
 from .runtime import Runtime
@@ -60,7 +61,10 @@ def pick_runtime(
             asked = f"quantize={quantize!r}" if quantize else "runtime='cpu'"
             raise ValueError(f"{asked} needs the CPU runtime, which cannot run this model: {why}.")
         if not gpus:
-            logger.info("%s runs in torch, since the CPU runtime cannot run it: %s", type(model).__name__, why)
+            # What the machine lacks its user can install, and would hardly guess.
+            lacking = not library.compilers() and why == library.outcome()
+            level = logging.WARNING if lacking else logging.INFO
+            logger.log(level, "%s runs in torch, since the CPU runtime cannot run it: %s.", type(model).__name__, why)
     plain = TorchRuntime(model, backend, graphs)
     largest = _LARGEST_DIFFERENCE["float32"] if plain.facts.kind == "float32" else None
     try:

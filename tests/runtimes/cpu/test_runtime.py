@@ -303,7 +303,7 @@ def test_a_model_that_has_changed_under_it_is_refused():
     assert apar.generate(**prompts(1, 5), max_new_tokens=4).shape == (1, 9)
 
 
-def test_what_it_cannot_run_is_refused_or_left_to_torch(monkeypatch):
+def test_what_it_cannot_run_is_refused_or_left_to_torch(monkeypatch, caplog):
     model = tiny_model("gpt2")
     assert isinstance(medusa_apar.attach(model).runtime, TorchRuntime)
     with pytest.raises(ValueError, match="GPT2LMHeadModel is none of the models that it knows"):
@@ -323,6 +323,11 @@ def test_what_it_cannot_run_is_refused_or_left_to_torch(monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     try:
         assert isinstance(medusa_apar.attach(llama).runtime, TorchRuntime)
+        # What its user can install is said aloud.
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "LlamaForCausalLM runs in torch, since the CPU runtime cannot run it: there is no C++ compiler (g++ or "
+            "clang++; or name one in CXX)."
+        ]
         with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
             medusa_apar.attach(llama, quantize="int8")
     finally:
