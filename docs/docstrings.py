@@ -12,33 +12,32 @@ except ModuleNotFoundError:  # the tests need `listed` alone
 
 _NAMES = r"[a-z_]\w*(?:, [a-z_]\w*)*"
 _FIELD = re.compile(rf"({_NAMES}): (?=\S)")
+_TITLE = re.compile(rf"^(?:Args|Attributes):[ \n](?={_NAMES}: )", re.MULTILINE)  # of what Griffe takes for plain text
 _NEXT = re.compile(rf"(?<=\.) (?={_NAMES}: \S)")  # of several in a line
 
 
 def listed(docstring: str) -> str:
-    """The docstring with its lines of "name: meaning" as items; a meaning goes on in lines that are indented deeper."""
+    """The docstring with its "name: meaning" as items. A meaning goes on up to the next name or an empty line."""
     done: list[str] = []
     item, before = False, ""
-    for line in docstring.split("\n"):
-        if (item or not before) and _FIELD.match(line):
-            item = True
-            done += [_named(field) for field in _NEXT.split(line)]
-        elif item and line.startswith("    "):
-            first, *further = _NEXT.split(line)
-            done += [first, *map(_named, further)]
-        else:
-            if item and line:
-                done.append("")  # or Markdown would take it for the item's
-            item = False
+    for line in _TITLE.sub("", docstring).split("\n"):
+        item = bool(line) and (item or not before and _FIELD.match(line) is not None)
+        if not item:
             done.append(line)
+        elif _FIELD.match(line):
+            done += map(_named, _NEXT.split(line))
+        else:
+            first, *further = _NEXT.split(line.strip())
+            done += ["    " + first, *map(_named, further)]
         before = line
     return "\n".join(done)
 
 
 def _named(field: str) -> str:
-    return _FIELD.sub(
-        lambda found: "- " + ", ".join(f"`{name}`" for name in found[1].split(", ")) + ": ", field, count=1
-    )
+    def bullet(found: re.Match[str]) -> str:
+        return "- " + ", ".join(f"`{name}`" for name in found[1].split(", ")) + ": "
+
+    return _FIELD.sub(bullet, field, count=1)
 
 
 class Docstrings(Extension):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -23,14 +24,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     stored = {
-        f"notebooks/{path.name}": notebook_page(path.read_text(encoding="utf-8"))
+        f"notebooks/{path.name}": notebook_page(path.name, path.read_text(encoding="utf-8"))
         for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
     }
     made = site(ROOT, str(config.repo_url).rstrip("/"), {name: text for name, (text, _) in stored.items()})
-    outputs = {made.homes[name]: marks for name, (_, marks) in stored.items()}
+    outputs = {mark: shown for _, marks in stored.values() for mark, shown in marks.items()}
     for page, text in made.markdown().items():
-        for mark, output in outputs.get(page, {}).items():
-            text = text.replace(mark, output, 1)
+        text = re.sub(r"<!-- \S+\.ipynb \d+ -->", lambda mark: outputs[mark[0]], text)
         if (written := files.get_file_from_path(page)) is not None:
             files.remove(written)
         files.append(File.generated(config, page, content=text))

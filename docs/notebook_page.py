@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 
-def notebook_page(text: str) -> tuple[str, dict[str, str]]:
+def notebook_page(name: str, text: str) -> tuple[str, dict[str, str]]:
     """Markdown of a stored notebook, and what stands for each output: links are looked for in the rest."""
     pieces: list[str] = []
     outputs: dict[str, str] = {}
@@ -23,7 +23,7 @@ def notebook_page(text: str) -> tuple[str, dict[str, str]]:
         shell = source.startswith("%%bash\n")
         pieces.append(f"```{'sh' if shell else 'python'}\n{source.removeprefix('%%bash').lstrip()}\n```")
         for output in cell["outputs"]:
-            mark = f"<!-- output {len(outputs)} -->"
+            mark = f"<!-- {name} {len(outputs)} -->"
             outputs[mark] = shown(output)
             pieces.append(mark)
     return "\n\n".join(pieces) + "\n", outputs

@@ -19,7 +19,8 @@ DOCUMENTS = (
     *("triton_kernels/README.md", "eval/README.md", "heads/TRAINING.md", "heads/weights/smollm2-135m/README.md"),
 )
 OPTIONAL = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")  # pages where they exist
-# Sections that readers look for by name: each page's documents and headings.
+# Sections that readers look for by name: each page's documents and headings, the first of which is its title.
+# They leave their documents. A notebook has to stay whole, so its sections are shown in both places.
 CUT: Mapping[str, tuple[tuple[str, str], ...]] = {
     "limits.md": (("README.md", "Limits"),),
     "your-model-today.md": (("medusa_apar/README.md", "Your Llama or Qwen today"),),
@@ -32,7 +33,11 @@ CUT: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
     "vllm.md": (("medusa_apar/serve/README.md", "On vLLM"),),
     "many-nodes.md": (("medusa_apar/engine/README.md", "Toward many nodes"),),
-    "how-it-works.md": (("README.md", "How it works"),),
+    "how-it-works.md": (
+        ("README.md", "How it works"),
+        ("notebooks/2_watch_the_threads.ipynb", "The paragraph tree"),
+        ("notebooks/2_watch_the_threads.ipynb", "The forest of one step"),
+    ),
     "layout.md": (("README.md", "Layout"),),
     "results.md": (("eval/README.md", "Results"),),
 }
@@ -97,14 +102,16 @@ def parts(source: str, text: str) -> list[Part]:
 
 
 def cut(document: list[Part], source: str, heading: str) -> list[Part]:
-    """Takes a section, with the deeper ones below it, out of its document."""
+    """Takes a section, with the deeper ones below it, out of its document; a notebook's is copied."""
     at = next((i for i, part in enumerate(document) if part.title == heading), None)
     if at is None:
         raise Broken(f"{source} has no heading {heading!r}, of which docs/pages.py makes a page")
     end = at + 1
     while end < len(document) and document[end].level > document[at].level:
         end += 1
-    section, document[at:end] = document[at:end], []
+    section = document[at:end]
+    if not source.endswith(".ipynb"):
+        del document[at:end]
     return section
 
 
@@ -216,8 +223,8 @@ def site(root: Path, repo_url: str, notebooks: Mapping[str, str] | None = None) 
     whole = {name: parts(name, text) for name, text in texts.items()}
     for page, wanted in CUT.items():
         try:
-            taken = [part for name, heading in wanted for part in cut(whole.get(name, []), name, heading)]
-            made.parts[page] = raised(taken) if len(wanted) == 1 else taken
+            first, *further = [cut(whole.get(name, []), name, heading) for name, heading in wanted]
+            made.parts[page] = sum(further, raised(first))
         except Broken as broken:
             made.complaints.append(str(broken))
     made.parts |= {made.homes[name]: rest for name, rest in whole.items()}
