@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+Sections = Mapping[str, tuple[tuple[str, str], ...]]
+
 DOCUMENTS = (
     *("README.md", "medusa_apar/README.md", "medusa_apar/serve/README.md", "medusa_apar/engine/README.md"),
     *("triton_kernels/README.md", "eval/README.md", "heads/TRAINING.md", "heads/weights/smollm2-135m/README.md"),
@@ -21,7 +23,7 @@ DOCUMENTS = (
 OPTIONAL = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")  # pages where they exist
 # Sections that readers look for by name: each page's documents and headings, the first of which is its title.
 # They leave their documents. A notebook has to stay whole, so its sections are shown in both places.
-CUT: Mapping[str, tuple[tuple[str, str], ...]] = {
+CUT: Sections = {
     "limits.md": (("README.md", "Limits"),),
     "your-model-today.md": (("medusa_apar/README.md", "Your Llama or Qwen today"),),
     "your-own-model.md": (("README.md", "Your own model"),),
@@ -212,8 +214,10 @@ class Site:
         return posixpath.relpath(there, here) + ("/" if raw and to in self.parts else "") + target[len(path) :]
 
 
-def site(root: Path, repo_url: str, notebooks: Mapping[str, str] | None = None) -> Site:
-    """notebooks: their Markdown by their path; on the site they end in .md."""
+def site(
+    root: Path, repo_url: str, notebooks: Mapping[str, str] | None = None, sections: Sections | None = None
+) -> Site:
+    """notebooks: their Markdown by their path; on the site they end in .md. sections: None is `CUT`."""
     made = Site(root, repo_url)
     made.homes = {name: name for name in (*DOCUMENTS, *OPTIONAL) if (root / name).exists()}
     written = {path.relative_to(root).as_posix() for path in (root / "docs").rglob("*.md")}
@@ -221,7 +225,7 @@ def site(root: Path, repo_url: str, notebooks: Mapping[str, str] | None = None) 
     texts = {name: (root / name).read_text(encoding="utf-8") for name in made.homes} | dict(notebooks or {})
     made.homes |= {name: name.removesuffix(".ipynb") + ".md" for name in notebooks or {}}
     whole = {name: parts(name, text) for name, text in texts.items()}
-    for page, wanted in CUT.items():
+    for page, wanted in (CUT if sections is None else sections).items():
         try:
             first, *further = [cut(whole.get(name, []), name, heading) for name, heading in wanted]
             made.parts[page] = sum(further, raised(first))
