@@ -6,7 +6,7 @@ READY := .venv/.installed
 TORCH_INDEX ?=
 
 .PHONY: install demo serve test test-newest test-litellm schedules faults vllm vllm-install vllm-parallel bench \
-	notebooks notebooks-run lint dist wheel clean
+	notebooks notebooks-run docs docs-serve lint dist wheel clean
 
 install: $(READY)
 
@@ -112,6 +112,23 @@ notebooks: $(LAB)
 notebooks-run: install
 	$(BIN)/python notebooks/execute.py $(ARGS)
 
+# mkdocs is twenty packages more, for which `make demo` should not wait either.
+DOCS := .venv/.installed-docs
+$(DOCS): $(READY)
+	$(PIP) --editable '.[docs]'
+	touch $(DOCS)
+
+# The site of README.md, the other documents, the notebooks and the docstrings, in site/. A link that leads nowhere and
+# a page that would ask another host fail it. The API's pages are read from a built copy, as mypy's types are below.
+MKDOCS := env NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+docs: $(DOCS)
+	rm -rf build/lib
+	$(BIN)/python setup.py -q build_py --build-lib build/lib
+	$(MKDOCS) build --strict $(ARGS)
+
+docs-serve: docs
+	$(MKDOCS) serve
+
 # mypy cannot follow the editable install's import hook to heads/, triton_kernels/ and eval/: it checks a built copy.
 lint: install
 	$(BIN)/pre-commit run --all-files
@@ -134,4 +151,4 @@ wheel: dist
 	.ci/wheel $(PYTHONS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

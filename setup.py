@@ -107,6 +107,8 @@ setup(
         "structured": ["llguidance>=1.9"],
         # jupyterlab brings the kernel and IPython; transformers' progress bars are ipywidgets there.
         "notebooks": ["jupyterlab", "ipywidgets", "matplotlib"],
+        # The site: mkdocs-material has its theme, mkdocstrings shows docstrings without importing what they stand in.
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]"],
         # fschat's conversation templates (which medusa-llm brings) render prompts of Vicuna-based APAR checkpoints.
         # Their tokenizers are SentencePiece files.
         "vicuna": ["medusa-llm==0.1", "fschat", "sentencepiece", "protobuf"],
