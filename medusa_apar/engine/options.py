@@ -15,7 +15,8 @@ MAX_ROWS = {"cpu": 24, "cuda": 64}
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Args:
+    """What every request of an engine has in common.
+
     speculation: what is guessed ahead; None for nothing.
     draft_tree: of the heads' guesses below each root.
     budget: rows of a step's forest, threads' roots included, to be filled; None: at most 24 on a CPU and 64 on a GPU,
@@ -27,7 +28,7 @@ class EngineOptions:
     max_waiting: most requests in the queue; one more raises QueueFull. None: any number.
     prefix_cache: whether paths stay in the pool for later requests that begin as they do. They take slots that nobody
         needs: all of a pool with `pool_slots`; without that it grows for them to 4096 slots. It changes no token
-        where rows do not round by their neighbours (promise 5 of DESIGN). A `generate` call has an engine of its own,
+        where rows do not round by their neighbours: a request's text is the same alone and in a crowd. A `generate` call has an engine of its own,
         which ends with it: there it is off.
     """
 

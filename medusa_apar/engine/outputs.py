@@ -16,11 +16,14 @@ from medusa_apar.verify.verify_result import VerifyResult
 class RequestOutput:
     """What a step has brought one request.
 
-    token_ids: its new readable tokens. finish_reason: "stop", "length", "aborted" or "error" once it has ended; `error`
-    is what it failed by. events: what happened; logprobs: of each of the tokens, where the options ask for them.
-    cached_tokens: how many of its prompt's tokens came from the prefix cache. queued: seconds for which it had waited
-    when its first step began. prompt_logprobs: with the last one, of the prompt's tokens from `score_from` on, where
-    the options ask for both.
+    token_ids: its new readable tokens.
+    finish_reason: "stop", "length", "aborted" or "error" once it has ended.
+    error: what it failed by.
+    events: what happened, where the options ask for it.
+    logprobs: of each of the tokens, where the options ask for them.
+    cached_tokens: how many of its prompt's tokens came from the prefix cache.
+    queued: seconds for which it had waited when its first step began.
+    prompt_logprobs: with the last one, of the prompt's tokens from `score_from` on, where the options ask for both.
     """
 
     request_id: str

@@ -159,7 +159,11 @@ class ThreadFinished:
 
 @dataclass(frozen=True, slots=True)
 class StepFinished:
-    """rows: of the forest. slots_used: of the KV pool during the pass, draft nodes included; slots_kept: afterwards.
+    """A step is over.
+
+    rows: of the forest.
+    slots_used: of the KV pool during the pass, draft nodes included.
+    slots_kept: of the KV pool afterwards.
     text_lengths: of each request whose answer can be read further than before, its id and how many tokens are final.
     seconds: since decoding began, a streamer's time included.
     """
