@@ -28,8 +28,8 @@ class EngineOptions:
     max_waiting: most requests in the queue; one more raises QueueFull. None: any number.
     prefix_cache: whether paths stay in the pool for later requests that begin as they do. They take slots that nobody
         needs: all of a pool with `pool_slots`; without that it grows for them to 4096 slots. It changes no token
-        where rows do not round by their neighbours: a request's text is the same alone and in a crowd. A `generate` call has an engine of its own,
-        which ends with it: there it is off.
+        where rows do not round by their neighbours: in float32, and in the compiled CPU step. A `generate` call has an
+        engine of its own, which ends with it: there it is off.
     """
 
     speculation: Speculation | None = None
