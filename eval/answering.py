@@ -95,7 +95,8 @@ def _thread_record(thread: Thread) -> dict[str, Any]:
 def answer_logits(model: Any, ids: list[int], prompt_length: int) -> torch.Tensor:
     """[len(ids) - prompt_length, vocab]: what transformers says in one pass before each token of the answer."""
     row = torch.tensor([ids], device=model.device)
-    return model(input_ids=row, use_cache=False).logits[0, prompt_length - 1 : -1].float()
+    logits: torch.Tensor = model(input_ids=row, use_cache=False).logits
+    return logits[0, prompt_length - 1 : -1].float()
 
 
 def answer_loss(model: Any, ids: list[int], prompt_length: int, banned: list[int]) -> tuple[float, float]:

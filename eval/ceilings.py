@@ -77,7 +77,8 @@ class Ceilings:
 
 def others_share() -> float:
     """Per cent of all cores that are busy while this process only waits, over half a second."""
-    return psutil.cpu_percent(interval=0.5)
+    busy: float = psutil.cpu_percent(interval=0.5)
+    return busy
 
 
 def measure(kinds: Iterable[str] = KINDS) -> Ceilings:

@@ -100,7 +100,8 @@ def _cut(apar: MedusaApar, ids: list[int], stops: Sequence[str]) -> tuple[list[i
     tokenizer: Any = apar.tokenizer
 
     def text_of(count: int) -> str:
-        return tokenizer.decode(ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = tokenizer.decode(ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     for count in range(1, len(ids) + 1):
         text = text_of(count)

@@ -136,7 +136,8 @@ def resident() -> int:
     gc.collect()
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
-    return psutil.Process().memory_info().rss
+    size: int = psutil.Process().memory_info().rss
+    return size
 
 
 def _wait(wrong: str, done: Callable[[], bool], left: Callable[[], object] | None = None) -> None:

@@ -55,7 +55,8 @@ def refusal(status: int, headers: Any, content: bytes) -> str:
     """What an error says. Wrong where it is not in OpenAI's form, or says to come again and not when."""
     try:
         error = json.loads(content)["error"]
-        said, kind = error["message"], error["type"]
+        said: str = error["message"]
+        kind: str = error["type"]
     except (ValueError, KeyError, TypeError):
         raise Wrong(f"HTTP {status} with {content[:200]!r}") from None
     later = status in CLEAR and "has died" not in said  # a dead engine is mended by nobody's waiting

@@ -69,7 +69,8 @@ def model_of(config: Any, device: str, seed: int = 0) -> PreTrainedModel:
         spread = float(head.weight.norm(dim=1).mean())
         head.bias[FORK], head.bias[EOS] = 0.6 * spread, 0.2 * spread
     model.set_output_embeddings(head)
-    return model.to(device)
+    moved: PreTrainedModel = model.to(device)
+    return moved
 
 
 def answer(

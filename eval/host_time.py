@@ -35,7 +35,8 @@ def measure(questions: int, quantize: str | None) -> dict[str, float]:
 
     def ids(text: str) -> list[int]:
         message = [{"role": "user", "content": text}]
-        return apar.tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+        found: list[int] = apar.tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+        return found
 
     def generate(rows: int, text: str, tokens: int, **options: Any) -> tuple[Any, float]:
         inputs = torch.tensor([ids(text)] * rows)
@@ -76,7 +77,8 @@ def run(checkout: Path, questions: int, quantize: str | None) -> dict[str, float
     command += [] if quantize is None else ["--quantize", quantize]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     made = subprocess.run(command, env=environment, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(made.stdout.splitlines()[-1])
+    figures: dict[str, float] = json.loads(made.stdout.splitlines()[-1])
+    return figures
 
 
 def compare(ours: Path, theirs: Path, turns: int, questions: int, quantize: str | None) -> dict[str, Any]:

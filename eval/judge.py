@@ -75,7 +75,8 @@ class Judge:
         if not isinstance(said.rows.get(key, {}).get("said"), str):
             row = {"judge": key[0], "asked": key[1], "template": template["name"], "prompt": prompt.id}
             said.add([row | {"said": self.endpoint.complete(messages), "at": round(time.time(), 1)}])
-        return said.rows[key]["said"]
+        judgement: str = said.rows[key]["said"]
+        return judgement
 
 
 def rating(text: str) -> float | None:

@@ -14,7 +14,8 @@ def measure(run: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         from triton.testing import do_bench
 
-        return do_bench(run, warmup=10, rep=50, return_mode="median")
+        median: float = do_bench(run, warmup=10, rep=50, return_mode="median")
+        return median
     started = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - started)

@@ -107,13 +107,19 @@ def _peers(problem: Problem, device: str, flex: bool) -> dict[str, Any]:
     return found
 
 
-def _flex(query, keys, values, mask, difference: Callable[[torch.Tensor], float]) -> dict[str, Any]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _flex(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    difference: Callable[[torch.Tensor], float],
+) -> dict[str, Any]:
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-    def visible(batch, head, row, column):
+    def visible(batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         return mask[row, column]
 
-    def blocks():
+    def blocks() -> BlockMask:
         return create_block_mask(visible, None, None, mask.shape[0], mask.shape[1], device="cuda")
 
     torch._dynamo.reset()  # past eight shapes it would run uncompiled

@@ -118,7 +118,8 @@ def start(folder: Path, keep: bool | None, tokens: int) -> dict[str, Any]:
 def _in_a_process(folder: Path, name: str, tokens: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "medusa_apar.eval.larger", "--start", name, "--folder", str(folder)]
     ran = subprocess.run([*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(ran.stdout.splitlines()[-1])
+    figures: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return figures
 
 
 def main() -> None:

@@ -65,7 +65,8 @@ class Worker:
             code = self._process.wait()
             raise RuntimeError(f"{self.name} stopped while {doing} (exit code {code}): see {self.log}")
         try:
-            return json.loads(line)
+            said: dict[str, Any] = json.loads(line)
+            return said
         except ValueError:
             raise RuntimeError(f"{self.name} said {line[:80]!r} while {doing}: see {self.log}") from None
 

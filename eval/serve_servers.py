@@ -261,7 +261,8 @@ def _listed(url: str, headers: dict[str, str]) -> str:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _see(launch: Launch) -> str:

@@ -287,7 +287,8 @@ def _at(row: dict[str, Any] | None, path: Sequence[str]) -> float | None:
     value: Any = row
     for name in path:
         value = None if value is None else value.get(name)
-    return value
+    figure: float | None = value
+    return figure
 
 
 def _share(value: float | None) -> str:

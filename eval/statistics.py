@@ -50,7 +50,8 @@ def speed_ratio(
     both = np.asarray([(*one, *other) for one, other in zip(ours, theirs, strict=True)], dtype=float)
 
     def ratio(sums: np.ndarray) -> np.ndarray:
-        return (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3])
+        ratios: np.ndarray = (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3])
+        return ratios
 
     picks = np.random.default_rng(seed).integers(len(both), size=(draws, len(both)))
     low, high = np.percentile(ratio(both[picks].sum(1)), [2.5, 97.5])

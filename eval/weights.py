@@ -143,7 +143,8 @@ def replay_system(
 
 
 def _prompt_ids(apar: MedusaApar, question: Question) -> list[int]:
-    return encode_messages(apar.tokenizer, question.messages)["input_ids"][0].tolist()
+    ids: list[int] = encode_messages(apar.tokenizer, question.messages)["input_ids"][0].tolist()
+    return ids
 
 
 def _eos_ids(apar: MedusaApar) -> list[int]:

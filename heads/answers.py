@@ -172,8 +172,8 @@ def loops(record: dict) -> bool:
     return repeated_share([i for thread in record["threads"] for i in thread["token_ids"]]) > LOOPING
 
 
-def _checked_record(line: bytes) -> dict:
-    record = parse(line)
+def _checked_record(line: bytes) -> dict[str, Any]:
+    record: Any = parse(line)
     try:
         threads = record["threads"]
         lists = [record["prompt_ids"], *(thread["token_ids"] for thread in threads)]
@@ -189,7 +189,8 @@ def _checked_record(line: bytes) -> dict:
         raise ValueError(f"no answer record with prompt_ids and threads, {why}") from error
     if not sound:
         raise ValueError("an impossible answer record, by its ids, parents or fork indices")
-    return record
+    checked: dict[str, Any] = record
+    return checked
 
 
 @torch.no_grad()

@@ -103,7 +103,8 @@ class Reliability:
 
     def errors(self) -> list[float]:
         """Per head, the gap between claimed and right, mean over guesses (expected calibration error)."""
-        return (np.abs(self.claimed - self.right).sum(1) / self.count.sum(1).clip(min=1)).tolist()
+        gaps: list[float] = (np.abs(self.claimed - self.right).sum(1) / self.count.sum(1).clip(min=1)).tolist()
+        return gaps
 
 
 # ---- measuring
@@ -235,13 +236,15 @@ def products(tree: DraftTree, table: Table) -> list[float]:
 
 def expected_tokens(tree: DraftTree, table: Table) -> list[float]:
     """Tokens a thread gains in a step with the tree's first 1 to n nodes: the base's own, and each node's chance."""
-    return (1 + np.cumsum(products(tree, table))).tolist()
+    tokens: list[float] = (1 + np.cumsum(products(tree, table))).tolist()
+    return tokens
 
 
 def measured_tokens(ranks: Ranks, tree: DraftTree) -> list[float]:
     """The same counted over all positions that are not too near to their thread's end for the deepest head."""
     whole = ranks.ranks[:, -1] != UNKNOWN
-    return (1 + accepted(ranks, tree)[whole].mean(0)).tolist()
+    tokens: list[float] = (1 + accepted(ranks, tree)[whole].mean(0)).tolist()
+    return tokens
 
 
 def simulated_tokens(ranks: Ranks, tree: DraftTree) -> list[float]:

@@ -300,7 +300,8 @@ class DraftHeads(nn.Module):
         lm_head = self.base.get_output_embeddings()
         weight, bias = getattr(lm_head, "weight", None), getattr(lm_head, "bias", None)
         if weight is None or not plain(weight) or not weight.is_floating_point():
-            if (kept := self._copies.last("rows")) is None:  # quantised before the first draft
+            kept: DraftRows | None = self._copies.last("rows")
+            if kept is None:  # quantised before the first draft
                 raise ValueError(f"cannot take rows of a quantised unembedding ({type(lm_head).__name__}).")
             return kept
         weights = [self.token_map, weight, *([bias] if isinstance(bias, Tensor) else [])]

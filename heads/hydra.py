@@ -139,7 +139,8 @@ class HydraHeads(DraftHeads):
     def _token_sums(self, token: int, embedded: Tensor, heads: int) -> Tensor:
         """[..., H] of tokens t+1+`token` -> [..., heads - token, H], their share in heads `token` and on."""
         weight = self.from_token[token][: heads - token]
-        return F.linear(embedded, weight.flatten(0, 1)).unflatten(-1, (heads - token, self.hidden_size))
+        sums: Tensor = F.linear(embedded, weight.flatten(0, 1)).unflatten(-1, (heads - token, self.hidden_size))
+        return sums
 
     def states(self, hidden_states: Tensor, drafted: Tensor | None = None) -> Tensor:
         sums = list(self._state_sums(hidden_states, self.num_heads).unbind(1))

@@ -75,12 +75,14 @@ class TrainingLoop(ABC):
 
     @property
     def alone(self) -> bool:
-        return self.accelerator.num_processes == 1
+        processes: int = self.accelerator.num_processes
+        return processes == 1
 
     @property
     def first(self) -> bool:
         """Whether this process writes."""
-        return self.accelerator.is_main_process
+        main: bool = self.accelerator.is_main_process
+        return main
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.product_dtype, enabled=self.product_dtype != torch.float32)

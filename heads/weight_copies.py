@@ -33,7 +33,8 @@ class WeightCopies:
         if kept is None or not kept.is_of(weights, bits):
             fingerprint = WeightFingerprint(weights) if bits else None  # before any of it is copied
             kept = self._copies[kind] = _Copy(places(weights), fingerprint, make())
-        return kept.made
+        made: T = kept.made
+        return made
 
     def last(self, kind: Hashable) -> Any | None:
         """What was made last, whatever its weights have become."""

@@ -159,16 +159,18 @@ class MedusaApar:
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        streamer=None,
-        tokenizer=None,
-        **kwargs,
-    ):
+        streamer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`model.generate` with our engine: transformers' signature, and `fork`, `fork_if`, `max_threads`,
         `max_depth`, `seed`, `events`, `rescore`, `regenerate_below`, `presence_penalty` and `frequency_penalty` of
         `__call__`.
 
         It also serves `stop_strings` of a generation config, which the bare hook cannot: transformers drops the
         tokenizer they need. However the call ends, its streamer is told.
+
+        Returns what `__call__` does: `return_dict_in_generate`, here or in a config, says which of the two.
         """
         told = None if streamer is None else EndedOnce(streamer)
         with ended_on_error(told):
@@ -246,7 +248,7 @@ class MedusaApar:
         stop_strings: str | list[str] | None = None,
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
-        **model_kwargs,
+        **model_kwargs: Any,
     ) -> MedusaAparOutput | torch.Tensor:
         """The hook transformers calls after preparing its inputs; further arguments of `model.generate`:
 

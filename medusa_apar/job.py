@@ -120,7 +120,7 @@ class Job:
 
     def report(self, **results: Any) -> dict[str, Any]:
         """Writes `report.json`, where this process speaks, and returns it."""
-        report = {
+        report: dict[str, Any] = {
             "command": f"medusa-apar {self.name}",
             "settings": self.settings,
             "seconds": round(self.seconds, 1),

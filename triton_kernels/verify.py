@@ -147,7 +147,8 @@ def _check(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, *shape: i
 
 
 def _chunk_block(chunks: int, node_block: int) -> int:
-    return min(triton.next_power_of_2(chunks), max(1, _MAX_MERGED // node_block))
+    block: int = triton.next_power_of_2(chunks)
+    return min(block, max(1, _MAX_MERGED // node_block))
 
 
 # What changes from step to step must not compile anew where it happens to be 1 or a multiple of 16.

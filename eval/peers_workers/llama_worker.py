@@ -2,11 +2,12 @@
 
 import ctypes
 import time
+from typing import Any
 
-from serve import serve
+from serve import Answer, serve
 
 
-def start(settings):
+def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     import llama_cpp as lc
 
     lc.llama_backend_init()
@@ -19,7 +20,7 @@ def start(settings):
     context = lc.llama_init_from_model(model, params)
     eos = set(settings["eos"])
 
-    def sampler_of(sampling):
+    def sampler_of(sampling: dict[str, Any] | None) -> Any:
         chain = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
         parts = [lc.llama_sampler_init_greedy()]
         if sampling:  # the temperature first, as transformers has it
@@ -32,14 +33,14 @@ def start(settings):
             lc.llama_sampler_chain_add(chain, part)
         return chain
 
-    def answer(ids, limit, sampling):
+    def answer(ids: list[int], limit: int, sampling: dict[str, Any] | None) -> tuple[list[int], float, float | None]:
         sampler = sampler_of(sampling)
         try:
             return generate(ids, limit, sampler)
         finally:
             lc.llama_sampler_free(sampler)
 
-    def generate(ids, limit, sampler):
+    def generate(ids: list[int], limit: int, sampler: Any) -> tuple[list[int], float, float]:
         found, first, started = [], None, time.perf_counter()
         lc.llama_memory_clear(lc.llama_get_memory(context), True)
         given = (lc.llama_token * len(ids))(*ids)

@@ -4,10 +4,16 @@ That copy knows neither grouped queries nor another rotary base than 10000, so k
 changes no result and costs it time, and the rotary layers are made again.
 """
 
+from __future__ import annotations
+
 import json
 import time
+from typing import TYPE_CHECKING, Any
 
-from serve import serve
+from serve import Answer, serve
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHOICES = [1, 3, 2]  # two heads, ten nodes; the package's own [1, 7, 6] is fifty, which take a CPU three times as long
 
@@ -18,14 +24,14 @@ class Ids:
     eos_token_id = None
 
     @classmethod
-    def from_pretrained(cls, *_):
+    def from_pretrained(cls, *_: Any) -> Ids:
         return cls()
 
-    def decode(self, ids, **_):
+    def decode(self, ids: Tensor, **_: Any) -> Tensor:
         return ids
 
 
-def start(settings):
+def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     import torch
     from medusa.model import medusa_model
     from safetensors.torch import load_file
@@ -40,7 +46,7 @@ def start(settings):
         raise ValueError(f"{settings['heads']} has other parts than residual blocks: {wrong}")
     Ids.eos_token_id = settings["eos"][0]
 
-    def answer(ids, limit, sampling):
+    def answer(ids: list[int], limit: int, sampling: dict[str, Any] | None) -> tuple[list[int], float, float | None]:
         assert sampling is None, "eval/peers.py says that it is greedy"
         given, shown, first = torch.tensor([ids]), torch.tensor([]), None
         started = time.perf_counter()
@@ -57,7 +63,7 @@ def start(settings):
     return {"versions": {"torch": torch.__version__}}, answer
 
 
-def _base(settings):
+def _base(settings: dict[str, Any]) -> Any:
     import torch
     from medusa.model.modeling_llama_kv import LlamaForCausalLM, LlamaRotaryEmbedding
     from safetensors.torch import load_file

@@ -1,11 +1,12 @@
 """OpenVINO GenAI on the CPU."""
 
 import time
+from typing import Any
 
-from serve import serve
+from serve import Answer, serve
 
 
-def start(settings):
+def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     import numpy
     import openvino
     import openvino_genai
@@ -19,7 +20,7 @@ def start(settings):
     )
     eos = set(settings["eos"])
 
-    def answer(ids, limit, sampling):
+    def answer(ids: list[int], limit: int, sampling: dict[str, Any] | None) -> tuple[list[int], float, float | None]:
         config = openvino_genai.GenerationConfig(max_new_tokens=limit, do_sample=False, stop_token_ids=eos)
         if sampling:
             config.do_sample, config.rng_seed = True, sampling["seed"]

@@ -11,18 +11,23 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 # OpenMP's and TBB's threads spin for a while after their last work (Intel's for 200 ms); the next system's time must
 # not begin before they sleep.
 SETTLE = 0.3  # seconds
 
+# (ids, limit, sampling) -> (ids, seconds, seconds to the first id or None)
+Answer = Callable[[list[int], int, dict[str, Any] | None], tuple[list[int], float, float | None]]
 
-def serve(start):
+
+def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> None:
     """`start(settings)` returns what to tell of itself, and `answer(ids, limit, sampling) -> (ids, seconds, first)`."""
     protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints, even from C, belongs to the log
 
-    def say(line):
+    def say(line: dict[str, Any]) -> None:
         protocol.write(json.dumps(line) + "\n")
         protocol.flush()
 

@@ -3,11 +3,12 @@
 import os
 import time
 from itertools import count
+from typing import Any
 
-from serve import serve
+from serve import Answer, serve
 
 
-def start(settings):
+def start(settings: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
     threads = settings["threads"]
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -34,7 +35,7 @@ def start(settings):
     )
     numbers = count()
 
-    def answer(ids, limit, sampling):
+    def answer(ids: list[int], limit: int, sampling: dict[str, Any] | None) -> tuple[list[int], float, float | None]:
         options = SamplingParams(
             **(sampling or {"temperature": 0.0}),
             max_tokens=limit,

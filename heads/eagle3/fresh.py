@@ -81,7 +81,8 @@ def _final_norm(model: PreTrainedModel) -> Tensor:
     norm: Any = getattr(model.base_model, "norm", None)
     if norm is None:
         raise NotImplementedError(f"a drafter cannot begin as a layer of {type(model).__name__}: it has no final norm.")
-    return norm.weight.detach().float().cpu().clone()
+    weight: Tensor = norm.weight
+    return weight.detach().float().cpu().clone()
 
 
 def _config(config: Any, vocab_size: int, hidden: int) -> LlamaConfig:

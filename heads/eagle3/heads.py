@@ -132,7 +132,8 @@ class Eagle3Heads(DraftHeads):
         own = self.network.embedding
         if own is not None:  # of a token that is new to it any row does: it is never drafted
             return F.embedding(token_ids.clamp(max=len(own) - 1), own)
-        return self.base.get_input_embeddings()(token_ids)
+        embedded: Tensor = self.base.get_input_embeddings()(token_ids)
+        return embedded
 
     def unembed(self, x: Tensor) -> Tensor:
         if self.network.unembedding is not None:

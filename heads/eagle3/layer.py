@@ -41,7 +41,7 @@ class Eagle3(nn.Module):
         self.config, self.num_states = file.config, file.num_states
         self.norm_before_residual, self.norm_output = file.norm_before_residual, file.norm_output
         self.layers: Any = nn.ModuleList(_Layer(file, index) for index in range(len(file.layers)))
-        self.norm = _fixed(file.norm)
+        self.norm: nn.Parameter = _fixed(file.norm)
         self.fc, self.fc_bias, self.input_norm = map(_fixed, (file.fc, file.fc_bias, file.input_norm))
         self.state_norms = nn.ParameterList(map(_fixed, file.state_norms))
         self.embedding, self.unembedding = _fixed(file.embedding), _fixed(file.unembedding)

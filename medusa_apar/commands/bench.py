@@ -81,11 +81,15 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medusa_apar.arguments import MAX_THREADS, number, out_folder
 
 from . import bench_quality, bench_serve
+
+if TYPE_CHECKING:
+    from medusa_apar.eval.runs import Runs
+    from medusa_apar.job import Job
 
 HELP = "time systems side by side on the same prompts"
 SYSTEMS = ("hf", "ours-ar", "threads", "heads", "ours")
@@ -258,7 +262,7 @@ def _has_base(args: argparse.Namespace) -> bool:
     return True
 
 
-def _plot(job, results, summary) -> None:
+def _plot(job: Job, results: Runs, summary: dict[str, Any]) -> None:
     try:
         from medusa_apar.eval.bench_plots import plot
     except ImportError:

@@ -114,7 +114,8 @@ class Chat:
         if request.error is not None:
             raise request.error
         tokenizer: Any = self._apar.tokenizer
-        return tokenizer.decode(request.text_ids, skip_special_tokens=True)
+        text: str = tokenizer.decode(request.text_ids, skip_special_tokens=True)
+        return text
 
     def _step(self, request: Request, streamer: Any) -> None:
         for output in self._engine.step():

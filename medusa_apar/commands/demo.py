@@ -115,7 +115,8 @@ def run_baseline(apar: MedusaApar, inputs: dict, options: dict) -> Run:
 
 def decode(apar: MedusaApar, ids: list[int]) -> str:
     tokenizer: Any = apar.tokenizer
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text
 
 
 def prompt(apar: MedusaApar, question: str) -> dict[str, torch.Tensor]:

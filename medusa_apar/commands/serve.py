@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def takes_flags(args: argparse.Namespace) -> bool:
     """Whether arguments that this command does not know are the engine's."""
-    return args.command == "serve" and args.engine == "vllm"
+    return bool(args.command == "serve" and args.engine == "vllm")
 
 
 def run(args: argparse.Namespace) -> int:

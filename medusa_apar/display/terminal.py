@@ -139,7 +139,8 @@ class Milestones:
         assert parent is not None
         written = range(parent.num_forced, thread.fork_index + 1)
         ids = [parent.tokens[index] for index in written if self._recording.trees[0].is_visible(parent, index)]
-        return self._tokenizer.decode(ids, skip_special_tokens=True).strip().rsplit("\n", 1)[-1][-60:]
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip().rsplit("\n", 1)[-1][-60:]
 
     def _say(self, step: int, line: str) -> None:
         self._console.print(f"step {step:3}: {line}", highlight=False, markup=False, soft_wrap=True)

@@ -155,7 +155,8 @@ class ForestBudget:
     def _scores(self, roots: int, gains: np.ndarray, rate: float) -> np.ndarray:
         assert self.cost is not None
         costs = self.cost.rows(roots + len(gains))[roots - 1 :]
-        return np.concatenate([[0.0], np.cumsum(gains)]) - rate * (costs - costs[0])
+        scores: np.ndarray = np.concatenate([[0.0], np.cumsum(gains)]) - rate * (costs - costs[0])
+        return scores
 
     def _rate(self, roots: int, requests: int) -> float:
         """Tokens that a request gains in a unit of cost, times their number."""
@@ -225,7 +226,8 @@ def thread_weights(threads: Sequence[Thread]) -> np.ndarray:
     first = depths == depths.min()
     waited_for = first if not first.all() else written <= written.min() + _ABREAST
     found = np.where(waited_for, 1.0, SECONDARY)
-    return found / found.sum()
+    weights: np.ndarray = found / found.sum()
+    return weights
 
 
 @dataclass(slots=True)

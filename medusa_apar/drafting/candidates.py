@@ -116,7 +116,8 @@ class Calibration:
     def chances(self, head_probs: np.ndarray) -> np.ndarray:
         """Any shape of probabilities given the parent."""
         bins = _bins(head_probs)
-        return np.minimum(head_probs * self._right[bins] / self._claimed[bins], 1.0)
+        chances: np.ndarray = np.minimum(head_probs * self._right[bins] / self._claimed[bins], 1.0)
+        return chances
 
     def chance(self, claim: float) -> float:
         """As `chances`, of one."""
@@ -138,7 +139,8 @@ class Calibration:
 
 def _bins(head_probs: np.ndarray) -> np.ndarray:
     octaves = -np.log2(np.maximum(head_probs, _TINY)) * _BINS_PER_OCTAVE
-    return np.minimum(octaves, _BINS - 1).astype(np.intp)
+    bins: np.ndarray = np.minimum(octaves, _BINS - 1).astype(np.intp)
+    return bins
 
 
 def _bin(claim: float) -> int:

@@ -104,4 +104,5 @@ def shares_of(scores: np.ndarray) -> np.ndarray:
     finite = np.isfinite(scores)
     best = np.where(finite, scores, -np.inf).max(axis=1, keepdims=True, initial=-1e30)
     powers = np.where(finite, np.exp(np.where(finite, scores, best) - best), 0.0)
-    return powers / np.maximum(powers.sum(axis=1, keepdims=True), _TINY)
+    shares: np.ndarray = powers / np.maximum(powers.sum(axis=1, keepdims=True), _TINY)
+    return shares

@@ -112,4 +112,5 @@ def _interpolated(curve: Sequence[tuple[float, float]], at: np.ndarray) -> np.nd
         return np.full(len(at), costs[0])
     half = sizes[-1] / 2  # a slope between two neighbours would be their noise
     slope = (costs[-1] - float(np.interp(half, sizes, costs))) / (sizes[-1] - max(half, sizes[0]))
-    return np.interp(at, sizes, costs) + slope * np.maximum(at - sizes[-1], 0)
+    found: np.ndarray = np.interp(at, sizes, costs) + slope * np.maximum(at - sizes[-1], 0)
+    return found

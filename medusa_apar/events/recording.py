@@ -150,7 +150,8 @@ class Recording:
         self.started[thread] = event.step
 
     def _thread(self, named: Any) -> Thread:
-        return self.tree_of(named).threads[named.thread]
+        thread: Thread = self.tree_of(named).threads[named.thread]
+        return thread
 
 
 class ReadingOrder:

@@ -72,7 +72,9 @@ class TextColumns:
     def _token(self, request: Request, column: int) -> int:
         return request.text_ids[column] if column < len(request.text) else self._pad_id
 
-    def _kept(self, kept, request: Request, column: int, blank: torch.Tensor) -> torch.Tensor:
+    def _kept(
+        self, kept: dict[Thread, list[torch.Tensor]], request: Request, column: int, blank: torch.Tensor
+    ) -> torch.Tensor:
         if column >= len(request.text):
             return blank
         thread, index = request.text[column]

@@ -59,7 +59,8 @@ class TokenTexts:
         return _Windows(self.decode, self._special) if self._backend is None else _Bytes(self._shown)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     def least_tokens(self, text: str) -> int:
         """At least so many tokens the text has; 0 where that cannot be known without tokenizing it."""

@@ -11,7 +11,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,6 +27,9 @@ from medusa_apar.threads.control_tokens import CONFIG_NAME
 from .distil import divergence, taught, without_control
 from .lora_linear import frozen_alone
 from .packing import IGNORED, PackedForest, PackedRow, Tokens, pack_threads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORK_LIKE = ":\n"  # [Fork] follows what ":" ends, and a line break follows it
 CHILD_LIKE = ": "  # after [Child], as after ":", comes the detail
@@ -45,7 +48,12 @@ class Losses:
 
 
 def attach_lora(
-    model, tokenizer, tokens: Tokens, rank: int = 16, alpha: int = 32, init: Path | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tokens,
+    rank: int = 16,
+    alpha: int = 32,
+    init: Path | None = None,
 ) -> PeftModel:
     """The model with LoRA on every linear layer and trainable control rows, both in float32 whatever its dtype.
 
@@ -93,9 +101,10 @@ def _token_layers(tuned: PeftModel) -> list[Any]:
     return layers[:1] if _rows(layers[0]) is _rows(layers[1]) else layers
 
 
-def _rows(layer) -> torch.nn.Parameter:
+def _rows(layer: Any) -> torch.nn.Parameter:
     """[2, hidden] the trained rows of `[Fork]` and `[Child]`."""
-    return layer.trainable_tokens_delta["default"]
+    rows: torch.nn.Parameter = layer.trainable_tokens_delta["default"]
+    return rows
 
 
 def control_rows(tuned: PeftModel) -> list[torch.nn.Parameter]:
@@ -103,9 +112,10 @@ def control_rows(tuned: PeftModel) -> list[torch.nn.Parameter]:
     return [_rows(layer) for layer in _token_layers(tuned)]
 
 
-def _name(model, module: torch.nn.Module) -> str:
+def _name(model: torch.nn.Module, module: torch.nn.Module) -> str:
     """The last part of a module's name, which is how peft finds it."""
-    return next(name.rpartition(".")[2] for name, other in model.named_modules() if other is module)
+    found: str = next(name.rpartition(".")[2] for name, other in model.named_modules() if other is module)
+    return found
 
 
 def check_forward(tuned: PeftModel) -> None:
@@ -194,7 +204,13 @@ def _logits(tuned: PeftModel, row: PackedRow, at: torch.Tensor, control: list[in
 
 
 def save_adapter(
-    tuned: PeftModel, folder: Path, tokenizer, tokens: Tokens, base: str, max_depth: int, own_tokens: bool = False
+    tuned: PeftModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tokens,
+    base: str,
+    max_depth: int,
+    own_tokens: bool = False,
 ) -> None:
     """peft's adapter files with float16 weights, and `apar_config.json` beside them.
 
@@ -209,7 +225,8 @@ def save_adapter(
         save_file(weights, file, metadata={"format": "pt"})
         if own_tokens:
             tokenizer.save_pretrained(str(partial))
-        fork, child = tokenizer.convert_ids_to_tokens([tokens.fork, tokens.child])
+        texts: Any = tokenizer.convert_ids_to_tokens([tokens.fork, tokens.child])
+        fork, child = texts
         config = {
             "max_depth": max_depth,
             "fork_token_id": tokens.fork,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from medusa_apar.models import hub
 from medusa_apar.models.families import check_model
 
 from .packing import Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ADDED = ("[Fork]", "[Child]")
 # Tokens of a vocabulary that its chat model has no use for, best first. SmolLM2's come from its code pre-training.
@@ -66,7 +69,7 @@ def load_base(
     return Base(model.eval(), tokenizer, Tokens(fork, child, tokenizer.eos_token_id), kept, bool(unknown))
 
 
-def spare_tokens(tokenizer) -> tuple[str, str] | None:
+def spare_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """Two tokens of the vocabulary that the chat model has no use for, by the names that model makers give them."""
     vocabulary = tokenizer.get_vocab()
     for first, second in SPARE:

@@ -7,11 +7,15 @@ there; at `[Child]`, the word of the token before the `[Fork]`, after which the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .packing import NO_PARENT, PackedRow, Tokens, path_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(slots=True)
@@ -70,7 +74,7 @@ def divergence(student: Tensor, teacher: Tensor, in_trunk: Tensor, tokens: Token
     return (theirs.exp() * (theirs - ours)).masked_fill(left_out, 0.0).sum(-1)
 
 
-def ending_tokens(tokenizer, tokens: Tokens) -> Tensor:
+def ending_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tensor:
     """long [E]: the end of the text, and every token with a line break in it."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     breaks = {token for token, text in enumerate(texts) if "\n" in text}

@@ -9,10 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .corpus import Example
 from .packing import Forks, PackedRow, Tokens, pack_example
 from .repeats import pack_loop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORKED_OF_MIXED = 0.5  # chance of each detail of a mixed answer to be a thread
 
@@ -42,7 +46,7 @@ class Forms:
 
 
 def pack(
-    examples: Iterable[Example], tokenizer, tokens: Tokens, forms: Forms, rng: random.Random
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, tokens: Tokens, forms: Forms, rng: random.Random
 ) -> Iterator[PackedRow]:
     """One row an example, each in a form of its own; a looping answer as what to avoid."""
     for example in examples:

@@ -75,7 +75,8 @@ def frozen_alone() -> Iterator[None]:
 
 def _switched(layer: Any, tuned: Any) -> Any:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return layer.base_layer(x) if _frozen_alone.get() else tuned(x, *args, **kwargs)
+        out: Tensor = layer.base_layer(x) if _frozen_alone.get() else tuned(x, *args, **kwargs)
+        return out
 
     return forward
 
@@ -87,9 +88,11 @@ def _forward(layer: Linear) -> Any:
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if layer.disable_adapters:
-            return base(x)
+            frozen: Tensor = base(x)
+            return frozen
         flat = x.reshape(-1, x.shape[-1])
-        return _LoraProduct.apply(flat, base.weight, base.bias, a, b, scaling).view(*x.shape[:-1], -1)
+        out: Tensor = _LoraProduct.apply(flat, base.weight, base.bias, a, b, scaling)
+        return out.view(*x.shape[:-1], -1)
 
     return forward
 

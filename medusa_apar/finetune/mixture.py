@@ -7,11 +7,14 @@ import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .corpus import Drops, Example
 from .packing import PackedRow, Tokens, join, pack_example
 from .repeats import pack_loop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_ONE_IN = 40
 
@@ -56,7 +59,7 @@ def is_held_out(example_id: str) -> bool:
 
 def draw(
     sources: Sequence[Source],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     tokens: Tokens,
     limits: Limits,
     seed: int,
@@ -124,7 +127,7 @@ def draw(
 class _Side:
     """The forking or the plain examples of a source."""
 
-    def __init__(self, tokenizer, tokens: Tokens, limits: Limits, drops: Drops) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Tokens, limits: Limits, drops: Drops) -> None:
         self._tokenizer, self._tokens, self._limits, self._drops = tokenizer, tokens, limits, drops
         self.train: list[Example] = []
         self.held_out: list[PackedRow] = []
@@ -164,7 +167,9 @@ class _Side:
         del self.train[count:], self._sizes[count:]
 
 
-def fitting_row(example: Example, tokenizer, tokens: Tokens, limits: Limits) -> PackedRow | None:
+def fitting_row(
+    example: Example, tokenizer: PreTrainedTokenizerBase, tokens: Tokens, limits: Limits
+) -> PackedRow | None:
     """An example as the row in which every detail forks, or None where it is too long or its text spells a control
     token; a looping one up to where its loop is well known.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,6 +18,9 @@ from medusa_apar.models.chat import rendered
 
 from .corpus import Example
 from .rules import Thread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a token whose prediction is not trained; cross_entropy's default
 NO_PARENT = -1
@@ -76,7 +79,9 @@ class TokenTree(NamedTuple):
 Forks = Callable[[Thread], bool]  # whether a detail is a thread of its own; else it is written in line
 
 
-def tokenize_example(example: Example, tokenizer, tokens: Tokens, forks: Forks | None = None) -> TokenTree:
+def tokenize_example(
+    example: Example, tokenizer: PreTrainedTokenizerBase, tokens: Tokens, forks: Forks | None = None
+) -> TokenTree:
     """An example's threads; `forks` None forks every detail.
 
     ValueError where the tokenizer's chat template refuses the prompt.
@@ -90,7 +95,7 @@ def tokenize_example(example: Example, tokenizer, tokens: Tokens, forks: Forks |
 class _Writer:
     """Writes paragraph trees as token lists. Pieces are tokenized apart, as a seam in decoding lies between tokens."""
 
-    def __init__(self, tokenizer, tokens: Tokens, forks: Forks) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Tokens, forks: Forks) -> None:
         self._tokenizer, self._tokens, self._forks = tokenizer, tokens, forks
         self.threads: list[TokenThread] = []
         self.in_line: list[tuple[int, int]] = []
@@ -147,7 +152,9 @@ def pack_threads(threads: Sequence[TokenThread], prompt_length: int = 0) -> Pack
     )
 
 
-def pack_example(example: Example, tokenizer, tokens: Tokens, forks: Forks | None = None) -> PackedRow:
+def pack_example(
+    example: Example, tokenizer: PreTrainedTokenizerBase, tokens: Tokens, forks: Forks | None = None
+) -> PackedRow:
     """A corpus example as one row.
 
     What comes before a detail written in line could have been followed by `[Fork]` as well. Its prediction is not

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from .corpus import Example
 from .packing import Forks, PackedRow, Tokens, TokenThread, pack_threads, row_index, tokenize_example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tokens of a repeat. The numbered heads of two items differ in the number alone; four tokens also open innocent ones.
 NGRAM = 5
@@ -34,7 +38,9 @@ def repeated_places(ids: Sequence[int], skip: int | None = None) -> list[int]:
     return found
 
 
-def pack_loop(example: Example, tokenizer, tokens: Tokens, forks: Forks | None = None) -> PackedRow:
+def pack_loop(
+    example: Example, tokenizer: PreTrainedTokenizerBase, tokens: Tokens, forks: Forks | None = None
+) -> PackedRow:
     """A looping answer as one row: its repeated tokens are avoided, and nothing of it is trained.
 
     Every thread stops after `MOST_AVOIDED` of them, and what it would have forked behind that is left out.

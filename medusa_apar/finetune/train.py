@@ -8,11 +8,11 @@ import math
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,12 @@ from .forms import Forms, pack
 from .lora_linear import lean_lora
 from .mixture import Given, Limits, Source, draw, updates
 from .packing import PackedRow, Tokens
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+Result = TypeVar("Result")
 
 PARTS = ("trunk", "fork", "thread")
 BESIDE = ("fork_recall", "fork_precision", "avoided", "from_base")  # means that are no part of the loss
@@ -131,8 +137,8 @@ class Trainer:
     """
 
     def __init__(
-        self, tuned, tokens: Tokens, schedule: Schedule, settings: Settings, job: Job, accelerator: Accelerator,
-        workers: int, of: dict[str, Any], ends: Tensor | None = None,
+        self, tuned: PeftModel, tokens: Tokens, schedule: Schedule, settings: Settings, job: Job,
+        accelerator: Accelerator, workers: int, of: dict[str, Any], ends: Tensor | None = None,
     ) -> None:  # fmt: skip
         """of: what else the run is made of (base, data, ...); a checkpoint is only taken up with the same.
 
@@ -187,7 +193,7 @@ class Trainer:
             **tally.gather(self.accelerator).means(),
         }
 
-    def _map(self, work, rows: list[PackedRow]) -> Iterable:
+    def _map(self, work: Callable[[PackedRow], Result], rows: list[PackedRow]) -> Iterable[Result]:
         """Maps this process's share of the rows, the longest first, so that no worker is left with one at the end."""
         mine = sorted(rows, key=len, reverse=True)[self.accelerator.process_index :: self.accelerator.num_processes]
         return self.workers.map(work, mine)
@@ -387,7 +393,9 @@ def _train(
     return first, last
 
 
-def epochs(examples: Sequence[Example], tokenizer, tokens: Tokens, settings: Settings) -> list[list[PackedRow]]:
+def epochs(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, tokens: Tokens, settings: Settings
+) -> list[list[PackedRow]]:
     """The rows of every update. Each epoch draws anew in which form an answer is written."""
     forms = Forms(settings.in_line, settings.mixed)
     groups: list[list[PackedRow]] = []

@@ -173,7 +173,9 @@ class Forest:
     @cached_property
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         """`arrays` on the device, in one copy; made only where somebody asks."""
-        return self._sent(np.concatenate(self.arrays)).split([len(array) for array in self.arrays])
+        sizes = [len(array) for array in self.arrays]
+        tensors: tuple[torch.Tensor, ...] = self._sent(np.concatenate(self.arrays)).split(sizes)
+        return tensors
 
     def _sent(self, array: np.ndarray) -> torch.Tensor:
         """On the device, without waiting for what that is doing."""

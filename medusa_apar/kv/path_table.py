@@ -143,7 +143,8 @@ class PathTable:
         span = np.repeat(np.arange(len(counts)), counts)
         column = np.arange(len(span)) - (np.cumsum(counts) - counts - first)[span]
         chunk, place = np.divmod(column, self.chunk)
-        return chunk_ids[(np.cumsum(chunks) - chunks)[span] + chunk] * np.int64(self.chunk) + place
+        entries: np.ndarray = chunk_ids[(np.cumsum(chunks) - chunks)[span] + chunk] * np.int64(self.chunk) + place
+        return entries
 
     def _chunks(self, columns: int) -> int:
         return -(-columns // self.chunk)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,7 +188,9 @@ class KVPool(Cache):
 
     # What transformers calls during a forward pass.
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.slots is not None, "the runtime sets `slots` before every forward pass"
         for store, states in ((self.keys, key_states), (self.values, value_states)):
             if layer_idx not in store:
@@ -207,7 +210,7 @@ class KVPool(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return 0
 
-    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.capacity, 0
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:

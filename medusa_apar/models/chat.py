@@ -42,7 +42,8 @@ def encode_messages(
 def rendered(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
     """The text that the tokenizer's chat template makes, ready for an answer; arguments and ValueError as of
     `encode_messages`."""
-    return _templated(tokenizer, messages, tools=tools, tokenize=False)
+    text: str = _templated(tokenizer, messages, tools=tools, tokenize=False)
+    return text
 
 
 def _templated(tokenizer: Any, messages: list[Message], **options: Any) -> Any:
@@ -77,4 +78,5 @@ def _vicuna(messages: list[Message]) -> str:
         else:
             conversation.append_message(roles[message["role"]], message["content"])
     conversation.append_message(roles["assistant"], None)
-    return conversation.get_prompt()
+    prompt: str = conversation.get_prompt()
+    return prompt

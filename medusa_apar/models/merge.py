@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -23,6 +23,9 @@ from . import head_files, hub
 from .fingerprint import files_at, name_of
 from .model_folder import check_empty, new_model_folder
 from .sources import Source, adapter_weights, is_gguf, locate, read_model, read_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def merge(
@@ -164,7 +167,7 @@ def merge_into(model: Any, adapter: Path, tokenizer: Any) -> Any:
     return model
 
 
-def put_adapter(model: Any, adapter: Path, is_trainable: bool = False) -> Any:
+def put_adapter(model: Any, adapter: Path, is_trainable: bool = False) -> PeftModel:
     """peft's model of `adapter` over `model`, every tensor of its file in its place and none missing."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict

@@ -75,7 +75,8 @@ def _some_text(model: PreTrainedModel, most: int = _LENGTH) -> tuple[list[int], 
 
 
 def _logits(model: PreTrainedModel, ids: list[int], device: torch.device) -> torch.Tensor:
-    return model(input_ids=torch.tensor([ids], dtype=torch.long, device=device)).logits[0]
+    logits: torch.Tensor = model(input_ids=torch.tensor([ids], dtype=torch.long, device=device)).logits
+    return logits[0]
 
 
 def _over_a_forest(runtime: Runtime, ids: list[int], device: torch.device) -> tuple[list[int], torch.Tensor]:

@@ -28,6 +28,8 @@ from .devices import device_of
 
 # Whatever the backend's mask function takes for one: dense masks a Forest, the kernels anything that has a layout.
 _current_forest: ContextVar[Any] = ContextVar("medusa_apar_forest", default=None)
+# transformers' attention function: queries, keys and values -> what is read, and weights where they are wanted.
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 # What an attention function may be given that changes its result: sparse or biased attention that we do not do.
 _NEVER_IGNORED = ("position_bias", "indices", "block_indices", "sinks")
 
@@ -45,7 +47,7 @@ def sdpa_forest_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Dense-mask attention, request by request: query [1, heads, N, head_dim], key and value what KVPool returns."""
     out = [
@@ -72,7 +74,7 @@ def _columns(pool: torch.Tensor, columns: slice | torch.Tensor) -> torch.Tensor:
 
 
 # Attention over a forest, and what its `attention_mask` is made by.
-BACKENDS: dict[str, tuple[Callable, Callable]] = {"sdpa": (sdpa_forest_attention, _dense_mask)}
+BACKENDS: dict[str, tuple[Attention, Callable]] = {"sdpa": (sdpa_forest_attention, _dense_mask)}
 if importlib.util.find_spec("triton") is not None:
     from .triton_attention import tree_mask, triton_forest_attention, unsupported_reason
 
@@ -80,7 +82,7 @@ if importlib.util.find_spec("triton") is not None:
 
 
 def _mask_or_theirs(make: Callable) -> Callable:
-    def mask(*args, mask_function: Callable, config: Any, local_size: int | None = None, **kwargs) -> Any:
+    def mask(*args: Any, mask_function: Callable, config: Any, local_size: int | None = None, **kwargs: Any) -> Any:
         forest = _current_forest.get()
         if forest is not None:
             return make(forest, mask_function, local_size)
@@ -91,10 +93,10 @@ def _mask_or_theirs(make: Callable) -> Callable:
     return mask
 
 
-def _or_theirs(backend: Callable) -> Callable:
+def _or_theirs(backend: Attention) -> Attention:
     """The backend under a forest; what the model had before for a forward pass that is not ours."""
 
-    def attend(module: torch.nn.Module, *args, **kwargs):
+    def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         if _current_forest.get() is not None:
             unknown = [name for name in _NEVER_IGNORED if kwargs.get(name) is not None]
             if unknown:
@@ -102,7 +104,7 @@ def _or_theirs(backend: Callable) -> Callable:
                 raise NotImplementedError(f"{name} attends with {', '.join(unknown)}, which is not supported.")
             return backend(module, *args, **kwargs)
         eager: Any = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
-        theirs = ALL_ATTENTION_FUNCTIONS.get_interface(_their_implementation(module.config), eager)
+        theirs: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(_their_implementation(module.config), eager)
         return theirs(module, *args, **kwargs)
 
     return attend

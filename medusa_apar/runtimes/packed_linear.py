@@ -82,13 +82,15 @@ def can_pack(weight: torch.Tensor) -> bool:
     ):
         return False
     if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return supported
     return weight.dtype == torch.float32
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """oneDNN's own layout of a [out, in] weight; only `packed_linear` can read it."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+    return packed
 
 
 def packed_linear(
@@ -97,7 +99,8 @@ def packed_linear(
     """`F.linear(x, weight, bias)`, from the packed weight where the rows are few."""
     if x.numel() > _MAX_ROWS * x.shape[-1] or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return product
 
 
 def _packable(module: nn.Linear) -> bool:

@@ -80,4 +80,5 @@ def pick_runtime(
 
 def _fits_twice(model: PreTrainedModel) -> bool:
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return size < _MEMORY_SHARE * psutil.virtual_memory().available
+    available: int = psutil.virtual_memory().available
+    return size < _MEMORY_SHARE * available

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -53,7 +53,7 @@ def triton_forest_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, N, head_dim], key and value what KVPool returns."""
     layout = _layout(attention_mask, query, key.shape[1])

@@ -179,4 +179,5 @@ def inlined(schema: type[BaseModel]) -> dict[str, Any]:
             return resolved(parts[reference.rsplit("/", 1)[1]])
         return {key: resolved(value) for key, value in node.items()}
 
-    return resolved(whole)
+    found: dict[str, Any] = resolved(whole)
+    return found

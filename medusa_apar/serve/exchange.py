@@ -43,7 +43,8 @@ def begin(scope: Scope, id: str) -> Exchange:
 
 def exchange_of_scope(scope: Scope) -> Exchange:
     """The request's own; a new one where no guard has made any."""
-    return scope.setdefault("state", {}).setdefault(_NAME, Exchange())
+    exchange: Exchange = scope.setdefault("state", {}).setdefault(_NAME, Exchange())
+    return exchange
 
 
 def exchange_of(request: HTTPConnection | None) -> Exchange:

@@ -50,7 +50,8 @@ def chat_ids(
     tokenizer: Any = facts.tokenizer
     if fits and tokenizer.chat_template and sum(len(message["content"]) for message in plain) > _LONG:
         _check_length(facts, rendered(tokenizer, plain, tools))
-    return encode_messages(tokenizer, plain, tools)["input_ids"][0].tolist()
+    ids: list[int] = encode_messages(tokenizer, plain, tools)["input_ids"][0].tolist()
+    return ids
 
 
 def tools_of(body: ChatBody, facts: ModelFacts) -> list[dict[str, Any]] | None:

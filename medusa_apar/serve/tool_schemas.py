@@ -42,7 +42,8 @@ class NamedTool:
 
 def _tool_choice(value: Any) -> str | NamedTool:
     if value in ("none", "auto", "required"):
-        return value
+        word: str = value
+        return word
     match value:
         case {"type": "function", "function": {"name": str(name), **others}, **more} if not others and not more:
             return NamedTool(name)

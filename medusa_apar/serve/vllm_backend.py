@@ -83,7 +83,7 @@ def parsed(flags: Sequence[str], served: Served, options: ServeOptions) -> Names
         defaults["trust_remote_code"] = True
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="medusa-apar", usage=USAGE))
     parser.set_defaults(**defaults)
-    args = parser.parse_args(list(flags))
+    args: Namespace = parser.parse_args(list(flags))
     if args.structured_outputs_config.backend == "auto":
         args.structured_outputs_config.backend = "guidance"  # what our own guides are made with
     if args.model != served.model:
@@ -128,7 +128,8 @@ class VllmBackend:
     @property
     def model_name(self) -> str:
         """The name by which clients know it."""
-        return (self._args.served_model_name or [self._served.model])[0]
+        name: str = (self._args.served_model_name or [self._served.model])[0]
+        return name
 
     async def start(self) -> ModelFacts:
         tokenizer, control, (client, counts) = await _beside(self._load)

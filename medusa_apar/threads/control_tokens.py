@@ -26,7 +26,7 @@ class ControlTokens:
     child_id: int
     max_depth: int = DEFAULT_MAX_DEPTH
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("fork_id", "child_id", "max_depth"):
             if not isinstance(value := getattr(self, name), Integral) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}, must be a whole number.")

@@ -174,8 +174,10 @@ class ListForks(NoForks):
         """A text's tokens behind another, a word in front of both; by itself some tokenizers would add a space."""
         lead, whole = (self.tokenizer.encode("a" + part, add_special_tokens=False) for part in (before, before + text))
         if whole[: len(lead)] == lead:
-            return whole[len(lead) :]
-        return self.tokenizer.encode(text, add_special_tokens=False)
+            ids: list[int] = whole[len(lead) :]
+        else:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
 
 
 def fork_point(thread: Thread, ahead: Sequence[int] = (), forks_ahead: int = 0) -> ForkPoint:

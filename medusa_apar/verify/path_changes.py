@@ -103,7 +103,8 @@ class MaskChange:
 
     @property
     def num_words(self) -> int:
-        return self.masks.shape[0] * -(-self.masks.shape[1] // 2)
+        count: int = self.masks.shape[0] * -(-self.masks.shape[1] // 2)
+        return count
 
     @property
     def words(self) -> np.ndarray:

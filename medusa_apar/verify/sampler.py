@@ -298,9 +298,11 @@ def _applied(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor
     row = request.row
     processor = _of_row(processor, row.index)
     if type(processor) in _BY_ROW or row.batch_size == 1:
-        return processor(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+        made: torch.Tensor = processor(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+        return made
     shown = cast(torch.LongTensor, ids.expand(row.batch_size, -1))
-    return processor(shown, cast(torch.FloatTensor, scores.repeat(row.batch_size, 1)))[row.index, None]
+    made = processor(shown, cast(torch.FloatTensor, scores.repeat(row.batch_size, 1)))
+    return made[row.index, None]
 
 
 def own_part(processor: Callable) -> Callable:

@@ -12,7 +12,7 @@ from medusa_apar.threads.request import Request
 
 _CHILDREN = 32  # of a thread that are told apart; later ones share the last one's place
 _LEVELS = 3  # of threads that are told apart
-_ANSWER = _CHILDREN**_LEVELS  # numbers of one answer
+_ANSWER: int = _CHILDREN**_LEVELS  # numbers of one answer
 _ANSWERS = 1 << 32  # arrivals before they begin anew
 _MOST = 1 << 14  # of a request's own priority, either way; all of it together fits into 63 bits
 

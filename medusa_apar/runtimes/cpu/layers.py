@@ -174,7 +174,8 @@ def score_cap(attention: Any) -> float:
 
 
 def eps_of(norm: Any) -> float:
-    return norm.eps if "eps" in vars(norm) else norm.variance_epsilon
+    eps: float = norm.eps if "eps" in vars(norm) else norm.variance_epsilon
+    return eps
 
 
 def rotary_kinds(rotary: Any) -> list[str]:

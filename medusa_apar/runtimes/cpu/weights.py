@@ -192,7 +192,8 @@ def hadamard(groups: Tensor) -> Tensor:
     for width in (2**stage for stage in range(size.bit_length() - 1)):
         low, high = groups.reshape(*groups.shape[:-1], -1, 2, width).unbind(-2)
         groups = torch.stack((low + high, low - high), -2).view(groups.shape)
-    return groups / size**0.5
+    transformed: Tensor = groups / size**0.5
+    return transformed
 
 
 def rounded(x: Tensor) -> Tensor:
