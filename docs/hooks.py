@@ -10,16 +10,11 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from notebook_page import notebook_page  # mkdocs looks for a hook's imports beside it
-from pages import OPTIONAL, Site, asked_hosts, site, without_absent
+from pages import Site, asked_hosts, site
 
 ROOT = Path(__file__).resolve().parent.parent
 logger = logging.getLogger("mkdocs.hooks")  # a warning here fails the strict build
 _made: list[Site] = []
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    config.nav = without_absent(config.nav, {name for name in OPTIONAL if not (ROOT / name).exists()})
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

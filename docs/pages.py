@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
 Sections = Mapping[str, tuple[tuple[str, str], ...]]
@@ -19,8 +18,8 @@ Sections = Mapping[str, tuple[tuple[str, str], ...]]
 DOCUMENTS = (
     *("README.md", "medusa_apar/README.md", "medusa_apar/serve/README.md", "medusa_apar/engine/README.md"),
     *("triton_kernels/README.md", "eval/README.md", "heads/TRAINING.md", "heads/weights/smollm2-135m/README.md"),
+    *("examples/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
 )
-OPTIONAL = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")  # pages where they exist
 # Sections that readers look for by name: each page's documents and headings, the first of which is its title.
 # They leave their documents. A notebook has to stay whole, so its sections are shown in both places.
 CUT: Sections = {
@@ -139,16 +138,6 @@ def asked_hosts(text: str) -> list[str]:
     return [next(filter(None, found.groups())) for found in _FETCHED.finditer(text)]
 
 
-def without_absent(nav: Any, absent: set[str]) -> Any:
-    """mkdocs' nav without the pages that do not exist, and without sections that are empty then."""
-    if isinstance(nav, dict):
-        kept = {title: without_absent(below, absent) for title, below in nav.items()}
-        return {title: below for title, below in kept.items() if below}
-    if isinstance(nav, list):
-        return [kept for entry in nav if (kept := without_absent(entry, absent))]
-    return None if nav in absent else nav
-
-
 def address(page: str) -> str:
     """Where a page lies in the site, as a browser sees it; pictures stay where they are."""
     stem = page.removesuffix(".md")
@@ -215,7 +204,7 @@ def site(
 ) -> Site:
     """notebooks: their Markdown by their path; on the site they end in .md. sections: None is `CUT`."""
     made = Site(root, repo_url)
-    made.homes = {name: name for name in (*DOCUMENTS, *OPTIONAL) if (root / name).exists()}
+    made.homes = {name: name for name in DOCUMENTS if (root / name).exists()}
     written = {path.relative_to(root).as_posix() for path in (root / "docs").rglob("*.md")}
     made.homes |= {name: name.removeprefix("docs/") for name in sorted(written)}
     texts = {name: (root / name).read_text(encoding="utf-8") for name in made.homes} | dict(notebooks or {})

@@ -148,7 +148,7 @@ def test_a_notebook_stays_whole(house, tmp_path):
 
 
 def test_a_document_is_the_sum_of_its_parts():
-    for name in (*pages.DOCUMENTS, *(name for name in pages.OPTIONAL if (ROOT / name).exists())):
+    for name in pages.DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8")
         assert "".join(part.text for part in pages.parts(name, text)) == text
 
@@ -217,12 +217,6 @@ def test_what_a_browser_would_fetch_elsewhere_is_found(text):
     assert pages.asked_hosts(text) == FETCHED[text]
 
 
-def test_the_nav_leaves_out_what_does_not_exist():
-    nav = [{"A": [{"B": "b.md"}, {"C": "c.md"}]}, {"D": [{"E": "e.md"}]}]
-    assert pages.without_absent(nav, {"c.md", "e.md"}) == [{"A": [{"B": "b.md"}]}]
-    assert pages.without_absent(nav, set()) == nav
-
-
 def repository():
     stored = {
         f"notebooks/{path.name}": notebook_page(path.name, path.read_text(encoding="utf-8"))[0]
@@ -249,8 +243,7 @@ def test_every_page_is_in_the_nav_once():
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"^ +- .*: (\S+\.md)$", config.partition("\nnav:\n")[2], re.MULTILINE)
     assert len(listed) == len(set(listed))
-    present = [page for page in listed if page not in pages.OPTIONAL or (ROOT / page).exists()]
-    assert sorted(present) == sorted(repository().parts)
+    assert sorted(listed) == sorted(repository().parts)
 
 
 def test_the_repository_has_one_address():
@@ -261,4 +254,4 @@ def test_the_repository_has_one_address():
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HOME"
     ]
     (address,) = re.findall(r"^repo_url: (\S+)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert homes in ([], [address])
+    assert homes == [address]
