@@ -16,6 +16,7 @@ from tests.support.player import Player
 LONG = (
     "test_interpreted.py",
     "test_notebooks.py",
+    "test_examples.py",
     "test_aot.py",
     "test_schedules.py",
     "test_real_model.py",
