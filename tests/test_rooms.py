@@ -11,7 +11,7 @@ from tests.support import rooms
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
     *("README.md", "medusa_apar/README.md", "medusa_apar/serve/README.md", "heads/TRAINING.md"),
-    *("triton_kernels/README.md", "eval/README.md", "medusa_apar/engine/README.md"),
+    *("triton_kernels/README.md", "eval/README.md", "medusa_apar/engine/README.md", "examples/README.md"),
 )
 
 
@@ -41,6 +41,7 @@ def test_what_is_imported_and_run_exists():
         "Makefile",
         "notebooks/*.ipynb",
         "notebooks/*.py",
+        "examples/*.py",
         "medusa_apar/**/*.py",
         "medusa_apar/*.md",
         "tests/**/*.py",
