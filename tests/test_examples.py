@@ -124,7 +124,7 @@ def test_a_client_of_the_route_that_goes_away_ends_its_answer(forking, monkeypat
     asked = route.apar.request
 
     def slow(*args, **options):
-        """A token in 50 ms: the whole answer would take ten seconds."""
+        """A token in 50 ms: the whole answer would take 25 seconds."""
         request = asked(*args, **options, fork="off")
         return Request(
             request.id,
