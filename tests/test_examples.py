@@ -163,9 +163,9 @@ def test_openai_client(tmp_path):
 
 
 def _chats():
-    """200 that say two things: what is needed, as a list, and one sentence."""
+    """Some that say two things: what is needed, as a list, and one sentence."""
     details = "plan it early and write it down", "ask somebody who has done it", "most beginners spend too much on this"
-    for number in range(200):
+    for number in range(80):
         heads = zip(("Soil", "Water", "Light"), details, strict=True)
         items = "\n".join(f"{place}. {head}: {detail}." for place, (head, detail) in enumerate(heads, 1))
         answer = f"For thing {number} you need:\n\n{items}"
