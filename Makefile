@@ -5,7 +5,7 @@ READY := .venv/.installed
 # Where pip should take torch from instead of its own index, e.g. `make demo TORCH_INDEX=...` for a CPU build.
 TORCH_INDEX ?=
 
-.PHONY: install demo serve test test-newest test-litellm schedules faults vllm vllm-install vllm-parallel bench \
+.PHONY: install demo serve test test-all test-newest test-litellm test-lm-eval schedules faults vllm vllm-install vllm-parallel bench \
 	notebooks notebooks-run docs docs-serve lint dist wheel clean
 
 install: $(READY)
@@ -29,8 +29,11 @@ serve: install
 	$(BIN)/medusa-apar serve --quantize int8 $(ARGS)
 
 # A process a core, a file of tests to each; ARGS="-n 0 tests/kv/test_pool.py" runs one file plainly.
+TEST := $(BIN)/python -m pytest -n auto --dist loadfile
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(TEST) --fast $(ARGS)
+test-all: install
+	$(TEST) $(ARGS)
 
 # What must be exact, with the newest releases of everything, as pip resolves them for a new user: no constraints.txt.
 NEWEST := .venv-newest/bin/python
@@ -65,6 +68,16 @@ $(LITELLM): Makefile
 	touch $(LITELLM)
 test-litellm: install $(LITELLM)
 	$(BIN)/python -m pytest -n 0 tests/serve/test_litellm.py $(ARGS)
+
+# lm-evaluation-harness brings fifty packages that nothing else here needs. It has no torch: its questions are the
+# server's, and of transformers it takes the tokenizer.
+LM_EVAL := .venv-lm-eval/.installed
+$(LM_EVAL): Makefile
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --disable-pip-version-check 'lm-eval[api]==0.4.13' transformers==5.23.0
+	touch $(LM_EVAL)
+test-lm-eval: install $(LM_EVAL)
+	$(BIN)/python -m pytest -n 0 tests/serve/test_lm_eval.py $(ARGS)
 
 # vLLM pins what we pin otherwise: it has an environment of its own. torchvision and its kind, which text needs nothing
 # of, fail to import beside a CPU build of torch.

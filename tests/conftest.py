@@ -16,6 +16,7 @@ from tests.support.player import Player
 LONG = (
     "test_interpreted.py",
     "test_notebooks.py",
+    "test_examples.py",
     "test_aot.py",
     "test_schedules.py",
     "test_real_model.py",
@@ -24,6 +25,8 @@ LONG = (
     "test_threads.py",
 )
 
+# Files that `make test` leaves to `make test-all`, each with why no promise is broken meanwhile without a sound.
+SLOW = ()
 
 # What a test may be skipped for even where $MEDUSA_APAR_CI says that everything is installed: another processor or
 # system, or an environment of its own that another command makes and tests.
@@ -53,6 +56,10 @@ def pytest_make_collect_report(collector):
     return _no_skip((yield))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="without what takes long, unless paths name it")
+
+
 def pytest_configure(config):
     """xdist would begin with the files of most tests, and end with the longest, which have one or two."""
     config.option.loadscopereorder = False
@@ -61,11 +68,17 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
-    if "campaign" in config.option.markexpr:
-        return
-    long = [item for item in items if item.get_closest_marker("campaign")]
-    config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if item not in long]
+    named = config.args_source is config.ArgsSource.ARGS
+    slow = config.option.fast and not named
+    left_out = [
+        item
+        for item in items
+        if (item.get_closest_marker("campaign") and "campaign" not in config.option.markexpr)
+        or (slow and item.path.name in SLOW)
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    left = set(left_out)
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session", autouse=True)

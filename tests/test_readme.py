@@ -42,7 +42,10 @@ from tests.support.models import LLAMA_LIKE
 ROOT = Path(__file__).parent.parent
 PAGES = {
     page: (ROOT / page).read_text(encoding="utf-8")
-    for page in ("README.md", "medusa_apar/README.md", "medusa_apar/serve/README.md", "eval/README.md")
+    for page in (
+        "README.md",
+        *(f"{folder}/README.md" for folder in ("medusa_apar", "medusa_apar/serve", "eval", "examples")),
+    )
 }
 BLOCKS = [(page, *block) for page in PAGES for block in re.findall(r"^```(\w+)\n(.*?)^```$", PAGES[page], re.M | re.S)]
 COMMANDS = [

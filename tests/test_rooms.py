@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
     *("README.md", "medusa_apar/README.md", "medusa_apar/serve/README.md", "heads/TRAINING.md"),
     *("triton_kernels/README.md", "eval/README.md", "medusa_apar/engine/README.md", "CONTRIBUTING.md"),
+    "examples/README.md",
 )
 
 
@@ -41,6 +42,7 @@ def test_what_is_imported_and_run_exists():
         "Makefile",
         "notebooks/*.ipynb",
         "notebooks/*.py",
+        "examples/*.py",
         "medusa_apar/**/*.py",
         "medusa_apar/*.md",
         "tests/**/*.py",

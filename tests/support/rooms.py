@@ -208,7 +208,7 @@ def stale_names(root: Path, documents: tuple[str, ...]) -> Iterator[str]:
 
     A name may be a path: then its folders must be the file's.
     """
-    folders = [root / name for name in (PACKAGE, *MAPPED, "tests", "notebooks")]
+    folders = [root / name for name in (PACKAGE, *MAPPED, "tests", "notebooks", "examples")]
     paths = [path.relative_to(root) for folder in folders for path in folder.rglob("*.*")]
     known = {path.name for path in root.glob("*.*")} | set(FOREIGN)
     known |= {"/".join(path.parts[start:]) for path in paths for start in range(len(path.parts))}
