@@ -1,6 +1,7 @@
 # A server for the default model:  docker build -t medusa-apar . && docker run -p 8000:8000 medusa-apar
 # Another model:                   docker run -p 8000:8000 -v medusa-apar:/cache medusa-apar owner/model --fork lists
-# For a GPU, build with  --build-arg TORCH_INDEX=  (pip's own torch, with CUDA) and run with  --gpus all.
+# Without an argument pip's torch is installed, with CUDA: run it with  --gpus all. A CPU image is several gigabytes smaller:
+# docker build --build-arg TORCH_INDEX=...  with the address that PyTorch's installation page gives for CPU builds.
 FROM python:3.11-slim AS wheel
 WORKDIR /source
 COPY . .

@@ -57,6 +57,7 @@ test-newest:
 	test -x $(NEWEST) || $(PYTHON) -m venv .venv-newest
 	test -z "$(TORCH_INDEX)" || $(NEWEST) -m pip install --index-url "$(TORCH_INDEX)" --no-deps torch
 	$(NEWEST) -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(NEWEST) -m pip install --disable-pip-version-check --no-deps medusa-llm fschat
 	$(NEWEST) -c "import torch, transformers, peft; print(*(m.__name__ + ' ' + m.__version__ for m in (torch, transformers, peft)))"
 	$(NEWEST) -m pytest -n auto --dist loadfile $(EXACTNESS) $(ARGS)
 
@@ -144,7 +145,9 @@ docs-serve: docs
 
 # mypy cannot follow the editable install's import hook to heads/, triton_kernels/ and eval/: it checks a built copy.
 lint: install
-	$(BIN)/pre-commit run --all-files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	test ! -e .git || SKIP=ruff,ruff-format $(BIN)/pre-commit run --all-files
 	rm -rf build/lib
 	$(BIN)/python setup.py -q build_py --build-lib build/lib
 	$(BIN)/mypy build/lib/medusa_apar

@@ -1,10 +1,11 @@
 """The installed package against plain transformers, in a minute: the same tokens, with threads and without.
 
-With `CXX` naming no compiler, the torch runtime has to say so and to answer alike.
+With `CXX` naming no compiler, torch runs and answers alike. Else the compiled step has to run on Linux.
 """
 
 import os
 import shutil
+import sys
 
 import torch
 
@@ -16,8 +17,9 @@ QUESTION = [{"role": "user", "content": "Give me three tips for better sleep."}]
 def main() -> None:
     apar = medusa_apar.load("smollm2-135m", dtype="float32")
     print(f"medusa-apar {medusa_apar.__version__} from {medusa_apar.__file__}\n{apar}")
-    if "CXX" in os.environ and shutil.which(os.environ["CXX"]) is None:
-        assert "torch on cpu" in str(apar), "something runs that cannot have been compiled"
+    compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    if sys.platform == "linux" or not compiler:
+        assert ("torch on cpu" in str(apar)) is not compiler, f"this machine has {'a' if compiler else 'no'} compiler"
     inputs = apar.tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -176,6 +176,11 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
+def cores() -> int:
+    """Those that this process may use; macOS and Windows tell of the machine's alone."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def fast_dtype(device: str | None = None) -> str:
     """bfloat16 where products in it take half the time of float32: on "cuda" and on "cpu" with instructions for it.
 

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # Before torch is there: threads that spin while they wait take the core that the suite's other process runs on.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -10,38 +11,15 @@ import torch
 import medusa_apar
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 from medusa_apar.eval import chat_endpoint
+from tests.support.lengths import LONG, OTHERWHERE, is_slow
 from tests.support.player import Player
-
-# Files that take minutes go first, the longest before all others, so that no process is left with one at the end.
-LONG = (
-    "test_interpreted.py",
-    "test_notebooks.py",
-    "test_examples.py",
-    "test_aot.py",
-    "test_schedules.py",
-    "test_real_model.py",
-    "test_browser.py",
-    "test_rescoring.py",
-    "test_threads.py",
-)
-
-# Files that `make test` leaves to `make test-all`, each with why no promise is broken meanwhile without a sound.
-SLOW = ()
-
-# What a test may be skipped for even where $MEDUSA_APAR_CI says that everything is installed: another processor or
-# system, or an environment of its own that another command makes and tests.
-OTHERWHERE = (
-    *("this processor is no", "no x86 processor with AVX2", "torch without oneDNN", "they run here", "there is one"),
-    *("this kernel does not tell", "nobody tells how long", "only Linux tells", "there is no uv", "vLLM", "CUDA"),
-    *("litellm's environment", "lm-eval's environment", "pytest collects the folder itself"),
-)
 
 
 def _no_skip(report):
     """A skip becomes a failure in CI, or what nobody installed any more would be tested no more."""
     if os.environ.get("MEDUSA_APAR_CI") and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        if not any(known in reason for known in OTHERWHERE):
+        if not OTHERWHERE.fullmatch(reason):
             report.outcome, report.longrepr = "failed", f"skipped, where CI has to have it: {reason}"
     return report
 
@@ -74,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
         item
         for item in items
         if (item.get_closest_marker("campaign") and "campaign" not in config.option.markexpr)
-        or (slow and item.path.name in SLOW)
+        or (slow and is_slow(item.path, Path(__file__).parent))
     ]
     config.hook.pytest_deselected(items=left_out)
     left = set(left_out)

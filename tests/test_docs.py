@@ -1,6 +1,5 @@
 """The documents as a site, which `make docs` builds: links lead where they led, and nothing is left out."""
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -9,12 +8,12 @@ import pytest
 
 from docs import pages
 from docs.notebook_page import notebook_page
+from tests.support.files import home, repository_files
 
 ROOT = Path(__file__).parent.parent
 REPO = "https://example.org/repo"
 # They tell of the figures beside them, and are linked to in the repository as these are.
 NO_PAGES = ("eval/results/cpu/xeon_rows/README.md", "eval/results/cpu/zen3_forest/README.md")
-NOT_SEARCHED = ("build", "dist", "site", "bench-results")
 
 README = """# A house
 
@@ -232,9 +231,11 @@ def test_every_link_of_the_repository_leads_somewhere():
 
 
 def test_every_document_is_a_page():
-    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."]
-    found = {path for path in folders if path.name not in NOT_SEARCHED for path in path.rglob("README.md")}
-    names = {path.relative_to(ROOT).as_posix() for path in {*found, *ROOT.glob("*.md")}}
+    names = {
+        path.as_posix()
+        for path in repository_files(ROOT)
+        if path.parts[0][0] != "." and (path.name == "README.md" or path.suffix == ".md" and len(path.parts) == 1)
+    }
     assert names - set(NO_PAGES) <= repository().homes.keys()
     assert all((ROOT / name).exists() for name in (*NO_PAGES, *pages.DOCUMENTS))
 
@@ -247,11 +248,5 @@ def test_every_page_is_in_the_nav_once():
 
 
 def test_the_repository_has_one_address():
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    homes = [
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HOME"
-    ]
     (address,) = re.findall(r"^repo_url: (\S+)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert homes == [address]
+    assert address == home(ROOT)

@@ -68,8 +68,9 @@ def test_drop_in(tmp_path):
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
 def test_batch(tmp_path, forking, answers, name):
     prompts = [f"{QUESTION} {'x' * count}" for count in range(20)]  # more than run at once
+    prompts.insert(3, "x " * 20_000)  # longer than any context
     lines = prompts if name == "prompts.txt" else [json.dumps({"prompt": prompt}) for prompt in prompts]
-    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    (tmp_path / name).write_text("\n\n".join(lines) + "\n")
     words = command_of("batch.py")
     assert words[-2:] == ["prompts.txt", "answers.jsonl"]
     told = subprocess.run(
@@ -81,11 +82,15 @@ def test_batch(tmp_path, forking, answers, name):
         check=True,
     ).stdout
     entries = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert sorted(entry["number"] for entry in entries) == list(range(20))
+    assert sorted(entry["number"] for entry in entries) == list(range(21))
+    (refused,) = (entry for entry in entries if "error" in entry)
+    assert refused["number"] == 3 and "context" in refused["error"]
     for entry in entries:
+        if entry is refused:
+            continue
         assert entry["prompt"] == prompts[entry["number"]] and entry["ended"] in ("stop", "length")
         assert entry["answer"] == answers(entry["prompt"])
-    assert re.match(r"20 answers, [1-9]\d* forks", told)
+    assert re.match(r"21 prompts, [1-9]\d* forks", told)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from medusa_apar.eval.systems import OF_BASE
 from medusa_apar.heads import HydraHeads
 from medusa_apar.serve.server import Server
 from tests.support.eagle3_files import LAYOUTS, checkpoint
-from tests.support.files import repository_files
+from tests.support.files import home, repository_files
 from tests.support.folders import forking_folder
 from tests.support.models import LLAMA_LIKE
 
@@ -121,9 +121,9 @@ def run(words: list[str]) -> None:
         run(words[: words.index("&&")])
         run(words[words.index("&&") + 1 :])
     elif words[:2] == ["git", "clone"]:
-        assert words[2:] == [home()]
+        assert words[2:] == [home(ROOT)]
     elif program == "cd":
-        assert words[1:] == [Path(home()).name]
+        assert words[1:] == [Path(home(ROOT)).name]
     elif program == "make":
         run_target(words)
     elif "vllm" in words and program != "pip":
@@ -194,11 +194,6 @@ def run_pip(arguments: list[str]) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path("site").absolute())}
     told = subprocess.run([sys.executable, "-c", located], env=environment, capture_output=True, text=True, check=True)
     assert str(Path("site/medusa_apar/heads/weights").absolute()) in told.stdout
-
-
-def home() -> str:
-    """Where setup.py says that the project lies."""
-    return re.findall(r'^HOME = "(.+)"$', (ROOT / "setup.py").read_text(encoding="utf-8"), re.M)[0]
 
 
 def by_ci() -> set[str]:

@@ -1,12 +1,12 @@
 """The table of rooms: imports go down it alone, and every folder's map is true (DESIGN.md, Rooms)."""
 
-import ast
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.support import rooms
+from tests.support.lengths import LONG
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
@@ -77,13 +77,7 @@ def test_what_runs_with_the_newest_releases_exists():
 
 
 def test_the_longest_test_files_exist():
-    tree = ast.parse((ROOT / "tests/conftest.py").read_text(encoding="utf-8"))
-    (names,) = (
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LONG"
-    )
-    assert not [name for name in names if not list((ROOT / "tests").rglob(name))]
+    assert not [name for name in LONG if not list((ROOT / "tests").rglob(name))]
 
 
 # A small house in which all is well: a file and what it says.

@@ -131,8 +131,6 @@ def run(args: argparse.Namespace) -> int:
     if args.init and not Path(args.init).exists():
         raise FileNotFoundError(f"--init {args.init} does not exist")
 
-    import os
-
     import torch
 
     from medusa_apar.finetune.corpus import Drops
@@ -140,13 +138,13 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.heads.ask import read_prompts
     from medusa_apar.heads.eagle3 import train as eagle3
     from medusa_apar.heads.train import check_out, train
-    from medusa_apar.job import Job, fast_dtype, quiet, slow
+    from medusa_apar.job import Job, cores, fast_dtype, quiet, slow
     from medusa_apar.loading import load
     from medusa_apar.models.families import unembedding_size
 
     quiet()
     launched = _launched(args)
-    threads = args.threads or max(len(os.sched_getaffinity(0)) // launched.num_processes, 1)
+    threads = args.threads or max(cores() // launched.num_processes, 1)
     torch.set_num_threads(threads)
     check_out(args.out)
     drops = Drops(skip_bad=args.bad_lines == "skip")

@@ -159,10 +159,11 @@ def label_losses(tuned: PeftModel, row: PackedRow, tokens: Tokens, ends: torch.T
     from_base = values.new_zeros(0)
     if ends is not None:
         of = taught(row.input_ids[wanted], labels, tokens)
-        plain = without_control(row, tokens)
-        with torch.no_grad(), frozen_alone():
-            teacher = _logits(tuned, plain.row, plain.places[wanted[of]], []).float()
-        from_base = divergence(logits[of], teacher, in_trunk[of], tokens, ends)
+        if bool(of.any()):
+            plain = without_control(row, tokens)
+            with torch.no_grad(), frozen_alone(tuned):
+                teacher = _logits(tuned, plain.row, plain.places[wanted[of]], []).float()
+            from_base = divergence(logits[of], teacher, in_trunk[of], tokens, ends)
     return Losses(values, labels == tokens.fork, in_trunk, says_fork, against, from_base)
 
 

@@ -7,15 +7,18 @@ there; at `[Child]`, the word of the token before the `[Fork]`, after which the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .packing import NO_PARENT, PackedRow, Tokens, path_mask
+from .packing import NO_PARENT, PackedRow, Tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROWS = 64  # of logits that are worked on at a time
 
 
 @dataclass(slots=True)
@@ -37,7 +40,7 @@ def without_control(row: PackedRow, tokens: Tokens) -> PlainRow:
     kept = ~control
     index = kept.cumsum(0) - 1
     parents = torch.where(row.parents < 0, NO_PARENT, index[heard[row.parents.clamp(min=0)]])
-    depths = row.position_ids - (path_mask(row.parents) & control).sum(1)
+    depths = row.position_ids - _on_path(row.parents, control)
     return PlainRow(
         PackedRow(
             row.input_ids[kept],
@@ -52,6 +55,17 @@ def without_control(row: PackedRow, tokens: Tokens) -> PlainRow:
     )
 
 
+def _on_path(parents: Tensor, chosen: Tensor) -> Tensor:
+    """long [N]: how many tokens of each path are `chosen`, itself included; by doubling, as `path_mask` does it."""
+    n = len(parents)
+    end = parents.new_full((1,), n)
+    jump = torch.cat([torch.where(parents < 0, end, parents), end])
+    count = torch.cat([chosen.long(), chosen.new_zeros(1).long()])
+    while bool((jump < n).any()):
+        count, jump = count + count[jump], jump[jump]
+    return count[:n]
+
+
 def taught(ids: Tensor, labels: Tensor, tokens: Tokens) -> Tensor:
     """bool [L]: the labels that the base could have written behind their tokens, both long [L].
 
@@ -61,21 +75,57 @@ def taught(ids: Tensor, labels: Tensor, tokens: Tokens) -> Tensor:
 
 
 def divergence(student: Tensor, teacher: Tensor, in_trunk: Tensor, tokens: Tokens, ends: Tensor) -> Tensor:
-    """[D] Kullback-Leibler divergence of the student's distribution from the teacher's, both logits [D, vocabulary].
+    """[D] sum over the vocabulary of p log(p / q), where p is the teacher's distribution and q the student's.
 
-    in_trunk: bool [D]. ends: long [E], the tokens with which the base would go on to the next item. Neither
-    distribution has the control tokens, nor, in a thread, an end: that a detail ends its thread is the corpus's to say.
+    student, teacher: logits [D, vocabulary]. in_trunk: bool [D]. ends: long [E], the tokens with which the base would
+    go on to the next item. Neither distribution has the control tokens, nor, in a thread, an end: that a detail ends
+    its thread is the corpus's to say. Only the student's logits have a gradient.
     """
     left_out = torch.zeros_like(student, dtype=torch.bool)
     left_out[:, [tokens.fork, tokens.child]] = True
     left_out[:, ends] |= ~in_trunk[:, None]
-    lowest = torch.finfo(student.dtype).min
-    ours, theirs = (logits.masked_fill(left_out, lowest).log_softmax(-1) for logits in (student, teacher))
-    return (theirs.exp() * (theirs - ours)).masked_fill(left_out, 0.0).sum(-1)
+    found: Tensor = _Divergence.apply(student, teacher, left_out)
+    return found
 
 
-def ending_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Tensor:
-    """long [E]: the end of the text, and every token with a line break in it."""
+class _Divergence(torch.autograd.Function):
+    """Keeps q - p, which is its gradient, and works on a few rows at a time: a vocabulary may have 260,000 tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, left_out: Tensor) -> Tensor:
+        gradient, found = torch.empty_like(student), student.new_empty(len(student))
+        lowest = torch.finfo(student.dtype).min
+        for start in range(0, len(student), ROWS):
+            rows = slice(start, start + ROWS)
+            ours, theirs = (
+                logits[rows].masked_fill(left_out[rows], lowest).log_softmax(-1) for logits in (student, teacher)
+            )
+            p = theirs.exp()
+            found[rows] = (p * (theirs - ours)).masked_fill_(left_out[rows], 0.0).sum(-1)
+            gradient[rows] = ours.exp_().sub_(p)
+        ctx.save_for_backward(gradient)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (own,) = ctx.saved_tensors
+        return own * gradients[0][:, None], None, None
+
+
+def ending_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, tokens: Tokens) -> Tensor:
+    """long [E]: every end that the model or its tokenizer names, and every token with a line break in it."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     breaks = {token for token, text in enumerate(texts) if "\n" in text}
-    return torch.tensor(sorted(breaks | {tokens.eos}))
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = named if isinstance(named, list) else [] if named is None else [named]
+    return torch.tensor(sorted(breaks | {tokens.eos, *ends}))
+
+
+def check_teaches(tuned: PeftModel) -> None:
+    """ValueError where an adapter changes more than LoRA's products, so that its base is not the untuned one."""
+    config: Any = tuned.peft_config["default"]
+    for name in ("modules_to_save", "target_parameters"):
+        if getattr(config, name, None):
+            raise ValueError(f"the adapter has {name}, so that its base cannot teach it: leave --distil out.")
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError("the adapter trains biases, so that its base cannot teach it: leave --distil out.")

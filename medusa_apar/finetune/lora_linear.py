@@ -54,18 +54,23 @@ _frozen_alone: ContextVar[bool] = ContextVar("frozen_alone", default=False)
 def lean_lora(tuned: PeftModel) -> Iterator[None]:
     """Within it, the plain LoRA layers of a model run so; others, with dropout or DoRA say, as peft has them."""
     layers: list[Any] = [module for module in tuned.modules() if isinstance(module, LoraLayer)]
+    before = [vars(layer).get("forward") for layer in layers]  # a hook's, say
     for layer in layers:
         layer.forward = _switched(layer, _forward(layer) if _plain(layer) else layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @contextmanager
-def frozen_alone() -> Iterator[None]:
-    """Within it and within `lean_lora`, LoRA layers are their frozen weights, in this thread alone."""
+def frozen_alone(tuned: PeftModel) -> Iterator[None]:
+    """Within it, LoRA layers are their frozen weights, in this thread alone; RuntimeError outside `lean_lora`."""
+    if not all("forward" in vars(module) for module in tuned.modules() if isinstance(module, LoraLayer)):
+        raise RuntimeError("frozen_alone() works within lean_lora() alone.")
     token = _frozen_alone.set(True)
     try:
         yield
@@ -75,7 +80,7 @@ def frozen_alone() -> Iterator[None]:
 
 def _switched(layer: Any, tuned: Any) -> Any:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = layer.base_layer(x) if _frozen_alone.get() else tuned(x, *args, **kwargs)
+        out: Tensor = (layer.base_layer if _frozen_alone.get() else tuned)(x, *args, **kwargs)
         return out
 
     return forward

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -19,13 +18,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from medusa_apar.job import Job, launched, read_checkpoint, replacing, slow
+from medusa_apar.job import Job, cores, launched, read_checkpoint, replacing, slow
 from medusa_apar.models.fingerprint import fingerprint
 
 from .adapter import Losses, attach_lora, check_forward, control_rows, label_losses, save_adapter
 from .corpus import Drops, Example, load_examples
 from .data import EXAMPLES
-from .distil import ending_tokens
+from .distil import check_teaches, ending_tokens
 from .forms import Forms, pack
 from .lora_linear import lean_lora
 from .mixture import Given, Limits, Source, draw, updates
@@ -249,7 +248,8 @@ class Trainer:
         needed = ("settings", "weights", "optimizer", "update", "seconds")
         state = read_checkpoint(self._checkpoint, needed)
         ours = self.of | asdict(self.settings)
-        theirs = json.loads(state.get("of", "{}")) | json.loads(state["settings"])
+        # A run begun before a setting existed had what is its default now.
+        theirs = json.loads(state.get("of", "{}")) | asdict(Settings()) | json.loads(state["settings"])
         if changed := [name for name in ours if ours[name] != theirs.get(name) and name != "max_minutes"]:
             name = changed[0]
             raise ValueError(
@@ -322,8 +322,12 @@ def finetune(
     groups = epochs(examples, tokenizer, tokens, settings)
     minutes = settings.max_minutes
     schedule = Schedule(len(groups), None if minutes is None else 60 * minutes, settings.warmup)
-    threads = workers or (len(os.sched_getaffinity(0)) if on_cpu and hasattr(os, "sched_getaffinity") else 1)
-    ends = ending_tokens(tokenizer, tokens) if settings.distil else None
+    threads = workers or (cores() if on_cpu else 1)
+    ends = None
+    if settings.distil:
+        check_teaches(tuned)
+        with slow("looking for line breaks in the vocabulary"):
+            ends = ending_tokens(tokenizer, found.model, tokens)
     trainer = Trainer(tuned, tokens, schedule, settings, job, accelerator, threads, of, ends)
     trainer.resume()
     if accelerator.is_main_process and (short := _shortage(given)):

@@ -82,9 +82,10 @@ def _can_be_made(folder: Path) -> bool:
 
 
 def _temporary_cache() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"medusa-apar-{os.getuid()}"
+    user = os.getuid() if hasattr(os, "getuid") else None  # Windows has a temporary folder for each user
+    folder = Path(tempfile.gettempdir()) / ("medusa-apar" if user is None else f"medusa-apar-{user}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # code is kept there, and read again
+    if user is not None and (folder.is_symlink() or folder.stat().st_uid != user):  # code is kept there, and read again
         raise PermissionError(f"{folder} belongs to another user: set MEDUSA_APAR_CACHE to a folder of yours")
     return folder
 

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from .agreement import check_agrees
 from .attention import pick_backend
-from .cpu import library
-from .cpu.runtime import CpuRuntime, unsupported_reason
+from .cpu.runtime import CpuRuntime, missing_code, unknown_model, unsupported_reason
 from .devices import device_of, gpus_of
 from .runtime import Runtime
 from .torch_runtime import TorchRuntime
@@ -62,7 +61,7 @@ def pick_runtime(
             raise ValueError(f"{asked} needs the CPU runtime, which cannot run this model: {why}.")
         if not gpus:
             # What the machine lacks its user can install, and would hardly guess.
-            lacking = not library.compilers() and why == library.outcome()
+            lacking = unknown_model(model) is None and missing_code() is not None
             level = logging.WARNING if lacking else logging.INFO
             logger.log(level, "%s runs in torch, since the CPU runtime cannot run it: %s.", type(model).__name__, why)
     plain = TorchRuntime(model, backend, graphs)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from medusa_apar.finetune.adapter import attach_lora, label_losses
-from medusa_apar.finetune.distil import divergence, ending_tokens, without_control
+from medusa_apar.finetune.distil import check_teaches, divergence, ending_tokens, without_control
 from medusa_apar.finetune.lora_linear import frozen_alone, lean_lora
 from medusa_apar.finetune.packing import Tokens, join, pack_threads
 from tests.support.byte_chat import byte_model, byte_tokenizer
@@ -93,11 +94,45 @@ def test_the_base_is_alone_in_its_own_thread_only(tuned):
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad(), lean_lora(tuned):
         adapted = tuned(input_ids=ids).logits
-        with frozen_alone(), ThreadPoolExecutor(1) as other:
+        with frozen_alone(tuned), ThreadPoolExecutor(1) as other:
             # Without the control tokens' own rows, which are peft's to put in.
             alone, plain = (model(input_ids=ids).logits[..., 5:] for model in (tuned, byte_model()))
             torch.testing.assert_close(alone, plain)
             assert bool((other.submit(torch.no_grad()(lambda: tuned(input_ids=ids).logits)).result() == adapted).all())
+
+
+def test_the_base_alone_is_refused_where_nothing_switches(tuned):
+    with pytest.raises(RuntimeError, match="within lean_lora"), frozen_alone(tuned):
+        pass
+
+
+@pytest.mark.parametrize("changes", [{"modules_to_save": ["norm"]}, {"bias": "lora_only"}])
+def test_an_adapter_that_changes_more_than_products_is_not_taught(changes):
+    tuned = get_peft_model(byte_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **changes))
+    with pytest.raises(ValueError, match="leave --distil out"):
+        check_teaches(tuned)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 200), st.integers(0, 2**32))
+def test_the_gradient_is_that_of_the_formula(rows, seed):
+    """Over more rows than are worked on at a time."""
+    torch.manual_seed(seed)
+    student, teacher = torch.randn(rows, 12, dtype=torch.double), torch.randn(rows, 12, dtype=torch.double)
+    in_trunk, weights = torch.rand(rows) < 0.5, torch.rand(rows, dtype=torch.double)
+    found = []
+    for own in (True, False):
+        logits = student.clone().requires_grad_()
+        if own:
+            values = divergence(logits, teacher, in_trunk, TOKENS, ENDS)
+        else:
+            left_out = torch.zeros(rows, 12, dtype=torch.bool)
+            left_out[:, [3, 4]] = True
+            left_out[~in_trunk, 2] = left_out[~in_trunk, 10] = True
+            q, p = (each.masked_fill(left_out, -torch.inf).softmax(-1) for each in (logits, teacher))
+            values = torch.where(left_out, 0.0, p * (p / q.masked_fill(left_out, 1.0)).clamp(min=1e-300).log()).sum(-1)
+        found.append((values, torch.autograd.grad((values * weights).sum(), logits)[0]))
+    torch.testing.assert_close(*found)
 
 
 def test_a_prompt_that_begins_with_a_control_token_is_refused():
@@ -107,6 +142,9 @@ def test_a_prompt_that_begins_with_a_control_token_is_refused():
 
 def test_line_breaks_and_the_end_of_text_are_ends():
     tokenizer = byte_tokenizer()
-    found = ending_tokens(tokenizer, TOKENS).tolist()
+    model = byte_model()
+    model.generation_config.eos_token_id = [TOKENS.eos, 77]
+    found = ending_tokens(tokenizer, model, TOKENS).tolist()
+    assert 77 in found
     assert TOKENS.eos in found and tokenizer("\n", add_special_tokens=False)["input_ids"][0] in found
     assert not set(tokenizer("abc .", add_special_tokens=False)["input_ids"]) & set(found)

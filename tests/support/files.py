@@ -16,3 +16,9 @@ def repository_files(root: Path) -> list[Path]:
         return [Path(name) for name in listed.stdout.split("\0") if name and (root / name).is_file()]
     found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
     return [path for path in found if not any(map(MADE.fullmatch, path.parts))]
+
+
+def home(root: Path) -> str:
+    """Where setup.py says that the project lies."""
+    found: list[str] = re.findall(r'^HOME = "(.+)"$', (root / "setup.py").read_text(encoding="utf-8"), re.M)
+    return found[0]

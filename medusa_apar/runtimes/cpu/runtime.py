@@ -37,10 +37,16 @@ from .weights import GROUP_INPUTS, KINDS, argmax, top_of_rows, up
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Why this runtime cannot run the model, in half a sentence; None where it can."""
-    if why := _unsupported_now(model):
-        return why
-    if why := known.odd_shape(model):
-        return why
+    return unknown_model(model) or missing_code()
+
+
+def unknown_model(model: PreTrainedModel) -> str | None:
+    """Why no machine's compiled code could run the model; None where it could."""
+    return _unsupported_now(model) or known.odd_shape(model)
+
+
+def missing_code() -> str | None:
+    """Why this machine has no compiled code; None where it has."""
     missing = library.outcome()
     return missing if isinstance(missing, str) else None
 
