@@ -218,6 +218,28 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, base, data, monkeypat
     assert reports[0]["held_out_before"] == reports[1]["held_out_before"]
 
 
+def test_a_run_goes_on_that_began_before_there_was_a_setting(tmp_path, base, data):
+    out = tmp_path / "out"
+    assert finetune(base, data, out) == 0
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    settings = json.loads(state["settings"])
+    del settings["distil"]
+    torch.save(state | {"settings": json.dumps(settings)}, out / "checkpoint.pt")
+    assert finetune(base, data, out) == 0
+    assert finetune(base, data, out, "--distil", 1) != 0  # which is another run
+
+
+def test_a_taught_run_stays_nearer_to_its_base(tmp_path, base, data):
+    found = {}
+    for weight in (0.01, 10):
+        out = tmp_path / str(weight)
+        assert finetune(base, data, out, "--distil", weight) == 0
+        found[weight] = json.loads((out / "report.json").read_text())
+    assert found[10]["held_out"]["from_base"] < 0.7 * found[0.01]["held_out"]["from_base"]
+    # Before the first update a control token in the context is all that differs.
+    assert found[10]["held_out_before"]["from_base"] < 0.1 * found[0.01]["held_out"]["from_base"]
+
+
 TWO_RUNS = """
 import runpy
 import sys
