@@ -256,7 +256,8 @@ class MedusaApar:
             "off" (or False): nowhere. "lists": by rule, at titled items of lists that the model writes by itself; for
             any chat model, untuned, and needs the tokenizer. The model was never tuned for it: items cannot see each
             other, so they repeat each other more, and lists grow longer; compare with "off" before you use it.
-            `ListForks` has the rule.
+            From the second titled item of a list on the first thread writes the titles, and a child what stands behind
+            each. A title is bold or not, and ends with a colon or a dash: "1. Regular hours: ...", "- **Light** - ...".
         fork_if: asked with a `ForkPoint` wherever the answer is about to fork; False goes on there in one thread, as if
             the model could not fork. It must go by nothing but the `ForkPoint`.
         max_threads, max_depth: of this call, in place of those given to `attach`. Lists fork the trunk only.

@@ -57,6 +57,8 @@ COMMANDS = [
 ]
 EXAMPLES = {page: [text for its, language, text in BLOCKS if (its, language) == (page, "python")] for page in PAGES}
 
+ADDRESS = "http://127.0.0.1:8000"  # of a server, in the READMEs
+
 # Of argparse's options the last one counts.
 SMALL = {
     "demo": ["--max-new-tokens", "8"],
@@ -96,6 +98,7 @@ def folder(load, tiny, tmp_path, monkeypatch):
         ceilings, "measure", lambda kinds: ceilings.Ceilings(1.0, {kind: {1: 1.0} for kind in kinds}, 0.0)
     )
     monkeypatch.setattr(Server, "run", answer_curls)
+    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -110,6 +113,8 @@ def answer_curls(server: Server, sockets: list[socket.socket]) -> None:
         for words, answer in curls(f"http://127.0.0.1:{sockets[0].getsockname()[1]}"):
             assert answer.status_code == 200, (shlex.join(words), answer.text)
             assert answer.json()["choices"][0]["message"]["content"].strip()
+        for example in EXAMPLES["medusa_apar/serve/README.md"]:
+            exec(example.replace(ADDRESS, f"http://127.0.0.1:{sockets[0].getsockname()[1]}"), {})
     finally:
         server.should_exit = True
         thread.join(60)
@@ -227,7 +232,7 @@ def curls(url: str) -> list[tuple[list[str], httpx.Response]]:
     for words in asked:
         options = dict(zip(words[2::2], words[3::2], strict=True))
         header = dict([options["-H"].split(": ")])
-        address = words[1].replace("http://127.0.0.1:8000", url)
+        address = words[1].replace(ADDRESS, url)
         answers.append(
             (words, httpx.post(address, headers=header, content=options["-d"], timeout=120, trust_env=False))
         )
@@ -263,7 +268,7 @@ def test_commands_run(folder, words):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("page", [page for page in PAGES if EXAMPLES[page]])
+@pytest.mark.parametrize("page", [page for page in PAGES if EXAMPLES[page] and "serve" not in page])
 def test_examples_run(page, folder, load, capsys):
     """One after the other, as a reader would type them who has a model of his own."""
     apar = load("smollm2-135m")

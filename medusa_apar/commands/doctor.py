@@ -58,7 +58,7 @@ def _show(console: Console, found: Iterator[tuple[str, str]]) -> None:
 
 def findings() -> Iterator[tuple[str, str]]:
     """Findings about the machine. A finding that fails does not hide the others."""
-    yield "medusa-apar", f"{__version__} in {Path(__file__).parent}"
+    yield "medusa-apar", f"{__version__} in {Path(__file__).parent.parent}"
     yield "python", f"{platform.python_version()} at {sys.executable}"
     for package in PACKAGES:
         yield package, _version(package)

@@ -119,6 +119,8 @@ class Thread:
 class ParagraphTree:
     """The threads of one request.
 
+    threads: every `Thread`, the trunk first; `len(tree.threads)` is how many have written.
+
     `eos_ids` end a thread; `fork_id` and `child_id` are None where the model has no control tokens.
     """
 
