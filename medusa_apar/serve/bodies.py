@@ -142,8 +142,11 @@ def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
 
 
 def _param(place: tuple[int | str, ...]) -> str | None:
-    """`messages[0].content`, as OpenAI's API writes it."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    """`messages[0].content`, as OpenAI's API writes it; a name that cannot be printed stands there as JSON."""
+    text = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part if part.isprintable() else json.dumps(part)}"
+        for part in place
+    )
     return text.removeprefix(".")[:_LONGEST_NAME] or None
 
 

@@ -106,6 +106,8 @@ CHATS = [
     ({"apar": {"max_threads": 0}}, "apar.max_threads", "greater than or equal to 1"),
     ({"apar": {"acceptance": "lax"}}, "apar.acceptance", "'typical'"),
     ({"apar": {"lanes": 3}}, "apar.lanes", "is not a field"),
+    ({"apar": {"\n": None}}, 'apar."\\n"', "is not a field"),  # a message is one line
+    ({"a\u2028b\x00": 1}, '"a\\u2028b\\u0000"', "is not a field"),
     ({"apar": {"events": True}, "n": 2}, "apar", "one answer"),
     ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
     ({"best_of": 2}, "best_of", "is not a field"),
