@@ -22,7 +22,7 @@ from .plan import RESULTS
 from .runs import Runs
 from .statistics import ratio_of_totals
 
-SLOWER = 0.03  # share of its time that a prompt may lose (DESIGN.md, promise 7: never slower)
+SLOWER = 0.03  # share of its time that a prompt may lose (CONTRIBUTING, promise 7: never slower)
 SOURCES = ("heads", "ngrams", "recycled", "forks")
 
 

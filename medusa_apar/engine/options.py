@@ -9,7 +9,7 @@ from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import LearnedCost, StepCost
 
-# Rows of a forest, at most: past these a step's cost grows with every row (DESIGN.md, facts).
+# Rows of a forest, at most: past these a step's cost grows with every row.
 MAX_ROWS = {"cpu": 24, "cuda": 64}
 
 

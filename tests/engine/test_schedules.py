@@ -1,4 +1,4 @@
-"""Requests that join, leave and are aborted at any step: scheduling never shows (DESIGN promise 5).
+"""Requests that join, leave and are aborted at any step: scheduling never shows (CONTRIBUTING, promise 5).
 
 `make schedules COUNT=100000` runs as many random schedules.
 """

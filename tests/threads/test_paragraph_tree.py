@@ -1,4 +1,4 @@
-"""Random paragraph trees: reading order, positions and ends, word for word as DESIGN.md defines them."""
+"""Random paragraph trees: reading order, positions and ends, by the definition of reading order."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from tests.support.random_requests import CHILD, EOS, Script
 
 
 def slow_reading_order(tree: ParagraphTree, thread=None) -> list[int]:
-    """DESIGN's definition, word for word: a thread's tokens, each child's text spliced in at its `[Fork]`."""
+    """The definition: a thread's tokens, each child's text spliced in at its `[Fork]`."""
     thread = thread or tree.trunk
     text = []
     children = {child.fork_index: child for child in thread.children}

@@ -3,7 +3,7 @@
 Sums of floats are float32, and so is the KV pool. With bfloat16 weights activations are rounded to bfloat16 where they
 meet a matrix (`bf16.h`). With int8 weights they are int8 steps there (`int8.h`), and the pool holds int16 steps, with a
 scale for each slot and KV head (`step_cache.h`). A row's logits depend on its path alone, bit by bit: not on the other
-rows, the batch, the slots or what was drafted (DESIGN promises 1 and 5, without the usual "but for ties").
+rows, the batch, the slots or what was drafted (CONTRIBUTING, promises 1 and 5, without the usual "but for ties").
 """
 
 from __future__ import annotations
