@@ -1,4 +1,4 @@
-"""The table of rooms: imports go down it alone, and every folder's map is true (the maps are docstrings of `__init__.py`)."""
+"""The table of rooms: imports go down it alone, and every folder's map is true."""
 
 import subprocess
 from pathlib import Path

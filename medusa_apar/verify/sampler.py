@@ -1,7 +1,7 @@
 """How one request's tokens come out of logits: processors, bans, warpers, choice.
 
-One rule serves greedy and sampling (CONTRIBUTING, promise 2): the model's choice is argmax(processed log-probs + noise), where
-the noise is zero or a function of (seed, thread, position).
+One rule serves greedy and sampling (CONTRIBUTING, promise 2): the model's choice is argmax(processed log-probs +
+noise), where the noise is zero or a function of (seed, thread, position).
 
 Scores come about as in plain transformers where `ControlTokensLogitsProcessor` is the last of the user's processors:
 those see the model's own logits, control tokens are banned behind them, and the warpers of sampling come last.

@@ -14,7 +14,10 @@ from .noise import likeliest, possible, sample
 
 
 class Noise(NamedTuple):
-    """Which threads are sampled, and what the counter-based noise of their choices depends on (CONTRIBUTING, promise 2)."""
+    """Which threads are sampled, and what the counter-based noise of their choices depends on.
+
+    Promise 2 of CONTRIBUTING rests on it: the same sample with speculation as without.
+    """
 
     seeds: torch.Tensor  # int64 [T], the 64 bits of a thread's seed
     keys: torch.Tensor  # int64 [T]
