@@ -1,11 +1,11 @@
 """What draft heads would have done for answers that are already there, without decoding them again.
 
 Speculation never changes a thread's tokens (CONTRIBUTING, promise 1), so an answer decoded without heads tells
-everything about decoding it with them: the base reads it once, the heads propose from the states of each step's root, and what
-they guessed right is seen in the answer. In float32 the steps come out as the engine takes them (states are kept in
-float16, so two guesses that are all but equally likely may change places), at a fraction of its cost: the nodes of the
-draft trees never run through the base. The engine gives every root the same tree; `Drafting.nodes` asks what choosing
-nodes root by root would bring.
+everything about decoding it with them: the base reads it once, the heads propose from the states of each step's root,
+and what they guessed right is seen in the answer. In float32 the steps come out as the engine takes them (states are
+kept in float16, so two guesses that are all but equally likely may change places), at a fraction of its cost: the
+nodes of the draft trees never run through the base. The engine gives every root the same tree; `Drafting.nodes` asks
+what choosing nodes root by root would bring.
 """
 
 from __future__ import annotations
