@@ -177,7 +177,7 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """Those that this process may use; macOS and Windows tell of the machine's alone."""
+    """How many cores this process may use; on macOS and Windows, how many the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

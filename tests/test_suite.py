@@ -68,7 +68,7 @@ def test_what_make_test_leaves_out_exists():
 
 def test_it_leaves_out_nothing_else_and_nothing_that_is_named():
     collect = [sys.executable, "-m", "pytest", "-q", "--collect-only"]
-    # Those that need nothing but pytest to be collected.
+    # One file that is fast and two that are slow.
     few = ["tests/threads/test_list_items.py", "tests/test_packaging.py", "tests/eval/test_tiles.py"]
 
     def files(*more):

@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     if args.init and not (args.init / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{args.init} holds no adapter_config.json")
 
-    from medusa_apar.finetune.train import Settings, finetune
+    from medusa_apar.finetune.settings import Settings
+    from medusa_apar.finetune.train import finetune
     from medusa_apar.job import Job, fast_dtype, quiet
 
     quiet()

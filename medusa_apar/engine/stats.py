@@ -46,8 +46,8 @@ class Stats:
     free_slots: int = 0
     prefix_cache_queries: int = 0  # prompt tokens that were looked for in the prefix cache
     prefix_cache_hits: int = 0  # of these, that were there
-    # How the engine stood when `Engine.snapshot` copied this, 0 elsewhere: requests that run, those in the queue, how
-    # many more it would take, and live threads of those that run.
+    # How the engine stood when `Engine.snapshot` copied this; elsewhere they are not set: requests that run, those in
+    # the queue, how many more it would take, and live threads of those that run.
     running: int = 0
     waiting: int = 0
     places: float = math.inf

@@ -11,5 +11,7 @@ base.py     the model to be tuned and its two control tokens
 adapter.py  LoRA plus the two control rows: attach, forward, save
 lora_linear.py  LoRA's products in the dtype of the frozen weights
 distil.py   what the untuned base would have written, where it knows better than a corpus
+settings.py  what a run is, and its learning rate
+tally.py    means of losses, over rows and processes
 train.py    `medusa-apar finetune`: the training loop
 """

@@ -6,10 +6,9 @@ import hashlib
 import json
 import math
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,102 +28,14 @@ from .forms import Forms, pack
 from .lora_linear import lean_lora
 from .mixture import Given, Limits, Source, draw, updates
 from .packing import PackedRow, Tokens
+from .settings import Schedule, Settings
+from .tally import PARTS, Tally
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 Result = TypeVar("Result")
-
-PARTS = ("trunk", "fork", "thread")
-BESIDE = ("fork_recall", "fork_precision", "avoided", "from_base")  # means that are no part of the loss
-
-
-@dataclass(slots=True)
-class Settings:
-    """What a run is; a checkpoint is only taken up by a run with the same."""
-
-    rank: int = 16
-    lr: float = 5e-4
-    row_lr: float = 2e-3
-    warmup: int = 5
-    epochs: float = 1.0
-    row_tokens: int = 512
-    update_tokens: int = 4096
-    plain_share: float = 0.5
-    in_line: float = 0.25
-    mixed: float = 0.25
-    unlikelihood: float = 1.0
-    distil: float = 0.0
-    total_tokens: int | None = None
-    max_minutes: float | None = None
-    dtype: str = "float32"
-    seed: int = 0
-
-
-class Schedule:
-    """Warm-up, then a cosine to zero over the updates, or over the time where that ends first."""
-
-    def __init__(self, total_updates: int, budget_s: float | None, warmup: int) -> None:
-        self.total_updates, self.budget_s, self.warmup = total_updates, budget_s, warmup
-
-    def progress(self, update: int, elapsed_s: float) -> float:
-        """0 at the start, 1 when the last update or the last second is used."""
-        by_time = elapsed_s / self.budget_s if self.budget_s else 0.0
-        return min(1.0, max(update / self.total_updates, by_time))
-
-    def factor(self, update: int, elapsed_s: float) -> float:
-        """What the peak learning rate is multiplied with."""
-        cosine = 0.5 * (1 + math.cos(math.pi * self.progress(update, elapsed_s)))
-        return min(1.0, (update + 1) / self.warmup) * cosine
-
-
-class Tally:
-    """Mean losses by what the label is: fork decisions, other trunk tokens, thread tokens.
-
-    "avoided" is the mean probability of the tokens that are to become unlikely, "from_base" the mean divergence.
-    """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, float] = defaultdict(float)
-
-    def add(self, losses: Losses) -> None:
-        parts = {
-            "trunk": losses.in_trunk & ~losses.is_fork,
-            "fork": losses.is_fork,
-            "thread": ~losses.in_trunk & ~losses.is_fork,
-        }
-        for name, chosen in parts.items():
-            self.sums[name] += float(losses.values[chosen].sum())
-            self.counts[name] += int(chosen.sum())
-        right = int((losses.says_fork & losses.is_fork).sum())
-        for name, of in (("fork_recall", losses.is_fork), ("fork_precision", losses.says_fork)):
-            self.sums[name] += right
-            self.counts[name] += int(of.sum())
-        self.sums["avoided"] += float(-torch.expm1(-losses.against).sum())
-        self.counts["avoided"] += len(losses.against)
-        self.sums["from_base"] += float(losses.from_base.sum())
-        self.counts["from_base"] += len(losses.from_base)
-
-    def gather(self, accelerator: Accelerator) -> Tally:
-        """The sums over all processes."""
-        names = [*PARTS, *BESIDE]
-        local = torch.tensor([[t[name] for name in names] for t in (self.sums, self.counts)], dtype=torch.float64)
-        if accelerator.device.type == "mps":
-            local = local.float()
-        whole = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
-        gathered = Tally()
-        gathered.sums.update(zip(names, whole[0], strict=True))
-        gathered.counts.update(zip(names, whole[1], strict=True))
-        return gathered
-
-    def means(self) -> dict[str, float | None]:
-        names = [*PARTS, *BESIDE]
-        means = {name: round(self.sums[name] / self.counts[name], 4) if self.counts[name] else None for name in names}
-        labels = sum(self.counts[name] for name in PARTS)
-        loss = round(sum(self.sums[name] for name in PARTS) / labels, 4) if labels else None
-        return {"loss": loss, **means}
 
 
 class Trainer:

@@ -20,7 +20,7 @@ from medusa_apar.finetune.corpus import load_examples, read_examples
 from medusa_apar.finetune.forms import Forms, pack
 from medusa_apar.finetune.mixture import Limits, Source, draw, is_held_out, updates
 from medusa_apar.finetune.packing import IGNORED, attention_mask
-from medusa_apar.finetune.train import Schedule
+from medusa_apar.finetune.settings import Schedule
 
 ANSWER = "\n".join(f"{n}. Head {n}: this detail is written in quite a few words." for n in range(1, 5))
 
