@@ -22,6 +22,7 @@ from medusa_apar.finetune.rules import Thread, splice
 from medusa_apar.job import Job, append_lines, cut_half_a_line, write_text
 from medusa_apar.json_files import is_text, json_object, parsed_lines
 from medusa_apar.models.chat import Message, encode_messages, left_padded
+from medusa_apar.models.families import end_tokens
 from medusa_apar.threads.control_tokens import ControlTokens
 from medusa_apar.threads.paragraph_tree import ParagraphTree
 
@@ -245,9 +246,8 @@ def copied_records(
 
 def _end(apar: Generates) -> int:
     assert apar.tokenizer is not None
-    eos: Any = apar.model.generation_config.eos_token_id if apar.model.generation_config else None
-    eos = eos[0] if isinstance(eos, list) else eos
-    eos = apar.tokenizer.eos_token_id if eos is None else eos
+    ends = end_tokens(apar.model.generation_config)
+    eos = ends[0] if ends else apar.tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the model names no end-of-text token, with which copied answers end")
     return int(eos)

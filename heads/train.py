@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from medusa_apar.job import Job, read_checkpoint
 from medusa_apar.models import head_files
-from medusa_apar.models.families import unembedding_size
+from medusa_apar.models.families import end_tokens, unembedding_size
 from medusa_apar.models.fingerprint import fingerprint
 
 from . import DraftHeads, HydraHeads, MedusaHeads, load_heads
@@ -161,8 +161,7 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
     }
     state = _read_state(out, fixed)
     model.requires_grad_(False)
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    eos_ids = end_tokens(model.generation_config)
     token_map = state["heads"].get("token_map") if state else _token_map(model, file, settings, eos_ids)
     heads = make_heads(model, settings, token_map)
     if settings.start == "ridge" and not isinstance(heads, HydraHeads):

@@ -10,6 +10,7 @@ from medusa_apar.engine.admission import check_ids
 from medusa_apar.engine.stopping import TextStop
 from medusa_apar.events.reporter import Reporter
 from medusa_apar.events.texts import TextStream, TokenTexts
+from medusa_apar.models.families import end_tokens
 from medusa_apar.threads.request import Request, RequestOptions
 from medusa_apar.verify.guides import compiled
 
@@ -66,8 +67,7 @@ def engine_request(
         raise ValueError("stop_token_ids name a control token, which is never read.")
     if sampling.min_tokens > (most := options.get("max_new_tokens", RequestOptions().max_new_tokens)):
         raise ValueError(f"min_tokens={sampling.min_tokens} are more than max_new_tokens={most}.")
-    eos, tokenizer = facts.generation_config.eos_token_id, facts.tokenizer
-    eos_ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
+    tokenizer, eos_ids = facts.tokenizer, frozenset(end_tokens(facts.generation_config))
     asked, grammar = replace(asked, seed=asked.seed if sampling.seed is None else sampling.seed), None
     if sampling.guide is not None:
         asked, grammar = replace(asked, fork=False), compiled(sampling.guide, tokenizer, facts.vocabulary, eos_ids)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from medusa_apar.finetune.packing import PackedRow, join, pack_threads
 from medusa_apar.job import Job, launched, read_checkpoint
-from medusa_apar.models.families import unembedding_size
+from medusa_apar.models.families import end_tokens, unembedding_size
 from medusa_apar.models.fingerprint import fingerprint
 
 from .. import load_heads
@@ -238,6 +238,4 @@ def _rows(file: AnswerFile, records: Sequence[int], row_tokens: int) -> Iterator
 
 def _eos(model: PreTrainedModel, device: torch.device | None = None) -> Tensor:
     """Ids behind which nothing is predicted, long."""
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return torch.tensor(ids, dtype=torch.long, device=device)
+    return torch.tensor(end_tokens(model.generation_config), dtype=torch.long, device=device)

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.heads.calibration_plot import plot
     from medusa_apar.job import Job, quiet, slow
     from medusa_apar.loading import load
-    from medusa_apar.models.families import unembedding_size
+    from medusa_apar.models.families import end_tokens, unembedding_size
     from medusa_apar.models.fingerprint import fingerprint
     from medusa_apar.models.sources import locate
 
@@ -114,8 +114,7 @@ def run(args: argparse.Namespace) -> int:
         max_depth = None if apar.control_token_ids is None else apar.max_depth
         file = calibrate.AnswerFile(sound, max_depth=max_depth)
         top_k = min(args.top_k, heads.draft_vocab_size)
-        eos = apar.model.generation_config.eos_token_id
-        eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        eos_ids = end_tokens(apar.model.generation_config)
         with job.bar("measuring", len(file.records)) as bar:
             ranks, reliability, own = calibrate.measure(apar.model, heads, file, eos_ids, top_k, bar.advance)
         if own < 0.9:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from medusa_apar.models.families import end_tokens
+
 from .packing import NO_PARENT, PackedRow, Tokens
 
 if TYPE_CHECKING:
@@ -116,9 +118,7 @@ def ending_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, to
     """long [E]: every end that the model or its tokenizer names, and every token with a line break in it."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     breaks = {token for token, text in enumerate(texts) if "\n" in text}
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = named if isinstance(named, list) else [] if named is None else [named]
-    return torch.tensor(sorted(breaks | {tokens.eos, *ends}))
+    return torch.tensor(sorted(breaks | {tokens.eos, *end_tokens(model.generation_config)}))
 
 
 def check_teaches(tuned: PeftModel) -> None:

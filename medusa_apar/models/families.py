@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 # Layers whose state is not a list of keys and values: a rejected draft node could not be taken back from them.
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "rwkv", "short_conv", "hybrid")
@@ -76,6 +76,12 @@ def unembedding_size(model: PreTrainedModel) -> tuple[int, int]:
         return vocab_size, hidden_size
     config = model.config.get_text_config()  # a quantised unembedding shows no such shape
     return config.vocab_size, config.hidden_size
+
+
+def end_tokens(config: GenerationConfig | None) -> list[int]:
+    """The ids that end a text, as a generation config names them: none, one or several."""
+    named: int | list[int] | None = None if config is None else config.eos_token_id
+    return [] if named is None else [named] if isinstance(named, int) else list(named)
 
 
 def base_logit_scale(logits: Tensor, model: PreTrainedModel) -> Tensor:

@@ -76,6 +76,8 @@ def test_without_a_home_directory_the_cache_is_a_temporary_folder_of_ones_own(tm
     folder.rename(tmp_path / "medusa-apar-12345")
     with pytest.raises(PermissionError, match="belongs to another user: set MEDUSA_APAR_CACHE"):
         hub.cache_dir()
+    monkeypatch.delattr(os, "getuid")  # as on Windows, where the folder above is one user's already
+    assert hub.cache_dir() == tmp_path / "medusa-apar" and (tmp_path / "medusa-apar").is_dir()
 
 
 def cache_of(uid, home, queue):
