@@ -6,11 +6,12 @@ import logging
 import re
 from pathlib import Path
 
+from command_page import command_page  # mkdocs looks for a hook's imports beside it
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from notebook_page import notebook_page  # mkdocs looks for a hook's imports beside it
-from pages import Site, asked_hosts, site
+from notebook_page import notebook_page
+from pages import Part, Site, asked_hosts, site
 
 ROOT = Path(__file__).resolve().parent.parent
 logger = logging.getLogger("mkdocs.hooks")  # a warning here fails the strict build
@@ -23,6 +24,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
     }
     made = site(ROOT, str(config.repo_url).rstrip("/"), {name: text for name, (text, _) in stored.items()})
+    made.parts["commands.md"] = [Part("medusa_apar/commands/cli.py", 1, "Commands", command_page())]
     outputs = {mark: shown for _, marks in stored.values() for mark, shown in marks.items()}
     for page, text in made.markdown().items():
         text = re.sub(r"<!-- \S+\.ipynb \d+ -->", lambda mark: outputs[mark[0]], text)

@@ -1,5 +1,7 @@
 """The documents as a site, which `make docs` builds: links lead where they led, and nothing is left out."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -7,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from docs import pages
+from docs.command_page import command_page
 from docs.notebook_page import notebook_page
+from medusa_apar.commands import cli
 from tests.support.files import home, repository_files
 
 ROOT = Path(__file__).parent.parent
@@ -244,9 +248,22 @@ def test_every_page_is_in_the_nav_once():
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"^ +- .*: (\S+\.md)$", config.partition("\nnav:\n")[2], re.MULTILINE)
     assert len(listed) == len(set(listed))
-    assert sorted(listed) == sorted(repository().parts)
+    assert sorted(listed) == sorted([*repository().parts, "commands.md"])  # which docs/hooks.py makes
 
 
 def test_the_repository_has_one_address():
     (address,) = re.findall(r"^repo_url: (\S+)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert address == home(ROOT)
+
+
+def test_every_command_is_on_the_page_of_commands_with_all_its_options():
+    page = command_page()
+    root = cli.parser()
+    for command in cli.COMMANDS:
+        assert f"## medusa-apar {command}" in page.splitlines()
+        with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()) as said:
+            root.parse_args([command, "--help"])
+        assert ended.value.code == 0
+        options = set(re.findall(r"(?m)^  (--[a-z-]+)", said.getvalue()))
+        section = page.partition(f"## medusa-apar {command}\n")[2].partition("\n## ")[0]
+        assert options and options <= set(section.replace(",", " ").split())
