@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import psutil
 from torch import Tensor
 
 from medusa_apar.finetune.packing import PackedRow
@@ -11,17 +12,21 @@ from medusa_apar.finetune.packing import PackedRow
 from .heads import Eagle3Heads
 from .losses import base_states
 
-ROOM = 4 << 30  # bytes: in bfloat16, 900,000 tokens of a base that is 576 wide, 130,000 of one that is 4,096 wide
+# Of the memory that is free. 8 GB hold 1.7 million tokens of a base that is 576 wide, 240,000 of one of 4,096.
+MEMORY_SHARE = 1 / 3
 
 
 class StateCache:
     """The base's states along rows. In memory and not on the disk: a run that goes on makes them anew, all the same.
 
-    room: bytes. A GPU keeps none: its memory is dear, and the base's pass is quick there.
+    processes: that share the memory. room: bytes; None: their part of what is free. A GPU keeps none: its memory is
+    dear, and the base's pass is quick there.
     """
 
-    def __init__(self, heads: Eagle3Heads, room: int = ROOM) -> None:
+    def __init__(self, heads: Eagle3Heads, processes: int = 1, room: int | None = None) -> None:
         self._heads = heads
+        if room is None:
+            room = int(MEMORY_SHARE * psutil.virtual_memory().available / processes)
         self._left = room if heads.base.device.type == "cpu" else 0
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # by the row's identity
         self._rows: list[PackedRow] = []  # of these, which must stay for that

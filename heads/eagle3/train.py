@@ -31,7 +31,7 @@ from .files import ascending_boundaries
 from .fresh import fresh
 from .heads import Eagle3Heads
 from .losses import RANKS, RoundLosses, round_losses
-from .states import ROOM, StateCache
+from .states import StateCache
 
 ROUND_DECAY = 0.8  # round k counts 0.8^k: a token far ahead is seldom reached
 LEARNING_RATE = 5e-4
@@ -97,7 +97,7 @@ class Trainer(TrainingLoop):
             threads=settings.threads,
         )
         super().__init__(heads, parameters, out, loop, job)
-        self.drafter, self.states = heads, StateCache(heads, ROOM // processes)
+        self.drafter, self.states = heads, StateCache(heads, processes)
         self._updates = self._drawn()
 
     def run(self) -> Figures:

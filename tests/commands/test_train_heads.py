@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from medusa_apar.commands.cli import main
+from medusa_apar.heads.ask import as_record
 from medusa_apar.loading import load
 from tests.support.answers import RECORD, counting_answers
 from tests.support.folders import own_code
 from tests.support.models import CHILD as TINY_CHILD
 from tests.support.models import FORK as TINY_FORK
 from tests.support.models import VOCAB, tiny_model
+from tests.support.models import model_of as compiled_model
 from tests.support.tokenizers import tiny_tokenizer
 
 
@@ -23,9 +25,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
+    return tuned_folder(tmp_path_factory.mktemp("tuned"), tiny_model(scale=6.0))
+
+
+def tuned_folder(folder, model):
     """A folder with a tiny forking model, its tokenizer and its control tokens."""
-    folder = tmp_path_factory.mktemp("tuned")
-    model = tiny_model(scale=6.0)
     model.save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -172,6 +176,31 @@ def test_a_run_that_trains_asks_no_more(tuned, tmp_path):
     answers = (tmp_path / "heads" / "answers.jsonl").read_bytes()
     assert main(command) == 0
     assert (tmp_path / "heads" / "answers.jsonl").read_bytes() == answers
+
+
+def test_a_rounded_model_answers(tmp_path, capsys):
+    """Its records are those of `generate` in int8."""
+    folder = tuned_folder(tmp_path / "wide", compiled_model(fork=0.9))
+    prompts = write_chats(tmp_path / "prompts.jsonl", ["why", "how", "when", "where to go"])
+    command = command_on(folder, tmp_path, "--prompts", prompts, "--dtype", "float32", "--answer-batch", "1")
+    assert main([*command, "--quantize", "int8"]) == 0
+    records = {r["id"]: r for r in map(json.loads, (tmp_path / "heads" / "answers.jsonl").read_text().splitlines())}
+    for differs, options in ((False, {"quantize": "int8"}), (True, {})):
+        apar = load(folder, heads=None, speculation="off", **options)
+        made = {}
+        for name, record in records.items():
+            ids = torch.tensor([record["prompt_ids"]])
+            answer = apar.generate(ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+            made[name] = as_record(name, answer.paragraph_tree[0])
+        assert (made != records) == differs
+    assert main(command) == 2
+    assert "made with another quantize (int8, now None)" in capsys.readouterr().err
+
+
+def test_rounding_without_prompts_is_refused(data, tmp_path, capsys):
+    assert main(["train-heads", "--answers", str(data), "--quantize", "int8", "--out", str(tmp_path / "out")]) == 2
+    assert "--quantize is of the model that answers --prompts" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_code_of_the_model_runs_where_it_is_trusted(tuned, tmp_path, capsys):

@@ -165,7 +165,7 @@ def test_kept_states_are_those_that_are_made_anew(counting_model, data, tmp_path
     heads = run(counting_model, data, tmp_path, epochs=1)
     rows = [pack_threads([([1, 5, *range(6, 6 + size)], -1, 0)], 2) for size in (9, 4, 12)]
     size = sum(each.nbytes for each in StateCache(heads).of(rows[0]))
-    cache = StateCache(heads, size)  # room for the first alone
+    cache = StateCache(heads, room=size)  # room for the first alone
     for _ in range(2):
         for row in rows:
             for kept, made in zip(cache.of(row), base_states(heads, row), strict=True):
