@@ -66,6 +66,19 @@ class Stats:
     def tokens_per_step(self) -> float:
         return self.generated_tokens / max(self.steps, 1)
 
+    def __str__(self) -> str:
+        """What a reader wants first; `repr` has it all."""
+        seconds = self.prefill_seconds + self.decode_seconds + self.rescore_seconds
+        lines = [
+            f"{self.generated_tokens} tokens in {self.steps} steps, {self.tokens_per_step:.2f} a step, {seconds:.2f} s",
+            f"{self.forks} forks, {self.peak_threads} threads at most, {self.peak_slots} KV slots at most",
+        ]
+        if guesses := [f"{self.accepted[who]} of {count} by {who}" for who, count in self.drafted.items() if count]:
+            lines.append(f"guesses that were right: {', '.join(guesses)}")
+        if self.agreement is not None:
+            lines.append(f"plain decoding would have chosen {self.agreement:.1%} of the text")
+        return "\n".join(lines)
+
     def count_iteration(self, tokens: int) -> None:
         """A step has fed and gained so many."""
         self.iteration_tokens[1 << (max(tokens, 1) - 1).bit_length()] += 1

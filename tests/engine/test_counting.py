@@ -48,3 +48,18 @@ def test_one_thread_writes_what_is_read_and_its_end():
     *_, (stats, requests) = answered("off", limit=40)
     ends = sum(request.finish_reason == "stop" for request in requests)
     assert stats.written_tokens == stats.generated_tokens + ends
+
+
+@pytest.mark.parametrize("guessed", [False, True])
+def test_printed_counts_are_a_few_lines_without_what_was_not_done(guessed):
+    heads = None
+    *_, (stats, requests) = answered("auto")
+    if guessed:
+        heads = RecallHeads(forking_model(24), [request.tree for request in requests])
+        *_, (stats, _) = answered("auto", heads)
+    first, second, *rest = str(stats).splitlines()
+    assert first.startswith(f"{stats.generated_tokens} tokens in {stats.steps} steps, {stats.tokens_per_step:.2f} a")
+    assert second.startswith(f"{stats.forks} forks, {stats.peak_threads} threads") and stats.forks > 0
+    assert len(rest) == int(guessed)
+    for line in rest:
+        assert f"{stats.accepted['heads']} of {stats.drafted['heads']} by heads" in line
