@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
-from medusa_apar.generate import attach
+from medusa_apar.attaching import attach
 from medusa_apar.heads import Eagle3Heads, HydraHeads, MedusaHeads
 from medusa_apar.job import machine, write_text
 from medusa_apar.threads.control_tokens import ControlTokens

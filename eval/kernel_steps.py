@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from medusa_apar.generate import attach
+from medusa_apar.attaching import attach
 from medusa_apar.job import machine, write_text
 
 from .kernel_timing import copy_bandwidth, table

@@ -30,12 +30,13 @@ from unittest.mock import patch
 import numpy as np
 
 from medusa_apar.arguments import number
+from medusa_apar.attaching import attach
 from medusa_apar.checks import expected_acceptance
 from medusa_apar.drafting.advance import DraftResult
 from medusa_apar.drafting.draft_tree import DraftTree
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.speculator import Speculator
-from medusa_apar.generate import MedusaApar, attach
+from medusa_apar.generate import MedusaApar
 from medusa_apar.job import write_text
 from medusa_apar.loading import load
 from medusa_apar.models.chat import encode_messages

@@ -39,9 +39,10 @@ from pathlib import Path
 from typing import Any
 
 from medusa_apar.arguments import number
+from medusa_apar.attaching import attach
 from medusa_apar.checks import expected_acceptance
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.generate import MedusaApar, attach
+from medusa_apar.generate import MedusaApar
 from medusa_apar.heads import DraftHeads, load_heads
 from medusa_apar.job import Job, write_text
 from medusa_apar.json_files import json_object

@@ -8,7 +8,6 @@ The weights of all heads lie in one tensor per residual block, so K heads cost o
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import os
 import weakref
@@ -28,6 +27,7 @@ from medusa_apar.models.families import base_logit_scale, unembedding_size
 from medusa_apar.reading import reading
 from medusa_apar.runtimes.capture import aux_layer_modules
 from medusa_apar.runtimes.cpu.weight_fingerprint import plain
+from medusa_apar.said import say_once
 
 from . import checkpoints
 from .drafters import KernelDrafter, PackedDrafter, TorchDrafter
@@ -245,7 +245,9 @@ class DraftHeads(nn.Module):
             )
         if vocab_size > self.vocab_size:
             added, name = vocab_size - self.vocab_size, type(model).__name__
-            _say_once(f"these heads never draft {added} of the {vocab_size} tokens of {name}, which are new to them.")
+            say_once(
+                logger, f"these heads never draft {added} of the {vocab_size} tokens of {name}, which are new to them."
+            )
         if self.aux_layers:
             aux_layer_modules(model, self.aux_layers)
 
@@ -354,11 +356,6 @@ def _rows(token_map: Tensor, weight: Tensor, bias: Tensor | None = None) -> Draf
     with torch.inference_mode(False), torch.no_grad():
         rows = token_map.to(weight.device)
         return DraftRows(weight[rows], None if bias is None else bias[rows])
-
-
-@functools.cache
-def _say_once(sentence: str) -> None:
-    logger.warning(sentence)
 
 
 def _checked_token_map(token_map: Tensor, vocab_size: int) -> Tensor:

@@ -12,7 +12,8 @@ Each folder is a room, and a room imports only from the rows below its own:
     commands/         the command line: a file a subcommand
     eval/             benchmarks and checks
     serve/            an OpenAI-compatible server over one engine
-    generate.py       the drop-in: `attach`, `MedusaApar.generate`
+    attaching.py      `attach`, which readies a model for the drop-in
+    generate.py       the drop-in: `MedusaApar.generate`
     call.py           one call of it: rows become requests, and these its output
     facts.py          what requests are made for, whichever engine answers them
     requests.py       what a caller asks for: forking, sampling, limits
@@ -37,6 +38,7 @@ Each folder is a room, and a room imports only from the rows below its own:
     arguments.py      what subcommands' arguments have in common
     reading.py        files that others wrote, and what is wrong with them
     json_files.py     JSON that others wrote
+    said.py           warnings that come once
     triton_kernels/   each kernel beside its torch reference
 """
 
@@ -54,11 +56,11 @@ if TYPE_CHECKING:
     from medusa_apar import display as display
     from medusa_apar import events as events
     from medusa_apar import heads as heads
+    from medusa_apar.attaching import attach as attach
     from medusa_apar.drafting.draft_tree import DraftTree as DraftTree
     from medusa_apar.drafting.options import Speculation as Speculation
     from medusa_apar.drafting.step_cost import StepCost as StepCost
     from medusa_apar.generate import MedusaApar as MedusaApar
-    from medusa_apar.generate import attach as attach
     from medusa_apar.loading import load as load
     from medusa_apar.requests import AnswerOptions as AnswerOptions
     from medusa_apar.requests import Sampling as Sampling
@@ -79,7 +81,7 @@ _EXPORTS = {
     "Speculation": "drafting.options",
     "StepCost": "drafting.step_cost",
     "TypicalAcceptance": "triton_kernels.reference",
-    "attach": "generate",
+    "attach": "attaching",
     "load": "loading",
 }
 _MODULES = ("display", "events", "heads")  # for `medusa_apar.heads.MedusaHeads` after `import medusa_apar` alone

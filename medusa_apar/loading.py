@@ -81,7 +81,7 @@ def load(
     from medusa_apar.models.merge import merge_into
     from medusa_apar.runtimes.cpu import pack_files
 
-    from .generate import attach
+    from .attaching import attach
 
     if device is not None and device_map is not None:
         raise ValueError("give device or device_map, not both")

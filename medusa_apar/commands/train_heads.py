@@ -249,7 +249,7 @@ def _examples(args: argparse.Namespace, drops: Drops) -> list[Any]:
 
 def _answering(apar: MedusaApar, args: argparse.Namespace) -> MedusaApar:
     """What answers the prompts: the model that is trained on, or with --quantize the same one rounded."""
-    from medusa_apar.generate import attach
+    from medusa_apar.attaching import attach
 
     if args.quantize is None:
         return apar

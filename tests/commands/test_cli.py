@@ -14,10 +14,10 @@ from tokenizers.normalizers import Replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medusa_apar import job
+from medusa_apar.attaching import attach
 from medusa_apar.commands import cli, demo
 from medusa_apar.display.terminal import Lanes
 from medusa_apar.events import StepFinished
-from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads
 from tests.support.folders import forking_folder, own_code
 from tests.support.models import CONTROL, VOCAB, forking_model

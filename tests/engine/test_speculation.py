@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import medusa_apar
-from medusa_apar import generate as generate_module
 from medusa_apar.drafting.budget import ForestBudget
 from medusa_apar.drafting.candidates import Proposal
 from medusa_apar.drafting.options import Speculation
 from medusa_apar.drafting.step_cost import StepCost
 from medusa_apar.heads import HydraHeads
+from medusa_apar.said import say_once
 from medusa_apar.triton_kernels import reference
 from tests.support.drafters import RecallHeads, WeightlessHeads
 from tests.support.models import CONTROL, VOCAB, forking_model, tiny_model
@@ -118,7 +118,7 @@ def test_recycled_tokens_alone_save_steps_and_never_show(runtime, generate):
 
 def test_a_model_without_heads_guesses_unless_it_is_told_not_to(caplog):
     model = forking_model(24)
-    generate_module._say_once.cache_clear()
+    say_once.cache_clear()
     arguments = prompts(1, 6) | {"do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True}
     outs = [medusa_apar.attach(model, None, CONTROL, speculation=how).generate(**arguments) for how in (None, "off")]
     assert outs[0].stats.drafted["ngrams"] > 0 and not outs[1].stats.drafted

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from medusa_apar.attaching import attach
 from medusa_apar.commands.cli import main
 from medusa_apar.drafting.draft_tree import DraftTree
-from medusa_apar.generate import attach
 from medusa_apar.heads import MedusaHeads, calibrate
 from medusa_apar.heads.answers import AnswerFile, encode, greedy
 from medusa_apar.heads.ask import as_record

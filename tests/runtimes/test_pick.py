@@ -13,7 +13,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import medusa_apar
-from medusa_apar import generate as generation
 from medusa_apar.heads import HydraHeads, MedusaHeads
 from medusa_apar.heads.drafters import TorchDrafter
 from medusa_apar.runtimes import agreement
@@ -22,6 +21,7 @@ from medusa_apar.runtimes.cpu.drafting import CompiledHydra
 from medusa_apar.runtimes.cpu.runtime import CpuRuntime
 from medusa_apar.runtimes.packed_linear import PackedLinears, can_pack
 from medusa_apar.runtimes.torch_runtime import TorchRuntime
+from medusa_apar.said import say_once
 from tests.support.models import VOCAB, model_of, tiny_model
 from tests.support.prompts import prompts
 
@@ -146,7 +146,7 @@ def test_a_hook_follows_its_model():
 
 def test_a_hook_comes_back_when_its_model_does(caplog):
     """As where somebody looked at a layer for one call."""
-    generation._say_once.cache_clear()
+    say_once.cache_clear()
     model = model_of(seed=1)
     hook = medusa_apar.attach(model, HydraHeads.random(model, 3))
     expected = model.generate(**INPUTS, **GREEDY)

@@ -17,7 +17,18 @@ ROOMS = {
     "commands": ("commands",),
     "eval": ("eval",),
     "serve": ("serve",),
-    "top": ("generate", "call", "facts", "requests", "new_request", "loading", "output", "checks", "custom_generate"),
+    "top": (
+        "attaching",
+        "generate",
+        "call",
+        "facts",
+        "requests",
+        "new_request",
+        "loading",
+        "output",
+        "checks",
+        "custom_generate",
+    ),
     "heads": ("heads",),
     "display": ("display",),
     "engine": ("engine",),
@@ -30,7 +41,7 @@ ROOMS = {
     "kv": ("kv",),
     "models": ("models",),
     "threads": ("threads",),
-    "base": ("job", "arguments", "reading", "json_files"),
+    "base": ("job", "arguments", "reading", "json_files", "said"),
     "triton_kernels": ("triton_kernels",),
 }
 KNOW_NOBODY = ("base", "triton_kernels")
