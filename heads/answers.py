@@ -147,8 +147,11 @@ class AnswerFile:
             found.append(depths[thread - base])
         return torch.tensor(found, dtype=torch.long).repeat_interleave(lengths)
 
-    def draft_vocabulary(self, size: int, vocab_size: int, eos_ids: list[int]) -> Tensor:
-        """`size` ids, sorted: the answers' most frequent, then the prompts', then the lowest. Never `[Child]`."""
+    def draft_vocabulary(self, size: int, vocab_size: int, eos_ids: list[int]) -> Tensor | None:
+        """`size` ids, sorted: the answers' most frequent, then the prompts', then the lowest. Never `[Child]`. None for
+        all ids, where there are no more or the size is 0."""
+        if not 0 < size < vocab_size:
+            return None
         answers = Counter(i for record in self.records for thread in record["threads"] for i in thread["token_ids"])
         prompts = Counter(i for record in self.records for i in record["prompt_ids"])
         needed = eos_ids if self.fork_id is None else [self.fork_id, *eos_ids]

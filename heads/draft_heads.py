@@ -185,6 +185,17 @@ class DraftHeads(nn.Module):
         shapes = tuple(tuple(parameter.shape) for parameter in self.parameters())
         return type(self).__name__, self.num_heads, self.draft_vocab_size, str(self.dtype), shapes
 
+    def propose_only(self, token_map: Tensor | None) -> None:
+        """Makes these vocabulary ids, long [n], the draft vocabulary; None: all ids. ValueError for heads whose own
+        unembedding has rows for the ids that it was made with."""
+        if self.owns_unembedding:
+            raise ValueError(f"these {self.kind} heads own their unembedding: their draft vocabulary stays as it is")
+        if token_map is not None:
+            token_map = _checked_token_map(token_map, self.vocab_size).to(next(self.parameters()).device)
+        self.token_map = token_map
+        self.draft_vocab_size = self.vocab_size if token_map is None else len(token_map)
+        self.refresh()
+
     def refresh(self) -> None:
         """Drops whatever was copied from weights: it is copied anew when it is needed."""
         self._copies.clear()

@@ -44,7 +44,7 @@ class Settings:
     kind: str = "medusa"  # or "hydra"
     num_heads: int = 4
     num_layers: int = 1
-    draft_vocab: int = 8192  # 0: all ids
+    draft_vocab: int | None = 8192  # 0: all ids; None: those of `init`
     aux_layers: tuple[int, ...] = ()
     init: str | None = None  # folder of heads to go on from, which then say all of the above
     start: str = "auto"  # "ridge", "zero"; auto: ridge for heads with an input layer
@@ -128,13 +128,18 @@ class Trainer(TrainingLoop):
 
 
 def make_heads(model: PreTrainedModel, settings: Settings, token_map: Tensor | None) -> DraftHeads:
-    """New heads of the settings' kind, or those of `settings.init`: float32, on the model's device."""
+    """New heads of the settings' kind, or those of `settings.init`: float32, on the model's device.
+
+    token_map: the draft vocabulary; heads to go on from keep theirs where the settings say so.
+    """
     if settings.init is not None:
         heads = load_heads(settings.init, model, torch.float32)
         if heads.kind not in LEARNING_RATES:
             raise ValueError(f"{settings.init} holds an {heads.kind} drafter: go on with --kind {heads.kind}")
         if isinstance(heads, MedusaHeads) and heads.unembedding is not None:
             raise ValueError(f"{settings.init} holds V1 heads, which own their unembedding: only V2 heads are trained")
+        if settings.draft_vocab is not None:
+            heads.propose_only(token_map)
         return heads
     vocab_size, hidden_size = unembedding_size(model)
     count, layers = settings.num_heads, settings.num_layers
@@ -233,9 +238,7 @@ def _encode(
 
 def _token_map(model: PreTrainedModel, file: AnswerFile, settings: Settings, eos_ids: list[int]) -> Tensor | None:
     vocab_size = unembedding_size(model)[0]
-    if not 0 < settings.draft_vocab < vocab_size:
-        return None
-    return file.draft_vocabulary(settings.draft_vocab, vocab_size, eos_ids)
+    return file.draft_vocabulary(settings.draft_vocab or 0, vocab_size, eos_ids)
 
 
 def _shape(settings: Settings) -> dict[str, Any]:

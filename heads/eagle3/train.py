@@ -50,7 +50,7 @@ class Settings:
     """
 
     boundaries: tuple[int, ...] = ()
-    draft_vocab: int = 8192  # 0: all ids
+    draft_vocab: int | None = 8192  # 0: all ids; None: those of `init`
     init: str | None = None  # folder of a drafter to go on from
     rounds: int = 5
     max_minutes: float = 60.0
@@ -217,15 +217,15 @@ def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Setting
 
 def _made(model: PreTrainedModel, file: AnswerFile, settings: Settings) -> Eagle3Heads:
     """A new drafter, or that of `settings.init`; float32."""
+    vocab_size, hidden = unembedding_size(model)
+    token_map = file.draft_vocabulary(settings.draft_vocab or 0, vocab_size, _eos(model).tolist())
     if settings.init is not None:
         heads = load_heads(settings.init, model, torch.float32)
         if not isinstance(heads, Eagle3Heads):
             raise ValueError(f"{settings.init} holds {heads.kind} heads, which no EAGLE-3 drafter can begin with")
+        if settings.draft_vocab is not None:
+            heads.propose_only(token_map)
         return heads
-    vocab_size, hidden = unembedding_size(model)
-    token_map = None
-    if 0 < settings.draft_vocab < vocab_size:
-        token_map = file.draft_vocabulary(settings.draft_vocab, vocab_size, _eos(model).tolist())
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     boundaries = settings.boundaries or ascending_boundaries(layers)
     made = Eagle3Heads(fresh(model, boundaries, token_map, settings.seed), hidden, vocab_size, boundaries)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 HELP = "train Medusa or Hydra heads or an EAGLE-3 drafter on a model's own answers"
 
 
+DRAFT_VOCAB = 8192
 # Options that only some kinds of heads know, and what they are where nobody gives them.
 OF_HEADS = {"num_heads": 4, "num_layers": 1, "aux_layers": [], "start": "auto", "hard": 0.0, "temperature": 1.0}
 OF_DRAFTERS: dict[str, Any] = {"boundaries": []}
@@ -88,8 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="residual blocks of a head (default: %(default)s)",
     )
-    add("--draft-vocab", type=number(int, 0), default=8192, metavar="N",
-        help="ids that heads can propose, the answers' most frequent; 0: all (default: %(default)s)")  # fmt: skip
+    add("--draft-vocab", type=number(int, 0), metavar="N",
+        help="ids that heads can propose, the answers' most frequent; 0: all (default: "
+        f"{DRAFT_VOCAB}, or those of --init)")  # fmt: skip
     add("--aux-layers", type=number(int, 0), nargs="*", default=[], metavar="LAYER",
         help="base layers (from 0) whose outputs the heads read beside the last one's")  # fmt: skip
     add("--boundaries", type=number(int, 1), nargs="*", default=[], metavar="B",
@@ -195,6 +197,8 @@ def _settings(args: argparse.Namespace, threads: int) -> Any:
     from medusa_apar.heads.train import Settings
 
     shared = {name: getattr(args, name) for name in ("draft_vocab", "init", "max_minutes", "epochs", "lr", "seed")}
+    if args.draft_vocab is None and not args.init:
+        shared["draft_vocab"] = DRAFT_VOCAB
     shared |= {"batch": args.batch, "eval_every": args.eval_every, "threads": threads}
     if args.kind == "eagle3":
         return eagle3.Settings(boundaries=tuple(args.boundaries), **shared)

@@ -94,9 +94,13 @@ def test_a_resumed_run_equals_one_in_one_go(counting_model, data, tmp_path, kind
 def test_training_goes_on_from_given_heads(counting_model, data, tmp_path):
     settings = {"num_heads": 2, "draft_vocab": 40, "batch": 256}
     run(counting_model, data, tmp_path / "first", epochs=20, lr=1e-2, **settings)
-    run(counting_model, data, tmp_path / "second", epochs=0.5, init=str(tmp_path / "first"), num_heads=7)
+    init = {"epochs": 0.5, "init": str(tmp_path / "first"), "num_heads": 7}
+    second = run(counting_model, data, tmp_path / "second", **init, draft_vocab=None)
     before, after = held_out_lines(tmp_path / "first")[-1], held_out_lines(tmp_path / "second")[0]
     assert after["loss"] == pytest.approx(before["loss"], abs=0.02)  # but for float16
+    assert (second.num_heads, second.draft_vocab_size) == (2, 40)
+    third = run(counting_model, data, tmp_path / "third", **init, draft_vocab=12)
+    assert third.draft_vocab_size == 12 and set(third.token_map.tolist()) < set(second.token_map.tolist())
 
 
 def held_out_and_kept(records, own=None):

@@ -21,6 +21,7 @@ from medusa_apar.heads.eagle3.train import Settings, Trainer, rounds_at, train
 from medusa_apar.heads.train import Settings as HeadSettings
 from medusa_apar.heads.train import make_heads
 from medusa_apar.job import Job
+from medusa_apar.models.families import end_tokens, unembedding_size
 from tests.support.answers import CHILD, FORK, a_model_that_counts, counting_answers, held_out_lines
 
 
@@ -96,15 +97,28 @@ def test_training_goes_on_from_a_drafter_in_float16(counting_model, data, tmp_pa
         state = load_file(tmp_path / "first" / "model.safetensors")
         state["embed_tokens.weight"] = counting_model.get_input_embeddings().weight.half()
         save_file(state, tmp_path / "first" / "model.safetensors")
-    second = run(counting_model, data, tmp_path / "second", init=str(tmp_path / "first"), draft_vocab=8192)
+    second = run(counting_model, data, tmp_path / "second", init=str(tmp_path / "first"), draft_vocab=None)
     saved = load_heads(tmp_path / "second", counting_model, torch.float32)
     assert (saved.network.embedding is not None) == embedding
+    assert saved.draft_vocab_size == 40  # as it was
     for mine, its in zip(second.network.parameters(), saved.network.parameters(), strict=True):
         torch.testing.assert_close(mine.detach(), its, atol=1e-3, rtol=1e-3)
     first = load_heads(tmp_path / "first", counting_model, torch.float32)
     assert not torch.allclose(first.network.fc, saved.network.fc, atol=1e-3)
     with pytest.raises(ValueError, match="holds an eagle3 drafter: go on with --kind eagle3"):
         make_heads(counting_model, HeadSettings(init=str(tmp_path / "first")), None)
+
+
+def test_a_drafter_to_go_on_from_may_get_another_draft_vocabulary(counting_model, data, tmp_path):
+    first = run(counting_model, data, tmp_path / "first", epochs=1)
+    second = run(counting_model, data, tmp_path / "second", epochs=2, init=str(tmp_path / "first"), draft_vocab=12)
+    vocab_size, ends = unembedding_size(counting_model)[0], list(end_tokens(counting_model.generation_config))
+    wanted = AnswerFile.read(data).draft_vocabulary(12, vocab_size, ends)
+    assert torch.equal(second.token_map, wanted)
+    saved = load_heads(tmp_path / "second", counting_model, torch.float32)
+    assert saved.token_map.tolist() == second.token_map.tolist() != first.token_map.tolist()
+    whole = run(counting_model, data, tmp_path / "whole", epochs=1, init=str(tmp_path / "first"), draft_vocab=0)
+    assert whole.token_map is None and whole.draft_vocab_size == vocab_size
 
 
 TWO = """
