@@ -188,14 +188,16 @@ def _check_devices(device_map: str | dict[str, Any] | None) -> None:
 
 
 def heads_name(heads: str | Path, source: Source) -> str | Path:
-    """Where heads of that name lie: a path, a folder beside the model's own heads, or a Hub id."""
+    """Where heads of that name lie: a path, a folder in that of the model's own heads or beside it, or a Hub id."""
     if not str(heads).strip():
         raise ValueError("heads is empty: name a folder or a Hub id")
     path = expanded(heads)
     if path.exists():
         return path
-    if source.heads is not None and len(path.parts) == 1 and has_heads(source.heads / path):
-        return source.heads / path
+    if source.heads is not None and len(path.parts) == 1:
+        own = source.heads.parent if source.heads.name in head_files.SUBFOLDERS else source.heads
+        if has_heads(own / path):
+            return own / path
     if str(heads).startswith((".", "/", "~")) or str(heads).count("/") != 1:
         raise FileNotFoundError(f"heads={str(heads)!r} is no file, folder or Hub id")
     return str(heads)

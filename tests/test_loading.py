@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from medusa_apar import attach
-from medusa_apar.heads import MedusaHeads
+from medusa_apar.heads import Eagle3Heads, MedusaHeads
 from medusa_apar.job import Job, quiet, slow
 from medusa_apar.loading import _check_devices, load
 from medusa_apar.models import hub
@@ -125,6 +125,16 @@ def test_other_heads_that_come_with_a_model_are_named(base):
     assert load(base, heads="second").heads.num_heads == 3
     with pytest.raises(FileNotFoundError, match="heads='third' is no file, folder or Hub id"):
         load(base, heads="third")
+
+
+def test_of_a_drafter_and_medusa_heads_beside_a_model_the_drafter_is_its_own(base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    MedusaHeads.random(model, num_heads=2).save_pretrained(base / "medusa")
+    assert load(base).heads.kind == "medusa"
+    Eagle3Heads.random(model).save_pretrained(base / "eagle3")
+    assert load(base).heads.kind == "eagle3"
+    assert load(base, heads="medusa").heads.kind == "medusa"
+    assert load(base, heads="eagle3").heads.kind == "eagle3"
 
 
 def test_heads_alone_name_their_base(base, tmp_path):

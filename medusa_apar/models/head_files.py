@@ -21,6 +21,7 @@ CONFIG_FIELDS = {
     "acceptance": list,
 }
 SUBFOLDER = "medusa"  # where APAR models keep their heads
+SUBFOLDERS = ("eagle3", SUBFOLDER)  # where heads lie beside a model or an adapter; the first is what "auto" takes
 
 
 def read_config(folder: Path) -> dict:

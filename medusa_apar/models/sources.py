@@ -17,7 +17,8 @@ from . import head_files, hub
 
 RELEASED_TOKENS = ("[SplitMask]", "[SplitSop]")  # [Fork] and [Child] of the APAR models their authors released
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-HUB_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.*", "medusa_lm_head.*", "medusa/*"]
+HUB_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.*", "medusa_lm_head.*"]
+HUB_SMALL_FILES += [f"{subfolder}/*" for subfolder in head_files.SUBFOLDERS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Source:
     base: str  # embedded name, folder, GGUF file or Hub id
     tokenizer: str | None = None  # folder or Hub id; None: the base's own
     adapter: Path | None = None  # folder of a peft adapter
-    heads: Path | None = None  # folder of Medusa heads
+    heads: Path | None = None  # folder of draft heads
     control: Path | None = None  # folder whose configs give the control tokens
     revision: str | None = None  # of a base on the Hub
 
@@ -81,7 +82,8 @@ def shipped_weights(name: str) -> Path:
 def _parts(folder: Path) -> Source:
     """What `folder` holds besides base weights, and which base its configs name ("" for none)."""
     adapter = folder if (folder / "adapter_config.json").exists() else None
-    heads = next((place for place in (folder, folder / "medusa") if has_heads(place)), None)
+    places = (folder, *(folder / subfolder for subfolder in head_files.SUBFOLDERS))
+    heads = next((place for place in places if has_heads(place)), None)
     control = folder if (folder / CONFIG_NAME).exists() or MODEL_ENTRY in config_of(folder) else None
     named = [(control, CONFIG_NAME, "base"), (adapter, "adapter_config.json", "base_model_name_or_path")]
     named.append((heads and folder, "config.json", "base_model_name_or_path"))
@@ -93,7 +95,7 @@ def has_heads(folder: Path) -> bool:
     """Whether a folder holds draft heads: files of their own, or a Medusa-2 model with heads among its weights."""
     if any((folder / file).is_file() for file in head_files.FILES):
         return True
-    if folder.name == "medusa":
+    if folder.name in head_files.SUBFOLDERS:
         return any((folder / file).is_file() for file in head_files.FULL_MODEL_FILES)
     return "medusa_num_heads" in config_of(folder) and "model_type" in config_of(folder)  # a Medusa-2 full model
 
