@@ -38,6 +38,7 @@ class Plan:
     budget: int | None = None  # rows of every forest of ours; None: what pays
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
+    other_heads: str = ""  # as `heads`, those of the systems that draft with others
 
     @property
     def sampling(self) -> Sampling:
@@ -89,22 +90,30 @@ def keep_settings(folder: Path, now: dict[str, Any], defaults: dict[str, Any]) -
 
 
 def plan_of(
-    apar: MedusaApar, model: str, prompts: list[Prompt], max_new_tokens: int, sampling: Sampling | None = None
+    apar: MedusaApar,
+    model: str,
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    other: MedusaApar | None = None,
 ) -> Plan:
-    """sampling: temperature and top-p; None decodes greedily."""
+    """sampling: temperature and top-p; None decodes greedily. other: with other heads, None without such systems."""
     sampling = Sampling() if sampling is None else sampling
     device = apar.model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
     dtype = str(apar.model.dtype).removeprefix("torch.")
-    heads = ""
-    if apar.heads is not None:
-        tree = hashlib.sha256(repr(apar.options.draft_tree.choices).encode()).hexdigest()[:8]
-        heads = f"{apar.heads.kind} {fingerprint(apar.heads)[:12]}, {len(apar.options.draft_tree)} nodes {tree}"
     weights = fingerprint(apar.model)[:12]
     facts = apar.runtime.facts
     runtime = f"{'cpu' if facts.backend == 'cpu' else 'torch'}, {facts.kind}"
     threads = torch.get_num_threads()
     return Plan(
-        *(model, weights, heads, dtype, runtime, name, threads, digest(prompts), max_new_tokens, apar.options.budget),
-        *(sampling.temperature, sampling.top_p),
+        *(model, weights, _heads_of(apar), dtype, runtime, name, threads, digest(prompts), max_new_tokens),
+        *(apar.options.budget, sampling.temperature, sampling.top_p, "" if other is None else _heads_of(other)),
     )
+
+
+def _heads_of(apar: MedusaApar) -> str:
+    if apar.heads is None:
+        return ""
+    tree = hashlib.sha256(repr(apar.options.draft_tree.choices).encode()).hexdigest()[:8]
+    return f"{apar.heads.kind} {fingerprint(apar.heads)[:12]}, {len(apar.options.draft_tree)} nodes {tree}"

@@ -96,6 +96,7 @@ class System:
 
 BASE, LISTS = "base", "lists"
 OF_BASE = (BASE, LISTS)  # who answers with the untuned model
+OTHERS = ("other-heads", "other-ours")  # who drafts with other heads
 UNTUNED = "untuned base"  # in the weights of whoever answers with it
 NAMES = {
     "hf": "transformers' generate, control tokens suppressed",
@@ -107,6 +108,8 @@ NAMES = {
     "threads": "our engine with threads",
     "heads": "our engine with heads",
     "ours": "our engine with threads and heads, and all else that it guesses ahead",
+    "other-heads": "our engine with the heads of --other-heads",
+    "other-ours": "ours, with the heads of --other-heads in place of its own",
     "ngrams": "our engine with threads that guess without heads, from what has been said",
     "ngrams+recycling": "the same, and by recycled tokens: what the model said last time behind the same tokens",
 }
@@ -133,20 +136,30 @@ NAMES |= {
 }
 
 
-def make(name: str, apar: MedusaApar, longest: int = 0, untuned: MedusaApar | None = None) -> System:
+def make(
+    name: str,
+    apar: MedusaApar,
+    longest: int = 0,
+    untuned: MedusaApar | None = None,
+    other: MedusaApar | None = None,
+) -> System:
     """A system on the model, heads and control tokens of `apar`; ValueError for one that these cannot be.
 
     `longest`: most tokens of a prompt and its answer, for systems that set memory aside before they are asked.
     `untuned`: the base model without the tuning of `apar`'s, which `base` and `lists` answer with.
+    `other`: the same model with other heads, which `OTHERS` draft with.
     """
     if name not in NAMES:
         raise ValueError(f"system {name!r} is none of {', '.join(NAMES)}")
+    if name in OTHERS and other is None:
+        raise ValueError(f"{name} needs --other-heads")
     parts = name in SPECULATIONS
     headless = name in HEADLESS
-    threads, heads = parts or headless or name in ("threads", "ours"), parts or name in ("heads", "ours")
+    threads = parts or headless or name in ("threads", "ours", "other-ours")
+    heads = parts or name in ("heads", "ours", *OTHERS)
     if threads and apar.control_token_ids is None:
         raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
-    if heads and apar.heads is None:
+    if heads and name not in OTHERS and apar.heads is None:
         raise ValueError(f"{name} needs draft heads, and this model has none")
     if name in OF_BASE and untuned is None:
         raise ValueError(f"{name} needs the base model that this one was tuned from")
@@ -157,7 +170,11 @@ def make(name: str, apar: MedusaApar, longest: int = 0, untuned: MedusaApar | No
             more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
         software = f"transformers {transformers.__version__}"
         return System(name, NAMES[name], apar, partial(_transformers, apar, model, more), weights, software)
-    whose = apar if untuned is None or name not in OF_BASE else untuned
+    whose = apar
+    if untuned is not None and name in OF_BASE:
+        whose = untuned
+    elif other is not None and name in OTHERS:
+        whose = other
     ours = whose if heads else whose.without_heads()
     if parts:
         ours = ours.speculating(SPECULATIONS[name])

@@ -5,6 +5,7 @@
   ours-ar   our engine without threads and heads                     threads  heads  ours (both)
   base      the same with the untuned base model: the answers that its users have today
   lists     the same with threads that a rule forks at list items
+  other-heads  other-ours    heads and ours once more, with the draft heads of --other-heads
 
   static    Medusa's draft trees, one for all threads            ngrams  threads that guess without heads
   ngrams+recycling                                               the same, and from recycled tokens
@@ -114,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sample among the likeliest tokens that have this probability together (default: among all)")  # fmt: skip
     add("--model", default="smollm2-135m", help="name, folder, GGUF file or Hub id (default: %(default)s)")
     add("--heads", default="auto", metavar="NAME|DIR", help="draft heads (default: those that come with the model)")
+    add("--other-heads", metavar="NAME|DIR", help="draft heads of the systems other-heads and other-ours")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--quantize", choices=("int8",), help="round weights and activations of our own systems")
     add("--runtime", choices=("auto", "torch", "cpu"), default="auto", help="of our systems (default: %(default)s)")
@@ -180,6 +182,9 @@ def run(args: argparse.Namespace) -> int:
     with slow(f"loading {args.model}"):
         apar = load(args.model, heads=heads, budget=args.budget, **options)
         untuned = load(args.model, heads=None, apar=None, speculation="off", **options) if with_base else None
+        others = None
+        if args.other_heads:
+            others = load(args.model, heads=args.other_heads, budget=args.budget, **options)
     longest = max(len(encode(apar.tokenizer, p.text)["input_ids"][0]) for p in asked) + args.max_new_tokens
     if longest > peers.CONTEXT and set(args.systems) & set(peers.PEERS):
         raise ValueError(
@@ -189,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     made = [
         peers.make(name, apar, args.model, args.out)
         if name in peers.PEERS
-        else systems.make(name, apar, longest, untuned)
+        else systems.make(name, apar, longest, untuned, others)
         for name in args.systems
     ]
     checked = next((system for name in ("ours", "threads") for system in made if system.name == name), made[0])
@@ -201,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
     kinds = {system.shapes.kind for system in made if system.shapes}
     if args.ceilings and not kinds:
         raise ValueError("--ceilings is for the compiled CPU runtime, and none of these systems runs in it")
-    plan = plan_of(apar, args.model, asked, args.max_new_tokens, Sampling(args.temperature, top_p=args.top_p))
+    plan = plan_of(apar, args.model, asked, args.max_new_tokens, Sampling(args.temperature, top_p=args.top_p), others)
     with Job(args.out, "bench", vars(args)) as job, ExitStack() as stack:
         for system in made:
             stack.callback(system.close)
@@ -232,6 +237,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name in args.systems:
         if name not in (known := [*systems.NAMES, *peers.PEERS]):
             raise ValueError(f"system {name!r} is none of {', '.join(known)}")
+    if bool(args.other_heads) != bool(set(systems.OTHERS) & set(args.systems)):
+        raise ValueError(f"--other-heads and a system that drafts with them ({', '.join(systems.OTHERS)}) go together")
     if len(set(args.systems)) < len(args.systems):
         raise ValueError(f"--systems names one twice: {' '.join(args.systems)}")
     if args.check and "ours" not in args.systems and "threads" not in args.systems:

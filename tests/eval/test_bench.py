@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from medusa_apar.eval import bench, ceilings, check, prompts, statistics, systems
 from medusa_apar.eval.ceilings import Ceilings
 from medusa_apar.eval.plan import open_results
+from medusa_apar.heads import MedusaHeads
 from medusa_apar.loading import load
 from medusa_apar.models.chat import encode
 from tests.support.benchmarks import PLAN, asked_folder, command, lines, read_rows, row
@@ -157,6 +159,12 @@ def test_speed_is_of_totals_and_medians_and_loops_stand_apart():
 # ---- the command
 
 
+def other_heads(folder, into):
+    """Heads of the folder's model that draft one token alone."""
+    MedusaHeads.random(AutoModelForCausalLM.from_pretrained(folder.model), num_heads=1, seed=5).save_pretrained(into)
+    return into
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return asked_folder(tmp_path_factory.mktemp("bench"))
@@ -166,7 +174,8 @@ def test_the_command_times_every_system_in_turns(folder, tmp_path, capsys, monke
     out = tmp_path / "out"
     monkeypatch.setattr(systems, "BACKEND", "eager")  # traced, but not compiled: that takes a C++ compiler
     names = [name for name in systems.NAMES if name not in systems.OF_BASE]
-    assert command(folder, out, "--systems", *names, "--repeat", 2, "--check") == 0
+    others = other_heads(folder, tmp_path / "others")
+    assert command(folder, out, "--systems", *names, "--repeat", 2, "--check", "--other-heads", others) == 0
     shown = capsys.readouterr().out
     assert "**all** (3 prompts)" in shown and "| hf | float32 |" in shown and "Engines: hf: transformers " in shown
     assert "are what the model itself chooses" in shown and "ARE NOT" not in shown
@@ -177,14 +186,16 @@ def test_the_command_times_every_system_in_turns(folder, tmp_path, capsys, monke
     by = {(r["system"], r["prompt"]): r for r in rows}
     for prompt in map(str, range(3)):
         plain = by["hf", prompt]["ids"]
-        for name in ("hf-pld", "hf-compiled", "ours-ar", "heads"):
+        for name in ("hf-pld", "hf-compiled", "ours-ar", "heads", "other-heads"):
             assert by[name, prompt]["ids"] == plain, name
-        assert by["ours", prompt]["ids"] == by["threads", prompt]["ids"]
+        assert by["ours", prompt]["ids"] == by["threads", prompt]["ids"] == by["other-ours", prompt]["ids"]
         assert by["hf", prompt]["steps"] == by["hf-compiled", prompt]["steps"] == len(plain)
         assert by["ours-ar", prompt]["steps"] == len(plain)
     assert all(0 < r["first_token_seconds"] <= r["seconds"] for r in rows)
     assert any(r["threads"] > 1 for r in rows if r["system"] == "ours")
     assert all(len(r["spans"]) == r["threads"] for r in rows if r["system"] == "ours")
+    drafts = {name: [by[name, str(p)]["drafted"]["heads"] for p in range(3)] for name in ("ours", "other-ours")}
+    assert drafts["ours"] != drafts["other-ours"]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["plan"]["max_new_tokens"] == 20 and summary["versions"]["torch"] and summary["commit"]
     for picture in ("speed.png", "steps.png", "length.png", "timeline.png"):
@@ -211,6 +222,7 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(folder, tmp_path, c
         (["--max-new-tokens", 19], "max_new_tokens"),
         (["--limit", 2], "prompts"),
         (["--heads", "none", "--systems", "threads"], "heads"),
+        (["--other-heads", other_heads(folder, tmp_path / "others"), "--systems", "other-ours"], "other_heads"),
     ):
         assert command(folder, out, "--systems", "ours", *more) == 2
         assert f"results with another {name}" in capsys.readouterr().err
@@ -226,6 +238,8 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(folder, tmp_path, c
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl is no file and none of default"),
         (["--systems", "heads", "--heads", "none"], "heads needs draft heads, and this model has none"),
         (["--systems", "hf", "base"], "base needs a model tuned by an adapter, and"),
+        (["--systems", "hf", "other-ours"], "--other-heads and a system that drafts with them"),
+        (["--systems", "hf", "ours", "--other-heads", "nowhere"], "--other-heads and a system that drafts with them"),
         (["--top-p", "0.9"], "--top-p 0.9 needs a --temperature above 0"),
         (["--temperature", "1", "--check"], "--check proves greedy answers"),
         (["--ceilings", "nowhere.json"], "nowhere.json"),
