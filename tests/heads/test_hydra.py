@@ -168,3 +168,27 @@ def test_taps_are_the_outputs_of_their_layers(family):
     torch.testing.assert_close(states[:, hidden:], expected)
     final = out.hidden_states[-1][0, rows]
     torch.testing.assert_close(states[:, :hidden], final)
+
+
+@pytest.mark.parametrize("packing", [None, "float32"])
+def test_another_draft_vocabulary_is_the_same_heads_over_other_ids(packing):
+    """What was copied for the old one is dropped, and the drafts are the old ones as far as they are left."""
+    model = tiny_model()
+    heads = HydraHeads.random(model, 2)
+    hidden_states, drafted = inputs(5, heads=2)
+    roots, tree = drafted[:, 0], DraftTree([(rank,) for rank in range(6)])
+    whole = heads.logits(hidden_states, drafted)
+    heads.drafter(packing).propose(hidden_states, roots, tree)
+    for ids in (torch.arange(3, VOCAB, 4), torch.arange(0, VOCAB, 5), None):
+        heads.propose_only(ids)
+        kept = torch.arange(VOCAB) if ids is None else ids
+        torch.testing.assert_close(heads.logits(hidden_states, drafted), whole[..., kept], atol=1e-5, rtol=1e-5)
+        found, _ = heads.drafter(packing).propose(hidden_states, roots, tree)
+        path = roots[:, None].expand(-1, 2)  # a head's first guesses hang on the root alone
+        best = heads.logits(hidden_states, path)[0].topk(6).indices
+        assert torch.equal(found, kept[best])
+    with pytest.raises(ValueError, match="repeats 1 of its 2 ids"):
+        heads.propose_only(torch.tensor([4, 4]))
+    owning = MedusaHeads.random(model, 2, layout="v1")
+    with pytest.raises(ValueError, match="these medusa heads own their unembedding"):
+        owning.propose_only(torch.arange(4))
