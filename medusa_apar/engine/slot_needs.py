@@ -54,8 +54,9 @@ def peak(courses: Sequence[Course]) -> float:
 class SlotNeeds:
     """Args:
     context_length: most tokens of a path, None without a limit.
-    share: of `max_new_tokens`, how many slots behind the prompt answers have held at once. Threads give theirs back as
-        they end, so an answer that forks holds fewer than it writes; 1 before any has ended.
+    share: of what one thread of `max_new_tokens` would hold behind the prompt, how many slots answers have held at
+        once. Threads give theirs back as they end, so an answer that forks holds fewer than it writes; 1 before any
+        has ended.
     written: of `max_new_tokens`, how many tokens answers have had; 1 before any has ended.
     pace: tokens of an answer for each of its steps.
     """
@@ -105,7 +106,9 @@ class SlotNeeds:
         """Takes over what a request that has ended tells, if it has been answered."""
         peak = self._peaks.pop(request, None)
         if peak is not None and request.status is Status.FINISHED and request.options.score_from is None:
-            needed = (peak + 1) / request.max_new_tokens  # the last step's token has had a slot, too
+            # The last step's root has had a slot, too; the last token has none. So an answer that writes all of its
+            # limit in one thread has needed all, however short it is.
+            needed = (peak + 1) / max(request.max_new_tokens - 1, 1)
             self.share = _MEMORY * self.share + (1 - _MEMORY) * min(needed, 2.0)
             wrote = len(request.text) / request.max_new_tokens
             self.written = _MEMORY * self.written + (1 - _MEMORY) * min(wrote, 1.0)

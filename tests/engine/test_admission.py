@@ -136,10 +136,10 @@ def test_admission_goes_by_what_an_answer_held_and_not_by_what_it_wrote():
             while engine.unfinished:
                 most = max(most, engine.ledger.pool.live)
                 engine.step()
-            held = (max(most - len(one.prompt_ids), 0) + 1) / one.max_new_tokens
-            written = sum(len(thread.token_ids) for thread in one.tree.threads) / one.max_new_tokens
-            assert engine.scheduler.needs.share == pytest.approx(0.9 * before + 0.1 * held)
-            assert held <= written
+            held = max(most - len(one.prompt_ids), 0) + 1
+            share = held / (one.max_new_tokens - 1)
+            assert engine.scheduler.needs.share == pytest.approx(0.9 * before + 0.1 * share)
+            assert held <= sum(len(thread.token_ids) for thread in one.tree.threads)
         assert not engine.scheduler.needs._peaks
 
 

@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from medusa_apar.engine.engine import Engine
@@ -56,6 +56,7 @@ def test_no_requests_need_no_slots():
     assert peak([]) == 0.0
 
 
+@example([(1, 40, 0), (22, 40, 0), (1, 2, 3), (1, 27, 0)], 11, False)  # one of two tokens tells of one of forty
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, LIMIT), st.integers(0, 12)), min_size=2, max_size=12),
@@ -74,6 +75,18 @@ def test_answers_that_write_all_of_their_limit_are_never_preempted(asked, more, 
             engine.step()
         assert engine.stats.preemptions == engine.scheduler.thread_preemptions == 0
         engine.ledger.check()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 40])
+def test_an_answer_of_all_of_its_limit_has_needed_all(limit):
+    """However short: what is learned from short answers is expected of long ones."""
+    options = EngineOptions(prefix_cache=False, speculation=None)
+    with Engine(*parts(), options=options) as engine:
+        for number in range(3):
+            engine.add(plain(f"{number:03}", 6, limit))
+        while engine.unfinished:
+            engine.step()
+        assert engine.scheduler.needs.share == pytest.approx(1.0) == engine.scheduler.needs.written
 
 
 def test_answers_at_different_places_share_room_that_is_too_small_for_all_their_ends():
