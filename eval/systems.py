@@ -159,10 +159,15 @@ def make(
     heads = parts or name in ("heads", "ours", *OTHERS)
     if threads and apar.control_token_ids is None:
         raise ValueError(f"{name} needs a model that forks, and this one has no control tokens")
-    if heads and name not in OTHERS and apar.heads is None:
-        raise ValueError(f"{name} needs draft heads, and this model has none")
     if name in OF_BASE and untuned is None:
         raise ValueError(f"{name} needs the base model that this one was tuned from")
+    whose = apar
+    if untuned is not None and name in OF_BASE:
+        whose = untuned
+    elif other is not None and name in OTHERS:
+        whose = other
+    if heads and whose.heads is None:
+        raise ValueError(f"{name} needs draft heads, and this model has none")
     weights = str(apar.model.dtype).removeprefix("torch.")
     if name.startswith("hf"):
         model, more = _compiled(apar.model, longest) if name == "hf-compiled" else (apar.model, {})
@@ -170,11 +175,6 @@ def make(
             more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
         software = f"transformers {transformers.__version__}"
         return System(name, NAMES[name], apar, partial(_transformers, apar, model, more), weights, software)
-    whose = apar
-    if untuned is not None and name in OF_BASE:
-        whose = untuned
-    elif other is not None and name in OTHERS:
-        whose = other
     ours = whose if heads else whose.without_heads()
     if parts:
         ours = ours.speculating(SPECULATIONS[name])

@@ -12,7 +12,7 @@ from medusa_apar.finetune.packing import PackedRow
 from .heads import Eagle3Heads
 from .losses import base_states
 
-# Of the memory that is free. 8 GB hold 1.7 million tokens of a base that is 576 wide, 240,000 of one of 4,096.
+# States may fill this share of the free memory: 8 GB hold 1.7 million tokens of a base that is 576 wide.
 MEMORY_SHARE = 1 / 3
 
 

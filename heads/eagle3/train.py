@@ -103,7 +103,7 @@ class Trainer(TrainingLoop):
 
     def optimizers_of(self, parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
         """Muon for the layers' matrices, its steps as long as Adam's (arXiv 2502.16982, section 2.2); Adam for norms,
-        biases and an unembedding. From the same tokens it learns about twice as much (heads/TRAINING.md)."""
+        biases and an unembedding. heads/TRAINING.md has what that brings."""
         unembedding = cast(Eagle3Heads, self.heads).network.unembedding
         matrices = [each for each in parameters if each.dim() == 2 and each is not unembedding]
         others = [each for each in parameters if each.dim() != 2 or each is unembedding]
@@ -170,16 +170,18 @@ class Trainer(TrainingLoop):
         return {name: values.tolist() for name, values in found.items()}
 
 
+def check_torch() -> None:
+    """NotImplementedError with a torch that lacks Muon."""
+    if not hasattr(torch.optim, "Muon"):
+        raise NotImplementedError(f"an EAGLE-3 drafter is trained with torch 2.9 or newer; this is {torch.__version__}")
+
+
 def train(model: PreTrainedModel, file: AnswerFile, out: Path, settings: Settings, job: Job) -> Eagle3Heads:
     """A drafter for `model`, also saved in `out`; started again with the same arguments it goes on.
 
-    ValueError where `out` holds another run, or the records nothing to train on; NotImplementedError with a torch that
-    lacks Muon.
+    ValueError where `out` holds another run, or the records nothing to train on; NotImplementedError as `check_torch`.
     """
-    if not hasattr(torch.optim, "Muon"):
-        raise NotImplementedError(
-            f"an EAGLE-3 drafter is trained with torch 2.9 or newer, and this is {torch.__version__}"
-        )
+    check_torch()
     (out / "train").mkdir(parents=True, exist_ok=True)
     fixed = {name: value for name, value in json.loads(json.dumps(asdict(settings))).items() if name in SHAPE}
     fixed["processes"] = launched(out).num_processes  # which share the draw

@@ -150,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
     from medusa_apar.models.families import unembedding_size
 
     quiet()
+    if args.kind == "eagle3":
+        eagle3.check_torch()
     launched = _launched(args)
     threads = args.threads or max(cores() // launched.num_processes, 1)
     torch.set_num_threads(threads)

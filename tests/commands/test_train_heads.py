@@ -203,6 +203,16 @@ def test_rounding_without_prompts_is_refused(data, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_drafter_needs_a_torch_with_muon(tmp_path, capsys, monkeypatch):
+    """Which is said before any prompt is answered."""
+    monkeypatch.delattr(torch.optim, "Muon")
+    prompts = write_chats(tmp_path / "prompts.jsonl", ["why"])
+    command = ["train-heads", "--model", "nowhere", "--prompts", prompts, "--kind", "eagle3"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "is trained with torch 2.9 or newer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_code_of_the_model_runs_where_it_is_trusted(tuned, tmp_path, capsys):
     shutil.copytree(tuned, tmp_path / "own")
     own_code(tmp_path / "own")
